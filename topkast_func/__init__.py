@@ -1,0 +1,48 @@
+"""Top-K Always Sparse Training (Top-KAST) as pure functions over PyTorch tensors."""
+
+from topkast_func.checkpoint import load, save
+from topkast_func.config import TopKastConfig
+from topkast_func.export import to_sparse
+from topkast_func.facade import TopKastLinear, TopKastLoss, TopKastTrainer
+from topkast_func.forward import sparse_forward
+from topkast_func.loss import exploration_penalty, penalized_loss
+from topkast_func.masks import Masks, compute_masks
+from topkast_func.optim import Optimizer, OptimizerState, adam, adamw, sgd
+from topkast_func.training import (
+    StepMetrics,
+    TrainState,
+    dense_params,
+    forward_params,
+    init_state,
+    make_train_step,
+    masks_of,
+    refresh,
+)
+
+__all__ = [
+    "Masks",
+    "Optimizer",
+    "OptimizerState",
+    "StepMetrics",
+    "TopKastConfig",
+    "TopKastLinear",
+    "TopKastLoss",
+    "TopKastTrainer",
+    "TrainState",
+    "adam",
+    "adamw",
+    "compute_masks",
+    "dense_params",
+    "exploration_penalty",
+    "forward_params",
+    "init_state",
+    "load",
+    "make_train_step",
+    "masks_of",
+    "penalized_loss",
+    "refresh",
+    "save",
+    "sgd",
+    "sparse_forward",
+    "to_sparse",
+]

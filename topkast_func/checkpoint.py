@@ -1,0 +1,191 @@
+"""States on disk: safetensors with a small JSON header, written atomically."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from topkast_func.allocation import allocate, select
+from topkast_func.config import TopKastConfig
+from topkast_func.dense import DenseWeights
+from topkast_func.forward import check_names
+from topkast_func.masks import Masks, kept
+from topkast_func.optim import Optimizer, OptimizerState
+from topkast_func.training import TrainState, dense_params, masks_of
+from topkast_func.types import Model, Tensors
+
+FORMAT, VERSION = "topkast_func state", 1
+
+
+def save(state: TrainState, path: str | os.PathLike[str]) -> None:
+    """Write a state to a safetensors file.
+
+    The file appears whole or not at all: a process killed while saving leaves what was at
+    ``path``. Tensors are named ``step``, ``seed``, ``count``, ``theta/NAME``,
+    ``forward/NAME``, ``backward/NAME``, ``buffers/NAME``, ``frozen/NAME`` and
+    ``slots/KIND/NAME``; the entry ``topkast_func`` of the metadata is a JSON object with the
+    format, its version and the order of the tensors.
+
+    Args:
+        state: The state, on any device.
+        path: The file; its folder must exist.
+    """
+    tensors = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in _flat(state)
+    }
+    header = {"format": FORMAT, "version": VERSION, "tensors": list(tensors)}
+    content = safetensors.torch.save(tensors, {"topkast_func": json.dumps(header)})
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load(
+    path: str | os.PathLike[str],
+    config: TopKastConfig,
+    model: Model | None = None,
+    optimizer: Optimizer | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> TrainState:
+    """Read a state that `save` wrote; training goes on from it bit for bit.
+
+    Args:
+        path: The file.
+        config: The configuration the state was trained with; its sparse parameters and
+            counts must be those of the file.
+        model: If given, the state must have its parameters and their shapes.
+        optimizer: If given, the state must have its slots.
+        device: Where the tensors go; counters stay on the CPU.
+
+    Returns:
+        The state.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is cut off or foreign, of a newer version, or of another
+            configuration, model or optimiser.
+    """
+    state = _state(_read(Path(path), device))
+    problems = [_sparsity_problem(state, config)]
+    if model is not None:
+        problems.append(_model_problem(state, model))
+    if optimizer is not None:
+        problems.append(_optimizer_problem(state, optimizer))
+    if found := [problem for problem in problems if problem]:
+        raise ValueError(f"{path} holds another state: {'; '.join(found)}")
+    return state
+
+
+def _flat(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    yield "step", state.step
+    yield "seed", state.seed
+    yield "count", state.optimizer.count
+    trees: dict[str, Mapping[str, Tensor]] = {
+        "theta": dense_params(state),
+        "forward": {name: masks.forward for name, masks in masks_of(state).items()},
+        "backward": {name: masks.backward for name, masks in masks_of(state).items()},
+        "buffers": state.buffers,
+        "frozen": state.frozen,
+        **{f"slots/{kind}": tree for kind, tree in state.optimizer.slots.items()},
+    }
+    for prefix, tree in trees.items():
+        for name, tensor in tree.items():
+            yield f"{prefix}/{name}", tensor
+
+
+def _state(tensors: Tensors) -> TrainState:
+    def tree(prefix: str) -> Tensors:
+        return {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
+
+    backward = tree("backward/")
+    masks = {name: Masks(forward, backward[name]) for name, forward in tree("forward/").items()}
+    kinds = dict.fromkeys(key.split("/")[0] for key in tree("slots/"))
+    slots = {kind: tree(f"slots/{kind}/") for kind in kinds}
+    return TrainState(
+        step=tensors["step"].cpu(),
+        seed=tensors["seed"].cpu(),
+        weights=DenseWeights(tree("theta/"), masks),
+        buffers=tree("buffers/"),
+        frozen=tree("frozen/"),
+        optimizer=OptimizerState(tensors["count"].cpu(), slots),
+    )
+
+
+def _read(path: Path, device: torch.device | str) -> Tensors:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no state at {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            names = _header(path, file.metadata())["tensors"]
+            return {name: file.get_tensor(name) for name in names}
+    except SafetensorError as reason:
+        raise ValueError(
+            f"{path} is cut off or is not a safetensors file, so nothing was loaded: {reason}"
+        ) from reason
+
+
+def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads((metadata or {}).get("topkast_func", "{}"))
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} is a safetensors file, but not one that topkast_func saved")
+    if header["version"] > VERSION:
+        raise ValueError(
+            f"{path} has format version {header['version']}; this topkast_func reads up to "
+            f"{VERSION}: install a newer one"
+        )
+    return header
+
+
+def _sparsity_problem(state: TrainState, config: TopKastConfig) -> str | None:
+    theta, masks = dense_params(state), masks_of(state)
+    allocations = allocate(select(theta, config), config)
+    if problem := _difference("sparse parameters", masks, allocations):
+        return problem
+    rows, columns = config.block_shape
+    may_have_stopped = config.explore_until is not None and int(state.step) >= config.explore_until
+    for name, sparsity in allocations.items():
+        blocks = theta[name].numel() // (rows * columns)
+        expected = tuple(kept(s, blocks) * rows * columns for s in sparsity)
+        found = tuple(int(mask.sum()) for mask in masks[name])
+        if found != expected and not (may_have_stopped and found == (expected[0], expected[0])):
+            return f"{name!r} has {found} entries in A and B, the configuration asks {expected}"
+    return None
+
+
+def _model_problem(state: TrainState, model: Model) -> str | None:
+    theta = dense_params(state)
+    try:
+        check_names(model, theta.keys() | state.frozen.keys() | state.buffers.keys())
+    except ValueError as problem:
+        return str(problem)
+    shapes = {name: p.shape for name, p in getattr(model, "named_parameters", dict)()}
+    for name, value in theta.items():
+        if shapes.get(name, value.shape) != value.shape:
+            return f"{name!r} has shape {tuple(value.shape)}, the model {tuple(shapes[name])}"
+    return None
+
+
+def _optimizer_problem(state: TrainState, optimizer: Optimizer) -> str | None:
+    expected = optimizer.init(dense_params(state)).slots
+    return _difference("optimiser slots", state.optimizer.slots, expected)
+
+
+def _difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str | None:
+    if set(found) == set(expected):
+        return None
+    return f"its {what} are {sorted(found)}, not {sorted(expected)}"

@@ -1,0 +1,39 @@
+"""The seed's two-dimensional regression task."""
+
+import torch
+from torch.utils.data import TensorDataset
+
+from topkast_func.config import check_count
+
+
+class SyntheticDataset(TensorDataset):
+    """y = x + cos x + u, u uniform in [0, 1), with features (x, cos x), x = i/n in [0, 1).
+
+    Args:
+        n_obs: Number n of observations, at least 1.
+        seed: Seed of the noise u.
+
+    Attributes:
+        features: float32, [n_obs, 2].
+        target: float32, [n_obs].
+
+    Raises:
+        TypeError: ``n_obs`` is no integer.
+        ValueError: ``n_obs`` is below 1.
+
+    Departures:
+        The seed's code reshapes where it means to stack, so that its rows are pairs of
+        neighbouring x, and draws its noise unseeded.
+
+    Example:
+        >>> features, target = SyntheticDataset(8)[:]
+        >>> features.shape, target.shape
+        (torch.Size([8, 2]), torch.Size([8]))
+    """
+
+    def __init__(self, n_obs: int, seed: int = 0) -> None:
+        x = torch.arange(check_count("n_obs", n_obs, 1)) / n_obs
+        noise = torch.rand(n_obs, generator=torch.Generator().manual_seed(seed))
+        self.features = torch.stack((x, x.cos()), 1)
+        self.target = self.features.sum(1) + noise
+        super().__init__(self.features, self.target)

@@ -1,0 +1,84 @@
+"""The forward weights α as sparse matrices of other libraries."""
+
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topkast_func.training import TrainState, forward_params, masks_of
+
+
+def to_sparse(state: TrainState, layout: str = "csr") -> dict[str, Any]:
+    """Return α of every sparse matrix, its stored entries being those of A.
+
+    Args:
+        state: The state.
+        layout: "csr" or "coo" for torch's own layouts, "scipy" for `scipy.sparse.csr_array`,
+            "torch_sparse" for `torch_sparse.SparseTensor`.
+
+    Returns:
+        Matrices [out, in] by name, zeros in A stored too. Sparse parameters of more than two
+        dimensions are left out.
+
+    Raises:
+        ValueError: The layout is unknown.
+
+    Example:
+        >>> from topkast_func import TopKastConfig, init_state, sgd
+        >>> config = TopKastConfig(forward_sparsity=0.75, backward_sparsity=0.5)
+        >>> params = {"weight": torch.tensor([[3.0, -1.0], [-2.0, 2.0]])}
+        >>> to_sparse(init_state(params, config, sgd(lr=0.1)), "coo")["weight"].indices().tolist()
+        [[0], [0]]
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {tuple(LAYOUTS)}, got {layout!r}")
+    alpha = forward_params(state)
+    return {
+        name: LAYOUTS[layout](alpha[name], masks.forward)
+        for name, masks in masks_of(state).items()
+        if alpha[name].ndim == 2
+    }
+
+
+def _coo(alpha: Tensor, mask: Tensor) -> Tensor:
+    indices = mask.nonzero().T
+    return torch.sparse_coo_tensor(indices, alpha[mask], alpha.shape, is_coalesced=True)
+
+
+def _csr(alpha: Tensor, mask: Tensor) -> Tensor:
+    pointers = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+    return torch.sparse_csr_tensor(pointers, mask.nonzero()[:, 1], alpha[mask], alpha.shape)
+
+
+def _scipy(alpha: Tensor, mask: Tensor) -> Any:
+    csr = _csr(alpha, mask).cpu()
+    parts = (csr.values().numpy(), csr.col_indices().numpy(), csr.crow_indices().numpy())
+    return _optional("scipy.sparse").csr_array(parts, shape=tuple(alpha.shape))
+
+
+def _torch_sparse(alpha: Tensor, mask: Tensor) -> Any:
+    row, col = mask.nonzero().T
+    return _optional("torch_sparse").SparseTensor(
+        row=row, col=col, value=alpha[mask], sparse_sizes=tuple(alpha.shape), is_sorted=True
+    )
+
+
+def _optional(module: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as reason:
+        raise ImportError(
+            f"this layout needs {module}: install torch first, then "
+            "pip install --no-build-isolation 'topkast_func[torch-sparse]'"
+        ) from reason
+
+
+LAYOUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "csr": _csr,
+    "coo": _coo,
+    "scipy": _scipy,
+    "torch_sparse": _torch_sparse,
+}

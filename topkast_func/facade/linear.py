@@ -1,0 +1,253 @@
+"""A linear layer that trains the values of B and computes with those of A."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from topkast_func.allocation import Allocation
+from topkast_func.config import check_count, check_number, check_order
+from topkast_func.masks import kept, magnitudes, top_sets
+
+Index = tuple[Tensor, ...]
+
+
+class TopKastLinear(nn.Module):
+    """A sparse stand-in for `torch.nn.Linear`: y = x αᵀ + b with α = θ·1_A.
+
+    The parameter ``active_fwd_weights`` holds θ on B and never changes its identity or
+    shape, so that an optimiser built from ``net.parameters()`` stays valid through every
+    refresh. θ outside B rests in the buffer ``theta``.
+
+    Args:
+        in_features: Size of an input, at least 1.
+        out_features: Size of an output, at least 1.
+        p_forward: Forward sparsity 1 − D, fraction in [0, 1).
+        p_backward: Backward sparsity 1 − (D + M), fraction in [0, p_forward].
+        bias: Whether to add a trained bias.
+        device: Device of the parameters.
+        dtype: Floating dtype of the parameters.
+
+    Attributes:
+        active_fwd_weights: Parameter, [|B|]: θ on A, then on B∖A, each in row-major order.
+        bias: Parameter, [out_features], or None.
+        theta: Buffer, [out_features, in_features]; read ``weight`` instead.
+        positions: Buffer, int64, [|B|]: where in the flat θ each value belongs.
+
+    Raises:
+        TypeError: A size or sparsity is no number.
+        ValueError: A size or sparsity is out of range.
+
+    Departures:
+        The values of B∖A stay in ``active_fwd_weights`` beside those of A, where the seed
+        holds zeros; the forward pass does not see them. Inputs may have any number of
+        leading dimensions, and get a gradient in evaluation mode too.
+
+    Example:
+        >>> layer = TopKastLinear(10, 16, p_forward=0.6, p_backward=0.4)
+        >>> layer(torch.zeros(3, 10)).shape, len(layer.set_fwd), len(layer.set_justbwd)
+        (torch.Size([3, 16]), 64, 32)
+    """
+
+    theta: Tensor
+    positions: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        p_forward: float,
+        p_backward: float,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = check_count("in_features", in_features, 1)
+        self.out_features = check_count("out_features", out_features, 1)
+        self.p_forward = check_number("p_forward", p_forward, 0.0, 1.0)
+        self.p_backward = check_number("p_backward", p_backward, 0.0, 1.0)
+        check_order(self.p_forward, self.p_backward, of=" (p_backward, p_forward)")
+        size = self.out_features * self.in_features
+        forward, backward = kept(self.p_forward, size), kept(self.p_backward, size)
+        self.set_fwd, self.set_justbwd = range(forward), range(forward, backward)
+        theta = torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
+        self.register_buffer("theta", theta)
+        self.register_buffer("positions", torch.arange(backward, device=device))
+        self.active_fwd_weights = nn.Parameter(theta.new_empty(backward))
+        offset = nn.Parameter(theta.new_empty(self.out_features)) if bias else None
+        self.register_parameter("bias", offset)
+        self.reset_parameters()
+
+    @property
+    def weight(self) -> Tensor:
+        """θ, [out_features, in_features], up to date on B.
+
+        Write to it in place or assign to it: the values on B follow. What is written goes
+        before training steps made since it was read.
+        """
+        self._merge()
+        return self.theta
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        if value.shape != self.theta.shape:
+            raise ValueError(
+                f"weight must have shape {tuple(self.theta.shape)}, got {tuple(value.shape)}"
+            )
+        with torch.no_grad():
+            self.theta.copy_(value)
+        self._split()
+
+    @property
+    def idx_fwd(self) -> Index:
+        """A as `torch.where` gives it: row and column indices, int64, in row-major order."""
+        return self._unravel(self.positions[: len(self.set_fwd)])
+
+    @property
+    def idx_bwd(self) -> Index:
+        """B as `torch.where` gives it."""
+        return self._unravel(self.positions.sort().values)
+
+    @property
+    def idx_justbwd(self) -> Index:
+        """B∖A as `torch.where` gives it."""
+        return self._unravel(self.positions[len(self.set_fwd) :])
+
+    @staticmethod
+    def compute_mask(matrix: Tensor, p: float) -> Index:
+        """Find the entries of largest magnitude.
+
+        Args:
+            matrix: Weights, floating point.
+            p: Sparsity, fraction in [0, 1).
+
+        Returns:
+            Indices of the max(1, floor((1 − p)·n + 1/2)) largest of the n entries, as
+            `torch.where` gives them; ties go to the lowest flat index.
+        """
+        sparsity = check_number("p", p, 0.0, 1.0)
+        scores = magnitudes("matrix", matrix.detach(), (1, 1), "l2")
+        return torch.where(top_sets("matrix", scores, Allocation(sparsity, sparsity))[0])
+
+    def reset_parameters(self) -> None:
+        """Draw θ (Kaiming uniform, as `torch.nn.Linear`) and the bias; choose A and B."""
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.kaiming_uniform_(self.theta, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        self._split()
+        self.update_active_param_set()
+
+    def update_active_param_set(self, optimizer: Optimizer | None = None) -> None:
+        """Choose A and B anew from θ.
+
+        Args:
+            optimizer: The optimiser of this layer's parameters, if it keeps slots (momentum,
+                Adam): each slot then stays with its weight, and a weight that newly enters B
+                starts with zero slots.
+
+        Raises:
+            ValueError: θ holds NaN; nothing has changed.
+        """
+        scores = magnitudes("weight", self.weight, (1, 1), "l2")
+        forward, backward = top_sets("weight", scores, Allocation(self.p_forward, self.p_backward))
+        sets = (forward, backward & ~forward)
+        self.arrange(torch.cat([mask.flatten().nonzero().squeeze(1) for mask in sets]), optimizer)
+
+    def arrange(self, positions: Tensor, optimizer: Optimizer | None = None) -> None:
+        """Let the parameter hold θ at ``positions``; gradient and slots move along.
+
+        Args:
+            positions: Flat indices into θ, int64, [|B|], those of A first.
+            optimizer: The optimiser of this layer's parameters, if it keeps slots.
+        """
+        self._merge()
+        parameter = self.active_fwd_weights
+        slots = optimizer.state.get(parameter, {}).values() if optimizer else ()
+        for slot in (parameter.grad, *slots):
+            if isinstance(slot, Tensor) and slot.shape == parameter.shape:
+                spread = slot.new_zeros(self.theta.numel())
+                spread[self.positions] = slot
+                slot.copy_(spread[positions])
+        self.positions.copy_(positions)
+        self._split()
+
+    def reset_justbwd_weights(self) -> None:
+        """Write the values of B back into θ, as reading ``weight`` does.
+
+        Kept for loops written for the seed. No update is lost without it.
+        """
+        self._merge()
+
+    def forward(self, inputs: Tensor, sparse: bool = True) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            inputs: [..., in_features].
+            sparse: Compute with α, the network that is trained. False computes with all of θ,
+                for prediction only: parameters then get no gradient.
+
+        Returns:
+            [..., out_features].
+        """
+        if not sparse:
+            bias = None if self.bias is None else self.bias.detach()
+            return F.linear(inputs, self.weight.clone(), bias)
+        if not torch.compiler.is_compiling():
+            self._take_what_was_written()
+        return F.linear(inputs, self._alpha(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Describe the layer for ``print``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"p_forward={self.p_forward}, p_backward={self.p_backward}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def _alpha(self) -> Tensor:
+        """Return α with the gradient of the identity on B."""
+        active, exploring = self.active_fwd_weights.tensor_split([len(self.set_fwd)])
+        values = torch.cat((active, exploring - exploring.detach()))
+        return values.new_zeros(self.theta.numel()).scatter(0, self.positions, values).view(
+            self.theta.shape
+        )
+
+    def _unravel(self, flat: Tensor) -> Index:
+        return flat // self.in_features, flat % self.in_features
+
+    @torch.no_grad()
+    def _merge(self) -> None:
+        """Write the values of B into θ, unless θ was written to since the last time."""
+        self._take_what_was_written()
+        self.theta.view(-1)[self.positions] = self.active_fwd_weights.detach()
+        self._seen = self.theta._version
+
+    @torch.no_grad()
+    def _split(self) -> None:
+        """Read the values of B from θ."""
+        self.active_fwd_weights.copy_(self.theta.view(-1)[self.positions])
+        self._seen = self.theta._version
+
+    def _take_what_was_written(self) -> None:
+        if self.theta._version != self._seen:
+            self._split()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TopKastLinear":
+        self._merge()
+        super()._apply(fn, recurse)
+        self._seen = self.theta._version
+        return self
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._merge()
+        super()._save_to_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._merge()
+        return {**self.__dict__, "_seen": -1}

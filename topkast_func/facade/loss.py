@@ -1,0 +1,87 @@
+"""A loss that carries the seed's penalty on all weights that take part."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topkast_func.config import check_number, density
+from topkast_func.facade.linear import TopKastLinear
+from topkast_func.loss import group_l2
+
+
+class TopKastLoss(nn.Module):
+    """loss(ŷ, y) + alpha · Σ over layers of the norm of their weights.
+
+    A `TopKastLinear` counts with ‖θ_A‖₂ + ‖θ_{B∖A}‖₂ / D (`group_l2`), every other module that
+    has a parameter ``weight`` with its plain norm.
+
+    Args:
+        loss: A loss class such as `torch.nn.MSELoss`, which is called without arguments, or a
+            loss function ``(y_hat, y) -> scalar``.
+        net: The network whose weights are penalised, at any depth.
+        alpha: Weight λ of the penalty, in [0, 1].
+        device: Accepted for the seed's sake; the penalty is computed where the weights are.
+
+    Attributes:
+        loss: The loss without penalty.
+
+    Raises:
+        TypeError: ``alpha`` is no number.
+        ValueError: ``alpha`` is outside [0, 1].
+
+    Departures:
+        The seed sees direct children only.
+
+    Example:
+        >>> net = nn.Sequential(TopKastLinear(4, 1, 0.5, 0.25))
+        >>> TopKastLoss(nn.MSELoss, net, alpha=0.1)(net(torch.ones(2, 4)), torch.zeros(2, 1)).shape
+        torch.Size([])
+    """
+
+    loss: Callable[[Any, Any], Tensor]
+
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        net: nn.Module,
+        alpha: float = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= check_number("alpha", alpha, 0.0) <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+        self.loss = loss() if isinstance(loss, type) else loss
+        self.net = net
+        self.alpha = alpha
+        self.device = device
+
+    def compute_norm_active_set(self) -> Tensor:
+        """Sum the norms over the modules of the network.
+
+        Returns:
+            The penalty before its weight, 0-d.
+        """
+        norms = [norm for module in self.net.modules() for norm in _norms(module)]
+        return torch.stack(norms).sum() if norms else torch.zeros(())
+
+    def forward(self, y_hat: Any, y: Any) -> Tensor:
+        """Return the penalised loss.
+
+        Args:
+            y_hat: Output of the network.
+            y: Target, as the loss takes it.
+
+        Returns:
+            The penalised loss, 0-d.
+        """
+        return self.loss(y_hat, y) + self.alpha * self.compute_norm_active_set()
+
+
+def _norms(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, TopKastLinear):
+        values = module.active_fwd_weights.tensor_split([len(module.set_fwd)])
+        return [group_l2(*values, density(module.p_forward))]
+    weight = module._parameters.get("weight")
+    return [] if weight is None else [torch.linalg.vector_norm(weight)]

@@ -1,0 +1,282 @@
+"""The seed's training loop: refreshes by epoch, early stopping, the best network kept."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from math import isclose, isfinite
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
+from tqdm.auto import tqdm
+
+from topkast_func.config import check_count, check_number
+from topkast_func.facade.linear import TopKastLinear
+from topkast_func.facade.loss import TopKastLoss
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class TopKastTrainer:
+    """Train a network of `TopKastLinear` (and other) layers with any `torch.optim` optimiser.
+
+    Sets are chosen anew at the start of every epoch while exploring, then at every
+    ``update_every``-th epoch. Validation and early stopping measure the loss without penalty
+    of the network that is trained (α). When training ends, the network has the weights of
+    its best epoch.
+
+    Args:
+        net: The network; it is moved to the device and trained in place.
+        loss: A `TopKastLoss`, or any loss ``(y_hat, y) -> scalar``.
+        num_epochs: Most epochs to train, at least 1.
+        print_info_every: Print the losses every so many epochs, at least 1.
+        print_loss_history: Print all losses up to the best epoch in the end.
+        num_epochs_explore: Epochs that choose sets anew each time, in [0, num_epochs]; None
+            for a tenth of num_epochs, at least one.
+        update_every: Epochs between two choices after that, at least 1; None for a fifth of
+            num_epochs.
+        batch_size: Observations per batch, at least 1; None for a fiftieth of the data.
+        train_val_test_split: Fractions that sum to 1; the third may be left out for 0.
+        patience: Stop after so many epochs without a better validation loss, at least 1;
+            None never stops early.
+        optimizer: The optimiser, built from ``net.parameters()``.
+        seed: Seed of the split and of the order of the batches.
+        data: A map-style data set of pairs (features, target).
+        device: Where to train; None takes the GPU if there is one.
+
+    Attributes:
+        losses_train: Mean loss of each epoch's batches without penalty, float64, [epochs run].
+        losses_validation: Loss after each epoch on the validation part, without penalty; NaN
+            where that part is empty (the training loss then decides what is best).
+        best_loss: Lowest validation loss.
+        best_epoch: Its epoch, from 0.
+        best_net: Copy of the network of that epoch; None before training.
+        test_loss: What `eval` returned last.
+
+    Raises:
+        TypeError: A number is no number, or the optimiser no `torch.optim.Optimizer`.
+        ValueError: Data or optimiser are missing, the split does not sum to 1 or leaves no
+            training data, or a number is out of range.
+
+    Departures:
+        The seed's losses carry the penalty, and its training loss is divided by the batch
+        size once more. Targets are brought to the shape and dtype of the output only where
+        they have as many entries, so that class indices stay as they are.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        num_epochs: int = 50,
+        print_info_every: int = 10,
+        print_loss_history: bool = False,
+        num_epochs_explore: int | None = None,
+        update_every: int | None = None,
+        batch_size: int | None = None,
+        train_val_test_split: Sequence[float] = (0.7, 0.2, 0.1),
+        patience: int | None = None,
+        optimizer: Optimizer | None = None,
+        seed: int = 42,
+        data: "Dataset[Any] | None" = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if data is None:
+            raise ValueError("data is missing: pass a data set of pairs (features, target)")
+        if optimizer is None:
+            raise ValueError("optimizer is missing: pass one built from net.parameters()")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+        n_obs = len(data)  # type: ignore[arg-type]
+        self.num_epochs = check_count("num_epochs", num_epochs, 1)
+        self.print_info_every = check_count("print_info_every", print_info_every, 1)
+        self.print_loss_history = print_loss_history
+        self.num_epochs_explore = _or(num_epochs_explore, num_epochs // 10, "num_epochs_explore", 0)
+        if self.num_epochs_explore > num_epochs:
+            raise ValueError(
+                f"num_epochs_explore must be in [0, num_epochs={num_epochs}], "
+                f"got {num_epochs_explore}"
+            )
+        self.update_every = _or(update_every, num_epochs // 5, "update_every", 1)
+        self.patience = _or(patience, num_epochs, "patience", 1)
+        self.batch_size = _or(batch_size, n_obs // 50, "batch_size", 1)
+        generator = torch.Generator().manual_seed(seed)
+        parts = random_split(data, _counts(train_val_test_split, n_obs), generator)
+        self.train_dataset, self.validation_dataset, self.test_dataset = parts
+        if not len(self.train_dataset):
+            raise ValueError(
+                f"train_val_test_split={train_val_test_split} of {n_obs} observations leaves "
+                "none to train on"
+            )
+        self.train_loader = DataLoader(
+            self.train_dataset, self.batch_size, shuffle=True, generator=generator
+        )
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.net = net.to(self.device)
+        self.loss = loss
+        self.data_loss = loss.loss if isinstance(loss, TopKastLoss) else loss
+        self.optimizer = optimizer
+        self.losses_train = np.zeros(0)
+        self.losses_validation = np.zeros(0)
+        self.best_loss = float("inf")
+        self.best_epoch = 0
+        self.best_net: nn.Module | None = None
+        self.test_loss: float | None = None
+
+    def train(self) -> None:
+        """Train, then give the network the weights of its best epoch.
+
+        A training loss that is not finite ends the training with a warning.
+        """
+        with tqdm(range(self.num_epochs), desc="training", unit="epoch") as epochs:
+            for epoch in epochs:
+                self._refresh_when_due(epoch)
+                train, validation = self._train_epoch(), self._mean_loss(self.validation_dataset)
+                self.losses_train = np.append(self.losses_train, train)
+                self.losses_validation = np.append(self.losses_validation, validation)
+                epochs.set_postfix(train=f"{train:.4g}", validation=f"{validation:.4g}")
+                if (epoch + 1) % self.print_info_every == 0:
+                    tqdm.write(
+                        f"epoch {epoch + 1}: training loss {train:.6g}, "
+                        f"validation loss {validation:.6g}"
+                    )
+                self._keep_if_best(epoch, validation if len(self.validation_dataset) else train)
+                if not isfinite(train):
+                    warnings.warn(f"training ends: the loss of epoch {epoch + 1} is {train}")
+                    break
+                if epoch - self.best_epoch >= self.patience:
+                    break
+        self._restore_best()
+        if self.print_loss_history:
+            print("training loss:", self.losses_train[: self.best_epoch + 1])
+            print("validation loss:", self.losses_validation[: self.best_epoch + 1])
+
+    def predict(self, data: Tensor) -> Any:
+        """Run the trained network in evaluation mode.
+
+        Args:
+            data: Features, [n, ...].
+
+        Returns:
+            The output of the network, without a gradient.
+        """
+        mode = self.net.training
+        self.net.eval()
+        try:
+            with torch.no_grad():
+                return self.net(self._features(data))
+        finally:
+            self.net.train(mode)
+
+    def eval(self, test_data: "Dataset[Any] | tuple[Tensor, Tensor] | None" = None) -> float:
+        """Measure the loss without penalty of the trained network (α).
+
+        Args:
+            test_data: A data set of pairs (features, target), or one such pair of tensors;
+                None for the test part of the data.
+
+        Returns:
+            The mean loss.
+
+        Raises:
+            ValueError: There are no observations to measure on.
+        """
+        if isinstance(test_data, tuple):
+            test_data = TensorDataset(*test_data)
+        chosen: Any = self.test_dataset if test_data is None else test_data
+        if not len(chosen):
+            raise ValueError("no observations to evaluate on: the test part is empty")
+        self.test_loss = self._mean_loss(chosen)
+        return self.test_loss
+
+    def plot_loss(self) -> "Figure":
+        """Draw training and validation loss over epochs.
+
+        Returns:
+            The figure.
+        """
+        from topkast_func import plots
+
+        return plots.losses(self.losses_train, self.losses_validation)
+
+    def _sparse_layers(self) -> Iterator[tuple[str, TopKastLinear]]:
+        for name, module in self.net.named_modules():
+            if isinstance(module, TopKastLinear):
+                yield name, module
+
+    def _refresh_when_due(self, epoch: int) -> None:
+        if epoch < self.num_epochs_explore or epoch % self.update_every == 0:
+            for _, layer in self._sparse_layers():
+                layer.update_active_param_set(self.optimizer)
+
+    def _train_epoch(self) -> float:
+        self.net.train()
+        total = 0.0
+        for features, target in self.train_loader:
+            total += self._train_batch(self._features(features), target) * len(target)
+        return total / len(self.train_dataset)
+
+    def _train_batch(self, features: Tensor, target: Tensor) -> float:
+        measured = []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            y_hat = self.net(features)
+            y = self._target(target, y_hat)
+            measured.append(self.data_loss(y_hat.detach(), y))
+            loss = self.loss(y_hat, y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        self.optimizer.step(closure)  # type: ignore[arg-type]
+        return float(measured[0])
+
+    def _mean_loss(self, data: "Subset[Any] | Dataset[Any]") -> float:
+        total, n = 0.0, 0
+        for features, target in DataLoader(data, max(self.batch_size, 256)):
+            y_hat = self.predict(features)
+            total += float(self.data_loss(y_hat, self._target(target, y_hat))) * len(target)
+            n += len(target)
+        return total / n if n else float("nan")
+
+    def _features(self, features: Tensor) -> Tensor:
+        features = features.to(self.device)
+        floating = (p.dtype for p in self.net.parameters() if p.is_floating_point())
+        return features.to(next(floating)) if features.is_floating_point() else features
+
+    def _target(self, target: Tensor, y_hat: Any) -> Tensor:
+        target = target.to(self.device)
+        if isinstance(y_hat, Tensor) and target.numel() == y_hat.numel():
+            return target.reshape(y_hat.shape).to(y_hat.dtype)
+        return target
+
+    def _keep_if_best(self, epoch: int, loss: float) -> None:
+        if loss < self.best_loss:
+            self.best_epoch, self.best_loss = epoch, loss
+            self.best_net = copy.deepcopy(self.net)
+
+    def _restore_best(self) -> None:
+        if self.best_net is None:
+            return
+        best = self.best_net.state_dict()
+        for name, layer in self._sparse_layers():
+            layer.arrange(best[f"{name}.positions".lstrip(".")], self.optimizer)
+        self.net.load_state_dict(best)
+
+
+def _or(value: int | None, default: int, name: str, low: int) -> int:
+    return max(1, default) if value is None else check_count(name, value, low)
+
+
+def _counts(split: Sequence[float], n: int) -> list[int]:
+    """Round the bounds between the parts of ``n``, so that the parts sum to ``n``."""
+    fractions = [check_number("train_val_test_split", part, 0.0) for part in split]
+    if len(fractions) not in (2, 3) or not isclose(sum(fractions), 1.0, abs_tol=1e-6):
+        raise ValueError(f"train_val_test_split must be 2 or 3 fractions of sum 1, got {split!r}")
+    bounds = [0, round(n * fractions[0]), round(n * (fractions[0] + fractions[1])), n]
+    return [high - low for low, high in pairwise(bounds)]
