@@ -27,7 +27,7 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
     """Write a state to a safetensors file.
 
     The file appears whole or not at all: a process killed while saving leaves what was at
-    ``path``. Tensors are named ``step``, ``seed``, ``count``, ``theta/NAME``,
+    ``path``. Tensors are named ``step``, ``seed``, ``optimizer_step``, ``theta/NAME``,
     ``forward/NAME``, ``backward/NAME``, ``buffers/NAME``, ``frozen/NAME`` and
     ``slots/KIND/NAME``; the entry ``topkast_func`` of the metadata is a JSON object with the
     format, its version and the order of the tensors.
@@ -94,7 +94,7 @@ def load(
 def _flat(state: TrainState) -> Iterator[tuple[str, Tensor]]:
     yield "step", state.step
     yield "seed", state.seed
-    yield "count", state.optimizer.count
+    yield "optimizer_step", state.optimizer.step
     trees: dict[str, Mapping[str, Tensor]] = {
         "theta": dense_params(state),
         "forward": {name: masks.forward for name, masks in masks_of(state).items()},
@@ -122,7 +122,7 @@ def _state(tensors: Tensors) -> TrainState:
         weights=DenseWeights(tree("theta/"), masks),
         buffers=tree("buffers/"),
         frozen=tree("frozen/"),
-        optimizer=OptimizerState(tensors["count"].cpu(), slots),
+        optimizer=OptimizerState(tensors["optimizer_step"].cpu(), slots),
     )
 
 

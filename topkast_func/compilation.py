@@ -22,7 +22,7 @@ BROKEN = (
 )
 
 
-def compiled(step: FunctionType, compile: bool | Mapping[str, Any]) -> Callable[..., Any]:
+def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Callable[..., Any]:
     """Compile a pure step.
 
     A fault of the caller's own (a loss that is no scalar, a batch the model refuses) raises
@@ -60,7 +60,7 @@ def compiled(step: FunctionType, compile: bool | Mapping[str, Any]) -> Callable[
     return call
 
 
-def _fresh(step: FunctionType) -> FunctionType:
+def _fresh(step: Any) -> FunctionType:
     """Copy a function with code of its own: Dynamo counts recompiles per code object."""
     return FunctionType(
         step.__code__.replace(),

@@ -66,9 +66,10 @@ def check_number(name: str, value: object, low: float, high: float = float("inf"
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in [{low}, {high}), got {value!r}")
-    if not low <= value < high:
+    number = float(value)
+    if not low <= number < high:
         raise ValueError(f"{name} must be in [{low}, {high}), got {value!r}")
-    return float(value)
+    return number
 
 
 def check_count(name: str, value: object, low: int) -> int:
@@ -181,9 +182,9 @@ def _sparsity(name: str, value: object) -> float | SparsityMap:
         return check_number(name, value, 0.0, 1.0)
     if not value:
         raise ValueError(f"{name} must name at least one pattern, got an empty mapping")
-    return SparsityMap(
-        {pattern: check_number(f"{name}[{pattern!r}]", s, 0.0, 1.0) for pattern, s in value.items()}
-    )
+    return SparsityMap({
+        pattern: check_number(f"{name}[{pattern!r}]", s, 0.0, 1.0) for pattern, s in value.items()
+    })
 
 
 def _selection(sparse: object) -> tuple[str, ...] | Predicate | None:

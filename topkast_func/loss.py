@@ -34,7 +34,7 @@ def l1(active: Tensor, exploring: Tensor, density: float) -> Tensor:
 
 def group_l2(active: Tensor, exploring: Tensor, density: float) -> Tensor:
     """Return ‖θ_A‖₂ + ‖θ_{B∖A}‖₂ / D of one tensor; see `l2` for the arguments."""
-    norm = torch.linalg.vector_norm
+    norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
     return norm(active) + norm(exploring) / density
 
 

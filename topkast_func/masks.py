@@ -125,7 +125,8 @@ def magnitudes(
             f"block_shape={block_shape} does not divide params[{name!r}] of shape "
             f"{tuple(theta.shape)}"
         )
-    blocks = theta.double().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    grid = (theta.shape[0] // rows, rows, theta.shape[1] // columns, columns)
+    blocks = theta.double().reshape(*grid, *theta.shape[2:])
     entries = blocks.square() if block_norm == "l2" else blocks.abs()
     return entries.sum(dim=(1, 3))
 

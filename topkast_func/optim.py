@@ -19,11 +19,11 @@ class OptimizerState(NamedTuple):
     """What an optimiser remembers.
 
     Attributes:
-        count: Updates made so far, int64, 0-d, on the CPU.
+        step: Updates made so far, int64, 0-d, on the CPU.
         slots: For each kind of slot a tree with one tensor per parameter, of its shape.
     """
 
-    count: Tensor
+    step: Tensor
     slots: dict[str, Tensors]
 
 
@@ -33,8 +33,8 @@ class Optimizer(NamedTuple):
     Attributes:
         init: ``init(params)`` to an `OptimizerState` with zero slots.
         update: ``update(grads, state, params, lr=None)`` to (updates, state); the updates are
-            to be added to the parameters. ``lr`` None takes ``learning_rate(state.count)``.
-        learning_rate: ``learning_rate(count)`` to the 0-d learning rate of that update.
+            to be added to the parameters. ``lr`` None takes ``learning_rate(state.step)``.
+        learning_rate: ``learning_rate(step)`` to the 0-d learning rate of that update.
     """
 
     init: Callable[[Params], OptimizerState]
@@ -168,8 +168,8 @@ def _optimizer(lr: LearningRate, kinds: tuple[str, ...], rule: Rule) -> Optimize
     def update(
         grads: Params, state: OptimizerState, params: Params, lr: Tensor | None = None
     ) -> tuple[Tensors, OptimizerState]:
-        rate = learning_rate(state.count) if lr is None else lr
-        t = (state.count + 1).double()
+        rate = learning_rate(state.step) if lr is None else lr
+        t = (state.step + 1).double()
         updates: Tensors = {}
         slots: dict[str, Tensors] = {kind: {} for kind in kinds}
         for name, theta in params.items():
@@ -178,17 +178,17 @@ def _optimizer(lr: LearningRate, kinds: tuple[str, ...], rule: Rule) -> Optimize
             updates[name] = -rate * direction
             for kind in kinds:
                 slots[kind][name] = held[kind]
-        return updates, OptimizerState(state.count + 1, slots)
+        return updates, OptimizerState(state.step + 1, slots)
 
     return Optimizer(init, update, learning_rate)
 
 
 def _schedule(lr: LearningRate) -> Callable[[Tensor], Tensor]:
     if callable(lr):
-        return lambda count: torch.as_tensor(lr(count), dtype=torch.float64)
+        return lambda step: torch.as_tensor(lr(step), dtype=torch.float64)
     if isinstance(lr, Tensor):
         if lr.ndim != 0:
             raise ValueError(f"lr must be a 0-d tensor, got shape {tuple(lr.shape)}")
-        return lambda count: lr
+        return lambda step: lr
     constant = torch.tensor(check_number("lr", lr, 0.0), dtype=torch.float64)
-    return lambda count: constant
+    return lambda step: constant

@@ -1,11 +1,11 @@
 """Pictures of sets and losses; each function returns a matplotlib Figure."""
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from numpy.typing import ArrayLike
 
 from topkast_func.masks import Masks
 
@@ -39,7 +39,7 @@ def sets(masks: Masks, title: str = "") -> Figure:
     return figure
 
 
-def losses(train: Sequence[float], validation: Sequence[float]) -> Figure:
+def losses(train: ArrayLike, validation: ArrayLike) -> Figure:
     """Draw training and validation loss over epochs, on a logarithmic scale.
 
     Args:
@@ -50,8 +50,9 @@ def losses(train: Sequence[float], validation: Sequence[float]) -> Figure:
         The figure.
     """
     figure, axes = plt.subplots(layout="constrained")
-    for curve, label in ((train, "training"), (validation, "validation")):
-        if len(curve):
+    for values, label in ((train, "training"), (validation, "validation")):
+        curve = np.asarray(values)
+        if curve.size and not np.isnan(curve).all():
             axes.plot(range(1, len(curve) + 1), curve, label=label)
     axes.set(xlabel="epoch", ylabel="loss", yscale="log")
     axes.legend()

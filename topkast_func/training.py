@@ -84,7 +84,8 @@ def init_state(
 
     Raises:
         TypeError: A leaf is not a floating-point tensor.
-        ValueError: A leaf is empty or holds NaN, or the configuration does not fit.
+        ValueError: A leaf is empty or the configuration does not fit.
+        NaNParameterError: A leaf holds NaN; a ValueError too.
     """
     if storage != "dense":
         raise ValueError(f"storage must be 'dense', got {storage!r}")
@@ -171,17 +172,17 @@ def make_train_step(
                 weights=weights.moved(updates),
                 buffers=written,
                 frozen=state.frozen,
-                optimizer=OptimizerState(moved.count, weights.restricted(moved.slots)),
+                optimizer=OptimizerState(moved.step, weights.restricted(moved.slots)),
             )
         return after, StepMetrics(loss, data_loss, penalty)
 
-    run = compiled(step, compile)
+    run: Callable[..., tuple[TrainState, StepMetrics]] = compiled(step, compile)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         check_names(model, state.weights.values().keys() | state.frozen.keys())
         state = _refreshed_when_due(state, config)
         with _random_numbers_of(state):
-            return run(state, batch, optimizer.learning_rate(state.optimizer.count))
+            return run(state, batch, optimizer.learning_rate(state.optimizer.step))
 
     return train_step
 
@@ -199,7 +200,7 @@ def refresh(state: TrainState, config: TopKastConfig) -> TrainState:
         The state with its new sets.
 
     Raises:
-        ValueError: A sparse parameter holds NaN.
+        NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
     if config.explore_until is not None and int(state.step) >= config.explore_until:
         masks = {n: Masks(m.forward, m.forward.clone()) for n, m in masks_of(state).items()}

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from topkast_func.allocation import Allocation
@@ -55,6 +55,7 @@ class TopKastLinear(nn.Module):
 
     theta: Tensor
     positions: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -197,10 +198,10 @@ class TopKastLinear(nn.Module):
         """
         if not sparse:
             bias = None if self.bias is None else self.bias.detach()
-            return F.linear(inputs, self.weight.clone(), bias)
+            return functional.linear(inputs, self.weight.clone(), bias)
         if not torch.compiler.is_compiling():
             self._take_what_was_written()
-        return F.linear(inputs, self._alpha(), self.bias)
+        return functional.linear(inputs, self._alpha(), self.bias)
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print``."""
@@ -214,8 +215,11 @@ class TopKastLinear(nn.Module):
         """Return α with the gradient of the identity on B."""
         active, exploring = self.active_fwd_weights.tensor_split([len(self.set_fwd)])
         values = torch.cat((active, exploring - exploring.detach()))
-        return values.new_zeros(self.theta.numel()).scatter(0, self.positions, values).view(
-            self.theta.shape
+        return (
+            values
+            .new_zeros(self.theta.numel())
+            .scatter(0, self.positions, values)
+            .view(self.theta.shape)
         )
 
     def _unravel(self, flat: Tensor) -> Index:
@@ -240,7 +244,7 @@ class TopKastLinear(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TopKastLinear":
         self._merge()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._seen = self.theta._version
         return self
 

@@ -81,7 +81,7 @@ class TopKastLoss(nn.Module):
 
 def _norms(module: nn.Module) -> list[Tensor]:
     if isinstance(module, TopKastLinear):
-        values = module.active_fwd_weights.tensor_split([len(module.set_fwd)])
-        return [group_l2(*values, density(module.p_forward))]
+        active, exploring = module.active_fwd_weights.tensor_split([len(module.set_fwd)])
+        return [group_l2(active, exploring, density(module.p_forward))]
     weight = module._parameters.get("weight")
     return [] if weight is None else [torch.linalg.vector_norm(weight)]

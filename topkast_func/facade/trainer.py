@@ -147,7 +147,9 @@ class TopKastTrainer:
                     )
                 self._keep_if_best(epoch, validation if len(self.validation_dataset) else train)
                 if not isfinite(train):
-                    warnings.warn(f"training ends: the loss of epoch {epoch + 1} is {train}")
+                    warnings.warn(
+                        f"training ends: the loss of epoch {epoch + 1} is {train}", stacklevel=2
+                    )
                     break
                 if epoch - self.best_epoch >= self.patience:
                     break

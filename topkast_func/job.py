@@ -1,0 +1,162 @@
+"""The main job: a small regression network, trained by the functional interface."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset, random_split
+from tqdm.auto import tqdm
+
+from topkast_func.config import TopKastConfig
+from topkast_func.data import BostonHousing, SyntheticDataset
+from topkast_func.optim import sgd
+from topkast_func.training import (
+    TrainState,
+    dense_params,
+    forward_params,
+    init_state,
+    make_train_step,
+    masks_of,
+)
+
+JOBS: dict[str, Callable[[], TensorDataset]] = {
+    "boston": lambda: BostonHousing(standardize=True),
+    "synthetic": lambda: SyntheticDataset(1024),
+}
+WIDTH, BATCH_SIZE, SPLIT_SEED = 128, 64, 42
+
+
+class Run(NamedTuple):
+    """What a training run came to.
+
+    Attributes:
+        state: The state of lowest validation loss.
+        best_epoch: Its epoch, from 0.
+        train_losses: Mean squared error over each epoch's batches.
+        validation_losses: Mean squared error on the validation part after each epoch.
+        test_mse: Mean squared error of the best state on the test part.
+        mean_mse: The same of predicting the mean of the training targets.
+        seconds: Wall time, compilation included.
+    """
+
+    state: TrainState
+    best_epoch: int
+    train_losses: list[float]
+    validation_losses: list[float]
+    test_mse: float
+    mean_mse: float
+    seconds: float
+
+
+class Layer(NamedTuple):
+    """One line of the summary.
+
+    Attributes:
+        name: Name of the parameter.
+        shape: Its shape.
+        forward: Entries in A.
+        backward: Entries in B.
+        forward_density: Share of entries in A.
+        backward_density: Share of entries in B.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    forward: int
+    backward: int
+    forward_density: float
+    backward_density: float
+
+
+def train(job: str, config: TopKastConfig, epochs: int, seed: int, label: str) -> Run:
+    """Train an MLP on 70 % of the data, choose the epoch on 20 %, test on the rest.
+
+    Args:
+        job: Key of `JOBS`.
+        config: Sparsities and refresh interval.
+        epochs: Passes over the data, at least 1.
+        seed: Seed of the weights and the batches; the split is always the same.
+        label: Words before the progress bar.
+
+    Returns:
+        The run.
+    """
+    start = time.perf_counter()
+    split = torch.Generator().manual_seed(SPLIT_SEED)
+    parts = random_split(JOBS[job](), (0.7, 0.2, 0.1), split)
+    (features, _), validation, test = parts[0][:], parts[1][:], parts[2][:]
+    model = _network(features.shape[1], seed)
+    optimizer = sgd(lr=1e-3, momentum=0.9)
+    state = best = init_state(model, config, optimizer, seed=seed)
+    train_step = make_train_step(model, _mean_squared_error, config, optimizer)
+    order = torch.Generator().manual_seed(seed)
+    batches = DataLoader(parts[0], BATCH_SIZE, shuffle=True, drop_last=True, generator=order)
+    train_losses: list[float] = []
+    validation_losses: list[float] = []
+    with tqdm(range(epochs), desc=label, unit="epoch") as progress:
+        for _ in progress:
+            losses = []
+            for batch in batches:
+                state, metrics = train_step(state, batch)
+                losses.append(metrics.data_loss)
+            train_losses.append(float(torch.stack(losses).mean()))
+            validation_losses.append(_test(model, state, validation))
+            if validation_losses[-1] == min(validation_losses):
+                best = state
+            progress.set_postfix(train=train_losses[-1], validation=validation_losses[-1])
+    return Run(
+        state=best,
+        best_epoch=validation_losses.index(min(validation_losses)),
+        train_losses=train_losses,
+        validation_losses=validation_losses,
+        test_mse=_test(model, best, test),
+        mean_mse=float((test[1] - parts[0][:][1].mean()).square().mean()),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def layers(state: TrainState) -> list[Layer]:
+    """Summarise the sparse parameters of a state.
+
+    Args:
+        state: The state.
+
+    Returns:
+        One line per parameter.
+    """
+    theta = dense_params(state)
+    return [
+        Layer(
+            name,
+            tuple(theta[name].shape),
+            *(int(mask.sum()) for mask in masks),
+            *(float(mask.float().mean()) for mask in masks),
+        )
+        for name, masks in masks_of(state).items()
+    ]
+
+
+def _network(features: int, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(features, WIDTH),
+            nn.ReLU(),
+            nn.Linear(WIDTH, WIDTH),
+            nn.ReLU(),
+            nn.Linear(WIDTH, 1),
+            nn.Flatten(0),
+        )
+
+
+def _mean_squared_error(apply: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> Tensor:
+    features, target = batch
+    return nn.functional.mse_loss(apply(features), target)
+
+
+def _test(model: nn.Module, state: TrainState, batch: tuple[Tensor, Tensor]) -> float:
+    apply = lambda x: functional_call(model, forward_params(state), (x,))  # noqa: E731
+    return float(_mean_squared_error(apply, batch))
