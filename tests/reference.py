@@ -1,0 +1,98 @@
+"""Slow oracles in NumPy float64 with plain loops, each from the equation it cites."""
+
+import math
+from collections.abc import Iterator
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def count(sparsity: float, n: int) -> int:
+    """k = max(1, floor((1 − s)·n + 1/2)): "Counts are exact"."""
+    return max(1, math.floor((1.0 - sparsity) * n + 0.5))
+
+
+def top_mask(theta: Array, sparsity: float) -> Mask:
+    """Largest magnitudes first, ties to the lowest flat index."""
+    flat = np.abs(theta).ravel()
+    ranking = sorted(range(flat.size), key=lambda i: (-flat[i], i))
+    mask = np.zeros(flat.size, bool)
+    mask[ranking[: count(sparsity, flat.size)]] = True
+    return mask.reshape(theta.shape)
+
+
+def block_mask(theta: Array, sparsity: float, block: tuple[int, int], norm: str) -> Mask:
+    """Whole blocks over the first two axes, by norm, at each position of the others."""
+    rows, columns = block
+    grid = (theta.shape[0] // rows, theta.shape[1] // columns, *theta.shape[2:])
+    scores = np.zeros(grid)
+    for index in product(*map(range, grid)):
+        entries = theta[_block(index, block)]
+        scores[index] = (entries**2).sum() if norm == "l2" else np.abs(entries).sum()
+    chosen = top_mask(scores, sparsity)
+    mask = np.zeros(theta.shape, bool)
+    for index in product(*map(range, grid)):
+        mask[_block(index, block)] = chosen[index]
+    return mask
+
+
+def _block(index: tuple[int, ...], block: tuple[int, int]) -> tuple[slice | int, ...]:
+    i, j, *rest = index
+    rows, columns = block
+    return (
+        slice(i * rows, (i + 1) * rows),
+        slice(j * columns, (j + 1) * columns),
+        *rest,
+    )
+
+
+def penalty(form: str, theta: Array, forward: Mask, backward: Mask, density: float) -> float:
+    """Σ c_i·‖θ_i‖ with c = 1 on A, 1/D on B∖A, 0 on C, in its three readings."""
+    if form == "group_l2":
+        exploring = theta[backward & ~forward]
+        return float(
+            math.sqrt((theta[forward] ** 2).sum()) + math.sqrt((exploring**2).sum()) / density
+        )
+    total = 0.0
+    for value, coefficient in _terms(theta, forward, backward, density):
+        total += coefficient * (0.5 * value**2 if form == "l2" else abs(value))
+    return total
+
+
+def penalty_gradient(
+    form: str, theta: Array, forward: Mask, backward: Mask, density: float
+) -> Array:
+    """c_i θ_i (l2), c_i sign θ_i (l1), θ/‖θ_A‖ and θ/(D‖θ_{B∖A}‖) (group_l2; 0 at norm 0)."""
+    gradient = np.zeros(theta.shape)
+    sets = ((forward, 1.0), (backward & ~forward, 1.0 / density))
+    for mask, coefficient in sets:
+        norm = math.sqrt((theta[mask] ** 2).sum())
+        for index in zip(*np.nonzero(mask), strict=True):
+            value = theta[index]
+            gradient[index] = coefficient * {
+                "l2": value,
+                "l1": np.sign(value),
+                "group_l2": value / norm if norm else 0.0,
+            }[form]
+    return gradient
+
+
+def _terms(
+    theta: Array, forward: Mask, backward: Mask, density: float
+) -> Iterator[tuple[float, float]]:
+    for index in np.ndindex(*theta.shape):
+        if backward[index]:
+            yield float(theta[index]), 1.0 if forward[index] else 1.0 / density
+
+
+def step_at_alpha(theta: Array, forward: Mask, backward: Mask, gradient: Array, lr: float) -> Array:
+    """Δθ_i = −η g_i on B with g the gradient at α, 0 elsewhere."""
+    after = theta.copy()
+    for index in np.ndindex(*theta.shape):
+        if backward[index]:
+            after[index] = theta[index] - lr * gradient[index]
+    return after
