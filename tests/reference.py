@@ -12,7 +12,7 @@ Mask = NDArray[np.bool_]
 
 
 def count(sparsity: float, n: int) -> int:
-    """k = max(1, floor((1 − s)·n + 1/2)): "Counts are exact"."""
+    """Return k = max(1, floor((1 − s)·n + 1/2))."""
     return max(1, math.floor((1.0 - sparsity) * n + 0.5))
 
 
@@ -91,7 +91,7 @@ def _terms(
 
 def step_at_alpha(theta: Array, forward: Mask, backward: Mask, gradient: Array, lr: float) -> Array:
     """Δθ_i = −η g_i on B with g the gradient at α, 0 elsewhere."""
-    after = theta.copy()
+    after: Array = np.array(theta)
     for index in np.ndindex(*theta.shape):
         if backward[index]:
             after[index] = theta[index] - lr * gradient[index]
