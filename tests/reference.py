@@ -73,11 +73,14 @@ def penalty_gradient(
         norm = math.sqrt((theta[mask] ** 2).sum())
         for index in zip(*np.nonzero(mask), strict=True):
             value = theta[index]
-            gradient[index] = coefficient * {
-                "l2": value,
-                "l1": np.sign(value),
-                "group_l2": value / norm if norm else 0.0,
-            }[form]
+            gradient[index] = (
+                coefficient
+                * {
+                    "l2": value,
+                    "l1": np.sign(value),
+                    "group_l2": value / norm if norm else 0.0,
+                }[form]
+            )
     return gradient
 
 

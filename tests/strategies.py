@@ -30,16 +30,14 @@ def weights(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> Tensor:
     """Finite weights: values in {−1, 0, 1} (heavy ties), all equal, or any floats."""
-    size = draw(shape or shapes())
+    size = draw(shapes() if shape is None else shape)
     dtype = draw(st.sampled_from(dtypes))
     elements = draw(
-        st.sampled_from(
-            [
-                st.sampled_from([-1.0, 0.0, 1.0]),
-                st.just(0.0),
-                st.floats(-100, 100, width=16),
-            ]
-        )
+        st.sampled_from([
+            st.sampled_from([-1.0, 0.0, 1.0]),
+            st.just(0.0),
+            st.floats(-100, 100, width=16),
+        ])
     )
     return torch.from_numpy(draw(hnp.arrays(np.float64, size, elements=elements))).to(dtype)
 

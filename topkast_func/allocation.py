@@ -2,11 +2,11 @@
 
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from topkast_func.config import Sparsity, TopKastConfig, check_order
+from topkast_func.config import SparsityMap, TopKastConfig, check_order
 from topkast_func.types import Params
 
 
@@ -66,7 +66,8 @@ def select(params: Params, config: TopKastConfig) -> list[str]:
     elif callable(sparse):
         chosen = [name for name, leaf in params.items() if sparse(name, leaf)]
     else:
-        matched = {name for glob in sparse for name in _matches("sparse", glob, params)}
+        by_glob = {glob: [name for name in params if fnmatchcase(name, glob)] for glob in sparse}
+        matched = {name for glob in sparse for name in _some("sparse", glob, by_glob[glob], params)}
         chosen = [name for name in params if name in matched]
     if not chosen:
         raise ValueError(f"sparse={sparse!r} selects no parameter; there are: {_listed(params)}")
@@ -97,12 +98,12 @@ def allocate(names: Collection[str], config: TopKastConfig) -> dict[str, Allocat
     return {name: Allocation(forward[name], backward[name]) for name in forward}
 
 
-def _by_name(field: str, sparsity: Sparsity, names: Collection[str]) -> dict[str, float]:
-    if isinstance(sparsity, float):
+def _by_name(field: str, sparsity: Any, names: Collection[str]) -> dict[str, float]:
+    if not isinstance(sparsity, SparsityMap):
         return dict.fromkeys(names, sparsity)
     found: dict[str, float] = {}
     for glob, value in sparsity.items():
-        for name in _matches(field, glob, names):
+        for name in _some(field, glob, sparsity.matching(glob, names), names):
             if found.setdefault(name, value) != value:
                 raise ValueError(
                     f"{field} gives {name!r} both {found[name]} and {value} (pattern {glob!r})"
@@ -110,8 +111,7 @@ def _by_name(field: str, sparsity: Sparsity, names: Collection[str]) -> dict[str
     return found
 
 
-def _matches(field: str, glob: str, names: Iterable[str]) -> list[str]:
-    matched = [name for name in names if fnmatchcase(name, glob)]
+def _some(field: str, glob: str, matched: list[str], names: Iterable[str]) -> list[str]:
     if not matched:
         raise ValueError(f"{field}: {glob!r} matches no parameter; there are: {_listed(names)}")
     return matched

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from topkast_func.allocation import allocate, select
 from topkast_func.config import TopKastConfig
-from topkast_func.dense import DenseWeights
 from topkast_func.forward import check_names
 from topkast_func.masks import Masks, kept
 from topkast_func.optim import Optimizer, OptimizerState
-from topkast_func.training import TrainState, dense_params, masks_of
+from topkast_func.training import TrainState, dense_params, masks_of, stored
 from topkast_func.types import Model, Tensors
 
 FORMAT, VERSION = "topkast_func state", 1
@@ -119,7 +118,7 @@ def _state(tensors: Tensors) -> TrainState:
     return TrainState(
         step=tensors["step"].cpu(),
         seed=tensors["seed"].cpu(),
-        weights=DenseWeights(tree("theta/"), masks),
+        weights=stored(tree("theta/"), masks),
         buffers=tree("buffers/"),
         frozen=tree("frozen/"),
         optimizer=OptimizerState(tensors["optimizer_step"].cpu(), slots),

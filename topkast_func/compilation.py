@@ -6,19 +6,31 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    TorchDynamoException,
+)
+from torch.torch_version import TorchVersion
 
-ONE_GRAPH: Mapping[str, Any] = {"fullgraph": True}
+ONE_GRAPH: Mapping[str, Any] = {"fullgraph": True, "dynamic": False}
+"""Shapes are static: dropout under `torch.func.grad` cannot be traced with dynamic ones."""
+
 AS_EAGER: Mapping[str, Any] = {"options": {"fallback_random": True}}
 """Random numbers (dropout) drawn as the eager step draws them."""
 
-EAGER = (
-    "train_step runs eager, which on small models is slower by a multiple: torch.compile failed "
-    "on this machine ({}); a C++ compiler such as g++ is what it usually lacks"
-)
+COMPILES_FROM = "2.6"
+"""First version of torch that compiles the step."""
+
+EAGER = "train_step runs eager, on small models several times slower: {}"
 BROKEN = (
     "the model or loss_fn breaks the graph of train_step: take the break out, or pass "
     "make_train_step(..., compile={{'fullgraph': False}}) or compile=False. The break: {}"
+)
+SHAPES = (
+    "train_step has met more shapes of batches than torch.compile keeps graphs for "
+    "(torch._dynamo.config.recompile_limit): give batches few shapes, by padding or drop_last, "
+    "or pass make_train_step(..., compile={'dynamic': True}) or compile=False"
 )
 
 
@@ -32,13 +44,17 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
     Args:
         step: A pure function of tensors.
         compile: False for the step as it is, True for one graph, or options of
-            `torch.compile`, taken as they are over ``fullgraph=True``.
+            `torch.compile`, taken over ``fullgraph=True, dynamic=False``.
 
     Returns:
         The compiled step. It raises RuntimeError, naming the break and the way on, where the
         model or loss breaks the graph.
     """
     if compile is False:
+        return step
+    if TorchVersion(torch.__version__) < TorchVersion(COMPILES_FROM):
+        reason = f"torch {torch.__version__} is too old, {COMPILES_FROM} is needed"
+        warnings.warn(EAGER.format(reason), stacklevel=3)
         return step
     options = {**ONE_GRAPH, **(AS_EAGER if compile is True else compile)}
     fast: Callable[..., Any] = torch.compile(_fresh(step), **options)
@@ -47,8 +63,11 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
         nonlocal fast
         try:
             return fast(*arguments)
+        except FailOnRecompileLimitHit as failure:
+            raise RuntimeError(SHAPES) from failure
         except BackendCompilerFailed as failure:
-            warnings.warn(EAGER.format(_first_line(failure)), stacklevel=3)
+            reason = f"torch.compile failed ({_cause(failure)}); is there a C++ compiler?"
+            warnings.warn(EAGER.format(reason), stacklevel=3)
             fast = step
         except TorchDynamoException as failure:
             broken = failure
@@ -71,5 +90,7 @@ def _fresh(step: Any) -> FunctionType:
     )
 
 
-def _first_line(reason: Exception) -> str:
-    return str(reason).strip().splitlines()[0]
+def _cause(failure: BackendCompilerFailed) -> str:
+    """Name the exception behind a failure and the first line of its text."""
+    cause = failure.inner_exception
+    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"

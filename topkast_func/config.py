@@ -1,7 +1,9 @@
 """What Top-KAST is asked to do: one frozen, validated record."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import translate
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -13,15 +15,23 @@ Predicate: TypeAlias = Callable[[str, Tensor], bool]
 
 
 class SparsityMap(Mapping[str, float]):
-    """Sparsity by glob pattern: a read-only, hashable mapping."""
+    """Sparsity by glob pattern: a read-only, hashable mapping.
+
+    Its patterns are compiled once, since `fnmatch` cannot be traced by torch.compile.
+    """
 
     def __init__(self, sparsities: Mapping[str, float]) -> None:
         """Copy the items of ``sparsities``, in their order."""
         self._sparsities = dict(sparsities)
+        self._regexes = {glob: re.compile(translate(glob)) for glob in sparsities}
 
     def __getitem__(self, pattern: str) -> float:
         """Return the sparsity of a pattern."""
         return self._sparsities[pattern]
+
+    def matching(self, pattern: str, names: Iterable[str]) -> list[str]:
+        """Return the names that a pattern of the mapping matches."""
+        return [name for name in names if self._regexes[pattern].match(name)]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the patterns."""

@@ -45,12 +45,16 @@ def to_sparse(state: TrainState, layout: str = "csr") -> dict[str, Any]:
 
 def _coo(alpha: Tensor, mask: Tensor) -> Tensor:
     indices = mask.nonzero().T
-    return torch.sparse_coo_tensor(indices, alpha[mask], alpha.shape, is_coalesced=True)
+    return torch.sparse_coo_tensor(
+        indices, alpha[mask], alpha.shape, is_coalesced=True, check_invariants=True
+    )
 
 
 def _csr(alpha: Tensor, mask: Tensor) -> Tensor:
     pointers = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-    return torch.sparse_csr_tensor(pointers, mask.nonzero()[:, 1], alpha[mask], alpha.shape)
+    return torch.sparse_csr_tensor(
+        pointers, mask.nonzero()[:, 1], alpha[mask], alpha.shape, check_invariants=True
+    )
 
 
 def _scipy(alpha: Tensor, mask: Tensor) -> Any:

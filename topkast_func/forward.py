@@ -45,8 +45,8 @@ def sparse_forward(
         tensor([[3.]])
     """
     check_names(model, params.keys())
-    if unknown := masks.keys() - params.keys():
-        raise ValueError(f"masks of unknown parameters: {sorted(unknown)}")
+    if unknown := [name for name in masks if name not in params]:
+        raise ValueError(f"masks of unknown parameters: {unknown}")
     alpha = straight_through_all(params, masks)
     return bind(model, alpha, frozen(model), buffers(model, params))(*inputs, **options)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value
@@ -96,7 +97,7 @@ def init_state(
         if leaf.isnan().any():
             raise NaNParameterError(f"params[{name!r}] holds NaN")
     theta = _copied(params)
-    weights = DenseWeights(theta, masks_at(theta, allocate(select(theta, config), config), config))
+    weights = stored(theta, masks_at(theta, allocate(select(theta, config), config), config))
     return TrainState(
         step=torch.zeros((), dtype=torch.int64),
         seed=torch.tensor(check_count("seed", seed, 0)),
@@ -132,8 +133,8 @@ def make_train_step(
         loss_fn: ``loss_fn(apply, batch)`` to a 0-d tensor.
         config: The configuration.
         optimizer: The optimiser.
-        compile: True for one graph by `torch.compile`, its own options as a mapping, or
-            False to run eager, for debugging.
+        compile: True for one graph per shape of batch by `torch.compile`, its own options as
+            a mapping, or False to run eager, for debugging.
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
@@ -142,6 +143,7 @@ def make_train_step(
 
     Example:
         >>> model = nn.Linear(4, 1)
+        >>> from topkast_func import sgd
         >>> config, optimizer = TopKastConfig(), sgd(lr=0.1)
         >>> state = init_state(model, config, optimizer)
         >>> mse = lambda apply, batch: (apply(batch) ** 2).mean()
@@ -250,6 +252,19 @@ def forward_params(state: TrainState) -> Tensors:
     return {**alpha, **state.frozen, **state.buffers}
 
 
+def stored(theta: Tensors, masks: dict[str, Masks]) -> DenseWeights:
+    """Put weights into the form of the storage.
+
+    Args:
+        theta: θ by name.
+        masks: Sets of the sparse parameters by name.
+
+    Returns:
+        The weights of a state.
+    """
+    return DenseWeights(theta, masks)
+
+
 def _refreshed_when_due(state: TrainState, config: TopKastConfig) -> TrainState:
     t, every, until = int(state.step), config.refresh_every, config.explore_until
     exploring = until is None or t < until
@@ -267,7 +282,8 @@ def _random_numbers_of(state: TrainState) -> Iterator[None]:
     """Draw the random numbers of this step, and leave the caller's generators as they are."""
     device = next(iter(state.weights.values().values())).device
     cuda = [device.index] if device.type == "cuda" else []
-    seed = (int(state.seed) << 32 | int(state.step)) % 2**63
+    entropy = (int(state.seed), int(state.step))
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
         for index in cuda:

@@ -1,0 +1,39 @@
+# Every target makes .venv, or reuses it, and installs what it needs into it.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint results clean
+
+demo: .venv/package
+	$(BIN)/python -m topkast_func boston
+
+test: .venv/tests
+	$(BIN)/python -m pytest
+
+lint: .venv/tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+results: .venv/package
+	$(BIN)/python -m benchmarks.boston
+
+clean:
+	rm -rf .venv
+
+.venv/package: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	touch $@
+
+# torch-scatter and torch-sparse build against the torch that is installed: about ten minutes
+# on two cores, once.
+.venv/torch-sparse: .venv/package
+	$(PIP) setuptools wheel ninja
+	$(PIP) --no-build-isolation torch-scatter torch-sparse
+	touch $@
+
+.venv/tests: .venv/torch-sparse
+	$(PIP) --editable '.[test,lint]'
+	touch $@

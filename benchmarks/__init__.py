@@ -1,0 +1,1 @@
+"""Measurements of topkast_func, and the pictures drawn from them."""

@@ -1,0 +1,1 @@
+"""Tests of topkast_func.data."""

@@ -1,0 +1,103 @@
+"""What happens where a step cannot be compiled."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import topkast_func as tk
+from topkast_func import compilation
+
+CONFIG, OPTIMIZER = tk.TopKastConfig(), tk.sgd(0.1)
+
+
+def mse(apply: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.mse_loss(apply(batch[0]), batch[1])
+
+
+class Talking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("a batch of", len(x))
+        return self.fc(x)
+
+
+class Peeking(Talking):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        return y if y.sum().item() > 0 else -y
+
+
+def step_of(model: nn.Module, compile: Any) -> Callable[[], Any]:
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    train_step = tk.make_train_step(model, mse, CONFIG, OPTIMIZER, compile=compile)
+    return lambda: train_step(state, (torch.randn(16, 6), torch.randn(16, 3)))
+
+
+@pytest.mark.parametrize(("model", "culprit"), [(Talking, "print"), (Peeking, "item")])
+def test_a_break_is_named_with_the_way_on(model: type[nn.Module], culprit: str) -> None:
+    with pytest.raises(RuntimeError) as error:
+        step_of(model(), compile=True)()
+    assert "breaks the graph of train_step" in str(error.value)
+    assert "compile={'fullgraph': False}" in str(error.value)
+    assert "compile=False" in str(error.value)
+    assert culprit in str(error.value)
+
+
+@pytest.mark.parametrize("model", [Talking, Peeking])
+@pytest.mark.parametrize("compile", [{"fullgraph": False}, False])
+def test_the_way_on_works(model: type[nn.Module], compile: Any) -> None:
+    state, metrics = step_of(model(), compile)()
+    assert int(state.step) == 1
+    assert torch.isfinite(metrics.loss)
+
+
+def test_options_reach_torch_compile() -> None:
+    with pytest.raises(RuntimeError, match="no_such_backend"):
+        step_of(nn.Linear(6, 3), compile={"backend": "no_such_backend"})()
+
+
+def test_a_torch_too_old_to_compile_runs_eager_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compilation, "COMPILES_FROM", "99.0")
+    with pytest.warns(UserWarning, match=r"runs eager, .*: torch .* is too old, 99.0 is needed"):
+        step = step_of(nn.Linear(6, 3), compile=True)
+    assert int(step()[0].step) == 1
+
+
+def test_without_a_compiler_the_step_runs_eager_with_one_warning() -> None:
+    program = textwrap.dedent(
+        """
+        import warnings
+        import torch, topkast_func as tk
+
+        config, optimizer = tk.TopKastConfig(), tk.sgd(0.1)
+        model = torch.nn.Linear(6, 3)
+        state = tk.init_state(model, config, optimizer)
+        step = tk.make_train_step(model, lambda apply, x: apply(x).sum(), config, optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                state, _ = step(state, torch.ones(4, 6))
+        ours = [str(w.message) for w in caught if "train_step" in str(w.message)]
+        print(int(state.step), len(ours), *ours)
+        """
+    )
+    nowhere = {**os.environ, "PATH": "/nowhere", "CXX": "/nowhere/g++"}
+    nowhere["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=nowhere, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("3 1 train_step runs eager")
+    assert "C++ compiler" in result.stdout

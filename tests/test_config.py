@@ -1,0 +1,79 @@
+"""Every range of a configuration, and what makes it usable as a constant."""
+
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from topkast_func import TopKastConfig
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"forward_sparsity": 1.0}, ValueError, r"forward_sparsity must be in \[0.0, 1.0\), got 1.0"),
+    ({"forward_sparsity": -0.1}, ValueError, r"forward_sparsity must be in \[0.0, 1.0\)"),
+    ({"forward_sparsity": float("nan")}, ValueError, "forward_sparsity .* got nan"),
+    ({"forward_sparsity": True}, TypeError, "forward_sparsity must be a number .* got True"),
+    ({"forward_sparsity": "0.9"}, TypeError, "forward_sparsity must be a number .* got '0.9'"),
+    ({"backward_sparsity": None}, TypeError, "backward_sparsity must be a number"),
+    ({"forward_sparsity": {"a": 2}}, ValueError, r"forward_sparsity\['a'\] must be in"),
+    ({"forward_sparsity": {}}, ValueError, "forward_sparsity must name at least one pattern"),
+    (
+        {"forward_sparsity": 0.5, "backward_sparsity": 0.6},
+        ValueError,
+        r"backward_sparsity must be in \[0, forward_sparsity=0.5\], got 0.6",
+    ),
+    ({"sparse": 3}, TypeError, "sparse must be None, a glob pattern"),
+    ({"sparse": [1]}, TypeError, "sparse must be None, a glob pattern"),
+    ({"sparse": []}, ValueError, "sparse must name at least one pattern"),
+    ({"refresh_every": 0}, ValueError, "refresh_every must be at least 1, got 0"),
+    ({"refresh_every": 1.5}, TypeError, "refresh_every must be an integer of at least 1"),
+    ({"refresh_every": True}, TypeError, "refresh_every must be an integer"),
+    ({"explore_until": -1}, ValueError, "explore_until must be at least 0, got -1"),
+    ({"penalty": "l3"}, ValueError, "penalty must be one of .*'group_l2', None.*, got 'l3'"),
+    ({"penalty_weight": -1.0}, ValueError, r"penalty_weight must be in \[0.0, inf\)"),
+    ({"penalty_weight": float("inf")}, ValueError, "penalty_weight"),
+    ({"block_shape": 4}, TypeError, "block_shape must be a pair"),
+    ({"block_shape": (4, 0)}, ValueError, "block_shape must be at least 1, got 0"),
+    ({"block_shape": (4, 1, 1)}, TypeError, "block_shape must be a pair"),
+    ({"block_norm": "linf"}, ValueError, "block_norm must be one of"),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "message"), BAD)
+def test_a_bad_field_is_named_with_its_range_and_value(
+    fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        TopKastConfig(**fields)
+
+
+def test_a_configuration_is_frozen_and_hashable() -> None:
+    config = TopKastConfig(forward_sparsity={"a*": 0.9}, backward_sparsity={"a*": 0.5})
+    same = TopKastConfig(forward_sparsity={"a*": 0.9}, backward_sparsity={"a*": 0.5})
+    assert config == same
+    assert hash(config) == hash(same)
+    with pytest.raises(FrozenInstanceError):
+        config.penalty = None  # type: ignore[misc]
+
+
+def test_a_later_change_of_the_callers_mapping_does_not_reach_the_configuration() -> None:
+    sparsity = {"a": 0.9}
+    config = TopKastConfig(forward_sparsity=sparsity)
+    sparsity["a"] = 0.1
+    assert dict(config.forward_sparsity) == {"a": 0.9}  # type: ignore[arg-type]
+
+
+def test_a_configuration_can_be_replaced_field_by_field() -> None:
+    config = TopKastConfig(sparse=["a", "b"], forward_sparsity={"a": 0.9, "b": 0.95})
+    assert replace(config, penalty=None).forward_sparsity == {"a": 0.9, "b": 0.95}
+    assert replace(config, penalty=None).sparse == ("a", "b")
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    config = TopKastConfig(
+        forward_sparsity=np.float64(0.75),
+        backward_sparsity=np.float32(0.5),
+        refresh_every=np.int64(3),
+    )
+    assert (config.forward_sparsity, config.backward_sparsity) == (0.75, 0.5)
+    assert (type(config.forward_sparsity), type(config.refresh_every)) == (float, int)

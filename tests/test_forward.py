@@ -1,0 +1,210 @@
+"""Values of the forward pass, the gradient on B, and every way of taking it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from tests.strategies import configs, weights
+from topkast_func import Masks, TopKastConfig, compute_masks, sparse_forward
+
+CONFIG = TopKastConfig(forward_sparsity=0.7, backward_sparsity=0.4)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def params_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def alpha_of(params: dict[str, Tensor], masks: dict[str, Masks]) -> dict[str, Tensor]:
+    return {n: p * masks[n].forward if n in masks else p.clone() for n, p in params.items()}
+
+
+def gradient_at_alpha(
+    model: nn.Module, params: dict[str, Tensor], masks: dict[str, Masks], x: Tensor
+) -> dict[str, Tensor]:
+    """Differentiate an ordinary dense network at α, then restrict to B."""
+    alpha = {n: a.requires_grad_() for n, a in alpha_of(params, masks).items()}
+    loss = functional_call(model, alpha, (x,)).square().sum()
+    gradients = torch.autograd.grad(loss, list(alpha.values()))
+    return {
+        name: g * masks[name].backward if name in masks else g
+        for name, g in zip(alpha, gradients, strict=True)
+    }
+
+
+def by_func(model: nn.Module, params: Any, masks: Any, x: Tensor) -> dict[str, Tensor]:
+    return grad(lambda p: sparse_forward(model, p, masks, x).square().sum())(params)
+
+
+def by_compiled_func(model: nn.Module, params: Any, masks: Any, x: Tensor) -> dict[str, Tensor]:
+    def gradient(params: Any, masks: Any, x: Tensor) -> Any:
+        return by_func(model, params, masks, x)
+
+    return torch.compile(gradient, fullgraph=True)(params, masks, x)
+
+
+def by_backward(model: nn.Module, params: Any, masks: Any, x: Tensor) -> dict[str, Tensor]:
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    sparse_forward(model, leaves, masks, x).square().sum().backward()
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def by_compiled_backward(model: nn.Module, params: Any, masks: Any, x: Tensor) -> dict[str, Tensor]:
+    run = torch.compile(lambda p: sparse_forward(model, p, masks, x), fullgraph=True)
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    run(leaves).square().sum().backward()
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+WAYS = [by_func, by_compiled_func, by_backward, by_compiled_backward]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradient_is_the_dense_one_at_alpha_on_b(way: Callable[..., dict[str, Tensor]]) -> None:
+    model, x = network(), torch.randn(5, 6)
+    params = params_of(model)
+    masks = compute_masks(params, CONFIG)
+    expected = gradient_at_alpha(model, params, masks, x)
+    for name, sets in masks.items():
+        assert expected[name][sets.backward & ~sets.forward].any()
+    found = way(model, params, masks, x)
+    for name in params:
+        torch.testing.assert_close(found[name], expected[name])
+    for name, sets in masks.items():
+        assert not found[name][~sets.backward].any()
+
+
+@given(weights(dtypes=(torch.float64, torch.float32)), configs())
+def test_alpha_is_theta_on_a_and_zero_elsewhere(theta: Tensor, config: TopKastConfig) -> None:
+    params = {"weight": theta}
+    masks = compute_masks(params, config)
+    alpha = sparse_forward(lambda p: p["weight"], params, masks)
+    assert torch.equal(alpha, torch.where(masks["weight"].forward, theta, 0.0))
+
+
+def test_input_gradient_sees_a_only() -> None:
+    theta = {"weight": torch.tensor([[3.0, 2.0, 1.0]])}
+    masks = {"weight": Masks(torch.tensor([[1, 0, 0]]).bool(), torch.tensor([[1, 1, 0]]).bool())}
+    x = torch.ones(1, 3, requires_grad=True)
+    sparse_forward(lambda p, x: x @ p["weight"].T, theta, masks, x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[3.0, 0.0, 0.0]]
+
+
+def test_gradcheck_where_a_is_b() -> None:
+    theta = torch.randn(3, 4, dtype=torch.float64)
+    mask = compute_masks({"weight": theta}, TopKastConfig(0.5, 0.5))["weight"]
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+
+    def run(values: Tensor, x: Tensor) -> Any:
+        full = torch.zeros(3, 4, dtype=torch.float64).masked_scatter(mask.backward, values)
+        return sparse_forward(lambda p, x: x @ p["weight"].T, {"weight": full}, {"weight": mask}, x)
+
+    values = theta[mask.backward].requires_grad_()
+    assert torch.autograd.gradcheck(run, (values, x))
+
+
+def test_vmap_over_parameters_and_over_inputs() -> None:
+    model, x = network(), torch.randn(4, 5, 6)
+    singles = [params_of(network()) for _ in range(4)]
+    masks = [compute_masks(p, CONFIG) for p in singles]
+    stacked = {n: torch.stack([p[n] for p in singles]) for n in singles[0]}
+    sets = {n: Masks(*(torch.stack([m[n][i] for m in masks]) for i in range(2))) for n in masks[0]}
+
+    def gradient(params: Any, masks: Any, x: Tensor) -> Any:
+        return by_func(model, params, masks, x)
+
+    found = vmap(gradient)(stacked, sets, x)
+    for i, single in enumerate(singles):
+        expected = gradient_at_alpha(model, single, masks[i], x[i])
+        for name in single:
+            torch.testing.assert_close(found[name][i], expected[name])
+    batched = vmap(lambda x: sparse_forward(model, singles[0], masks[0], x))(x)
+    torch.testing.assert_close(batched, sparse_forward(model, singles[0], masks[0], x))
+
+
+def test_autocast_computes_in_bfloat16_with_a_full_precision_gradient_on_b() -> None:
+    model, x = network(), torch.randn(5, 6)
+    params = params_of(model)
+    masks = compute_masks(params, CONFIG)
+
+    def loss(params: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = sparse_forward(model, params, masks, x)
+        assert y.dtype == torch.bfloat16
+        return y.float().square().sum()
+
+    expected = gradient_at_alpha(model, params, masks, x)
+    for found in (grad(loss)(params), torch.compile(grad(loss), fullgraph=True)(params)):
+        for name, sets in masks.items():
+            assert found[name].dtype == torch.float32
+            assert not found[name][~sets.backward].any()
+            assert found[name][sets.backward & ~sets.forward].any()
+            scale = expected[name].abs().max()  # bfloat16 keeps 8 bits
+            assert (found[name] - expected[name]).abs().max() < 0.05 * scale
+
+
+def test_the_module_is_not_written_to() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    params = params_of(model)
+    sparse_forward(model, params, compute_masks(params, CONFIG), torch.randn(5, 6))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_buffers_among_the_parameters_are_read_and_not_written_to() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+    params = {**params_of(model), "1.running_mean": torch.full((8,), 5.0)}
+    masks = compute_masks(params, CONFIG)
+    x = torch.randn(5, 6)
+    trained = sparse_forward(model, params, masks, x)
+    assert torch.equal(params["1.running_mean"], torch.full((8,), 5.0))
+    model.eval()
+    shifted = sparse_forward(model, params, masks, x)
+    assert not torch.allclose(shifted, sparse_forward(model, params_of(model), masks, x))
+    assert trained.shape == shifted.shape
+
+
+def test_keyword_inputs_reach_the_model() -> None:
+    def apply(params: Any, x: Tensor, *, scale: float) -> Tensor:
+        return x @ params["weight"].T * scale
+
+    theta = {"weight": torch.eye(2)}
+    masks = compute_masks(theta, TopKastConfig(0.5, 0.0))
+    x = torch.ones(1, 2)
+    assert sparse_forward(apply, theta, masks, x, scale=3.0).tolist() == [[3.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.pop("0.bias"), r"missing \['0.bias'\], unknown \[\]"),
+        (lambda p: p.update(extra=p["0.bias"]), r"missing \[\], unknown \['extra'\]"),
+    ],
+)
+def test_a_missing_or_unknown_key_is_named(change: Callable[[Any], Any], message: str) -> None:
+    model = network()
+    params = params_of(model)
+    masks = compute_masks(params, CONFIG)
+    change(params)
+    with pytest.raises(ValueError, match=message):
+        sparse_forward(model, params, masks, torch.randn(5, 6))
+
+
+def test_masks_of_no_parameter_are_named() -> None:
+    masks = {"other": Masks(torch.ones(2, 2).bool(), torch.ones(2, 2).bool())}
+    with pytest.raises(ValueError, match=r"masks of unknown parameters: \['other'\]"):
+        sparse_forward(lambda p: p["weight"], {"weight": torch.ones(2, 2)}, masks)
+
+
+def test_a_model_that_cannot_be_called_is_refused() -> None:
+    with pytest.raises(TypeError, match="model must be a module or a function, got str"):
+        sparse_forward("model", {"weight": torch.ones(2, 2)}, {})  # type: ignore[arg-type]

@@ -1,0 +1,132 @@
+"""The main job: the split, the choice of the epoch, the numbers it reports."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.data import random_split
+
+import topkast_func as tk
+from topkast_func import job
+from topkast_func.data import BostonHousing
+
+CONFIG = tk.TopKastConfig(
+    forward_sparsity=0.7, backward_sparsity=0.5, refresh_every=10, penalty_weight=0.1
+)
+EPOCHS = 7
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "make_train_step", partial(tk.make_train_step, compile=False))
+
+
+def _run(epochs: int = EPOCHS, seed: int = 42, name: str = "boston") -> job.Run:
+    return job.train(name, CONFIG, epochs, seed, "test")
+
+
+def _parts() -> list[tuple[Tensor, Tensor]]:
+    """Training, validation and test rows of Boston as the job splits them."""
+    generator = torch.Generator().manual_seed(job.SPLIT_SEED)
+    parts = random_split(BostonHousing(standardize=True), (0.7, 0.2, 0.1), generator)
+    return [part[:] for part in parts]
+
+
+def _mean_squared_error(alpha: dict[str, Tensor], rows: tuple[Tensor, Tensor]) -> float:
+    """The network of the job written out: two hidden layers with a ReLU each."""
+    features, target = rows
+    hidden = (features @ alpha["0.weight"].T + alpha["0.bias"]).relu()
+    hidden = (hidden @ alpha["2.weight"].T + alpha["2.bias"]).relu()
+    output = (hidden @ alpha["4.weight"].T + alpha["4.bias"]).squeeze(1)
+    return float((output - target).square().mean())
+
+
+def test_there_is_a_job_for_each_data_set() -> None:
+    assert set(job.JOBS) == {"boston", "synthetic"}
+    assert torch.equal(job.JOBS["boston"]()[:][0], BostonHousing(standardize=True).features)
+    assert job.JOBS["synthetic"]()[:][0].shape == (1024, 2)
+
+
+def test_the_run_reports_a_loss_for_each_epoch() -> None:
+    run = _run()
+    assert len(run.train_losses) == len(run.validation_losses) == EPOCHS
+    assert run.train_losses[-1] < 0.2 * run.train_losses[0]
+    assert run.seconds > 0.0
+
+
+def test_the_state_is_that_of_the_lowest_validation_loss() -> None:
+    run = _run()
+    lowest = min(run.validation_losses)
+    assert run.validation_losses[-1] > lowest
+    assert run.best_epoch == run.validation_losses.index(lowest)
+    alpha = tk.forward_params(run.state)
+    _, validation, _ = _parts()
+    assert_close(_mean_squared_error(alpha, validation), lowest, rtol=1e-5, atol=0)
+    steps_per_epoch = len(_parts()[0][1]) // job.BATCH_SIZE
+    assert int(run.state.step) == (run.best_epoch + 1) * steps_per_epoch
+
+
+def test_the_test_error_is_that_of_the_forward_weights_on_the_held_out_rows() -> None:
+    run = _run()
+    training, _, test = _parts()
+    assert len(test[1]) == 50
+    error = _mean_squared_error(tk.forward_params(run.state), test)
+    assert_close(run.test_mse, error, rtol=1e-5, atol=0)
+    dense_error = _mean_squared_error(tk.dense_params(run.state), test)
+    assert abs(dense_error - run.test_mse) > 1e-3
+    mean_error = float((test[1] - training[1].mean()).square().mean())
+    assert_close(run.mean_mse, mean_error, rtol=1e-5, atol=0)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
+    first, again, other = _run(2), _run(2), _run(2, seed=1)
+    assert first[1:6] == again[1:6]
+    assert torch.equal(
+        tk.dense_params(first.state)["2.weight"], tk.dense_params(again.state)["2.weight"]
+    )
+    assert first.train_losses != other.train_losses
+    assert first.mean_mse == other.mean_mse
+
+
+def test_the_run_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    _run(1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_state_can_be_trained_further_with_the_configuration() -> None:
+    state = _run(1).state
+    assert list(tk.masks_of(state)) == ["0.weight", "2.weight", "4.weight"]
+    assert int(tk.refresh(state, CONFIG).step) == int(state.step)
+
+
+def test_the_synthetic_job_approaches_the_variance_of_its_noise() -> None:
+    """The noise is uniform in [0, 1): variance 1/12; the mean alone leaves more."""
+    run = _run(8, name="synthetic")
+    assert 0.9 / 12 < run.test_mse < 1.35 / 12 < run.mean_mse
+
+
+def test_layers_counts_the_masks_of_the_state() -> None:
+    state = _run(1).state
+    theta, masks = tk.dense_params(state), tk.masks_of(state)
+    lines = job.layers(state)
+    assert [line.name for line in lines] == list(masks)
+    for line in lines:
+        n = theta[line.name].numel()
+        assert line.shape == tuple(theta[line.name].shape)
+        assert line.forward == masks[line.name].forward.count_nonzero()
+        assert line.backward == masks[line.name].backward.count_nonzero()
+        assert line.forward == max(1, int(0.3 * n + 0.5)) < line.backward
+        assert line.forward_density == pytest.approx(line.forward / n)
+        assert line.backward_density == pytest.approx(line.backward / n)
+
+
+def test_tied_epochs_agree_on_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a learning rate of 0 all epochs tie; the state is that of the epoch reported."""
+    monkeypatch.setattr(job, "sgd", lambda lr, momentum: tk.sgd(lr=0.0))
+    run = _run(3)
+    assert len(set(run.validation_losses)) == 1
+    steps_per_epoch = len(_parts()[0][1]) // job.BATCH_SIZE
+    assert int(run.state.step) == (run.best_epoch + 1) * steps_per_epoch

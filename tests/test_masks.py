@@ -1,0 +1,124 @@
+"""Exact counts, the tie rule, blocks, and bad weights."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import reference
+from tests.strategies import sides, sparsities, weights
+from topkast_func import Masks, TopKastConfig, compute_masks
+from topkast_func.config import BlockNorm
+
+
+def masks_of(theta: Tensor, forward: float, backward: float, **fields: object) -> Masks:
+    config = TopKastConfig(forward, backward, sparse="w", **fields)  # type: ignore[arg-type]
+    return compute_masks({"w": theta}, config)["w"]
+
+
+@given(weights(), sparsities(), sparsities())
+@example(torch.zeros(1, 1), 0.999, 0.0)
+@example(torch.ones(3, 3, dtype=torch.bfloat16), 0.5, 0.5)
+def test_masks_equal_the_oracle(theta: Tensor, one: float, other: float) -> None:
+    backward, forward = sorted((one, other))
+    masks = masks_of(theta, forward, backward)
+    values = theta.double().numpy()
+    np.testing.assert_array_equal(masks.forward, reference.top_mask(values, forward))
+    np.testing.assert_array_equal(masks.backward, reference.top_mask(values, backward))
+
+
+@given(weights(), sparsities(), sparsities())
+def test_counts_are_exact_and_a_lies_in_b(theta: Tensor, one: float, other: float) -> None:
+    backward, forward = sorted((one, other))
+    masks = masks_of(theta, forward, backward)
+    assert masks.forward.dtype == masks.backward.dtype == torch.bool
+    assert int(masks.forward.sum()) == reference.count(forward, theta.numel())
+    assert int(masks.backward.sum()) == reference.count(backward, theta.numel())
+    assert not (masks.forward & ~masks.backward).any()
+
+
+@st.composite
+def blocked(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int]]:
+    block = (draw(sides(4)), draw(sides(4)))
+    grid = (draw(sides(4)), draw(sides(4)))
+    rest = draw(st.sampled_from([(), (2,), (3, 2)]))
+    shape = (block[0] * grid[0], block[1] * grid[1], *rest)
+    return draw(weights(st.just(shape), (torch.float64, torch.float32))), block
+
+
+@given(blocked(), sparsities(), sparsities(), st.sampled_from(["l2", "l1"]))
+def test_blocks_equal_the_oracle(
+    drawn: tuple[Tensor, tuple[int, int]], one: float, other: float, norm: BlockNorm
+) -> None:
+    theta, block = drawn
+    backward, forward = sorted((one, other))
+    masks = masks_of(theta, forward, backward, block_shape=block, block_norm=norm)
+    for mask, sparsity in zip(masks, (forward, backward), strict=True):
+        expected = reference.block_mask(theta.double().numpy(), sparsity, block, norm)
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_l1_and_l2_rank_blocks_differently() -> None:
+    theta = torch.tensor([[3.0, 0.0, 2.0, 2.0]])  # norms: l2 3 and 2.83, l1 3 and 4
+    by_l2 = masks_of(theta, 0.5, 0.5, block_shape=(1, 2), block_norm="l2")
+    by_l1 = masks_of(theta, 0.5, 0.5, block_shape=(1, 2), block_norm="l1")
+    assert by_l2.forward.tolist() == [[True, True, False, False]]
+    assert by_l1.forward.tolist() == [[False, False, True, True]]
+
+
+def test_ties_go_to_the_lowest_flat_index() -> None:
+    theta = torch.tensor([[1.0, -2.0, 2.0], [2.0, -1.0, 1.0]])
+    masks = masks_of(theta, forward=0.7, backward=0.4)
+    assert masks.forward.tolist() == [[False, True, True], [False, False, False]]
+    assert masks.backward.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_a_transposed_weight_is_ranked_by_its_own_rows() -> None:
+    theta = torch.ones(2, 3).T
+    assert not theta.is_contiguous()
+    assert masks_of(theta, 0.5, 0.5).forward.tolist() == [[True, True], [True, False], [False] * 2]
+
+
+def test_more_entries_than_torch_quantile_takes() -> None:
+    theta = torch.arange(2**24 + 1, dtype=torch.float64).float().view(1, -1)
+    masks = masks_of(theta, 0.9, 0.8)
+    assert int(masks.forward.sum()) == reference.count(0.9, theta.numel())
+    assert int(masks.backward.sum()) == reference.count(0.8, theta.numel())
+    assert masks.forward[0, -1]
+    assert not masks.backward[0, 0]
+
+
+def test_dense_leaves_are_absent_and_arguments_untouched() -> None:
+    params = {"a.weight": torch.randn(4, 4), "a.bias": torch.randn(4)}
+    before = {name: leaf.clone() for name, leaf in params.items()}
+    assert list(compute_masks(params, TopKastConfig())) == ["a.weight"]
+    assert all(torch.equal(params[name], before[name]) for name in params)
+
+
+def test_parameters_that_require_a_gradient_are_fine() -> None:
+    theta = torch.nn.Parameter(torch.randn(4, 4))
+    assert not masks_of(theta, 0.5, 0.25).forward.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_nan_names_the_parameter(dtype: torch.dtype) -> None:
+    theta = torch.randn(4, 4).to(dtype)
+    theta[2, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"params\['w'\] holds NaN"):
+        masks_of(theta, 0.9, 0.9)
+
+
+def test_infinity_ranks_first() -> None:
+    theta = torch.tensor([[1.0, float("-inf"), 2.0, 3.0]])
+    assert masks_of(theta, 0.75, 0.75).forward.tolist() == [[False, True, False, False]]
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (4, 5), (8,)])
+def test_blocks_that_do_not_divide_name_key_shape_and_block(shape: tuple[int, ...]) -> None:
+    message = f"block_shape=(2, 2) does not divide params['w'] of shape {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        masks_of(torch.ones(shape), 0.5, 0.5, block_shape=(2, 2))

@@ -1,0 +1,117 @@
+"""Pictures: what is drawn, and how it is labelled."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from topkast_func import Masks, plots
+
+FORWARD = torch.tensor([[True, False, False, False], [False, False, False, True]])
+BACKWARD = torch.tensor([[True, True, False, False], [False, True, True, True]])
+LEVELS = [[2, 1, 0, 0], [0, 1, 1, 2]]
+
+
+def _texts(figure: Figure) -> list[str]:
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def _curves(figure: Figure) -> dict[str, list[list[Any]]]:
+    """Return the coordinates of each line by its label."""
+    return {
+        str(line.get_label()): [
+            np.asarray(line.get_xdata()).tolist(),
+            np.asarray(line.get_ydata()).tolist(),
+        ]
+        for line in figure.axes[0].get_lines()
+    }
+
+
+def test_sets_draws_the_level_of_each_entry() -> None:
+    figure = plots.sets(Masks(FORWARD, BACKWARD), "first layer")
+    assert isinstance(figure, Figure)
+    (axes,) = figure.axes
+    (image,) = axes.images
+    assert np.asarray(image.get_array()).tolist() == LEVELS
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == (
+        "first layer",
+        "input",
+        "output",
+    )
+
+
+def test_sets_draws_each_set_in_the_colour_of_its_legend() -> None:
+    figure = plots.sets(Masks(FORWARD, BACKWARD))
+    (image,) = figure.axes[0].images
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    drawn = image.to_rgba(np.arange(3.0))
+    assert drawn.tolist() == [list(patch.get_facecolor()) for patch in legend.get_patches()]
+    assert len(np.unique(drawn, axis=0)) == 3
+
+
+def test_sets_names_the_share_of_each_set() -> None:
+    texts = _texts(plots.sets(Masks(FORWARD, BACKWARD)))
+    assert texts == ["Θ∖B: at rest (38%)", "B∖A: explored (38%)", "A: active (25%)"]
+
+
+def test_sets_keeps_its_colours_where_a_set_is_empty() -> None:
+    everything = torch.ones(2, 2, dtype=torch.bool)
+    figure = plots.sets(Masks(everything, everything))
+    (image,) = figure.axes[0].images
+    assert (image.norm.vmin, image.norm.vmax) == (0, 2)
+    assert _texts(figure)[2] == "A: active (100%)"
+
+
+def test_sets_lays_further_axes_side_by_side() -> None:
+    forward = FORWARD.reshape(2, 2, 1, 2)
+    figure = plots.sets(Masks(forward, BACKWARD.reshape(2, 2, 1, 2)))
+    (image,) = figure.axes[0].images
+    assert np.asarray(image.get_array()).tolist() == LEVELS
+
+
+def test_losses_draws_both_curves_over_epochs_from_1() -> None:
+    figure = plots.losses([4.0, 2.0, 1.0], [5.0, 3.0, 2.5])
+    assert isinstance(figure, Figure)
+    assert _curves(figure) == {
+        "training": [[1, 2, 3], [4.0, 2.0, 1.0]],
+        "validation": [[1, 2, 3], [5.0, 3.0, 2.5]],
+    }
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "loss")
+    assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "log")
+    assert _texts(figure) == ["training", "validation"]
+
+
+@pytest.mark.parametrize("validation", [[], [math.nan, math.nan]])
+def test_losses_leaves_out_a_validation_that_there_is_not(validation: list[float]) -> None:
+    figure = plots.losses([4.0, 2.0], validation)
+    assert _curves(figure) == {"training": [[1, 2], [4.0, 2.0]]}
+    assert _texts(figure) == ["training"]
+
+
+def test_losses_keeps_a_curve_with_a_gap() -> None:
+    curves = _curves(plots.losses([4.0, math.nan, 2.0], [3.0, 3.0, 3.0]))
+    assert curves["training"][0] == [1, 2, 3]
+    assert math.isnan(curves["training"][1][1])
+
+
+def test_losses_takes_any_array() -> None:
+    figure = plots.losses(np.array([4.0, 2.0]), torch.tensor([5.0, 3.0]).tolist())
+    assert _curves(figure)["training"] == [[1, 2], [4.0, 2.0]]
+
+
+@pytest.mark.parametrize("values", [[], [math.nan]])
+def test_losses_of_a_run_without_any_loss_is_an_empty_picture(values: list[float]) -> None:
+    assert _curves(plots.losses(values, values)) == {}
+
+
+def test_each_call_draws_a_figure_of_its_own() -> None:
+    first, second = plots.losses([1.0], [1.0]), plots.losses([2.0], [2.0])
+    assert first is not second
+    assert _curves(first)["training"] == [[1], [1.0]]
