@@ -11,7 +11,7 @@ import torch
 from topkast_func.config import TopKastConfig
 from topkast_func.job import train
 from topkast_func.plots import losses, sets
-from topkast_func.training import masks_of
+from topkast_func.state import masks_of
 
 HERE = Path(__file__).parent
 SEEDS = range(42, 47)

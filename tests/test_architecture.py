@@ -18,6 +18,7 @@ LAYERS = [
     "loss",
     "optim",
     "dense",
+    "state",
     "compilation",
     "training",
     "checkpoint",
@@ -71,9 +72,9 @@ def test_an_import_that_points_back_is_seen() -> None:
     assert imported("import topkast_func.facade.linear") == {"facade.linear"}
 
 
-def test_only_training_knows_how_the_state_is_stored() -> None:
+def test_only_the_state_knows_how_the_state_is_stored() -> None:
     users = {name_of(p) for p in ROOT.rglob("*.py") if "dense" in imported(p.read_text())}
-    assert users == {"training"}
+    assert users == {"state"}
 
 
 def test_importing_the_package_is_lean() -> None:

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 import topkast_func as tk
 from tests import reference
-from topkast_func.training import TrainState
 
 CONFIG = tk.TopKastConfig(forward_sparsity=0.7, backward_sparsity=0.4, refresh_every=3)
 OPTIMIZERS = {
@@ -43,7 +42,7 @@ def mse(apply: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def run(
     model: nn.Module, config: tk.TopKastConfig, optimizer: tk.Optimizer, n: int, compile: Any
-) -> tuple[list[TrainState], list[tk.StepMetrics]]:
+) -> tuple[list[tk.TrainState], list[tk.StepMetrics]]:
     state = tk.init_state(model, config, optimizer)
     train_step = tk.make_train_step(model, mse, config, optimizer, compile=compile)
     states, metrics = [state], []
@@ -68,7 +67,7 @@ def same(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def same_masks(one: TrainState, other: TrainState) -> bool:
+def same_masks(one: tk.TrainState, other: tk.TrainState) -> bool:
     return same(tk.masks_of(one), tk.masks_of(other))
 
 
@@ -360,7 +359,7 @@ def test_too_many_shapes_name_the_way_on() -> None:
     state = tk.init_state(model, CONFIG, optimizer)
     train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile={"backend": "eager"})
 
-    def epoch(state: TrainState) -> None:
+    def epoch(state: tk.TrainState) -> None:
         for n in range(2, 20):
             state, _ = train_step(state, (torch.randn(n, 6), torch.randn(n, 3)))
 

@@ -8,16 +8,15 @@ from topkast_func.forward import sparse_forward
 from topkast_func.loss import exploration_penalty, penalized_loss
 from topkast_func.masks import Masks, compute_masks
 from topkast_func.optim import Optimizer, OptimizerState, adam, adamw, sgd
-from topkast_func.training import (
-    StepMetrics,
+from topkast_func.state import (
     TrainState,
     dense_params,
     forward_params,
     init_state,
-    make_train_step,
     masks_of,
     refresh,
 )
+from topkast_func.training import StepMetrics, make_train_step
 
 __all__ = [
     "Masks",

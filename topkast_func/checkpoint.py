@@ -16,7 +16,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.forward import check_names
 from topkast_func.masks import Masks, kept
 from topkast_func.optim import Optimizer, OptimizerState
-from topkast_func.training import TrainState, dense_params, masks_of, stored
+from topkast_func.state import TrainState, dense_params, masks_of, stored
 from topkast_func.types import Model, Tensors
 
 FORMAT, VERSION = "topkast_func state", 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topkast_func.training import TrainState, forward_params, masks_of
+from topkast_func.state import TrainState, forward_params, masks_of
 
 
 def to_sparse(state: TrainState, layout: str = "csr") -> dict[str, Any]:

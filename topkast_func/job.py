@@ -13,14 +13,8 @@ from tqdm.auto import tqdm
 from topkast_func.config import TopKastConfig
 from topkast_func.data import BostonHousing, SyntheticDataset
 from topkast_func.optim import sgd
-from topkast_func.training import (
-    TrainState,
-    dense_params,
-    forward_params,
-    init_state,
-    make_train_step,
-    masks_of,
-)
+from topkast_func.state import TrainState, dense_params, forward_params, init_state, masks_of
+from topkast_func.training import make_train_step
 
 JOBS: dict[str, Callable[[], TensorDataset]] = {
     "boston": lambda: BostonHousing(standardize=True),
