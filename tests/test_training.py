@@ -277,8 +277,13 @@ def test_compiled_equals_eager(make: Callable[[], tk.Optimizer], penalty: Any) -
     torch.testing.assert_close(compiled_metrics, eager_metrics)
 
 
-def test_dropout_draws_the_same_compiled_and_eager_and_differs_between_steps() -> None:
-    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 3))
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) * torch.rand(x.shape)
+
+
+def test_random_numbers_are_the_same_compiled_and_eager_and_differ_between_steps() -> None:
+    model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), Noise(), nn.Linear(64, 3))
     config, optimizer = replace(CONFIG, refresh_every=None), tk.sgd(0.0)
     told: dict[bool, list[float]] = {}
     for compile in (False, True):

@@ -99,13 +99,15 @@ def bind(model: Model, alpha: Params, constant: Params, buffers: Params) -> Call
     return lambda *inputs, **options: functional_call(model, tensors, inputs, options)
 
 
-def trainable(model: nn.Module) -> Tensors:
-    """Return the parameters of a module that require a gradient, by name."""
+def trainable(model: object) -> Tensors:
+    """Return the parameters of a module that require a gradient, by name; others have none."""
+    if not isinstance(model, nn.Module):
+        return {}
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def frozen(model: object) -> Tensors:
-    """Return the parameters of a module that require no gradient; any other model has none."""
+    """Return the parameters of a module that require no gradient, by name; others have none."""
     if not isinstance(model, nn.Module):
         return {}
     return {name: p for name, p in model.named_parameters() if not p.requires_grad}

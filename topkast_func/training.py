@@ -12,7 +12,7 @@ from torch.func import grad_and_value
 
 from topkast_func.compilation import compiled
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import bind, check_names
+from topkast_func.forward import bind, check_names, trainable
 from topkast_func.loss import check_scalar
 from topkast_func.masks import NaNParameterError
 from topkast_func.optim import Optimizer, OptimizerState
@@ -110,10 +110,12 @@ def make_train_step(
             )
         return after, StepMetrics(loss, data_loss, penalty)
 
+    trained = trainable(model).keys()
     run: Callable[..., tuple[TrainState, StepMetrics]] = compiled(step, compile)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
-        check_names(model, state.weights.values().keys() | state.frozen.keys())
+        if state.weights.values().keys() != trained:
+            check_names(model, state.weights.values().keys() | state.frozen.keys())
         state = _refreshed_when_due(state, config)
         with _random_numbers_of(state):
             return run(state, batch, optimizer.learning_rate(state.optimizer.step))
@@ -123,8 +125,7 @@ def make_train_step(
 
 def _refreshed_when_due(state: TrainState, config: TopKastConfig) -> TrainState:
     t, every, until = int(state.step), config.refresh_every, config.explore_until
-    exploring = until is None or t < until
-    if not (t == until or (exploring and every is not None and t > 0 and t % every == 0)):
+    if not (t == until or (every is not None and t > 0 and t % every == 0)):
         return state
     try:
         return refresh(state, config)
