@@ -90,6 +90,13 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
     assert first.mean_mse == other.mean_mse
 
 
+def test_the_seed_sets_the_order_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = job._network
+    monkeypatch.setattr(job, "_network", lambda features, seed: network(features, 0))
+    first, again, other = _run(1, seed=1), _run(1, seed=1), _run(1, seed=2)
+    assert first.train_losses == again.train_losses != other.train_losses
+
+
 def test_the_run_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     _run(1)

@@ -29,7 +29,7 @@ SGD = [
 ]
 ADAM: list[dict[str, Any]] = [
     {"betas": betas, "eps": eps, "weight_decay": decay}
-    for betas, eps in (((0.9, 0.999), 1e-8), ((0.5, 0.9), 1e-2), ((0.0, 0.9), 1e-8))
+    for betas, eps in (((0.9, 0.999), 1e-8), ((0.5, 0.9), 1e-2), ((0.0, 0.9), 1e-2))
     for decay in (0.0, 0.1)
 ]
 PAIRS = [

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,14 +76,22 @@ def _write(out: Path, runs: dict[str, Run], options: dict[str, Any]) -> None:
     save(sparse.state, out / "state.safetensors")
     metrics = {
         "options": {name: str(v) if isinstance(v, Path) else v for name, v in options.items()},
-        "test_mse": {**{name: run.test_mse for name, run in runs.items()}, "mean": sparse.mean_mse},
+        "test_mse": {
+            **{name: _finite(run.test_mse) for name, run in runs.items()},
+            "mean": sparse.mean_mse,
+        },
         "seconds": {name: run.seconds for name, run in runs.items()},
         "best_epoch": {name: run.best_epoch for name, run in runs.items()},
         "layers": [layer._asdict() for layer in layers(sparse.state)],
-        "train_losses": sparse.train_losses,
-        "validation_losses": sparse.validation_losses,
+        "train_losses": [_finite(loss) for loss in sparse.train_losses],
+        "validation_losses": [_finite(loss) for loss in sparse.validation_losses],
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def _finite(number: float) -> float | None:
+    """Return a number as JSON can hold it: null for infinity and NaN."""
+    return number if math.isfinite(number) else None
 
 
 def _report(console: Console, runs: dict[str, Run]) -> None:

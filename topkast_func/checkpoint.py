@@ -9,11 +9,11 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from topkast_func.allocation import allocate, select
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import check_names
+from topkast_func.forward import buffers, frozen, trainable
 from topkast_func.masks import Masks, kept
 from topkast_func.optim import Optimizer, OptimizerState
 from topkast_func.state import TrainState, dense_params, masks_of, stored
@@ -131,7 +131,7 @@ def _read(path: Path, device: torch.device | str) -> Tensors:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             names = _header(path, file.metadata())["tensors"]
-            return {name: file.get_tensor(name) for name in names}
+            return {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as reason:
         raise ValueError(
             f"{path} is cut off or is not a safetensors file, so nothing was loaded: {reason}"
@@ -139,8 +139,11 @@ def _read(path: Path, device: torch.device | str) -> Tensors:
 
 
 def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    header: dict[str, Any] = json.loads((metadata or {}).get("topkast_func", "{}"))
-    if header.get("format") != FORMAT:
+    try:
+        header = json.loads((metadata or {}).get("topkast_func", "{}"))
+    except json.JSONDecodeError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not one that topkast_func saved")
     if header["version"] > VERSION:
         raise ValueError(
@@ -167,15 +170,17 @@ def _sparsity_problem(state: TrainState, config: TopKastConfig) -> str | None:
 
 
 def _model_problem(state: TrainState, model: Model) -> str | None:
-    theta = dense_params(state)
-    try:
-        check_names(model, theta.keys() | state.frozen.keys() | state.buffers.keys())
-    except ValueError as problem:
-        return str(problem)
-    shapes = {name: p.shape for name, p in getattr(model, "named_parameters", dict)()}
-    for name, value in theta.items():
-        if shapes.get(name, value.shape) != value.shape:
-            return f"{name!r} has shape {tuple(value.shape)}, the model {tuple(shapes[name])}"
+    if not isinstance(model, nn.Module):
+        return None
+    given = {"parameters": trainable(model), "frozen": frozen(model), "buffers": buffers(model)}
+    found = {"parameters": dense_params(state), "frozen": state.frozen, "buffers": state.buffers}
+    for what, tensors in given.items():
+        if problem := _difference(f"{what} of the model", found[what], tensors):
+            return problem
+        for name, tensor in tensors.items():
+            if found[what][name].shape != tensor.shape:
+                shape = tuple(found[what][name].shape)
+                return f"{name!r} has shape {shape}, the model {tuple(tensor.shape)}"
     return None
 
 
@@ -187,4 +192,5 @@ def _optimizer_problem(state: TrainState, optimizer: Optimizer) -> str | None:
 def _difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str | None:
     if set(found) == set(expected):
         return None
-    return f"its {what} are {sorted(found)}, not {sorted(expected)}"
+    missing, unknown = set(expected) - set(found), set(found) - set(expected)
+    return f"{what}: missing {sorted(missing)}, unknown {sorted(unknown)}"

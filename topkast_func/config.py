@@ -74,12 +74,29 @@ def check_number(name: str, value: object, low: float, high: float = float("inf"
         TypeError: ``value`` is not a real number (booleans and strings are not).
         ValueError: ``value`` is NaN or outside [low, high).
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number in [{low}, {high}), got {value!r}")
-    number = float(value)
+    number = check_real(name, value, f"[{low}, {high})")
     if not low <= number < high:
         raise ValueError(f"{name} must be in [{low}, {high}), got {value!r}")
     return number
+
+
+def check_real(name: str, value: object, allowed: str) -> float:
+    """Return ``value`` as a float if it is a real number.
+
+    Args:
+        name: What the number is called in the error.
+        value: The number to check.
+        allowed: Its range, for the error.
+
+    Returns:
+        The number as a float.
+
+    Raises:
+        TypeError: ``value`` is not a real number (booleans and strings are not).
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in {allowed}, got {value!r}")
+    return float(value)
 
 
 def check_count(name: str, value: object, low: int) -> int:

@@ -16,7 +16,8 @@ def to_sparse(state: TrainState, layout: str = "csr") -> dict[str, Any]:
 
     Args:
         state: The state.
-        layout: "csr" or "coo" for torch's own layouts, "scipy" for `scipy.sparse.csr_array`,
+        layout: "csr" or "coo" for torch's own layouts, "scipy" for `scipy.sparse.csr_array`
+            (bfloat16 as float32),
             "torch_sparse" for `torch_sparse.SparseTensor`.
 
     Returns:
@@ -59,7 +60,10 @@ def _csr(alpha: Tensor, mask: Tensor) -> Tensor:
 
 def _scipy(alpha: Tensor, mask: Tensor) -> Any:
     csr = _csr(alpha, mask).cpu()
-    parts = (csr.values().numpy(), csr.col_indices().numpy(), csr.crow_indices().numpy())
+    values = csr.values()
+    if values.dtype == torch.bfloat16:
+        values = values.float()
+    parts = (values.numpy(), csr.col_indices().numpy(), csr.crow_indices().numpy())
     return _optional("scipy.sparse").csr_array(parts, shape=tuple(alpha.shape))
 
 

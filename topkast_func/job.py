@@ -1,5 +1,6 @@
 """The main job: a small regression network, trained by the functional interface."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class Run(NamedTuple):
     """What a training run came to.
 
     Attributes:
-        state: The state of lowest validation loss.
+        state: The first state of lowest validation loss; the initial one if none is finite.
         best_epoch: Its epoch, from 0.
         train_losses: Mean squared error over each epoch's batches.
         validation_losses: Mean squared error on the validation part after each epoch.
@@ -90,20 +91,21 @@ def train(job: str, config: TopKastConfig, epochs: int, seed: int, label: str) -
     batches = DataLoader(parts[0], BATCH_SIZE, shuffle=True, drop_last=True, generator=order)
     train_losses: list[float] = []
     validation_losses: list[float] = []
+    best_epoch, lowest = 0, math.inf
     with tqdm(range(epochs), desc=label, unit="epoch") as progress:
-        for _ in progress:
+        for epoch in progress:
             losses = []
             for batch in batches:
                 state, metrics = train_step(state, batch)
                 losses.append(metrics.data_loss)
             train_losses.append(float(torch.stack(losses).mean()))
             validation_losses.append(_test(model, state, validation))
-            if validation_losses[-1] == min(validation_losses):
-                best = state
+            if validation_losses[-1] < lowest:
+                best, best_epoch, lowest = state, epoch, validation_losses[-1]
             progress.set_postfix(train=train_losses[-1], validation=validation_losses[-1])
     return Run(
         state=best,
-        best_epoch=validation_losses.index(min(validation_losses)),
+        best_epoch=best_epoch,
         train_losses=train_losses,
         validation_losses=validation_losses,
         test_mse=_test(model, best, test),

@@ -1,6 +1,6 @@
 """Gradient descent as pure functions: sgd, adam, adamw."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -144,8 +144,9 @@ def adamw(
 
 
 def _adam_rule(betas: tuple[float, float], eps: float) -> Rule:
-    beta1 = check_number("betas[0]", betas[0], 0.0, 1.0)
-    beta2 = check_number("betas[1]", betas[1], 0.0, 1.0)
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of fractions in [0, 1), got {betas!r}")
+    beta1, beta2 = (check_number(f"betas[{i}]", betas[i], 0.0, 1.0) for i in range(2))
     eps = check_number("eps", eps, 0.0)
 
     def rule(grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor) -> tuple[Tensor, Tensors]:
@@ -175,7 +176,7 @@ def _optimizer(lr: LearningRate, kinds: tuple[str, ...], rule: Rule) -> Optimize
         for name, theta in params.items():
             held = {kind: state.slots[kind][name] for kind in kinds}
             direction, held = rule(grads[name], theta, held, t)
-            updates[name] = -rate * direction
+            updates[name] = (-rate * direction).to(theta.dtype)
             for kind in kinds:
                 slots[kind][name] = held[kind]
         return updates, OptimizerState(state.step + 1, slots)

@@ -40,7 +40,7 @@ def sets(masks: Masks, title: str = "") -> Figure:
 
 
 def losses(train: ArrayLike, validation: ArrayLike) -> Figure:
-    """Draw training and validation loss over epochs, on a logarithmic scale.
+    """Draw training and validation loss over epochs, logarithmically where all are positive.
 
     Args:
         train: Mean loss of each epoch's batches.
@@ -54,6 +54,8 @@ def losses(train: ArrayLike, validation: ArrayLike) -> Figure:
         curve = np.asarray(values)
         if curve.size and not np.isnan(curve).all():
             axes.plot(range(1, len(curve) + 1), curve, label=label)
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
-    axes.legend()
+    drawn = np.concatenate([line.get_ydata() for line in axes.lines]) if axes.lines else np.ones(1)
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log" if (drawn > 0).all() else "linear")
+    if axes.lines:
+        axes.legend()
     return figure

@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -210,18 +210,22 @@ def test_slots_follow_their_weight_in_the_trainer() -> None:
     data = TensorDataset(torch.randn(20, 4), torch.randn(20, 8))
     optimizer = SGD(net.parameters(), lr=0.2, momentum=0.9)
     trainer = _trainer(net, optimizer=optimizer, data=data, num_epochs=6, num_epochs_explore=6)
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def note(*_: Any) -> None:
-        momentum = torch.zeros(32)
+        momentum, gradient = torch.zeros(2, 32)
         momentum[net.positions] = optimizer.state[net.active_fwd_weights]["momentum_buffer"]
-        seen.append((net.positions.clone(), momentum))
+        gradient[net.positions] = net.active_fwd_weights.grad
+        seen.append((net.positions.clone(), momentum, gradient))
 
     optimizer.register_step_post_hook(note)
     trainer.optimizer = _climb_after(5, optimizer)
     trainer.train()
-    last, momentum = seen[-1]
-    assert set(last.tolist()) != set(net.positions.tolist())
+    for (_, before, _), (b, after, gradient) in pairwise(seen):
+        torch.testing.assert_close(after[b], 0.9 * before[b] + gradient[b])
+    assert len({frozenset(positions.tolist()) for positions, *_ in seen}) > 2
+    last, momentum, _ = seen[-1]
+    assert set(last.tolist()) != set(net.positions.tolist())  # the best network's B is another
     slot = optimizer.state[net.active_fwd_weights]["momentum_buffer"]
     assert torch.equal(slot, momentum[net.positions])
 
@@ -302,6 +306,7 @@ def test_batch_statistics_are_learnt_in_training_and_used_in_validation() -> Non
     norm = nn.BatchNorm1d(4)
     net = nn.Sequential(norm, TopKastLinear(4, 1, 0.5, 0.2))
     trainer = _trainer(net, optimizer=SGD(net.parameters(), lr=0.0), num_epochs=2, batch_size=14)
+    net.eval()
     trainer.train()
     assert norm.num_batches_tracked == 2
     features, target = _pair(trainer.validation_dataset)
@@ -342,7 +347,7 @@ def test_training_stops_after_so_many_epochs_without_improvement(patience: int) 
     optimizer = _climb_after(12, SGD(net.parameters(), lr=0.05), factor=-0.1)
     trainer = _trainer(net, optimizer=optimizer, num_epochs=40, patience=patience)
     trainer.train()
-    assert 0 < trainer.best_epoch < 4
+    assert trainer.best_epoch < 4
     assert len(trainer.losses_train) == trainer.best_epoch + patience + 1
     assert len(trainer.losses_validation) == len(trainer.losses_train)
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
-from topkast_func.allocation import Allocation
+from topkast_func.allocation import Allocation, check_params
 from topkast_func.config import check_count, check_number, check_order
 from topkast_func.masks import kept, magnitudes, top_sets
 
@@ -36,7 +36,8 @@ class TopKastLinear(nn.Module):
         active_fwd_weights: Parameter, [|B|]: θ on A, then on B∖A, each in row-major order.
         bias: Parameter, [out_features], or None.
         theta: Buffer, [out_features, in_features]; read ``weight`` instead.
-        positions: Buffer, int64, [|B|]: where in the flat θ each value belongs.
+        positions_fwd: Buffer, int64, [|A|]: where in the flat θ the values of A belong.
+        positions_justbwd: Buffer, int64, [|B∖A|]: the same for B∖A.
 
     Raises:
         TypeError: A size or sparsity is no number.
@@ -54,7 +55,8 @@ class TopKastLinear(nn.Module):
     """
 
     theta: Tensor
-    positions: Tensor
+    positions_fwd: Tensor
+    positions_justbwd: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -78,20 +80,24 @@ class TopKastLinear(nn.Module):
         self.set_fwd, self.set_justbwd = range(forward), range(forward, backward)
         theta = torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
         self.register_buffer("theta", theta)
-        self.register_buffer("positions", torch.arange(backward, device=device))
+        positions = torch.arange(backward, device=device)
+        self.register_buffer("positions_fwd", positions[:forward])
+        self.register_buffer("positions_justbwd", positions[forward:])
         self.active_fwd_weights = nn.Parameter(theta.new_empty(backward))
         offset = nn.Parameter(theta.new_empty(self.out_features)) if bias else None
         self.register_parameter("bias", offset)
+        self._lent: Tensor | None = None
         self.reset_parameters()
 
     @property
     def weight(self) -> Tensor:
         """θ, [out_features, in_features], up to date on B.
 
-        Write to it in place or assign to it: the values on B follow. What is written goes
-        before training steps made since it was read.
+        Write to it in place or assign to it: the values on B follow, and keep the training
+        steps made since it was read.
         """
         self._merge()
+        self._lent = self.active_fwd_weights.detach().clone()
         return self.theta
 
     @weight.setter
@@ -105,9 +111,14 @@ class TopKastLinear(nn.Module):
         self._split()
 
     @property
+    def positions(self) -> Tensor:
+        """Where in the flat θ each of ``active_fwd_weights`` belongs, int64, [|B|]."""
+        return torch.cat((self.positions_fwd, self.positions_justbwd))
+
+    @property
     def idx_fwd(self) -> Index:
         """A as `torch.where` gives it: row and column indices, int64, in row-major order."""
-        return self._unravel(self.positions[: len(self.set_fwd)])
+        return self._unravel(self.positions_fwd)
 
     @property
     def idx_bwd(self) -> Index:
@@ -117,7 +128,7 @@ class TopKastLinear(nn.Module):
     @property
     def idx_justbwd(self) -> Index:
         """B∖A as `torch.where` gives it."""
-        return self._unravel(self.positions[len(self.set_fwd) :])
+        return self._unravel(self.positions_justbwd)
 
     @staticmethod
     def compute_mask(matrix: Tensor, p: float) -> Index:
@@ -130,8 +141,13 @@ class TopKastLinear(nn.Module):
         Returns:
             Indices of the max(1, floor((1 − p)·n + 1/2)) largest of the n entries, as
             `torch.where` gives them; ties go to the lowest flat index.
+
+        Raises:
+            TypeError: The matrix or ``p`` has the wrong type.
+            ValueError: The matrix is empty or holds NaN, or ``p`` is out of range.
         """
         sparsity = check_number("p", p, 0.0, 1.0)
+        check_params({"matrix": matrix})
         scores = magnitudes("matrix", matrix.detach(), (1, 1), "l2")
         return torch.where(top_sets("matrix", scores, Allocation(sparsity, sparsity))[0])
 
@@ -155,7 +171,8 @@ class TopKastLinear(nn.Module):
         Raises:
             ValueError: θ holds NaN; nothing has changed.
         """
-        scores = magnitudes("weight", self.weight, (1, 1), "l2")
+        self._merge()
+        scores = magnitudes("weight", self.theta, (1, 1), "l2")
         forward, backward = top_sets("weight", scores, Allocation(self.p_forward, self.p_backward))
         sets = (forward, backward & ~forward)
         self.arrange(torch.cat([mask.flatten().nonzero().squeeze(1) for mask in sets]), optimizer)
@@ -163,20 +180,32 @@ class TopKastLinear(nn.Module):
     def arrange(self, positions: Tensor, optimizer: Optimizer | None = None) -> None:
         """Let the parameter hold θ at ``positions``; gradient and slots move along.
 
+        L-BFGS, whose history is one vector over all parameters, starts its history anew.
+
         Args:
             positions: Flat indices into θ, int64, [|B|], those of A first.
             optimizer: The optimiser of this layer's parameters, if it keeps slots.
         """
         self._merge()
-        parameter = self.active_fwd_weights
+        parameter, old = self.active_fwd_weights, self.positions
         slots = optimizer.state.get(parameter, {}).values() if optimizer else ()
         for slot in (parameter.grad, *slots):
             if isinstance(slot, Tensor) and slot.shape == parameter.shape:
                 spread = slot.new_zeros(self.theta.numel())
-                spread[self.positions] = slot
+                spread[old] = slot
                 slot.copy_(spread[positions])
-        self.positions.copy_(positions)
+        if isinstance(optimizer, LBFGS) and not torch.equal(old, positions):
+            optimizer.state.clear()
+        self.positions_fwd.copy_(positions[: len(self.set_fwd)])
+        self.positions_justbwd.copy_(positions[len(self.set_fwd) :])
         self._split()
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Return θ on A and θ on B∖A, as the parameter holds them, up to date."""
+        if self._lent is not None and not torch.compiler.is_compiling():
+            self._merge()
+        active, exploring = self.active_fwd_weights.tensor_split([len(self.set_fwd)])
+        return active, exploring
 
     def reset_justbwd_weights(self) -> None:
         """Write the values of B back into θ, as reading ``weight`` does.
@@ -198,9 +227,8 @@ class TopKastLinear(nn.Module):
         """
         if not sparse:
             bias = None if self.bias is None else self.bias.detach()
-            return functional.linear(inputs, self.weight.clone(), bias)
-        if not torch.compiler.is_compiling():
-            self._take_what_was_written()
+            self._merge()
+            return functional.linear(inputs, self.theta.clone(), bias)
         return functional.linear(inputs, self._alpha(), self.bias)
 
     def extra_repr(self) -> str:
@@ -213,7 +241,7 @@ class TopKastLinear(nn.Module):
 
     def _alpha(self) -> Tensor:
         """Return α with the gradient of the identity on B."""
-        active, exploring = self.active_fwd_weights.tensor_split([len(self.set_fwd)])
+        active, exploring = self.parts()
         values = torch.cat((active, exploring - exploring.detach()))
         return (
             values
@@ -227,31 +255,39 @@ class TopKastLinear(nn.Module):
 
     @torch.no_grad()
     def _merge(self) -> None:
-        """Write the values of B into θ, unless θ was written to since the last time."""
-        self._take_what_was_written()
-        self.theta.view(-1)[self.positions] = self.active_fwd_weights.detach()
-        self._seen = self.theta._version
+        """Write the values of B into θ; what was written to a lent θ changes the values first."""
+        values, flat, positions = self.active_fwd_weights, self.theta.view(-1), self.positions
+        if self._lent is not None and not torch.equal(written := flat[positions], self._lent):
+            moved = written + (values - self._lent)
+            values.copy_(torch.where(written != self._lent, moved, values))
+        if self._lent is not None:
+            self._lent = values.detach().clone()
+        flat[positions] = values.detach()
 
     @torch.no_grad()
     def _split(self) -> None:
         """Read the values of B from θ."""
         self.active_fwd_weights.copy_(self.theta.view(-1)[self.positions])
-        self._seen = self.theta._version
-
-    def _take_what_was_written(self) -> None:
-        if self.theta._version != self._seen:
-            self._split()
+        if self._lent is not None:
+            self._lent = self.active_fwd_weights.detach().clone()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TopKastLinear":
         self._merge()
+        self._lent = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._seen = self.theta._version
         return self
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         self._merge()
         super()._save_to_state_dict(*arguments)
 
-    def __getstate__(self) -> dict[str, Any]:
-        self._merge()
-        return {**self.__dict__, "_seen": -1}
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if f"{prefix}theta" in state_dict:
+            self._split()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Let ``weight`` take a parameter too, of which it copies the values."""
+        super().__setattr__(name, value.detach() if name == "weight" else value)

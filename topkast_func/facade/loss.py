@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topkast_func.config import check_number, density
+from topkast_func.config import check_real, density
 from topkast_func.facade.linear import TopKastLinear
 from topkast_func.loss import group_l2
 
@@ -50,7 +50,7 @@ class TopKastLoss(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= check_number("alpha", alpha, 0.0) <= 1:
+        if not 0.0 <= check_real("alpha", alpha, "[0, 1]") <= 1.0:
             raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
         self.loss = loss() if isinstance(loss, type) else loss
         self.net = net
@@ -81,7 +81,6 @@ class TopKastLoss(nn.Module):
 
 def _norms(module: nn.Module) -> list[Tensor]:
     if isinstance(module, TopKastLinear):
-        active, exploring = module.active_fwd_weights.tensor_split([len(module.set_fwd)])
-        return [group_l2(active, exploring, density(module.p_forward))]
+        return [group_l2(*module.parts(), density(module.p_forward))]
     weight = module._parameters.get("weight")
     return [] if weight is None else [torch.linalg.vector_norm(weight)]

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import isclose, isfinite
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from topkast_func.config import check_count, check_number
 from topkast_func.facade.linear import TopKastLinear
 from topkast_func.facade.loss import TopKastLoss
+from topkast_func.masks import NaNParameterError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,11 +132,18 @@ class TopKastTrainer:
     def train(self) -> None:
         """Train, then give the network the weights of its best epoch.
 
-        A training loss that is not finite ends the training with a warning.
+        A second call goes on where the first ended, from its best epoch. A loss or weight that
+        is not finite ends the training with a warning.
         """
-        with tqdm(range(self.num_epochs), desc="training", unit="epoch") as epochs:
+        first = len(self.losses_train)
+        span = range(first, first + self.num_epochs)
+        with tqdm(span, desc="training", unit="epoch") as epochs:
             for epoch in epochs:
-                self._refresh_when_due(epoch)
+                try:
+                    self._refresh_when_due(epoch)
+                except NaNParameterError as reason:
+                    warnings.warn(f"training ends before epoch {epoch + 1}: {reason}", stacklevel=2)
+                    break
                 train, validation = self._train_epoch(), self._mean_loss(self.validation_dataset)
                 self.losses_train = np.append(self.losses_train, train)
                 self.losses_validation = np.append(self.losses_validation, validation)
@@ -151,7 +159,7 @@ class TopKastTrainer:
                         f"training ends: the loss of epoch {epoch + 1} is {train}", stacklevel=2
                     )
                     break
-                if epoch - self.best_epoch >= self.patience:
+                if epoch - max(self.best_epoch, first - 1) >= self.patience:
                     break
         self._restore_best()
         if self.print_loss_history:
@@ -206,14 +214,9 @@ class TopKastTrainer:
 
         return plots.losses(self.losses_train, self.losses_validation)
 
-    def _sparse_layers(self) -> Iterator[tuple[str, TopKastLinear]]:
-        for name, module in self.net.named_modules():
-            if isinstance(module, TopKastLinear):
-                yield name, module
-
     def _refresh_when_due(self, epoch: int) -> None:
         if epoch < self.num_epochs_explore or epoch % self.update_every == 0:
-            for _, layer in self._sparse_layers():
+            for layer in _sparse_layers(self.net):
                 layer.update_active_param_set(self.optimizer)
 
     def _train_epoch(self) -> float:
@@ -265,10 +268,15 @@ class TopKastTrainer:
     def _restore_best(self) -> None:
         if self.best_net is None:
             return
-        best = self.best_net.state_dict()
-        for name, layer in self._sparse_layers():
-            layer.arrange(best[f"{name}.positions".lstrip(".")], self.optimizer)
-        self.net.load_state_dict(best)
+        for layer, best in zip(
+            _sparse_layers(self.net), _sparse_layers(self.best_net), strict=True
+        ):
+            layer.arrange(best.positions, self.optimizer)
+        self.net.load_state_dict(self.best_net.state_dict())
+
+
+def _sparse_layers(net: nn.Module) -> list[TopKastLinear]:
+    return [module for module in net.modules() if isinstance(module, TopKastLinear)]
 
 
 def _or(value: int | None, default: int, name: str, low: int) -> int:
@@ -280,5 +288,5 @@ def _counts(split: Sequence[float], n: int) -> list[int]:
     fractions = [check_number("train_val_test_split", part, 0.0) for part in split]
     if len(fractions) not in (2, 3) or not isclose(sum(fractions), 1.0, abs_tol=1e-6):
         raise ValueError(f"train_val_test_split must be 2 or 3 fractions of sum 1, got {split!r}")
-    bounds = [0, round(n * fractions[0]), round(n * (fractions[0] + fractions[1])), n]
+    bounds = [0, round(n * fractions[0]), min(n, round(n * sum(fractions[:2]))), n]
     return [high - low for low, high in pairwise(bounds)]
