@@ -77,6 +77,11 @@ def test_patterns_that_do_not_fit_name_the_parameter(
         allocate(["a", "b"], config)
 
 
+def test_parameters_that_are_no_mapping_are_refused() -> None:
+    with pytest.raises(TypeError, match="params must map names to tensors, got list"):
+        check_params([torch.zeros(2)])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("leaf", "error", "message"),
     [

@@ -1,6 +1,6 @@
 """Which parameters are sparse, and how sparse each of them is."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -32,6 +32,8 @@ def check_params(params: Params) -> None:
         TypeError: The tree is not a mapping, or a leaf is not a floating-point tensor.
         ValueError: A leaf is empty.
     """
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must map names to tensors, got {type(params).__name__}")
     for name, leaf in params.items():
         if not isinstance(leaf, Tensor):
             raise TypeError(

@@ -75,7 +75,7 @@ def init_state(
         step=torch.zeros((), dtype=torch.int64),
         seed=torch.tensor(check_count("seed", seed, 0)),
         weights=weights,
-        buffers=_copied(buffers(model)),
+        buffers=buffers(model),
         frozen=_copied(frozen(model)),
         optimizer=optimizer.init(weights.values()),
     )

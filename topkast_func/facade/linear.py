@@ -80,9 +80,8 @@ class TopKastLinear(nn.Module):
         self.set_fwd, self.set_justbwd = range(forward), range(forward, backward)
         theta = torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
         self.register_buffer("theta", theta)
-        positions = torch.arange(backward, device=device)
-        self.register_buffer("positions_fwd", positions[:forward])
-        self.register_buffer("positions_justbwd", positions[forward:])
+        self.register_buffer("positions_fwd", torch.arange(forward, device=device))
+        self.register_buffer("positions_justbwd", torch.arange(forward, backward, device=device))
         self.active_fwd_weights = nn.Parameter(theta.new_empty(backward))
         offset = nn.Parameter(theta.new_empty(self.out_features)) if bias else None
         self.register_parameter("bias", offset)

@@ -251,8 +251,10 @@ class TopKastTrainer:
 
     def _features(self, features: Tensor) -> Tensor:
         features = features.to(self.device)
-        floating = (p.dtype for p in self.net.parameters() if p.is_floating_point())
-        return features.to(next(floating)) if features.is_floating_point() else features
+        if not features.is_floating_point():
+            return features
+        dtypes = (p.dtype for p in self.net.parameters() if p.is_floating_point())
+        return features.to(next(dtypes, features.dtype))
 
     def _target(self, target: Tensor, y_hat: Any) -> Tensor:
         target = target.to(self.device)
