@@ -465,6 +465,13 @@ def test_a_run_resumed_from_state_dicts_equals_the_uninterrupted_one() -> None:
     _assert_same_state(other, _state(layer))
 
 
+def test_a_flat_weight_can_be_assigned() -> None:
+    layer = _layer()
+    flat = torch.randn(layer.theta.numel())
+    layer.weight = flat
+    assert torch.equal(layer.weight, flat.view(layer.theta.shape))
+
+
 def test_state_dict_of_another_size_is_refused() -> None:
     layer, other = _layer(), _layer(p_forward=0.9, p_backward=0.8)
     with pytest.raises(RuntimeError, match=r"size mismatch for active_fwd_weights"):

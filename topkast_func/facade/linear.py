@@ -92,8 +92,8 @@ class TopKastLinear(nn.Module):
     def weight(self) -> Tensor:
         """θ, [out_features, in_features], up to date on B.
 
-        Write to it in place or assign to it: the values on B follow, and keep the training
-        steps made since it was read.
+        Write to it in place or assign to it (flat, if you like): the values on B follow, and
+        keep the training steps made since it was read.
         """
         self._merge()
         self._lent = self.active_fwd_weights.detach().clone()
@@ -101,12 +101,11 @@ class TopKastLinear(nn.Module):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        if value.shape != self.theta.shape:
-            raise ValueError(
-                f"weight must have shape {tuple(self.theta.shape)}, got {tuple(value.shape)}"
-            )
+        shape = tuple(self.theta.shape)
+        if tuple(value.shape) not in (shape, (self.theta.numel(),)):
+            raise ValueError(f"weight must have shape {shape}, got {tuple(value.shape)}")
         with torch.no_grad():
-            self.theta.copy_(value)
+            self.theta.copy_(value.reshape(shape))
         self._split()
 
     @property
