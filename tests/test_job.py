@@ -27,6 +27,14 @@ def _run(epochs: int = EPOCHS, seed: int = 42, name: str = "boston") -> job.Run:
     return job.train(name, CONFIG, epochs, seed, "test")
 
 
+@pytest.fixture(scope="module")
+def run() -> job.Run:
+    """One run, for tests that only read it; its last epoch is not its best."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "make_train_step", partial(tk.make_train_step, compile=False))
+        return _run()
+
+
 def _parts() -> list[tuple[Tensor, Tensor]]:
     """Training, validation and test rows of Boston as the job splits them."""
     generator = torch.Generator().manual_seed(job.SPLIT_SEED)
@@ -49,15 +57,13 @@ def test_there_is_a_job_for_each_data_set() -> None:
     assert job.JOBS["synthetic"]()[:][0].shape == (1024, 2)
 
 
-def test_the_run_reports_a_loss_for_each_epoch() -> None:
-    run = _run()
+def test_the_run_reports_a_loss_for_each_epoch(run: job.Run) -> None:
     assert len(run.train_losses) == len(run.validation_losses) == EPOCHS
     assert run.train_losses[-1] < 0.2 * run.train_losses[0]
     assert run.seconds > 0.0
 
 
-def test_the_state_is_that_of_the_lowest_validation_loss() -> None:
-    run = _run()
+def test_the_state_is_that_of_the_lowest_validation_loss(run: job.Run) -> None:
     lowest = min(run.validation_losses)
     assert run.validation_losses[-1] > lowest
     assert run.best_epoch == run.validation_losses.index(lowest)
@@ -68,8 +74,7 @@ def test_the_state_is_that_of_the_lowest_validation_loss() -> None:
     assert int(run.state.step) == (run.best_epoch + 1) * steps_per_epoch
 
 
-def test_the_test_error_is_that_of_the_forward_weights_on_the_held_out_rows() -> None:
-    run = _run()
+def test_the_test_error_is_that_of_the_forward_weights_on_the_held_out_rows(run: job.Run) -> None:
     training, _, test = _parts()
     assert len(test[1]) == 50
     error = _mean_squared_error(tk.forward_params(run.state), test)
@@ -97,14 +102,20 @@ def test_the_seed_sets_the_order_of_the_batches(monkeypatch: pytest.MonkeyPatch)
     assert first.train_losses == again.train_losses != other.train_losses
 
 
+def test_the_seed_sets_the_weights() -> None:
+    first, again, other = (job._network(13, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
 def test_the_run_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     _run(1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_state_can_be_trained_further_with_the_configuration() -> None:
-    state = _run(1).state
+def test_the_state_can_be_trained_further_with_the_configuration(run: job.Run) -> None:
+    state = run.state
     assert list(tk.masks_of(state)) == ["0.weight", "2.weight", "4.weight"]
     assert int(tk.refresh(state, CONFIG).step) == int(state.step)
 
@@ -115,8 +126,8 @@ def test_the_synthetic_job_approaches_the_variance_of_its_noise() -> None:
     assert 0.9 / 12 < run.test_mse < 1.35 / 12 < run.mean_mse
 
 
-def test_layers_counts_the_masks_of_the_state() -> None:
-    state = _run(1).state
+def test_layers_counts_the_masks_of_the_state(run: job.Run) -> None:
+    state = run.state
     theta, masks = tk.dense_params(state), tk.masks_of(state)
     lines = job.layers(state)
     assert [line.name for line in lines] == list(masks)

@@ -38,30 +38,35 @@ def _metrics(out: Path) -> dict[str, Any]:
     return metrics
 
 
-@pytest.mark.usefixtures("_eager")
-def test_it_writes_three_files_and_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "new" / "folder"
-    main(["boston", "--epochs", "3", "--out", str(out)])
-    assert sorted(file.name for file in out.iterdir()) == FILES
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("wrote loss.png, metrics.json and state.safetensors to ")
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of one run of three epochs, for tests that only read it."""
+    out: Path = tmp_path_factory.mktemp("run") / "new" / "folder"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "make_train_step", partial(tk.make_train_step, compile=False))
+        main(["boston", "--epochs", "3", "--seed", "7", "--out", str(out)])
+    return out
 
 
-@pytest.mark.usefixtures("_eager")
-def test_the_loss_plot_is_a_png_with_something_drawn(tmp_path: Path) -> None:
-    main(["boston", "--epochs", "3", "--no-dense-twin", "--out", str(tmp_path)])
-    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
-    pixels = matplotlib.image.imread(tmp_path / "loss.png")
+@pytest.fixture
+def again(_eager: None) -> job.Run:
+    """The same run by hand."""
+    return job.train("boston", CONFIG, 3, 7, "again")
+
+
+def test_it_writes_three_files_and_nothing_else(results: Path) -> None:
+    assert sorted(file.name for file in results.iterdir()) == FILES
+
+
+def test_the_loss_plot_is_a_png_with_something_drawn(results: Path) -> None:
+    assert (results / "loss.png").read_bytes().startswith(PNG)
+    pixels = matplotlib.image.imread(results / "loss.png")
     assert min(pixels.shape[:2]) > 200
     assert pixels.std() > 0.0
 
 
-@pytest.mark.usefixtures("_eager")
-def test_the_metrics_are_those_of_the_run(tmp_path: Path) -> None:
-    main(["boston", "--epochs", "3", "--seed", "7", "--out", str(tmp_path)])
-    metrics = _metrics(tmp_path)
+def test_the_metrics_are_those_of_the_run(results: Path, again: job.Run) -> None:
+    metrics = _metrics(results)
     assert metrics["options"] == {
         "job": "boston",
         "seed": 7,
@@ -71,26 +76,35 @@ def test_the_metrics_are_those_of_the_run(tmp_path: Path) -> None:
         "refresh_every": 10,
         "penalty_weight": 0.1,
         "dense_twin": True,
-        "out": str(tmp_path),
+        "out": str(results),
     }
-    run = job.train("boston", CONFIG, 3, 7, "again")
-    assert metrics["train_losses"] == run.train_losses
-    assert metrics["validation_losses"] == run.validation_losses
-    assert metrics["best_epoch"]["sparse"] == run.best_epoch
-    assert metrics["test_mse"]["sparse"] == run.test_mse
-    assert metrics["test_mse"]["mean"] == run.mean_mse
+    assert metrics["train_losses"] == again.train_losses
+    assert metrics["validation_losses"] == again.validation_losses
+    assert metrics["best_epoch"]["sparse"] == again.best_epoch
+    assert metrics["test_mse"]["sparse"] == again.test_mse
+    assert metrics["test_mse"]["mean"] == again.mean_mse
     assert metrics["seconds"].keys() == {"sparse", "dense"}
 
 
 @pytest.mark.usefixtures("_eager")
-def test_the_dense_twin_is_the_same_network_without_sparsity(tmp_path: Path) -> None:
-    main(["boston", "--epochs", "3", "--out", str(tmp_path)])
+def test_the_dense_twin_is_the_same_network_without_sparsity(results: Path) -> None:
     dense = tk.TopKastConfig(0.0, 0.0, refresh_every=10, penalty_weight=0.1)
-    run = job.train("boston", dense, 3, 42, "again")
-    errors = _metrics(tmp_path)["test_mse"]
+    run = job.train("boston", dense, 3, 7, "again")
+    errors = _metrics(results)["test_mse"]
     assert errors.keys() == {"sparse", "dense", "mean"}
     assert errors["dense"] == run.test_mse
     assert errors["dense"] != errors["sparse"]
+
+
+def test_the_saved_state_is_the_reported_one(results: Path, again: job.Run) -> None:
+    state = tk.load(results / "state.safetensors", CONFIG, job._network(13, 0), tk.sgd(0.1, 0.9))
+    layers = _metrics(results)["layers"]
+    assert layers == json.loads(json.dumps([layer._asdict() for layer in job.layers(state)]))
+    for layer, masks in zip(layers, tk.masks_of(state).values(), strict=True):
+        assert layer["forward"] == masks.forward.count_nonzero()
+        assert layer["backward"] == masks.backward.count_nonzero()
+    theta = tk.dense_params(again.state)
+    assert all(map(torch.equal, tk.dense_params(state).values(), theta.values()))
 
 
 @pytest.mark.usefixtures("_eager")
@@ -103,20 +117,6 @@ def test_without_the_dense_twin_there_is_one_run(
     assert metrics["test_mse"].keys() == {"sparse", "mean"}
     assert metrics["seconds"].keys() == metrics["best_epoch"].keys() == {"sparse"}
     assert "dense" not in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("_eager")
-def test_the_saved_state_is_the_reported_one(tmp_path: Path) -> None:
-    main(["boston", "--epochs", "3", "--no-dense-twin", "--out", str(tmp_path)])
-    state = tk.load(tmp_path / "state.safetensors", CONFIG, job._network(13, 0), tk.sgd(0.1, 0.9))
-    layers = _metrics(tmp_path)["layers"]
-    assert layers == json.loads(json.dumps([layer._asdict() for layer in job.layers(state)]))
-    for layer, masks in zip(layers, tk.masks_of(state).values(), strict=True):
-        assert layer["forward"] == masks.forward.count_nonzero()
-        assert layer["backward"] == masks.backward.count_nonzero()
-    run = job.train("boston", CONFIG, 3, 42, "again")
-    theta = tk.dense_params(run.state)
-    assert all(map(torch.equal, tk.dense_params(state).values(), theta.values()))
 
 
 @pytest.mark.usefixtures("_eager")
@@ -159,6 +159,8 @@ def test_the_tables_show_each_layer_and_each_network(
     assert all(f"{error:.4g}" in words for error in errors.values())
     assert "sparse: 100%" in progress
     assert "dense twin: 100%" in progress
+    last = printed.splitlines()[-1]
+    assert last.startswith("wrote loss.png, metrics.json and state.safetensors to ")
 
 
 @pytest.mark.usefixtures("_eager")
@@ -183,7 +185,9 @@ def test_a_run_that_diverges_still_writes_its_files(tmp_path: Path) -> None:
     words = ["boston", "--epochs", "2", "--penalty-weight", "1e30", "--no-dense-twin"]
     main([*words, "--out", str(tmp_path)])
     assert sorted(file.name for file in tmp_path.iterdir()) == FILES
-    assert len(_metrics(tmp_path)["train_losses"]) == 2
+    metrics = _metrics(tmp_path)
+    assert metrics["train_losses"] == metrics["validation_losses"] == [None, None]
+    assert tk.load(tmp_path / "state.safetensors", CONFIG).step == 0
 
 
 @pytest.mark.parametrize(

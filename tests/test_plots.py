@@ -96,7 +96,9 @@ def test_losses_leaves_out_a_validation_that_there_is_not(validation: list[float
 
 
 def test_losses_keeps_a_curve_with_a_gap() -> None:
-    curves = _curves(plots.losses([4.0, math.nan, 2.0], [3.0, 3.0, 3.0]))
+    figure = plots.losses([4.0, math.nan, 2.0], [3.0, 3.0, 3.0])
+    curves = _curves(figure)
+    assert figure.axes[0].get_yscale() == "log"
     assert curves["training"][0] == [1, 2, 3]
     assert math.isnan(curves["training"][1][1])
 
@@ -104,6 +106,13 @@ def test_losses_keeps_a_curve_with_a_gap() -> None:
 def test_losses_takes_any_array() -> None:
     figure = plots.losses(np.array([4.0, 2.0]), torch.tensor([5.0, 3.0]).tolist())
     assert _curves(figure)["training"] == [[1, 2], [4.0, 2.0]]
+
+
+@pytest.mark.parametrize("lowest", [0.0, -1.0])
+def test_losses_that_are_not_all_positive_are_drawn_on_a_linear_scale(lowest: float) -> None:
+    figure = plots.losses([2.0, lowest], [2.0, 1.0])
+    assert figure.axes[0].get_yscale() == "linear"
+    assert _curves(figure)["training"] == [[1, 2], [2.0, lowest]]
 
 
 @pytest.mark.parametrize("values", [[], [math.nan]])

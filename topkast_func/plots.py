@@ -49,13 +49,13 @@ def losses(train: ArrayLike, validation: ArrayLike) -> Figure:
     Returns:
         The figure.
     """
+    curves = {"training": np.asarray(train), "validation": np.asarray(validation)}
+    drawn = {label: curve for label, curve in curves.items() if not np.isnan(curve).all()}
     figure, axes = plt.subplots(layout="constrained")
-    for values, label in ((train, "training"), (validation, "validation")):
-        curve = np.asarray(values)
-        if curve.size and not np.isnan(curve).all():
-            axes.plot(range(1, len(curve) + 1), curve, label=label)
-    drawn = np.concatenate([line.get_ydata() for line in axes.lines]) if axes.lines else np.ones(1)
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log" if (drawn > 0).all() else "linear")
-    if axes.lines:
+    for label, curve in drawn.items():
+        axes.plot(range(1, len(curve) + 1), curve, label=label)
+    logarithmic = not any((curve <= 0).any() for curve in drawn.values())
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log" if logarithmic else "linear")
+    if drawn:
         axes.legend()
     return figure
