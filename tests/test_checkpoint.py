@@ -324,6 +324,11 @@ def _rewrite(path: Path, header: str) -> None:
     safetensors.torch.save_file(tensors, path, {"topkast_func": header})
 
 
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no state at"):
+        tk.load(tmp_path, CONFIG)
+
+
 def test_a_missing_file_is_not_found(path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no state at .*state\.safetensors"):
         tk.load(path, CONFIG)
@@ -367,6 +372,20 @@ def test_a_safetensors_file_of_someone_else_is_refused(
 def test_a_header_that_topkast_func_did_not_write_is_refused(saved: Path, header: str) -> None:
     _rewrite(saved, header)
     with pytest.raises(ValueError, match="but not one that topkast_func saved"):
+        tk.load(saved, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("header", "what"),
+    [
+        ({}, "version"),
+        ({"version": 1}, "tensors"),
+        ({"version": 1, "tensors": ["step"]}, "seed"),
+    ],
+)
+def test_a_damaged_header_is_refused(saved: Path, header: dict[str, Any], what: str) -> None:
+    _rewrite(saved, json.dumps({"format": "topkast_func state", **header}))
+    with pytest.raises(ValueError, match=f"is damaged, so nothing was loaded: no '{what}'"):
         tk.load(saved, CONFIG)
 
 
@@ -428,6 +447,7 @@ def _more_frozen() -> nn.Module:
         (_frozen_nowhere, r"parameters of the model: missing \['4\.bias', '4\.weight'\]"),
         (_wider_where_frozen, r"4\.(weight|bias)"),
         (_wider_buffers, r"1\.running_mean"),
+        (lambda: _network().double(), r"'0\.weight' has dtype torch.float32, the model torch.fl"),
         (_more_buffers, r"0\.extra"),
         (_more_frozen, r"2\.extra"),
     ],

@@ -142,9 +142,10 @@ def test_layers_counts_the_masks_of_the_state(run: job.Run) -> None:
 
 
 def test_tied_epochs_agree_on_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a learning rate of 0 all epochs tie; the state is that of the epoch reported."""
+    """With a learning rate of 0 all epochs tie: the first is reported, and its state."""
     monkeypatch.setattr(job, "sgd", lambda lr, momentum: tk.sgd(lr=0.0))
     run = _run(3)
     assert len(set(run.validation_losses)) == 1
+    assert run.best_epoch == 0
     steps_per_epoch = len(_parts()[0][1]) // job.BATCH_SIZE
     assert int(run.state.step) == (run.best_epoch + 1) * steps_per_epoch

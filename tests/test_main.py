@@ -226,6 +226,15 @@ def test_bad_options_exit_with_a_message_and_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_where_the_results_should_go_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(["boston", "--out", str(tmp_path / "taken")])
+    assert "--out: " in capsys.readouterr().err
+
+
 def test_help_names_the_jobs_the_options_and_their_defaults() -> None:
     command = [sys.executable, "-W", "error", "-m", "topkast_func", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -37,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as problem:
         parser.error(str(problem))
     out = options.out or Path("runs") / options.job
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        parser.error(f"--out: {problem}")
     runs = {"sparse": train(options.job, config, options.epochs, options.seed, "sparse")}
     if options.dense_twin:
         dense = replace(config, forward_sparsity=0.0, backward_sparsity=0.0)

@@ -67,7 +67,7 @@ def load(
         path: The file.
         config: The configuration the state was trained with; its sparse parameters and
             counts must be those of the file.
-        model: If given, the state must have its parameters and their shapes.
+        model: If given, the state must have its parameters and buffers, shapes and dtypes.
         optimizer: If given, the state must have its slots.
         device: Where the tensors go; counters stay on the CPU.
 
@@ -79,7 +79,10 @@ def load(
         ValueError: The file is cut off or foreign, of a newer version, or of another
             configuration, model or optimiser.
     """
-    state = _state(_read(Path(path), device))
+    try:
+        state = _state(_read(Path(path), device))
+    except KeyError as reason:
+        raise ValueError(f"{path} is damaged, so nothing was loaded: no {reason}") from reason
     problems = [_sparsity_problem(state, config)]
     if model is not None:
         problems.append(_model_problem(state, model))
@@ -126,7 +129,7 @@ def _state(tensors: Tensors) -> TrainState:
 
 
 def _read(path: Path, device: torch.device | str) -> Tensors:
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"there is no state at {path}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -178,9 +181,11 @@ def _model_problem(state: TrainState, model: Model) -> str | None:
         if problem := _difference(f"{what} of the model", found[what], tensors):
             return problem
         for name, tensor in tensors.items():
-            if found[what][name].shape != tensor.shape:
-                shape = tuple(found[what][name].shape)
-                return f"{name!r} has shape {shape}, the model {tuple(tensor.shape)}"
+            held = found[what][name]
+            if held.shape != tensor.shape:
+                return f"{name!r} has shape {tuple(held.shape)}, the model {tuple(tensor.shape)}"
+            if held.dtype != tensor.dtype:
+                return f"{name!r} has dtype {held.dtype}, the model {tensor.dtype}"
     return None
 
 

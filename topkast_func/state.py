@@ -73,7 +73,7 @@ def init_state(
     weights = stored(theta, masks_at(theta, allocate(select(theta, config), config), config))
     return TrainState(
         step=torch.zeros((), dtype=torch.int64),
-        seed=torch.tensor(check_count("seed", seed, 0)),
+        seed=torch.tensor(check_count("seed", seed, 0) % 2**63),
         weights=weights,
         buffers=buffers(model),
         frozen=_copied(frozen(model)),
