@@ -14,7 +14,7 @@ from topkast_func.plots import losses, sets
 from topkast_func.state import masks_of
 
 HERE = Path(__file__).parent
-SEEDS = range(42, 47)
+SEEDS, SPLITS = range(42, 47), range(5)
 SPARSITIES = {"sparse": (0.7, 0.5), "dense": (0.0, 0.0)}
 
 
@@ -24,12 +24,18 @@ def main() -> None:
         name: [train("boston", _config(*pair), 200, seed, f"{name} {seed}") for seed in SEEDS]
         for name, pair in SPARSITIES.items()
     }
+    splits = {
+        name: [train("boston", _config(*pair), 200, 42, f"{name}, split {s}", s) for s in SPLITS]
+        for name, pair in SPARSITIES.items()
+    }
     results = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "seeds": list(SEEDS),
+        "splits": list(SPLITS),
+        "split_test_mse": {name: [r.test_mse for r in several] for name, several in splits.items()},
         "mean_mse": runs["sparse"][0].mean_mse,
         "test_mse": {name: [run.test_mse for run in several] for name, several in runs.items()},
         "median_test_mse": {

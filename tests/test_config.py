@@ -16,6 +16,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"forward_sparsity": "0.9"}, TypeError, "forward_sparsity must be a number .* got '0.9'"),
     ({"backward_sparsity": None}, TypeError, "backward_sparsity must be a number"),
     ({"forward_sparsity": {"a": 2}}, ValueError, r"forward_sparsity\['a'\] must be in"),
+    ({"forward_sparsity": {3: 0.9}}, TypeError, "the keys of forward_sparsity must be glob"),
     ({"forward_sparsity": {}}, ValueError, "forward_sparsity must name at least one pattern"),
     (
         {"forward_sparsity": 0.5, "backward_sparsity": 0.6},

@@ -112,6 +112,19 @@ def test_nan_names_the_parameter(dtype: torch.dtype) -> None:
         masks_of(theta, 0.9, 0.9)
 
 
+def test_nan_in_a_dense_leaf_is_named_too() -> None:
+    params = {"weight": torch.ones(2, 2), "bias": torch.tensor([1.0, float("nan")])}
+    with pytest.raises(ValueError, match=r"params\['bias'\] holds NaN"):
+        compute_masks(params, TopKastConfig())
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1.0, 1e200, 1e300])
+def test_blocks_are_ranked_over_the_whole_range_of_double_precision(scale: float) -> None:
+    theta = torch.tensor([[1.0, 1.0], [3.0, 1.0]], dtype=torch.float64) * scale
+    masks = masks_of(theta, 0.5, 0.5, block_shape=(1, 2))
+    assert masks.forward.tolist() == [[False, False], [True, True]]
+
+
 def test_infinity_ranks_first() -> None:
     theta = torch.tensor([[1.0, float("-inf"), 2.0, 3.0]])
     assert masks_of(theta, 0.75, 0.75).forward.tolist() == [[False, True, False, False]]

@@ -32,6 +32,9 @@ def test_pictures_exist() -> None:
 def test_boston_figures_are_those_measured() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "boston.json").read_text())
     median = results["median_test_mse"]
+    splits = results["split_test_mse"]
+    for several in splits.values():
+        assert f"{min(several):.1f} to {max(several):.1f}" in README
     for figure in (
         f"{median['sparse']:.3g}",
         f"{median['dense']:.3g}",

@@ -236,6 +236,37 @@ def test_buffers_live_in_the_state_and_reach_inference() -> None:
     assert not twin.get_parameter("0.weight")[~masks.forward].any()
 
 
+class Average(nn.Module):
+    """A buffer that is assigned anew, and one that is written in place."""
+
+    mean: Tensor
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        self.mean = 0.9 * self.mean + 0.1 * y.mean(0)
+        self.calls += 1
+        return y
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_buffers_that_a_module_assigns_live_in_the_state(compile: bool) -> None:
+    model = Average()
+    states, _ = run(model, CONFIG, tk.sgd(0.05), 3, compile)
+    assert states[-1].buffers["calls"] == 3
+    assert states[-1].buffers["mean"].any()
+    assert not states[-1].buffers["mean"].requires_grad
+    assert not torch.equal(states[-1].buffers["mean"], states[1].buffers["mean"])
+    assert not model.mean.any()
+    assert model.calls == 0
+
+
 def test_frozen_parameters_stay_and_are_used() -> None:
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 3))
     model.get_submodule("0").requires_grad_(False)
@@ -550,8 +581,41 @@ def test_a_state_of_another_model_is_refused() -> None:
     optimizer = tk.sgd(0.1)
     state = tk.init_state(nn.Linear(6, 3), CONFIG, optimizer)
     train_step = tk.make_train_step(network(), mse, CONFIG, optimizer)
-    with pytest.raises(ValueError, match=r"missing \['0.bias', .*\], unknown \['bias', 'weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"missing \['0.weight', .*\], unknown \['weight', 'bias'\]"
+    ):
         train_step(state, batches(1)[0])
+
+
+def test_a_state_of_other_widths_is_refused() -> None:
+    optimizer = tk.sgd(0.1)
+    state = tk.init_state(nn.Linear(6, 4), CONFIG, optimizer)
+    train_step = tk.make_train_step(nn.Linear(6, 3), mse, CONFIG, optimizer)
+    with pytest.raises(ValueError, match=r"'weight' has shape \(4, 6\), the model \(3, 6\)"):
+        train_step(state, batches(1)[0])
+
+
+def test_a_state_without_the_buffers_of_the_model_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    optimizer = tk.sgd(0.1)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer)
+    with pytest.raises(ValueError, match=r"missing \['1.running_mean', .*\], unknown \[\]"):
+        train_step(tk.init_state(params, CONFIG, optimizer), batches(1)[0])
+
+
+@pytest.mark.parametrize(("one", "other"), [(tk.sgd(0.1), tk.adam()), (tk.adam(), tk.sgd(0.1))])
+def test_a_state_of_another_optimizer_is_refused(one: tk.Optimizer, other: tk.Optimizer) -> None:
+    model = network()
+    train_step = tk.make_train_step(model, mse, CONFIG, other)
+    with pytest.raises(ValueError, match="the state is of another optimiser"):
+        train_step(tk.init_state(model, CONFIG, one), batches(1)[0])
+
+
+@pytest.mark.parametrize("compile", [None, "reduce-overhead"])
+def test_compile_is_a_bool_or_options(compile: Any) -> None:
+    with pytest.raises(TypeError, match=r"compile must be a bool or options of torch.compile"):
+        tk.make_train_step(network(), mse, CONFIG, tk.sgd(0.1), compile=compile)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def allocate(names: Collection[str], config: TopKastConfig) -> dict[str, Allocat
     for name in forward:
         if name not in backward:
             raise ValueError(f"no pattern of backward_sparsity matches {name!r}")
-        check_order(forward[name], backward[name], of=f" of {name!r}")
+        check_order(forward[name], backward[name], name=f"backward_sparsity of {name!r}")
     return {name: Allocation(forward[name], backward[name]) for name in forward}
 
 

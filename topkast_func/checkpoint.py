@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from topkast_func.allocation import allocate, select
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import buffers, frozen, trainable
+from topkast_func.forward import buffers, check_names, frozen, trainable
 from topkast_func.masks import Masks, kept
 from topkast_func.optim import Optimizer, OptimizerState
 from topkast_func.state import TrainState, dense_params, masks_of, stored
@@ -76,6 +76,7 @@ def load(
 
     Raises:
         FileNotFoundError: There is no such file.
+        TypeError: ``model`` is neither a module nor a function.
         ValueError: The file is cut off or foreign, of a newer version, or of another
             configuration, model or optimiser.
     """
@@ -148,7 +149,7 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         header = None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but not one that topkast_func saved")
-    if header["version"] > VERSION:
+    if not isinstance(header["version"], int) or header["version"] > VERSION:
         raise ValueError(
             f"{path} has format version {header['version']}; this topkast_func reads up to "
             f"{VERSION}: install a newer one"
@@ -174,6 +175,7 @@ def _sparsity_problem(state: TrainState, config: TopKastConfig) -> str | None:
 
 def _model_problem(state: TrainState, model: Model) -> str | None:
     if not isinstance(model, nn.Module):
+        check_names(model, ())
         return None
     given = {"parameters": trainable(model), "frozen": frozen(model), "buffers": buffers(model)}
     found = {"parameters": dense_params(state), "frozen": state.frozen, "buffers": state.buffers}

@@ -17,7 +17,7 @@ ONE_GRAPH: Mapping[str, Any] = {"fullgraph": True, "dynamic": False}
 """Shapes are static: dropout under `torch.func.grad` cannot be traced with dynamic ones."""
 
 AS_EAGER: Mapping[str, Any] = {"options": {"fallback_random": True}}
-"""Random numbers (dropout) drawn as the eager step draws them."""
+"""Random numbers drawn as the eager step draws them; not with a backend or mode of one's own."""
 
 COMPILES_FROM = "2.6"
 """First version of torch that compiles the step."""
@@ -49,6 +49,9 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
     Returns:
         The compiled step. It raises RuntimeError, naming the break and the way on, where the
         model or loss breaks the graph.
+
+    Raises:
+        TypeError: ``compile`` is neither a bool nor a mapping.
     """
     if compile is False:
         return step
@@ -56,7 +59,11 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
         reason = f"torch {torch.__version__} is too old, {COMPILES_FROM} is needed"
         warnings.warn(EAGER.format(reason), stacklevel=3)
         return step
-    options = {**ONE_GRAPH, **(AS_EAGER if compile is True else compile)}
+    if compile is not True and not isinstance(compile, Mapping):
+        raise TypeError(f"compile must be a bool or options of torch.compile, got {compile!r}")
+    options = {**ONE_GRAPH, **({} if compile is True else compile)}
+    if not {"backend", "mode", "options"} & options.keys():
+        options.update(AS_EAGER)
     fast: Callable[..., Any] = torch.compile(_fresh(step), **options)
 
     def call(*arguments: Any) -> Any:

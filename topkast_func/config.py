@@ -186,21 +186,26 @@ class TopKastConfig:
             check_order(self.forward_sparsity, self.backward_sparsity)
 
 
-def check_order(forward_sparsity: float, backward_sparsity: float, of: str = "") -> None:
+def check_order(
+    forward_sparsity: float,
+    backward_sparsity: float,
+    name: str = "backward_sparsity",
+    limit: str = "forward_sparsity",
+) -> None:
     """Check that the backward set holds the forward set.
 
     Args:
         forward_sparsity: 1 − D, fraction.
         backward_sparsity: 1 − (D + M), fraction.
-        of: Words that say which parameter is meant.
+        name: What the backward sparsity is called in the error.
+        limit: What the forward sparsity is called there.
 
     Raises:
         ValueError: The backward sparsity exceeds the forward sparsity.
     """
     if backward_sparsity > forward_sparsity:
         raise ValueError(
-            f"backward_sparsity{of} must be in [0, forward_sparsity={forward_sparsity}], "
-            f"got {backward_sparsity}"
+            f"{name} must be in [0, {limit}={forward_sparsity}], got {backward_sparsity}"
         )
 
 
@@ -209,6 +214,8 @@ def _sparsity(name: str, value: object) -> float | SparsityMap:
         return check_number(name, value, 0.0, 1.0)
     if not value:
         raise ValueError(f"{name} must name at least one pattern, got an empty mapping")
+    if not all(isinstance(pattern, str) for pattern in value):
+        raise TypeError(f"the keys of {name} must be glob patterns, got {list(value)!r}")
     return SparsityMap({
         pattern: check_number(f"{name}[{pattern!r}]", s, 0.0, 1.0) for pattern, s in value.items()
     })

@@ -81,22 +81,28 @@ def straight_through_all(params: Params, masks: Mapping[str, Masks]) -> Tensors:
     }
 
 
-def bind(model: Model, alpha: Params, constant: Params, buffers: Params) -> Callable[..., Any]:
+def bind(model: Model, alpha: Params, constant: Params, buffers: Tensors) -> Callable[..., Any]:
     """Return ``apply(*inputs, **options)``: the model at the given tensors.
 
     Args:
         model: A module or a pure function.
         alpha: Weights by name.
         constant: Frozen parameters by name, where ``alpha`` has none.
-        buffers: Buffers by name; a module writes to these.
+        buffers: Buffers by name; what a module writes or assigns to them stands here after.
 
     Returns:
         The bound model.
     """
     if not isinstance(model, nn.Module):
         return partial(model, alpha)
-    tensors = {**constant, **alpha, **buffers}
-    return lambda *inputs, **options: functional_call(model, tensors, inputs, options)
+
+    def apply(*inputs: Any, **options: Any) -> Any:
+        tensors = {**constant, **alpha, **buffers}
+        result = functional_call(model, tensors, inputs, options)
+        buffers.update({name: tensors[name] for name in buffers})
+        return result
+
+    return apply
 
 
 def trainable(model: object) -> Tensors:
@@ -129,6 +135,34 @@ def buffers(model: object, given: Params | None = None) -> Tensors:
     return {name: held[name].detach().clone() for name, _ in model.named_buffers()}
 
 
+def tensors_of(model: nn.Module) -> Tensors:
+    """Return the parameters and buffers of a module, by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def check_fit(model: nn.Module, tensors: Params) -> None:
+    """Check that tensors are those of a module: each parameter and buffer, in its shape.
+
+    Args:
+        model: The module.
+        tensors: Parameters and buffers by name.
+
+    Raises:
+        ValueError: A name is missing or unknown, or a shape differs.
+    """
+    own = tensors_of(model)
+    missing = [name for name in own if name not in tensors]
+    unknown = [name for name in tensors if name not in own]
+    if missing or unknown:
+        raise ValueError(f"the state is of another model: missing {missing}, unknown {unknown}")
+    for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(
+                f"the state is of another model: {name!r} has shape "
+                f"{tuple(tensors[name].shape)}, the model {tuple(tensor.shape)}"
+            )
+
+
 def check_names(model: Model, names: Collection[str]) -> None:
     """Check that parameter names fit a model.
 
@@ -144,7 +178,7 @@ def check_names(model: Model, names: Collection[str]) -> None:
         raise TypeError(f"model must be a module or a function, got {type(model).__name__}")
     if not isinstance(model, nn.Module):
         return
-    known = {**trainable(model), **frozen(model), **dict(model.named_buffers())}
+    known = tensors_of(model)
     missing = sorted(name for name in trainable(model) if name not in names)
     unknown = sorted(name for name in names if name not in known)
     if missing or unknown:

@@ -66,22 +66,25 @@ class Layer(NamedTuple):
     backward_density: float
 
 
-def train(job: str, config: TopKastConfig, epochs: int, seed: int, label: str) -> Run:
+def train(
+    job: str, config: TopKastConfig, epochs: int, seed: int, label: str, split: int = SPLIT_SEED
+) -> Run:
     """Train an MLP on 70 % of the data, choose the epoch on 20 %, test on the rest.
 
     Args:
         job: Key of `JOBS`.
         config: Sparsities and refresh interval.
         epochs: Passes over the data, at least 1.
-        seed: Seed of the weights and the batches; the split is always the same.
+        seed: Seed of the weights and the batches.
         label: Words before the progress bar.
+        split: Seed of the split.
 
     Returns:
         The run.
     """
     start = time.perf_counter()
-    split = torch.Generator().manual_seed(SPLIT_SEED)
-    parts = random_split(JOBS[job](), (0.7, 0.2, 0.1), split)
+    chance = torch.Generator().manual_seed(split)
+    parts = random_split(JOBS[job](), (0.7, 0.2, 0.1), chance)
     (features, _), validation, test = parts[0][:], parts[1][:], parts[2][:]
     model = _network(features.shape[1], seed)
     optimizer = sgd(lr=1e-3, momentum=0.9)

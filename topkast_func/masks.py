@@ -44,8 +44,9 @@ def compute_masks(params: Params, config: TopKastConfig) -> dict[str, Masks]:
 
     Raises:
         TypeError: A leaf is not a floating-point tensor.
-        ValueError: A leaf is empty, a selected leaf holds NaN or is not divisible into
-            blocks, or a pattern of the configuration does not fit the names.
+        ValueError: A leaf is empty, a selected leaf is not divisible into blocks, or a
+            pattern of the configuration does not fit the names.
+        NaNParameterError: A leaf holds NaN; a ValueError too.
 
     Departures:
         The paper rounds D·n without saying how; ties are not discussed there.
@@ -57,7 +58,11 @@ def compute_masks(params: Params, config: TopKastConfig) -> dict[str, Masks]:
         ([[1, 0], [0, 0]], [[1, 0], [1, 0]])
     """
     check_params(params)
-    return masks_at(params, allocate(select(params, config), config), config)
+    allocations = allocate(select(params, config), config)
+    for name, leaf in params.items():
+        if name not in allocations and leaf.isnan().any():
+            raise NaNParameterError(f"params[{name!r}] holds NaN")
+    return masks_at(params, allocations, config)
 
 
 def masks_at(
@@ -126,7 +131,9 @@ def magnitudes(
             f"{tuple(theta.shape)}"
         )
     grid = (theta.shape[0] // rows, rows, theta.shape[1] // columns, columns)
-    blocks = theta.double().reshape(*grid, *theta.shape[2:])
+    exponent = torch.frexp(theta.abs().max().double()).exponent.clamp(-1000, 1000)
+    scaled = theta.double() * torch.pow(2.0, -exponent.double())  # exact, and no square overflows
+    blocks = scaled.reshape(*grid, *theta.shape[2:])
     entries = blocks.square() if block_norm == "l2" else blocks.abs()
     return entries.sum(dim=(1, 3))
 

@@ -5,11 +5,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from topkast_func.allocation import allocate, check_params, select
+from topkast_func.allocation import allocate, check_params
 from topkast_func.config import TopKastConfig, check_count
 from topkast_func.dense import DenseWeights
 from topkast_func.forward import buffers, frozen, straight_through_all, trainable
-from topkast_func.masks import Masks, NaNParameterError, masks_at
+from topkast_func.masks import Masks, compute_masks, masks_at
 from topkast_func.optim import Optimizer, OptimizerState
 from topkast_func.types import Params, Tensors
 
@@ -66,11 +66,8 @@ def init_state(
     model = model_or_params
     params = trainable(model) if isinstance(model, nn.Module) else model
     check_params(params)
-    for name, leaf in params.items():
-        if leaf.isnan().any():
-            raise NaNParameterError(f"params[{name!r}] holds NaN")
     theta = _copied(params)
-    weights = stored(theta, masks_at(theta, allocate(select(theta, config), config), config))
+    weights = stored(theta, compute_masks(theta, config))
     return TrainState(
         step=torch.zeros((), dtype=torch.int64),
         seed=torch.tensor(check_count("seed", seed, 0) % 2**63),

@@ -7,17 +7,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad_and_value
 
 from topkast_func.compilation import compiled
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import bind, check_names, trainable
+from topkast_func.forward import bind, check_fit, tensors_of
 from topkast_func.loss import check_scalar
 from topkast_func.masks import NaNParameterError
 from topkast_func.optim import Optimizer, OptimizerState
-from topkast_func.state import TrainState, refresh
-from topkast_func.types import LossFn, Model, Tensors
+from topkast_func.state import TrainState, dense_params, refresh
+from topkast_func.types import LossFn, Model, Params, Tensors
 
 
 class StepMetrics(NamedTuple):
@@ -70,7 +70,7 @@ def make_train_step(
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
-        state is of another model, RuntimeError where the model breaks the graph, and
+        state is of another model or optimiser, RuntimeError where the model breaks the graph, and
         whatever the model itself raises; the caller's state is whole after any of these.
 
     Example:
@@ -110,17 +110,39 @@ def make_train_step(
             )
         return after, StepMetrics(loss, data_loss, penalty)
 
-    trained = trainable(model).keys()
+    check = _check_of(model, optimizer)
     run: Callable[..., tuple[TrainState, StepMetrics]] = compiled(step, compile)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
-        if state.weights.values().keys() != trained:
-            check_names(model, state.weights.values().keys() | state.frozen.keys())
+        check(state)
         state = _refreshed_when_due(state, config)
         with _random_numbers_of(state):
             return run(state, batch, optimizer.learning_rate(state.optimizer.step))
 
     return train_step
+
+
+def _check_of(model: Model, optimizer: Optimizer) -> Callable[[TrainState], None]:
+    """Return a check, quick where it passes, that a state is of this model and optimiser."""
+    own = _shapes(tensors_of(model)) if isinstance(model, nn.Module) else None
+    kinds = optimizer.init({}).slots.keys()
+
+    def check(state: TrainState) -> None:
+        if isinstance(model, nn.Module):
+            held = {**dense_params(state), **state.frozen, **state.buffers}
+            if _shapes(held) != own:
+                check_fit(model, held)
+        if state.optimizer.slots.keys() != kinds:
+            found = sorted(state.optimizer.slots)
+            raise ValueError(
+                f"the state is of another optimiser: it has slots {found}, not {sorted(kinds)}"
+            )
+
+    return check
+
+
+def _shapes(tensors: Params) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _refreshed_when_due(state: TrainState, config: TopKastConfig) -> TrainState:

@@ -465,6 +465,28 @@ def test_a_run_resumed_from_state_dicts_equals_the_uninterrupted_one() -> None:
     _assert_same_state(other, _state(layer))
 
 
+def test_slots_follow_in_a_loop_that_does_not_name_the_optimizer() -> None:
+    ends = []
+    for named in (True, False):
+        torch.manual_seed(0)
+        layer, bystander = _layer(), nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
+        other = torch.optim.SGD(bystander.parameters(), lr=0.5, momentum=0.9)
+        x = torch.randn(16, layer.in_features)
+        for step in range(12):
+            optimizer.zero_grad()
+            (layer(x).square().mean() + bystander(x[:, :2]).mean()).backward()
+            optimizer.step()
+            other.step()
+            if step % 3 == 2:
+                layer.update_active_param_set(*([optimizer] if named else []))
+        ends.append((layer.weight.clone(), optimizer.state[layer.active_fwd_weights]))
+    assert torch.equal(ends[0][0], ends[1][0])
+    slots = [end[1]["momentum_buffer"] for end in ends]
+    assert torch.equal(*slots)
+    assert slots[0].any()
+
+
 def test_a_flat_weight_can_be_assigned() -> None:
     layer = _layer()
     flat = torch.randn(layer.theta.numel())

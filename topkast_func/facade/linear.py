@@ -2,18 +2,31 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from topkast_func.allocation import Allocation, check_params
 from topkast_func.config import check_count, check_number, check_order
 from topkast_func.masks import kept, magnitudes, top_sets
 
 Index = tuple[Tensor, ...]
+
+
+_OPTIMIZERS: "WeakSet[Optimizer]" = WeakSet()
+"""Optimisers that have made a step: only these can hold slots."""
+
+
+@cache
+def _meet_optimizers() -> None:
+    """From the first layer on, note every optimiser that steps."""
+    register_optimizer_step_pre_hook(lambda optimizer, *_: _OPTIMIZERS.add(optimizer))
 
 
 class TopKastLinear(nn.Module):
@@ -74,7 +87,7 @@ class TopKastLinear(nn.Module):
         self.out_features = check_count("out_features", out_features, 1)
         self.p_forward = check_number("p_forward", p_forward, 0.0, 1.0)
         self.p_backward = check_number("p_backward", p_backward, 0.0, 1.0)
-        check_order(self.p_forward, self.p_backward, of=" (p_backward, p_forward)")
+        check_order(self.p_forward, self.p_backward, "p_backward", "p_forward")
         size = self.out_features * self.in_features
         forward, backward = kept(self.p_forward, size), kept(self.p_backward, size)
         self.set_fwd, self.set_justbwd = range(forward), range(forward, backward)
@@ -86,6 +99,7 @@ class TopKastLinear(nn.Module):
         offset = nn.Parameter(theta.new_empty(self.out_features)) if bias else None
         self.register_parameter("bias", offset)
         self._lent: Tensor | None = None
+        _meet_optimizers()
         self.reset_parameters()
 
     @property
@@ -161,10 +175,11 @@ class TopKastLinear(nn.Module):
     def update_active_param_set(self, optimizer: Optimizer | None = None) -> None:
         """Choose A and B anew from θ.
 
+        In every optimiser that trains this layer a slot (momentum, Adam) stays with its
+        weight, and a weight that newly enters B starts with zero slots.
+
         Args:
-            optimizer: The optimiser of this layer's parameters, if it keeps slots (momentum,
-                Adam): each slot then stays with its weight, and a weight that newly enters B
-                starts with zero slots.
+            optimizer: The optimiser, if it has slots but has made no step in this process.
 
         Raises:
             ValueError: θ holds NaN; nothing has changed.
@@ -182,18 +197,21 @@ class TopKastLinear(nn.Module):
 
         Args:
             positions: Flat indices into θ, int64, [|B|], those of A first.
-            optimizer: The optimiser of this layer's parameters, if it keeps slots.
+            optimizer: The optimiser, if it has slots but has made no step in this process.
         """
         self._merge()
         parameter, old = self.active_fwd_weights, self.positions
-        slots = optimizer.state.get(parameter, {}).values() if optimizer else ()
+        optimizers = {*_OPTIMIZERS, *([optimizer] if optimizer else [])}
+        slots = [s for o in optimizers for s in o.state.get(parameter, {}).values()]
         for slot in (parameter.grad, *slots):
             if isinstance(slot, Tensor) and slot.shape == parameter.shape:
                 spread = slot.new_zeros(self.theta.numel())
                 spread[old] = slot
                 slot.copy_(spread[positions])
-        if isinstance(optimizer, LBFGS) and not torch.equal(old, positions):
-            optimizer.state.clear()
+        for lbfgs in (o for o in optimizers if isinstance(o, LBFGS)):
+            trained = (p for group in lbfgs.param_groups for p in group["params"])
+            if any(p is parameter for p in trained) and not torch.equal(old, positions):
+                lbfgs.state.clear()
         self.positions_fwd.copy_(positions[: len(self.set_fwd)])
         self.positions_justbwd.copy_(positions[len(self.set_fwd) :])
         self._split()
