@@ -135,12 +135,14 @@ def buffers(model: object, given: Params | None = None) -> Tensors:
     return {name: held[name].detach().clone() for name, _ in model.named_buffers()}
 
 
-def tensors_of(model: nn.Module) -> Tensors:
-    """Return the parameters and buffers of a module, by name."""
+def tensors_of(model: object) -> Tensors:
+    """Return the parameters and buffers of a module, by name; others have none."""
+    if not isinstance(model, nn.Module):
+        return {}
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def check_fit(model: nn.Module, tensors: Params) -> None:
+def check_fit(model: object, tensors: Params) -> None:
     """Check that tensors are those of a module: each parameter and buffer, in its shape.
 
     Args:

@@ -105,7 +105,9 @@ def train(
             validation_losses.append(_test(model, state, validation))
             if validation_losses[-1] < lowest:
                 best, best_epoch, lowest = state, epoch, validation_losses[-1]
-            progress.set_postfix(train=train_losses[-1], validation=validation_losses[-1])
+            progress.set_postfix(
+                train=train_losses[-1], validation=validation_losses[-1], refresh=False
+            )
     return Run(
         state=best,
         best_epoch=best_epoch,

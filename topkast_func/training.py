@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad_and_value
 
 from topkast_func.compilation import compiled
@@ -70,8 +70,8 @@ def make_train_step(
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
-        state is of another model or optimiser, RuntimeError where the model breaks the graph, and
-        whatever the model itself raises; the caller's state is whole after any of these.
+        state is of another model or optimiser, RuntimeError where the model breaks the graph,
+        and whatever the model itself raises; the caller's state is whole after any of these.
 
     Example:
         >>> from topkast_func import init_state, sgd
@@ -124,14 +124,13 @@ def make_train_step(
 
 def _check_of(model: Model, optimizer: Optimizer) -> Callable[[TrainState], None]:
     """Return a check, quick where it passes, that a state is of this model and optimiser."""
-    own = _shapes(tensors_of(model)) if isinstance(model, nn.Module) else None
+    own = _shapes(tensors_of(model))
     kinds = optimizer.init({}).slots.keys()
 
     def check(state: TrainState) -> None:
-        if isinstance(model, nn.Module):
-            held = {**dense_params(state), **state.frozen, **state.buffers}
-            if _shapes(held) != own:
-                check_fit(model, held)
+        held = {**dense_params(state), **state.frozen, **state.buffers}
+        if own and _shapes(held) != own:
+            check_fit(model, held)
         if state.optimizer.slots.keys() != kinds:
             found = sorted(state.optimizer.slots)
             raise ValueError(

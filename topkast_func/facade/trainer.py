@@ -147,7 +147,9 @@ class TopKastTrainer:
                 train, validation = self._train_epoch(), self._mean_loss(self.validation_dataset)
                 self.losses_train = np.append(self.losses_train, train)
                 self.losses_validation = np.append(self.losses_validation, validation)
-                epochs.set_postfix(train=f"{train:.4g}", validation=f"{validation:.4g}")
+                epochs.set_postfix(
+                    train=f"{train:.4g}", validation=f"{validation:.4g}", refresh=False
+                )
                 if (epoch + 1) % self.print_info_every == 0:
                     tqdm.write(
                         f"epoch {epoch + 1}: training loss {train:.6g}, "
