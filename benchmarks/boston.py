@@ -10,7 +10,7 @@ import torch
 
 from topkast_func.config import TopKastConfig
 from topkast_func.job import train
-from topkast_func.plots import losses, sets
+from topkast_func.plots import sets
 from topkast_func.state import masks_of
 
 HERE = Path(__file__).parent
@@ -19,7 +19,7 @@ SPARSITIES = {"sparse": (0.7, 0.5), "dense": (0.0, 0.0)}
 
 
 def main() -> None:
-    """Write ``results/boston.json`` and the two pictures of the README."""
+    """Write ``results/boston.json`` and the picture of the README."""
     runs = {
         name: [train("boston", _config(*pair), 200, seed, f"{name} {seed}") for seed in SEEDS]
         for name, pair in SPARSITIES.items()
@@ -44,11 +44,9 @@ def main() -> None:
         },
     }
     (HERE / "results" / "boston.json").write_text(json.dumps(results, indent=2) + "\n")
-    run = runs["sparse"][0]
+    masks = masks_of(runs["sparse"][0].state)["0.weight"]
     title = "First layer of the Boston network, after training"
-    figures = HERE / "figures"
-    sets(masks_of(run.state)["0.weight"], title).savefig(figures / "sets.png", dpi=120)
-    losses(run.train_losses, run.validation_losses).savefig(figures / "boston_loss.png", dpi=120)
+    sets(masks, title).savefig(HERE / "figures" / "sets.png", dpi=120)
 
 
 def _config(forward_sparsity: float, backward_sparsity: float) -> TopKastConfig:

@@ -25,7 +25,14 @@ def sets(masks: Masks, title: str = "") -> Figure:
     rows = masks.forward.shape[0]
     level = (masks.forward.int() + masks.backward.int()).reshape(rows, -1).cpu().numpy()
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    axes.imshow(level, cmap=ListedColormap(list(COLORS.values())), vmin=0, vmax=2, aspect="auto")
+    axes.imshow(
+        level,
+        cmap=ListedColormap(list(COLORS.values())),
+        vmin=0,
+        vmax=2,
+        aspect="auto",
+        interpolation="nearest",
+    )
     axes.set(title=title, xlabel="input", ylabel="output")
     shares = [(level == value).mean() for value in range(3)]
     axes.legend(
