@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from topkast_func.allocation import allocate, select
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import buffers, check_names, frozen, trainable
+from topkast_func.forward import check_names, frozen, trainable
 from topkast_func.masks import Masks, kept
 from topkast_func.optim import Optimizer, OptimizerState
 from topkast_func.state import TrainState, dense_params, masks_of, stored
@@ -177,7 +177,8 @@ def _model_problem(state: TrainState, model: Model) -> str | None:
     if not isinstance(model, nn.Module):
         check_names(model, ())
         return None
-    given = {"parameters": trainable(model), "frozen": frozen(model), "buffers": buffers(model)}
+    own_buffers = dict(model.named_buffers())
+    given = {"parameters": trainable(model), "frozen": frozen(model), "buffers": own_buffers}
     found = {"parameters": dense_params(state), "frozen": state.frozen, "buffers": state.buffers}
     for what, tensors in given.items():
         if problem := _difference(f"{what} of the model", found[what], tensors):

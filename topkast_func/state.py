@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from topkast_func.allocation import allocate, check_params
+from topkast_func.allocation import allocate
 from topkast_func.config import TopKastConfig, check_count
 from topkast_func.dense import DenseWeights
 from topkast_func.forward import buffers, frozen, straight_through_all, trainable
@@ -65,9 +65,8 @@ def init_state(
         raise ValueError(f"storage must be 'dense', got {storage!r}")
     model = model_or_params
     params = trainable(model) if isinstance(model, nn.Module) else model
-    check_params(params)
-    theta = _copied(params)
-    weights = stored(theta, compute_masks(theta, config))
+    masks = compute_masks(params, config)
+    weights = stored(_copied(params), masks)
     return TrainState(
         step=torch.zeros((), dtype=torch.int64),
         seed=torch.tensor(check_count("seed", seed, 0) % 2**63),
