@@ -99,3 +99,29 @@ def step_at_alpha(theta: Array, forward: Mask, backward: Mask, gradient: Array, 
         if backward[index]:
             after[index] = theta[index] - lr * gradient[index]
     return after
+
+
+def stored_order(forward: Mask, backward: Mask, block: tuple[int, int]) -> list[list[int]]:
+    """Flat indices of the stored blocks: those of A, then of B∖A, each in row-major order."""
+    order = []
+    for mask in (forward, backward & ~forward):
+        for i, j in product(range(0, mask.shape[0], block[0]), range(0, mask.shape[1], block[1])):
+            if mask[i, j]:
+                within = product(range(i, i + block[0]), range(j, j + block[1]))
+                order.append([row * mask.shape[1] + column for row, column in within])
+    return order
+
+
+def sparse_products(
+    theta: Array, forward: Mask, backward: Mask, x: Array, g: Array
+) -> tuple[Array, Array, Array]:
+    """Y = x·αᵀ, ∂/∂x = g·α and (∂/∂θ)_ij = Σ_b g_bi x_bj on B, with α = θ·1_A."""
+    y, for_x = np.zeros((len(x), theta.shape[0])), np.zeros(x.shape)
+    for_theta = np.zeros(theta.shape)
+    for i, j in np.ndindex(*theta.shape):
+        if forward[i, j]:
+            y[:, i] += theta[i, j] * x[:, j]
+            for_x[:, j] += theta[i, j] * g[:, i]
+        if backward[i, j]:
+            for_theta[i, j] = sum(g[:, i] * x[:, j])
+    return y, for_x, for_theta

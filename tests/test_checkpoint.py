@@ -15,8 +15,10 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 import topkast_func as tk
+from tests.storage import STORAGES, dense_slots
 
 Named = list[tuple[str, Tensor]]
 
@@ -39,7 +41,7 @@ def _flat(state: tk.TrainState) -> Named:
         "B": {name: masks.backward for name, masks in tk.masks_of(state).items()},
         "buffers": state.buffers,
         "frozen": state.frozen,
-        **state.optimizer.slots,
+        **dense_slots(state),
     }
     for prefix, tree in trees.items():
         named += [(f"{prefix} {name}", tensor) for name, tensor in tree.items()]
@@ -53,6 +55,12 @@ def _differing(one: tk.TrainState, other: tk.TrainState) -> list[str]:
         return ["names"]
     pairs = zip(first, second, strict=True)
     return [n for (n, a), (_, b) in pairs if a.dtype != b.dtype or not torch.equal(a, b)]
+
+
+def same_leaves(one: tk.TrainState, other: tk.TrainState) -> bool:
+    """Whether two states hold the very same values and slots, in one storage."""
+    leaves = [tree_flatten((s.weights.values(), s.optimizer))[0] for s in (one, other)]
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
 def _network(features: int = 13, width: int = 13) -> nn.Sequential:
@@ -80,10 +88,14 @@ def _batches(steps: int) -> Tensor:
 
 
 def _trained(
-    model: nn.Module, optimizer: tk.Optimizer, config: tk.TopKastConfig, steps: int
+    model: nn.Module,
+    optimizer: tk.Optimizer,
+    config: tk.TopKastConfig,
+    steps: int,
+    storage: Any = "compact",
 ) -> tk.TrainState:
     step = tk.make_train_step(model, _square, config, optimizer, compile=False)
-    state = tk.init_state(model, config, optimizer, seed=5)
+    state = tk.init_state(model, config, optimizer, seed=5, storage=storage)
     for batch in _batches(steps):
         state, _ = step(state, batch)
     return state
@@ -97,23 +109,28 @@ def path(tmp_path: Path) -> Path:
 # --- round trip --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
 def test_every_tensor_of_a_trained_state_comes_back_bit_for_bit(
-    optimizer: tk.Optimizer, path: Path
+    optimizer: tk.Optimizer, storage: str, path: Path
 ) -> None:
     model = _network()
-    state = _trained(model, optimizer, CONFIG, 4)
+    state = _trained(model, optimizer, CONFIG, 4, storage)
     assert state.buffers["1.num_batches_tracked"].dtype == torch.int64
     assert state.frozen.keys() == {"4.weight", "4.bias"}
     for tree in state.optimizer.slots.values():
         assert all(slot.count_nonzero() > 0 for slot in tree.values())
     tk.save(state, path)
-    assert _differing(tk.load(path, CONFIG, model, optimizer), state) == []
+    loaded = tk.load(path, CONFIG, model, optimizer)
+    assert _differing(loaded, state) == []
+    assert type(loaded.weights) is type(state.weights)
+    assert same_leaves(loaded, state)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
 def test_every_dtype_name_and_shape_comes_back_in_order(
-    optimizer: tk.Optimizer, path: Path
+    optimizer: tk.Optimizer, storage: Any, path: Path
 ) -> None:
     theta = {
         "z/last.weight": torch.randn(4, 6, dtype=torch.bfloat16),
@@ -124,9 +141,10 @@ def test_every_dtype_name_and_shape_comes_back_in_order(
         "θ ∈ ℝ.weight": torch.randn(6, 2).T,
         "scale": torch.tensor(0.5),
     }
-    state = tk.init_state(theta, CONFIG, optimizer)
-    gradients = {name: torch.ones_like(leaf) for name, leaf in theta.items()}
-    _, moved = optimizer.update(gradients, state.optimizer, theta)
+    state = tk.init_state(theta, CONFIG, optimizer, storage=storage)
+    values = state.weights.values()
+    gradients = {name: torch.ones_like(leaf) for name, leaf in values.items()}
+    _, moved = optimizer.update(gradients, state.optimizer, values)
     state = state._replace(optimizer=moved)
     tk.save(state, path)
     loaded = tk.load(path, CONFIG, optimizer=optimizer)
@@ -176,7 +194,8 @@ def test_the_file_is_plain_safetensors_with_a_json_header(path: Path) -> None:
     tk.save(state, path)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["topkast_func"])
-        assert (header["format"], header["version"]) == ("topkast_func state", 1)
+        assert (header["format"], header["version"]) == ("topkast_func state", 2)
+        assert (header["storage"], header["layers"]) == ("compact", ["0.weight", "6.weight"])
         assert set(header["tensors"]) == set(file.keys())
         theta = file.get_tensor("theta/0.weight")
         assert torch.equal(theta, tk.dense_params(state)["0.weight"])
@@ -196,19 +215,27 @@ def test_a_loaded_state_does_not_change_with_the_file(path: Path) -> None:
 # --- resumed runs ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(
     ("name", "pause"),
-    [*(("momentum", pause) for pause in (1, 2, 3, 4, 8, 9)), ("sgd", 4), ("adam", 4), ("adamw", 4)],
+    [
+        *(("momentum", pause) for pause in (1, 2, 3, 4, 8, 9, 10)),
+        ("sgd", 4),
+        ("adam", 4),
+        ("adamw", 4),
+    ],
 )
-def test_a_resumed_run_equals_the_uninterrupted_one(name: str, pause: int, path: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    name: str, pause: int, storage: Any, path: Path
+) -> None:
     """Refreshes come before steps 3 and 6, B becomes A before step 8; dropout is drawn."""
     optimizer = OPTIMIZERS[name]
     config = tk.TopKastConfig(0.75, 0.5, refresh_every=3, explore_until=8)
     model = _network()
     step = tk.make_train_step(model, _square, config, optimizer, compile=False)
-    state = resumed = tk.init_state(model, config, optimizer, seed=5)
+    state = resumed = tk.init_state(model, config, optimizer, seed=5, storage=storage)
     chosen = []
-    for t, batch in enumerate(_batches(10)):
+    for t, batch in enumerate(_batches(12)):
         if t == pause:
             tk.save(resumed, path)
             fresh = _network()
@@ -252,6 +279,43 @@ def test_a_compiled_run_resumes_bit_for_bit(path: Path) -> None:
         state, _ = step(state, batch)
         resumed, _ = step(resumed, batch)
     assert _differing(resumed, state) == []
+
+
+def test_a_file_of_version_1_is_a_state_in_dense_storage(path: Path) -> None:
+    """What the first release wrote: no storage in the header, slots in the shape of θ."""
+    model = nn.Linear(13, 4)
+    state = tk.init_state(model, CONFIG, MOMENTUM, storage="dense")
+    masks = tk.masks_of(state)["weight"]
+    theta = {f"theta/{n}": t.contiguous() for n, t in tk.dense_params(state).items()}
+    tensors = {
+        "step": torch.tensor(4),
+        "seed": torch.tensor(5),
+        "optimizer_step": torch.tensor(4),
+        **theta,
+        "forward/weight": masks.forward,
+        "backward/weight": masks.backward,
+        "slots/momentum/weight": torch.randn(4, 13) * masks.backward,
+        "slots/momentum/bias": torch.randn(4),
+    }
+    header = {"format": "topkast_func state", "version": 1, "tensors": list(tensors)}
+    safetensors.torch.save_file(tensors, path, {"topkast_func": json.dumps(header)})
+    loaded = tk.load(path, CONFIG, model, MOMENTUM)
+    assert (int(loaded.step), int(loaded.seed), int(loaded.optimizer.step)) == (4, 5, 4)
+    assert type(loaded.weights) is type(state.weights)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(tk.dense_params(loaded)[name], parameter)
+        slot = loaded.optimizer.slots["momentum"][name]
+        assert torch.equal(slot, tensors[f"slots/momentum/{name}"])
+    assert torch.equal(tk.masks_of(loaded)["weight"].forward, masks.forward)
+    step = tk.make_train_step(model, _square, CONFIG, MOMENTUM, compile=False)
+    after, _ = step(loaded, _batches(1)[0])
+    assert not torch.equal(tk.dense_params(after)["weight"], model.weight)
+
+
+def test_theta_of_a_compact_state_rests_where_it_is_told(path: Path) -> None:
+    state = _trained(_network(), MOMENTUM, CONFIG, 2)
+    tk.save(state, path)
+    assert _differing(tk.load(path, CONFIG, theta_device="cpu"), state) == []
 
 
 # --- atomic ------------------------------------------------------------------------------
@@ -390,8 +454,8 @@ def test_a_damaged_header_is_refused(saved: Path, header: dict[str, Any], what: 
 
 
 def test_a_newer_version_is_refused_whatever_else_it_holds(saved: Path) -> None:
-    _rewrite(saved, json.dumps({"format": "topkast_func state", "version": 2}))
-    with pytest.raises(ValueError, match="format version 2; this topkast_func reads up to 1"):
+    _rewrite(saved, json.dumps({"format": "topkast_func state", "version": 3}))
+    with pytest.raises(ValueError, match="format version 3; this topkast_func reads up to 2"):
         tk.load(saved, CONFIG)
 
 

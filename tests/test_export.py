@@ -166,6 +166,29 @@ def test_torch_layouts_need_no_other_library(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("layout", ["", "CSR", "csc", None])
 def test_an_unknown_layout_is_refused(layout: Any) -> None:
-    message = f"layout must be one of ('csr', 'coo', 'scipy', 'torch_sparse'), got {layout!r}"
+    message = (
+        f"layout must be one of ('csr', 'coo', 'scipy', 'torch_sparse', 'bsr'), got {layout!r}"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         tk.to_sparse(_state(_matrices()), layout)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 2), (4, 1)])
+def test_bsr_stores_whole_blocks_and_comes_back(block: tuple[int, int]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Linear(12, 4))
+    config = tk.TopKastConfig(block_shape=block)
+    state = tk.init_state(model, config, tk.sgd(0.1))
+    alpha, masks = tk.forward_params(state), tk.masks_of(state)
+    matrices = tk.to_sparse(state, "bsr", block)
+    assert set(matrices) == {"0.weight", "1.weight"}
+    for name, matrix in matrices.items():
+        assert matrix.layout == torch.sparse_bsr
+        assert matrix.values().shape[1:] == block
+        assert matrix.values().numel() == int(masks[name].forward.sum())
+        assert torch.equal(matrix.to_dense(), alpha[name])
+
+
+def test_blocks_that_do_not_divide_a_matrix_are_refused() -> None:
+    state = tk.init_state(torch.nn.Linear(3, 4), tk.TopKastConfig(), tk.sgd(0.1))
+    with pytest.raises(ValueError, match=r"blocks of \(2, 2\) do not divide .* \(4, 3\)"):
+        tk.to_sparse(state, "bsr", (2, 2))

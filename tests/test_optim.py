@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import topkast_func as tk
+from tests.storage import STORAGES
 
 Tree: TypeAlias = dict[str, Tensor]
 Reference: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -120,9 +121,10 @@ def test_the_defaults_are_those_of_torch_optim(
     _assert_equal(_updates(ours(), 5), _updates_of_torch(theirs, 5))
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_the_trained_state_moves_as_torch_optim_moves_a_dense_model(
-    optimizer: tk.Optimizer,
+    optimizer: tk.Optimizer, storage: Any
 ) -> None:
     """At sparsity 0 a training step is the optimiser's step."""
     config = tk.TopKastConfig(forward_sparsity=0.0, backward_sparsity=0.0, penalty=None)
@@ -130,8 +132,9 @@ def test_the_trained_state_moves_as_torch_optim_moves_a_dense_model(
     x, target = torch.randn(16, 3).double(), torch.randn(16, 4).double()
     loss = lambda apply, batch: (apply(batch[0]) - batch[1]).square().mean()  # noqa: E731
     step = tk.make_train_step(model, loss, config, optimizer, compile=False)
-    state = tk.init_state(model, config, optimizer)
-    theta, slots = dict(tk.dense_params(state)), state.optimizer
+    state = tk.init_state(model, config, optimizer, storage=storage)
+    theta = tk.dense_params(state)
+    slots = optimizer.init(theta)
     for _ in range(4):
         gradients = torch.func.grad(
             lambda t: (torch.func.functional_call(model, t, x) - target).square().mean()

@@ -2,9 +2,10 @@
 
 from topkast_func.checkpoint import load, save
 from topkast_func.config import TopKastConfig
+from topkast_func.explain import explain
 from topkast_func.export import to_sparse
 from topkast_func.facade import TopKastLinear, TopKastLoss, TopKastTrainer
-from topkast_func.forward import sparse_forward
+from topkast_func.forward import index_masks, sparse_forward
 from topkast_func.loss import exploration_penalty, penalized_loss
 from topkast_func.masks import Masks, compute_masks
 from topkast_func.optim import Optimizer, OptimizerState, adam, adamw, sgd
@@ -32,8 +33,10 @@ __all__ = [
     "adamw",
     "compute_masks",
     "dense_params",
+    "explain",
     "exploration_penalty",
     "forward_params",
+    "index_masks",
     "init_state",
     "load",
     "make_train_step",

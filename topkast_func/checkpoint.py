@@ -12,14 +12,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from topkast_func.allocation import allocate, select
+from topkast_func.compact import CompactWeights, compact
 from topkast_func.config import TopKastConfig
+from topkast_func.dense import DenseWeights
 from topkast_func.forward import check_names, frozen, trainable
 from topkast_func.masks import Masks, kept
 from topkast_func.optim import Optimizer, OptimizerState
-from topkast_func.state import TrainState, dense_params, masks_of, stored
+from topkast_func.state import TrainState, Weights, dense_params, masks_of
 from topkast_func.types import Model, Tensors
 
-FORMAT, VERSION = "topkast_func state", 1
+FORMAT, VERSION = "topkast_func state", 2
 
 
 def save(state: TrainState, path: str | os.PathLike[str]) -> None:
@@ -29,7 +31,8 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
     ``path``. Tensors are named ``step``, ``seed``, ``optimizer_step``, ``theta/NAME``,
     ``forward/NAME``, ``backward/NAME``, ``buffers/NAME``, ``frozen/NAME`` and
     ``slots/KIND/NAME``; the entry ``topkast_func`` of the metadata is a JSON object with the
-    format, its version and the order of the tensors.
+    format, its version, the order of the tensors, the storage and, where that is compact, the
+    names of the weights that kernels compute.
 
     Args:
         state: The state, on any device.
@@ -40,6 +43,8 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
         for name, tensor in _flat(state)
     }
     header = {"format": FORMAT, "version": VERSION, "tensors": list(tensors)}
+    if isinstance(state.weights, CompactWeights):
+        header |= {"storage": "compact", "layers": list(state.weights.patterns)}
     content = safetensors.torch.save(tensors, {"topkast_func": json.dumps(header)})
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
@@ -60,6 +65,7 @@ def load(
     optimizer: Optimizer | None = None,
     *,
     device: torch.device | str = "cpu",
+    theta_device: torch.device | str | None = None,
 ) -> TrainState:
     """Read a state that `save` wrote; training goes on from it bit for bit.
 
@@ -70,6 +76,7 @@ def load(
         model: If given, the state must have its parameters and buffers, shapes and dtypes.
         optimizer: If given, the state must have its slots.
         device: Where the tensors go; counters stay on the CPU.
+        theta_device: Where θ rests in compact storage; None for ``device``.
 
     Returns:
         The state.
@@ -81,7 +88,8 @@ def load(
             configuration, model or optimiser.
     """
     try:
-        state = _state(_read(Path(path), device))
+        header, tensors = _read(Path(path), device)
+        state = _state(header, tensors, config.block_shape, theta_device)
     except KeyError as reason:
         raise ValueError(f"{path} is damaged, so nothing was loaded: no {reason}") from reason
     problems = [_sparsity_problem(state, config)]
@@ -111,7 +119,12 @@ def _flat(state: TrainState) -> Iterator[tuple[str, Tensor]]:
             yield f"{prefix}/{name}", tensor
 
 
-def _state(tensors: Tensors) -> TrainState:
+def _state(
+    header: dict[str, Any],
+    tensors: Tensors,
+    block_shape: tuple[int, int],
+    theta_device: torch.device | str | None,
+) -> TrainState:
     def tree(prefix: str) -> Tensors:
         return {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
 
@@ -119,23 +132,33 @@ def _state(tensors: Tensors) -> TrainState:
     masks = {name: Masks(forward, backward[name]) for name, forward in tree("forward/").items()}
     kinds = dict.fromkeys(key.split("/")[0] for key in tree("slots/"))
     slots = {kind: tree(f"slots/{kind}/") for kind in kinds}
+    theta = tree("theta/")
+    weights: Weights = DenseWeights(theta, masks)
+    if header.get("storage") == "compact":
+        weights = compact(theta, masks, header["layers"], block_shape, theta_device)
+        slots = {kind: _within(slots[kind], weights.held) for kind in slots}
     return TrainState(
         step=tensors["step"].cpu(),
         seed=tensors["seed"].cpu(),
-        weights=stored(tree("theta/"), masks),
+        weights=weights,
         buffers=tree("buffers/"),
         frozen=tree("frozen/"),
         optimizer=OptimizerState(tensors["optimizer_step"].cpu(), slots),
     )
 
 
-def _read(path: Path, device: torch.device | str) -> Tensors:
+def _within(slots: Tensors, held: Tensors) -> Tensors:
+    """Leave out the places of slots that were unused when they were saved."""
+    return {name: slot[: len(held[name])] if slot.ndim else slot for name, slot in slots.items()}
+
+
+def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], Tensors]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no state at {path}")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            names = _header(path, file.metadata())["tensors"]
-            return {name: file.get_tensor(name).clone() for name in names}
+            header = _header(path, file.metadata())
+            return header, {name: file.get_tensor(name).clone() for name in header["tensors"]}
     except SafetensorError as reason:
         raise ValueError(
             f"{path} is cut off or is not a safetensors file, so nothing was loaded: {reason}"

@@ -1,13 +1,14 @@
 """Dense storage: θ and boolean masks."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from topkast_func.active import straight_through_all
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import straight_through_all
+from topkast_func.kernels.pattern import Pattern
 from topkast_func.loss import exploration_penalty
 from topkast_func.masks import Masks
 from topkast_func.types import Tensors
@@ -18,40 +19,73 @@ class DenseWeights(NamedTuple):
 
     Attributes:
         theta: θ by name.
-        masks: Sets of the sparse parameters by name.
+        sets: Sets of the sparse parameters by name.
     """
 
     theta: Tensors
-    masks: dict[str, Masks]
+    sets: dict[str, Masks]
 
     def values(self) -> Tensors:
         """Return what is differentiated and updated; optimiser slots have its shapes."""
         return self.theta
 
-    def alpha(self, values: Tensors) -> Tensors:
-        """Return α of ``values``, with the gradient of the identity on B."""
-        return straight_through_all(values, self.masks)
+    def alpha(self, values: Tensors, kernels: Collection[str]) -> Tensors:
+        """Return what the model computes with.
+
+        Args:
+            values: The values.
+            kernels: Names, among those of `layers`, of the layers that kernels compute.
+
+        Returns:
+            α by name with the gradient of the identity on B, also of the layers that kernels
+            compute, should the model read it; and the tensors of those kernels.
+        """
+        return straight_through_all(values, self.sets)
+
+    def layers(self) -> dict[str, Pattern]:
+        """Return the sets of the parameters that kernels can compute: of none."""
+        return {}
+
+    def sparse(self) -> tuple[str, ...]:
+        """Return the names of the sparse parameters."""
+        return tuple(self.sets)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of every parameter."""
+        return {name: theta.shape for name, theta in self.theta.items()}
+
+    def dense(self) -> Tensors:
+        """Return θ."""
+        return self.theta
+
+    def forward(self) -> Tensors:
+        """Return α."""
+        return self.alpha(self.theta, ())
+
+    def masks(self) -> dict[str, Masks]:
+        """Return A and B."""
+        return self.sets
 
     def penalty(self, values: Tensors, config: TopKastConfig) -> Tensor:
         """Return the exploration penalty of ``values``."""
-        return exploration_penalty(values, self.masks, config)
+        return exploration_penalty(values, self.sets, config)
 
     def moved(self, updates: Tensors) -> "DenseWeights":
         """Add ``updates`` on B, leaving every other entry as it is, bit for bit."""
         theta = {
-            name: torch.where(self.masks[name].backward, old + updates[name], old)
-            if name in self.masks
+            name: torch.where(self.sets[name].backward, old + updates[name], old)
+            if name in self.sets
             else old + updates[name]
             for name, old in self.theta.items()
         }
-        return DenseWeights(theta, self.masks)
+        return DenseWeights(theta, self.sets)
 
     def restricted(self, slots: dict[str, Tensors]) -> dict[str, Tensors]:
         """Set optimiser slots to zero outside B."""
         return {
             kind: {
-                name: torch.where(self.masks[name].backward, slot, 0.0)
-                if name in self.masks
+                name: torch.where(self.sets[name].backward, slot, 0.0)
+                if name in self.sets
                 else slot
                 for name, slot in tree.items()
             }

@@ -1,6 +1,7 @@
 """The forward weights α as sparse matrices of other libraries."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -11,21 +12,25 @@ from torch import Tensor
 from topkast_func.state import TrainState, forward_params, masks_of
 
 
-def to_sparse(state: TrainState, layout: str = "csr") -> dict[str, Any]:
+def to_sparse(
+    state: TrainState, layout: str = "csr", block_shape: tuple[int, int] = (1, 1)
+) -> dict[str, Any]:
     """Return α of every sparse matrix, its stored entries being those of A.
 
     Args:
         state: The state.
-        layout: "csr" or "coo" for torch's own layouts, "scipy" for `scipy.sparse.csr_array`
-            (bfloat16 as float32),
-            "torch_sparse" for `torch_sparse.SparseTensor`.
+        layout: "csr", "bsr" or "coo" for torch's own layouts, "scipy" for
+            `scipy.sparse.csr_array` (bfloat16 as float32), "torch_sparse" for
+            `torch_sparse.SparseTensor`.
+        block_shape: (r, c) of the blocks of "bsr", such as ``config.block_shape``. Blocks
+            with an entry in A are stored whole.
 
     Returns:
         Matrices [out, in] by name, zeros in A stored too. Sparse parameters of more than two
         dimensions are left out.
 
     Raises:
-        ValueError: The layout is unknown.
+        ValueError: The layout is unknown, or the blocks do not divide a matrix.
 
     Example:
         >>> from topkast_func import TopKastConfig, init_state, sgd
@@ -34,11 +39,12 @@ def to_sparse(state: TrainState, layout: str = "csr") -> dict[str, Any]:
         >>> to_sparse(init_state(params, config, sgd(lr=0.1)), "coo")["weight"].indices().tolist()
         [[0], [0]]
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {tuple(LAYOUTS)}, got {layout!r}")
+    if layout not in (*LAYOUTS, "bsr"):
+        raise ValueError(f"layout must be one of {(*LAYOUTS, 'bsr')}, got {layout!r}")
     alpha = forward_params(state)
+    to_layout = partial(_bsr, block_shape) if layout == "bsr" else LAYOUTS[layout]
     return {
-        name: LAYOUTS[layout](alpha[name], masks.forward)
+        name: to_layout(alpha[name], masks.forward)
         for name, masks in masks_of(state).items()
         if alpha[name].ndim == 2
     }
@@ -55,6 +61,25 @@ def _csr(alpha: Tensor, mask: Tensor) -> Tensor:
     pointers = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     return torch.sparse_csr_tensor(
         pointers, mask.nonzero()[:, 1], alpha[mask], alpha.shape, check_invariants=True
+    )
+
+
+def _bsr(block: tuple[int, int], alpha: Tensor, mask: Tensor) -> Tensor:
+    (rows, columns), (height, width) = alpha.shape, block
+    if rows % height or columns % width:
+        raise ValueError(f"blocks of {block} do not divide a matrix of shape {tuple(alpha.shape)}")
+
+    def blocks(matrix: Tensor) -> Tensor:
+        return matrix.view(rows // height, height, columns // width, width).transpose(1, 2)
+
+    stored = blocks(mask).any(3).any(2)
+    pointers = torch.nn.functional.pad(stored.sum(1).cumsum(0), (1, 0))
+    return torch.sparse_bsr_tensor(
+        pointers,
+        stored.nonzero()[:, 1],
+        blocks(alpha)[stored],
+        alpha.shape,
+        check_invariants=True,
     )
 
 

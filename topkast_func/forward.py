@@ -2,18 +2,24 @@
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from topkast_func.active import alpha, split, straight_through, where
+from topkast_func.kernels.pattern import Pattern, pattern_of
+from topkast_func.layers import StandIn, kernel_layers, kernel_tensors, standing_in
 from topkast_func.masks import Masks
 from topkast_func.types import Model, Params, Tensors
 
+AnySets: TypeAlias = Masks | Pattern
+"""A and B of a weight: masks, or a pattern over entries."""
+
 
 def sparse_forward(
-    model: Model, params: Params, masks: Mapping[str, Masks], *inputs: Any, **options: Any
+    model: Model, params: Params, masks: Mapping[str, AnySets], *inputs: Any, **options: Any
 ) -> Any:
     """Run a model at its forward weights α = θ·1_A.
 
@@ -26,7 +32,8 @@ def sparse_forward(
             never written to: its buffers are copied for the call.
         params: θ by name; for a module, all its trainable parameters, and any of its frozen
             parameters and buffers, which otherwise are the module's own.
-        masks: Sets by name; parameters without masks are dense.
+        masks: Sets by name, as masks or as `index_masks` returns them; parameters without are
+            dense. Linear layers whose sets are indexed run on the kernels.
         *inputs: Inputs of the model.
         **options: Keyword inputs of the model.
 
@@ -47,38 +54,58 @@ def sparse_forward(
     check_names(model, params.keys())
     if unknown := [name for name in masks if name not in params]:
         raise ValueError(f"masks of unknown parameters: {unknown}")
-    alpha = straight_through_all(params, masks)
-    return bind(model, alpha, frozen(model), buffers(model, params))(*inputs, **options)
+    return at_alpha(model, params, masks)(*inputs, **options)
 
 
-def straight_through(theta: Tensor, masks: Masks) -> Tensor:
-    """Return α = θ·1_A with the gradient of the identity on B.
+def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Callable[..., Any]:
+    """Return the model bound to α, with the gradient of the identity on B.
 
     Args:
-        theta: The weight.
-        masks: Its sets.
+        model: A module or a pure function.
+        params: θ by name.
+        masks: Sets by name, as masks or as patterns.
 
     Returns:
-        α = θ·1_A + (θ − stop(θ))·1_{B∖A}: exactly θ on A and exactly 0 elsewhere.
+        ``apply(*inputs, **options)``.
     """
-    ghost = torch.where(masks.backward, theta - theta.detach(), 0.0)
-    return torch.where(masks.forward, theta, ghost)
+    layers = kernel_layers(model)
+    patterns = {name: sets for name, sets in masks.items() if isinstance(sets, Pattern)}
+    values = {n: split(params[n], where(p, (1, 1), params[n].shape)) for n, p in patterns.items()}
+    weights = {n: _weight(theta, masks.get(n), values.get(n)) for n, theta in params.items()}
+    stand_ins = {n: StandIn(layers[n], "auto") for n in patterns if n in layers}
+    tensors = {**weights, **kernel_tensors(stand_ins, values, patterns)}
+    apply = bind(model, tensors, frozen(model), buffers(model, params))
+
+    def lent(*inputs: Any, **options: Any) -> Any:
+        with standing_in(layers, stand_ins):
+            return apply(*inputs, **options)
+
+    return lent if stand_ins else apply
 
 
-def straight_through_all(params: Params, masks: Mapping[str, Masks]) -> Tensors:
-    """Return α of every parameter, dense ones as they are.
+def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tensor:
+    """Return α of a weight, from its values where its sets are a pattern."""
+    if isinstance(sets, Pattern) and values is not None:
+        return alpha(values, sets, theta.shape)
+    return straight_through(theta, sets) if isinstance(sets, Masks) else theta
+
+
+def index_masks(model: Model, masks: Mapping[str, Masks]) -> dict[str, AnySets]:
+    """Index the sets of the linear layers of a module, to be given in place of masks.
+
+    `sparse_forward` and `penalized_loss` then run these layers on the kernels. The index is
+    made of the contents of the masks, which `torch.func` and `torch.compile` do not see, and
+    serves until the next refresh.
 
     Args:
-        params: θ by name.
+        model: The module.
         masks: Sets by name.
 
     Returns:
-        α by name, in the order of ``params``.
+        Patterns where kernels can compute the layer, masks elsewhere.
     """
-    return {
-        name: straight_through(theta, masks[name]) if name in masks else theta
-        for name, theta in params.items()
-    }
+    layers = kernel_layers(model)
+    return {n: pattern_of(*sets) if n in layers else sets for n, sets in masks.items()}
 
 
 def bind(model: Model, alpha: Params, constant: Params, buffers: Tensors) -> Callable[..., Any]:
@@ -142,26 +169,26 @@ def tensors_of(model: object) -> Tensors:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def check_fit(model: object, tensors: Params) -> None:
+def check_fit(model: object, shapes: Mapping[str, torch.Size]) -> None:
     """Check that tensors are those of a module: each parameter and buffer, in its shape.
 
     Args:
         model: The module.
-        tensors: Parameters and buffers by name.
+        shapes: Shapes of parameters and buffers by name.
 
     Raises:
         ValueError: A name is missing or unknown, or a shape differs.
     """
     own = tensors_of(model)
-    missing = [name for name in own if name not in tensors]
-    unknown = [name for name in tensors if name not in own]
+    missing = [name for name in own if name not in shapes]
+    unknown = [name for name in shapes if name not in own]
     if missing or unknown:
         raise ValueError(f"the state is of another model: missing {missing}, unknown {unknown}")
     for name, tensor in own.items():
-        if tensors[name].shape != tensor.shape:
+        if shapes[name] != tensor.shape:
             raise ValueError(
                 f"the state is of another model: {name!r} has shape "
-                f"{tuple(tensors[name].shape)}, the model {tuple(tensor.shape)}"
+                f"{tuple(shapes[name])}, the model {tuple(tensor.shape)}"
             )
 
 

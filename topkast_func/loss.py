@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topkast_func.active import active_places, split, where
 from topkast_func.allocation import allocate
 from topkast_func.config import TopKastConfig, density
-from topkast_func.forward import bind, buffers, check_names, frozen, straight_through_all
-from topkast_func.masks import Masks
+from topkast_func.forward import AnySets, at_alpha, check_names
+from topkast_func.kernels.pattern import Pattern
 from topkast_func.types import LossFn, Model, Params
 
 
@@ -46,7 +47,7 @@ PENALTIES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def exploration_penalty(
-    params: Params, masks: Mapping[str, Masks], config: TopKastConfig
+    params: Params, masks: Mapping[str, AnySets], config: TopKastConfig
 ) -> Tensor:
     """Sum the exploration penalty over the sparse tensors, before its weight λ.
 
@@ -57,7 +58,7 @@ def exploration_penalty(
 
     Args:
         params: θ by name.
-        masks: Sets by name.
+        masks: Sets by name, as masks or as `index_masks` returns them.
         config: Form of the penalty and densities.
 
     Returns:
@@ -70,6 +71,7 @@ def exploration_penalty(
         The paper prints one norm and calls it L2; the three readings in use are offered.
 
     Example:
+        >>> from topkast_func.masks import Masks
         >>> theta = {"weight": torch.tensor([[3.0, 1.0]])}
         >>> masks = {"weight": Masks(torch.tensor([[True, False]]), torch.tensor([[True, True]]))}
         >>> config = TopKastConfig(forward_sparsity=0.5, backward_sparsity=0.0, penalty="l1")
@@ -81,18 +83,25 @@ def exploration_penalty(
         return total
     for name, sparsity in allocate(masks.keys(), config).items():
         theta = params[name] if params[name].dtype == torch.float64 else params[name].float()
-        forward, backward = masks[name]
-        active = torch.where(forward, theta, 0.0)
-        exploring = torch.where(backward & ~forward, theta, 0.0)
+        active, exploring = _parts(theta, masks[name])
         total = total + PENALTIES[config.penalty](active, exploring, density(sparsity.forward))
     return total
+
+
+def _parts(theta: Tensor, sets: AnySets) -> tuple[Tensor, Tensor]:
+    """Return θ on A and θ on B∖A, zero or absent elsewhere."""
+    if isinstance(sets, Pattern):
+        values = split(theta, where(sets, (1, 1), theta.shape))
+        return values[: active_places(sets)], values[active_places(sets) :]
+    active = torch.where(sets.forward, theta, 0.0)
+    return active, torch.where(sets.backward & ~sets.forward, theta, 0.0)
 
 
 def penalized_loss(
     model: Model,
     loss_fn: LossFn,
     params: Params,
-    masks: Mapping[str, Masks],
+    masks: Mapping[str, AnySets],
     batch: Any,
     config: TopKastConfig,
 ) -> Tensor:
@@ -103,7 +112,7 @@ def penalized_loss(
         loss_fn: ``loss_fn(apply, batch)`` to a scalar, where ``apply(*inputs)`` is the sparse
             forward pass bound to the current parameters.
         params: θ by name.
-        masks: Sets by name.
+        masks: Sets by name, as masks or as `index_masks` returns them.
         batch: Whatever ``loss_fn`` takes.
         config: Form, weight λ and densities of the penalty.
 
@@ -115,9 +124,7 @@ def penalized_loss(
         ValueError: The parameters are not those of the model.
     """
     check_names(model, params.keys())
-    alpha = straight_through_all(params, masks)
-    apply = bind(model, alpha, frozen(model), buffers(model, params))
-    data_loss = check_scalar(loss_fn(apply, batch))
+    data_loss = check_scalar(loss_fn(at_alpha(model, params, masks), batch))
     return data_loss + config.penalty_weight * exploration_penalty(params, masks, config)
 
 

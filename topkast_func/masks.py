@@ -1,6 +1,7 @@
 """Choice of the forward set A and the backward set B: exact counts, one ranking for both."""
 
 import math
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,11 @@ from torch import Tensor
 
 from topkast_func.allocation import Allocation, allocate, check_params, select
 from topkast_func.config import BlockNorm, TopKastConfig, density
+from topkast_func.kernels.engines import installed
 from topkast_func.types import Params
+
+MANY = 2**16
+"""Entries from which on a ranking by bits pays for the threads it takes."""
 
 
 class Masks(NamedTuple):
@@ -116,14 +121,14 @@ def magnitudes(
             does; "l1" by the sum of absolute values.
 
     Returns:
-        Absolute values in float32 or float64 in the shape of ``theta``, or block scores in
-        float64, [rows / block rows, columns / block columns, *positions].
+        The weights themselves, in float32 or float64, or block scores in float64,
+        [rows / block rows, columns / block columns, *positions]; they rank by magnitude.
 
     Raises:
         ValueError: The first two axes are not divisible into blocks.
     """
     if block_shape == (1, 1):
-        return (theta if theta.dtype == torch.float64 else theta.float()).abs()
+        return theta if theta.dtype == torch.float64 else theta.float()
     rows, columns = block_shape
     if theta.ndim < 2 or theta.shape[0] % rows or theta.shape[1] % columns:
         raise ValueError(
@@ -139,11 +144,11 @@ def magnitudes(
 
 
 def top_sets(name: str, scores: Tensor, sparsity: Allocation) -> tuple[Tensor, Tensor]:
-    """Mark the highest scores at both sparsities, ties going to the lowest flat index.
+    """Mark the largest magnitudes at both sparsities, ties going to the lowest flat index.
 
     Args:
         name: Name of the parameter, for errors.
-        scores: Magnitudes, at least 0, any shape.
+        scores: float32 or float64, any shape.
         sparsity: Forward and backward sparsity.
 
     Returns:
@@ -153,11 +158,27 @@ def top_sets(name: str, scores: Tensor, sparsity: Allocation) -> tuple[Tensor, T
         NaNParameterError: A score is NaN.
     """
     scores, n = scores.contiguous(), scores.numel()
-    backward = _largest(scores.flatten(), kept(sparsity.backward, n))
-    if backward.isnan().any():
+    counts = kept(sparsity.forward, n), kept(sparsity.backward, n)
+    many = scores.device.type == "cpu" and n >= MANY and installed("numba")
+    marks = _marked_by_bits(scores, *counts) if many else _marked_by_rank(scores.abs(), *counts)
+    if marks is None:
         raise NaNParameterError(f"params[{name!r}] holds NaN; its entries cannot be ranked")
-    forward = _largest(backward, kept(sparsity.forward, n))
-    return _mark(scores, forward), _mark(scores, backward)
+    return marks
+
+
+def _marked_by_bits(scores: Tensor, forward: int, backward: int) -> tuple[Tensor, Tensor] | None:
+    selection = import_module("topkast_func.kernels.selection")
+    marks = selection.top_marks(scores.flatten().numpy(), forward, backward)
+    return marks and tuple(torch.from_numpy(mask).view(scores.shape) for mask in marks)
+
+
+def _marked_by_rank(
+    magnitudes: Tensor, forward: int, backward: int
+) -> tuple[Tensor, Tensor] | None:
+    largest = _largest(magnitudes.flatten(), backward)
+    if largest.isnan().any():
+        return None
+    return _mark(magnitudes, _largest(largest, forward)), _mark(magnitudes, largest)
 
 
 def _largest(scores: Tensor, k: int) -> Tensor:

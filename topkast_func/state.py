@@ -1,17 +1,24 @@
 """The state of training: what it holds, how it starts, and its refresh."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from topkast_func.allocation import allocate
+from topkast_func.compact import CompactWeights, compact
 from topkast_func.config import TopKastConfig, check_count
 from topkast_func.dense import DenseWeights
-from topkast_func.forward import buffers, frozen, straight_through_all, trainable
+from topkast_func.forward import buffers, frozen, trainable
+from topkast_func.layers import kernel_layers
 from topkast_func.masks import Masks, compute_masks, masks_at
 from topkast_func.optim import Optimizer, OptimizerState
 from topkast_func.types import Params, Tensors
+
+Weights: TypeAlias = CompactWeights | DenseWeights
+"""The weights of a state, in either storage."""
+
+Storage: TypeAlias = Literal["compact", "dense"]
 
 
 class TrainState(NamedTuple):
@@ -29,7 +36,7 @@ class TrainState(NamedTuple):
 
     step: Tensor
     seed: Tensor
-    weights: DenseWeights
+    weights: Weights
     buffers: Tensors
     frozen: Tensors
     optimizer: OptimizerState
@@ -40,7 +47,8 @@ def init_state(
     config: TopKastConfig,
     optimizer: Optimizer,
     *,
-    storage: Literal["dense"] = "dense",
+    storage: Storage = "compact",
+    theta_device: torch.device | str | None = None,
     seed: int = 0,
 ) -> TrainState:
     """Start training: copy the weights, choose A and B, make zero slots.
@@ -50,7 +58,10 @@ def init_state(
             trained, or weights by name.
         config: The configuration.
         optimizer: The optimiser.
-        storage: How the weights are kept.
+        storage: "compact" keeps values, slots and gradients of B, and θ apart; "dense" keeps
+            θ and masks. The trajectories agree to rounding.
+        theta_device: Where θ rests between refreshes in compact storage, such as "cpu"; None
+            for the device of the weights.
         seed: Seed of the random numbers that the model draws (dropout), at least 0.
 
     Returns:
@@ -58,15 +69,24 @@ def init_state(
 
     Raises:
         TypeError: A leaf is not a floating-point tensor.
-        ValueError: A leaf is empty or the configuration does not fit.
+        ValueError: A leaf is empty, the configuration does not fit, or ``theta_device`` is
+            given for dense storage.
         NaNParameterError: A leaf holds NaN; a ValueError too.
     """
-    if storage != "dense":
-        raise ValueError(f"storage must be 'dense', got {storage!r}")
+    if storage not in ("compact", "dense"):
+        raise ValueError(f"storage must be 'compact' or 'dense', got {storage!r}")
+    if storage == "dense" and theta_device is not None:
+        raise ValueError("theta_device is for compact storage: dense storage computes with θ")
     model = model_or_params
     params = trainable(model) if isinstance(model, nn.Module) else model
     masks = compute_masks(params, config)
-    weights = stored(_copied(params), masks)
+    weights: Weights
+    if storage == "compact":
+        matrices = [name for name, theta in params.items() if theta.ndim == 2]
+        layers = kernel_layers(model) if isinstance(model, nn.Module) else matrices
+        weights = compact(params, masks, layers, config.block_shape, theta_device)
+    else:
+        weights = DenseWeights(_copied(params), masks)
     return TrainState(
         step=torch.zeros((), dtype=torch.int64),
         seed=torch.tensor(check_count("seed", seed, 0) % 2**63),
@@ -95,7 +115,7 @@ def refresh(state: TrainState, config: TopKastConfig) -> TrainState:
     if config.explore_until is not None and int(state.step) >= config.explore_until:
         masks = {n: Masks(m.forward, m.forward.clone()) for n, m in masks_of(state).items()}
     else:
-        masks = masks_at(dense_params(state), allocate(masks_of(state), config), config)
+        masks = masks_at(dense_params(state), allocate(state.weights.sparse(), config), config)
     weights, slots = state.weights.chosen(masks, state.optimizer.slots)
     return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
 
@@ -107,9 +127,10 @@ def dense_params(state: TrainState) -> Tensors:
         state: The state.
 
     Returns:
-        The tensors of the state, not copies.
+        θ; in dense storage the tensors of the state, not copies; in compact storage the sparse
+        parameters are put together, on ``theta_device``.
     """
-    return state.weights.theta
+    return state.weights.dense()
 
 
 def masks_of(state: TrainState) -> dict[str, Masks]:
@@ -121,7 +142,7 @@ def masks_of(state: TrainState) -> dict[str, Masks]:
     Returns:
         Masks by name; dense parameters are absent.
     """
-    return state.weights.masks
+    return state.weights.masks()
 
 
 def forward_params(state: TrainState) -> Tensors:
@@ -136,21 +157,7 @@ def forward_params(state: TrainState) -> Tensors:
     Returns:
         Tensors by name: α, then frozen parameters, then buffers.
     """
-    alpha = straight_through_all(dense_params(state), masks_of(state))
-    return {**alpha, **state.frozen, **state.buffers}
-
-
-def stored(theta: Tensors, masks: dict[str, Masks]) -> DenseWeights:
-    """Put weights into the form of the storage.
-
-    Args:
-        theta: θ by name.
-        masks: Sets of the sparse parameters by name.
-
-    Returns:
-        The weights of a state.
-    """
-    return DenseWeights(theta, masks)
+    return {**state.weights.forward(), **state.frozen, **state.buffers}
 
 
 def _copied(tensors: Params) -> Tensors:

@@ -13,10 +13,12 @@ from torch.func import grad_and_value
 from topkast_func.compilation import compiled
 from topkast_func.config import TopKastConfig
 from topkast_func.forward import bind, check_fit, tensors_of
+from topkast_func.kernels.engines import EngineName
+from topkast_func.layers import StandIn, kernel_layers, standing_in
 from topkast_func.loss import check_scalar
 from topkast_func.masks import NaNParameterError
 from topkast_func.optim import Optimizer, OptimizerState
-from topkast_func.state import TrainState, dense_params, refresh
+from topkast_func.state import TrainState, refresh
 from topkast_func.types import LossFn, Model, Params, Tensors
 
 
@@ -47,6 +49,7 @@ def make_train_step(
     optimizer: Optimizer,
     *,
     compile: bool | Mapping[str, Any] = True,
+    engine: EngineName = "auto",
 ) -> TrainStep:
     """Build ``train_step(state, batch) -> (state, metrics)``.
 
@@ -67,6 +70,8 @@ def make_train_step(
         optimizer: The optimiser.
         compile: True for one graph per shape of batch by `torch.compile`, its own options as
             a mapping, or False to run eager, for debugging.
+        engine: Who computes the products of sparse linear layers in compact storage: "numba",
+            "dense", "reference" or "torch_sparse", or "auto" for the fastest of each layer.
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
@@ -84,13 +89,16 @@ def make_train_step(
         >>> int(state.step), metrics.loss.shape
         (1, torch.Size([]))
     """
+    layers = kernel_layers(model)
 
-    def step(state: TrainState, batch: Any, lr: Tensor) -> tuple[TrainState, StepMetrics]:
+    def step(
+        kernels: tuple[str, ...], state: TrainState, batch: Any, lr: Tensor
+    ) -> tuple[TrainState, StepMetrics]:
         weights = state.weights
 
         def objective(values: Tensors) -> Objective:
             written = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            apply = bind(model, weights.alpha(values), state.frozen, written)
+            apply = bind(model, weights.alpha(values, kernels), state.frozen, written)
             data_loss = check_scalar(loss_fn(apply, batch))
             penalty = weights.penalty(values, config)
             loss = data_loss + config.penalty_weight * penalty
@@ -113,11 +121,15 @@ def make_train_step(
     check = _check_of(model, optimizer)
     run: Callable[..., tuple[TrainState, StepMetrics]] = compiled(step, compile)
 
+    stand_ins = {name: StandIn(layer, engine) for name, layer in layers.items()}
+
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         check(state)
         state = _refreshed_when_due(state, config)
-        with _random_numbers_of(state):
-            return run(state, batch, optimizer.learning_rate(state.optimizer.step))
+        patterns = state.weights.layers()
+        kernels = {name: stand_ins[name] for name in layers if name in patterns}
+        with _random_numbers_of(state), standing_in(layers, kernels):
+            return run(tuple(kernels), state, batch, optimizer.learning_rate(state.optimizer.step))
 
     return train_step
 
@@ -128,8 +140,8 @@ def _check_of(model: Model, optimizer: Optimizer) -> Callable[[TrainState], None
     kinds = optimizer.init({}).slots.keys()
 
     def check(state: TrainState) -> None:
-        held = {**dense_params(state), **state.frozen, **state.buffers}
-        if own and _shapes(held) != own:
+        held = {**state.weights.shapes(), **_shapes({**state.frozen, **state.buffers})}
+        if own and held != own:
             check_fit(model, held)
         if state.optimizer.slots.keys() != kinds:
             found = sorted(state.optimizer.slots)

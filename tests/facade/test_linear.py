@@ -10,6 +10,7 @@ import math
 import pickle
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +20,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, vmap
 from torch.nn.functional import linear, mse_loss
 from torch.optim import Optimizer
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests import reference, strategies
 from topkast_func import TopKastLinear
+from topkast_func.kernels import ENGINES, EngineName, pattern_of
 
 Make = Callable[[Iterable[Tensor]], Optimizer]
 Batch = tuple[Tensor, Tensor]
@@ -85,6 +89,10 @@ def _spread(layer: TopKastLinear, values: Tensor) -> Tensor:
     return dense
 
 
+def _pattern(layer: TopKastLinear) -> list[Tensor]:
+    return tree_leaves(layer.pattern)
+
+
 def _state(layer: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
 
@@ -117,6 +125,7 @@ def test_arguments_are_the_seeds() -> None:
         ("bias", True),
         ("device", None),
         ("dtype", None),
+        ("engine", "auto"),  # ours
     ]
     call = inspect.signature(TopKastLinear.forward).parameters
     assert list(call) == ["self", "inputs", "sparse"]
@@ -134,7 +143,8 @@ def test_attributes_are_the_seeds() -> None:
     assert torch.equal(layer.active_fwd_weights[layer.set_fwd], layer.weight[layer.idx_fwd])
     assert torch.equal(layer.active_fwd_weights[layer.set_justbwd], layer.weight[layer.idx_justbwd])
     assert repr(layer) == (
-        "TopKastLinear(in_features=6, out_features=5, p_forward=0.6, p_backward=0.3, bias=True)"
+        "TopKastLinear(in_features=6, out_features=5, p_forward=0.6, p_backward=0.3, bias=True, "
+        "engine='auto')"
     )
 
 
@@ -305,6 +315,153 @@ def test_defect_13_no_tensor_of_stored_entries_times_batch_is_made() -> None:
     with _LargestTensor() as largest:  # type: ignore[no-untyped-call]
         layer(inputs).sum().backward()
     assert 0 < largest.most <= 4 * 64 * 32  # the seed made 512 · 64 entries
+
+
+# --- engines -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_engine_gives_the_output_and_gradients_of_the_dense_twin(
+    engine: EngineName, dtype: torch.dtype
+) -> None:
+    layer = TopKastLinear(40, 24, 0.9, 0.7, dtype=dtype, engine=engine)
+    inputs = torch.randn(3, 7, 40, dtype=dtype, requires_grad=True)
+    twin, offset = _alpha(layer).requires_grad_(), torch.zeros(24, dtype=dtype, requires_grad=True)
+    assert layer.bias is not None
+    expected = linear(inputs, twin, offset + layer.bias.detach())
+    torch.testing.assert_close(found := layer(inputs), expected)
+    target = torch.randn(3, 7, 24, dtype=dtype)
+    (of_input,) = torch.autograd.grad(mse_loss(found, target), inputs, retain_graph=True)
+    mse_loss(found, target).backward()  # type: ignore[no-untyped-call]
+    wanted = torch.autograd.grad(mse_loss(expected, target), (inputs, twin, offset))
+    assert _on_b(layer, wanted[1])[layer.set_justbwd].all()
+    torch.testing.assert_close(of_input, wanted[0])
+    torch.testing.assert_close(layer.active_fwd_weights.grad, _on_b(layer, wanted[1]))
+    torch.testing.assert_close(layer.bias.grad, wanted[2])
+
+
+def test_half_precision_computes_with_the_engine_that_supports_it() -> None:
+    layer, inputs = _layer(bias=False, dtype=torch.bfloat16), torch.randn(4, 6).bfloat16()
+    output = layer(inputs)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, linear(inputs, _alpha(layer)))
+    output.sum().backward()
+    assert layer.active_fwd_weights.grad is not None
+    assert layer.active_fwd_weights.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"engine": "cuda"}, ValueError, "engine must be 'auto' or one of .*, got 'cuda'"),
+        ({"engine": "numba", "dtype": torch.bfloat16}, TypeError, "float32 and torch.float64"),
+    ],
+)
+def test_an_engine_that_cannot_compute_is_refused_when_the_layer_is_made(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        _layer(**options)
+
+
+def _most_bytes(engine: EngineName) -> int:
+    layer, inputs = TopKastLinear(256, 128, 0.9, 0.8, engine=engine), torch.randn(4, 256)
+    inputs.requires_grad_()
+    layer(inputs).sum().backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as made:
+        layer(inputs).sum().backward()
+    return max(event.self_cpu_memory_usage for event in made.events())
+
+
+def test_no_dense_weight_is_made() -> None:
+    assert _most_bytes("dense") >= 4 * 256 * 128  # so that the profiler would have seen it
+    assert 0 < _most_bytes("numba") < 4 * 256 * 128 // 4
+
+
+def test_what_is_kept_for_the_gradient_is_no_dense_weight() -> None:
+    layer, kept = TopKastLinear(256, 128, 0.9, 0.8), list[Tensor]()
+
+    def keep(tensor: Tensor) -> int:
+        kept.append(tensor)
+        return len(kept) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, kept.__getitem__):
+        layer(torch.randn(4, 256))
+    assert kept
+    assert max(tensor.numel() for tensor in kept) < 256 * 128 // 4
+
+
+def test_the_pattern_follows_a_refresh_in_place() -> None:
+    layer = _layer(bias=False)
+    index = _pattern(layer)
+    places, before = [tensor.data_ptr() for tensor in index], [tensor.clone() for tensor in index]
+    _swap(layer)
+    layer.update_active_param_set()
+    assert [tensor.data_ptr() for tensor in _pattern(layer)] == places
+    assert not all(map(torch.equal, _pattern(layer), before))
+    expected = tree_leaves(pattern_of(*_masks(layer)))
+    assert all(map(torch.equal, _pattern(layer), expected))
+    torch.testing.assert_close(layer(torch.eye(6)), _alpha(layer).T)
+
+
+# --- transformations -----------------------------------------------------------------------
+
+
+def _net() -> nn.Sequential:
+    return nn.Sequential(
+        TopKastLinear(32, 24, 0.8, 0.5, engine="numba"), nn.ReLU(), TopKastLinear(24, 5, 0.5, 0.2)
+    )
+
+
+def _gradients(call: Callable[[Tensor], Tensor], net: nn.Module, inputs: Tensor) -> list[Tensor]:
+    inputs = inputs.clone().requires_grad_()
+    loss = call(inputs).square().sum()
+    return [loss.detach(), *torch.autograd.grad(loss, (*net.parameters(), inputs))]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_net_equals_the_eager_one_through_refreshes_in_one_graph(backend: str) -> None:
+    torch.compiler.reset()
+    counter, net = CompileCounterWithBackend(backend), _net()
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    for _ in range(4):
+        inputs = torch.randn(16, 32)
+        found, expected = (_gradients(call, net, inputs) for call in (compiled, net))
+        first = net[0]
+        assert isinstance(first, TopKastLinear)
+        assert expected[1][first.set_justbwd].any()
+        torch.testing.assert_close(found, expected)
+        with torch.no_grad():
+            first.active_fwd_weights.add_(torch.randn_like(first.active_fwd_weights))
+        first.update_active_param_set()
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_net_takes_batches_of_other_sizes() -> None:
+    torch.compiler.reset()
+    net = _net()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for size in (16, 7, 9):
+        inputs = torch.randn(size, 32)
+        torch.testing.assert_close(_gradients(compiled, net, inputs), _gradients(net, net, inputs))
+
+
+def test_gradients_per_example_and_per_network_are_those_of_each_alone() -> None:
+    layer = TopKastLinear(12, 8, 0.8, 0.5, dtype=torch.float64, engine="numba")
+    inputs = torch.randn(3, 4, 12, dtype=torch.float64)
+    values = torch.randn(3, *layer.active_fwd_weights.shape, dtype=torch.float64)
+
+    def loss(values: Tensor, inputs: Tensor) -> Tensor:
+        return functional_call(layer, {"active_fwd_weights": values}, (inputs,)).square().sum()
+
+    gradient = torch.func.grad(loss)
+    for stacked, dim in ((values, 0), (values[0], None)):
+        found = vmap(gradient, in_dims=(dim, 0))(stacked, inputs)
+        each = stacked if dim == 0 else [stacked] * 3
+        alone = [gradient(v, x) for v, x in zip(each, inputs, strict=True)]
+        assert found[:, layer.set_justbwd].any()
+        torch.testing.assert_close(found, torch.stack(alone))
 
 
 # --- optimisers through refreshes ----------------------------------------------------------
@@ -492,6 +649,88 @@ def test_a_flat_weight_can_be_assigned() -> None:
     flat = torch.randn(layer.theta.numel())
     layer.weight = flat
     assert torch.equal(layer.weight, flat.view(layer.theta.shape))
+
+
+def test_state_dict_holds_the_positions_and_not_the_pattern() -> None:
+    layer, _ = _trained()
+    state = layer.state_dict()
+    assert list(state) == [
+        "active_fwd_weights",
+        "bias",
+        "theta",
+        "positions_fwd",
+        "positions_justbwd",
+    ]
+    for name, index in (("positions_fwd", layer.idx_fwd), ("positions_justbwd", layer.idx_justbwd)):
+        assert state[name].dtype == torch.int64
+        assert torch.equal(state[name], 6 * index[0] + index[1])
+
+
+def test_a_state_dict_of_the_first_release_loads() -> None:  # it had the positions as buffers
+    layer, theta = _layer(bias=False), torch.arange(30.0).view(5, 6)
+    forward, exploring = torch.arange(18, 30), torch.arange(3, 12)
+    values = theta.flatten()[torch.cat((forward, exploring))]
+    layer.load_state_dict({
+        "theta": theta,
+        "positions_fwd": forward,
+        "positions_justbwd": exploring,
+        "active_fwd_weights": values,
+    })
+    assert torch.equal(layer.positions, torch.cat((forward, exploring)))
+    assert torch.equal(layer.active_fwd_weights, values)
+    alpha = torch.where(torch.arange(30).view(5, 6) >= 18, theta, 0.0)
+    torch.testing.assert_close(layer(torch.eye(6)), alpha.T)
+
+
+def test_a_state_dict_goes_through_a_file(tmp_path: Path) -> None:
+    layer, _ = _trained()
+    torch.save(layer.state_dict(), tmp_path / "state.pt")
+    other = _layer()
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    _assert_same_state(other, _state(layer))
+    assert all(map(torch.equal, _pattern(other), _pattern(layer)))
+
+
+def test_a_state_dict_is_assigned_to_a_layer_without_data() -> None:
+    layer, _ = _trained()
+    other = _layer().to("meta")
+    other.load_state_dict(layer.state_dict(), assign=True)
+    inputs = torch.randn(4, 6)
+    assert torch.equal(other(inputs), layer(inputs))
+
+
+def test_a_state_dict_without_positions_is_refused() -> None:
+    layer, state = _layer(), _layer().state_dict()
+    del state["positions_fwd"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"positions_fwd"'):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("damage", [30, 1], ids=["out of range", "twice"])
+def test_damaged_positions_are_refused_and_the_pattern_stays(damage: int) -> None:
+    net = nn.Sequential(_layer())
+    state, layer = net.state_dict(), next(iter(net.children()))
+    assert isinstance(layer, TopKastLinear)
+    before = [index.clone() for index in _pattern(layer)]
+    state["0.positions_fwd"] = torch.full((12,), damage)
+    with pytest.raises(RuntimeError, match=r"0\.positions_fwd, 0\.positions_justbwd: "):
+        net.load_state_dict(state)
+    assert all(map(torch.equal, _pattern(layer), before))
+
+
+def test_arrange_refuses_a_place_named_twice_and_changes_nothing() -> None:
+    layer, _ = _trained()
+    before = _state(layer)
+    with pytest.raises(ValueError, match="positions must be 21 different places"):
+        layer.arrange(torch.tensor([0, *range(20)]))
+    _assert_same_state(layer, before)
+
+
+def test_no_conversion_changes_the_dtype_of_the_pattern() -> None:
+    layer = _layer()
+    for convert in (layer.double, layer.bfloat16, layer.half, layer.float):
+        convert()
+        assert {index.dtype for index in _pattern(layer)} == {torch.int32}
 
 
 def test_state_dict_of_another_size_is_refused() -> None:
@@ -729,9 +968,11 @@ def test_a_weight_of_another_shape_is_refused_and_changes_nothing() -> None:
     _assert_same_state(layer, before)
 
 
-def test_inputs_that_do_not_fit_are_refused_by_torch_and_change_nothing() -> None:
+def test_inputs_that_do_not_fit_are_refused_and_change_nothing() -> None:
     layer, _ = _trained()
     before = _state(layer)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(ValueError, match=r"\(2, 7\) do not fit a layer of in_features=6"):
         layer(torch.ones(2, 7))
+    with pytest.raises(TypeError, match=r"inputs are torch.float64, the weight is torch.float32"):
+        layer(torch.ones(2, 6).double())
     _assert_same_state(layer, before)

@@ -12,12 +12,23 @@ from torch.nn import functional
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from topkast_func.active import followed, sources, split, where
 from topkast_func.allocation import Allocation, check_params
 from topkast_func.config import check_count, check_number, check_order
+from topkast_func.kernels.engines import EngineName, choose
+from topkast_func.kernels.linear import layer_of, sparse_linear
+from topkast_func.kernels.pattern import Compressed, Pattern, flat, flattened, nested, pattern_of
 from topkast_func.masks import kept, magnitudes, top_sets
 
 Index = tuple[Tensor, ...]
 
+PATTERN = (
+    *(f"{part}_{field}" for part in Pattern._fields[:3] for field in Compressed._fields),
+    "places",
+)
+"""Buffers of a layer that hold its pattern; a state dict has `POSITIONS` in their stead."""
+
+POSITIONS = ("positions_fwd", "positions_justbwd")
 
 _OPTIMIZERS: "WeakSet[Optimizer]" = WeakSet()
 """Optimisers that have made a step: only these can hold slots."""
@@ -44,22 +55,26 @@ class TopKastLinear(nn.Module):
         bias: Whether to add a trained bias.
         device: Device of the parameters.
         dtype: Floating dtype of the parameters.
+        engine: Who computes the products: "numba", "dense", "reference" or "torch_sparse";
+            "auto" for the fastest that supports the dtype and device.
 
     Attributes:
         active_fwd_weights: Parameter, [|B|]: θ on A, then on B∖A, each in row-major order.
         bias: Parameter, [out_features], or None.
         theta: Buffer, [out_features, in_features]; read ``weight`` instead.
-        positions_fwd: Buffer, int64, [|A|]: where in the flat θ the values of A belong.
-        positions_justbwd: Buffer, int64, [|B∖A|]: the same for B∖A.
+        pattern: A and B∖A as the kernels read them, int32, in buffers of their own.
 
     Raises:
-        TypeError: A size or sparsity is no number.
-        ValueError: A size or sparsity is out of range.
+        ImportError: The engine asked for is not installed.
+        TypeError: A size or sparsity is no number, or the engine does not support the dtype
+            or device.
+        ValueError: A size or sparsity is out of range, or there is no such engine.
 
     Departures:
         The values of B∖A stay in ``active_fwd_weights`` beside those of A, where the seed
         holds zeros; the forward pass does not see them. Inputs may have any number of
-        leading dimensions, and get a gradient in evaluation mode too.
+        leading dimensions, and get a gradient in evaluation mode too. A state dict holds
+        ``positions_fwd`` and ``positions_justbwd``, of which the pattern is made anew.
 
     Example:
         >>> layer = TopKastLinear(10, 16, p_forward=0.6, p_backward=0.4)
@@ -68,8 +83,6 @@ class TopKastLinear(nn.Module):
     """
 
     theta: Tensor
-    positions_fwd: Tensor
-    positions_justbwd: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -81,6 +94,7 @@ class TopKastLinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        engine: EngineName = "auto",
     ) -> None:
         super().__init__()
         self.in_features = check_count("in_features", in_features, 1)
@@ -93,12 +107,15 @@ class TopKastLinear(nn.Module):
         self.set_fwd, self.set_justbwd = range(forward), range(forward, backward)
         theta = torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
         self.register_buffer("theta", theta)
-        self.register_buffer("positions_fwd", torch.arange(forward, device=device))
-        self.register_buffer("positions_justbwd", torch.arange(forward, backward, device=device))
         self.active_fwd_weights = nn.Parameter(theta.new_empty(backward))
         offset = nn.Parameter(theta.new_empty(self.out_features)) if bias else None
         self.register_parameter("bias", offset)
+        self.engine: EngineName = engine
         self._lent: Tensor | None = None
+        first = self._pattern_at(torch.arange(backward, device=theta.device))
+        for name, index in zip(PATTERN, flattened(first), strict=True):
+            self.register_buffer(name, index, persistent=False)
+        choose(engine, layer_of(self.active_fwd_weights, first, self._shape, batch=1))
         _meet_optimizers()
         self.reset_parameters()
 
@@ -115,7 +132,7 @@ class TopKastLinear(nn.Module):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        shape = tuple(self.theta.shape)
+        shape = self._shape
         if tuple(value.shape) not in (shape, (self.theta.numel(),)):
             raise ValueError(f"weight must have shape {shape}, got {tuple(value.shape)}")
         with torch.no_grad():
@@ -123,9 +140,24 @@ class TopKastLinear(nn.Module):
         self._split()
 
     @property
+    def pattern(self) -> Pattern:
+        """The sets, as the kernels read them."""
+        return nested([getattr(self, name) for name in PATTERN])
+
+    @property
     def positions(self) -> Tensor:
         """Where in the flat θ each of ``active_fwd_weights`` belongs, int64, [|B|]."""
-        return torch.cat((self.positions_fwd, self.positions_justbwd))
+        return where(self.pattern, (1, 1), self.theta.shape)
+
+    @property
+    def positions_fwd(self) -> Tensor:
+        """Where in the flat θ the values of A belong, int64, [|A|], ascending."""
+        return flat(self.pattern.forward, (1, 1), self._shape)
+
+    @property
+    def positions_justbwd(self) -> Tensor:
+        """Where in the flat θ the values of B∖A belong, int64, [|B∖A|], ascending."""
+        return flat(self.pattern.exploring, (1, 1), self._shape)
 
     @property
     def idx_fwd(self) -> Index:
@@ -186,9 +218,8 @@ class TopKastLinear(nn.Module):
         """
         self._merge()
         scores = magnitudes("weight", self.theta, (1, 1), "l2")
-        forward, backward = top_sets("weight", scores, Allocation(self.p_forward, self.p_backward))
-        sets = (forward, backward & ~forward)
-        self.arrange(torch.cat([mask.flatten().nonzero().squeeze(1) for mask in sets]), optimizer)
+        sets = top_sets("weight", scores, Allocation(self.p_forward, self.p_backward))
+        self._choose(pattern_of(*sets), optimizer)
 
     def arrange(self, positions: Tensor, optimizer: Optimizer | None = None) -> None:
         """Let the parameter hold θ at ``positions``; gradient and slots move along.
@@ -198,28 +229,16 @@ class TopKastLinear(nn.Module):
         Args:
             positions: Flat indices into θ, int64, [|B|], those of A first.
             optimizer: The optimiser, if it has slots but has made no step in this process.
+
+        Raises:
+            ValueError: The positions are not |B| different ones; nothing has changed.
         """
         self._merge()
-        parameter, old = self.active_fwd_weights, self.positions
-        optimizers = {*_OPTIMIZERS, *([optimizer] if optimizer else [])}
-        slots = [s for o in optimizers for s in o.state.get(parameter, {}).values()]
-        for slot in (parameter.grad, *slots):
-            if isinstance(slot, Tensor) and slot.shape == parameter.shape:
-                spread = slot.new_zeros(self.theta.numel())
-                spread[old] = slot
-                slot.copy_(spread[positions])
-        for lbfgs in (o for o in optimizers if isinstance(o, LBFGS)):
-            trained = (p for group in lbfgs.param_groups for p in group["params"])
-            if any(p is parameter for p in trained) and not torch.equal(old, positions):
-                lbfgs.state.clear()
-        self.positions_fwd.copy_(positions[: len(self.set_fwd)])
-        self.positions_justbwd.copy_(positions[len(self.set_fwd) :])
-        self._split()
+        self._choose(self._pattern_at(positions), optimizer)
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """Return θ on A and θ on B∖A, as the parameter holds them, up to date."""
-        if self._lent is not None and not torch.compiler.is_compiling():
-            self._merge()
+        self._catch_up()
         active, exploring = self.active_fwd_weights.tensor_split([len(self.set_fwd)])
         return active, exploring
 
@@ -245,29 +264,63 @@ class TopKastLinear(nn.Module):
             bias = None if self.bias is None else self.bias.detach()
             self._merge()
             return functional.linear(inputs, self.theta.clone(), bias)
-        return functional.linear(inputs, self._alpha(), self.bias)
+        self._catch_up()
+        values, offset = self.active_fwd_weights, self.bias
+        return sparse_linear(inputs, values, self.pattern, self._shape, offset, self.engine)
 
     def extra_repr(self) -> str:
         """Describe the layer for ``print``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"p_forward={self.p_forward}, p_backward={self.p_backward}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}, engine={self.engine!r}"
         )
 
-    def _alpha(self) -> Tensor:
-        """Return α with the gradient of the identity on B."""
-        active, exploring = self.parts()
-        values = torch.cat((active, exploring - exploring.detach()))
-        return (
-            values
-            .new_zeros(self.theta.numel())
-            .scatter(0, self.positions, values)
-            .view(self.theta.shape)
-        )
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     def _unravel(self, flat: Tensor) -> Index:
         return flat // self.in_features, flat % self.in_features
+
+    def _pattern_at(self, positions: Tensor) -> Pattern:
+        """Index the sets whose flat indices are ``positions``, those of A first."""
+        sizes = [len(self.set_fwd), len(self.active_fwd_weights)]
+        masks = positions.new_zeros((2, self.theta.numel()), dtype=torch.bool)
+        for mask, size in zip(masks, sizes, strict=True):
+            mask[positions[:size]] = True
+        if masks.sum(1).tolist() != sizes:
+            raise ValueError(f"positions must be {sizes[1]} different places of the weight")
+        return pattern_of(*masks.view(2, *self._shape))
+
+    @torch.no_grad()
+    def _choose(self, pattern: Pattern, optimizer: Optimizer | None) -> None:
+        """Take over new sets; gradient and slots follow their weights."""
+        parameter, old = self.active_fwd_weights, self.positions
+        new = where(pattern, (1, 1), self.theta.shape)
+        source = sources(old, new, self.theta.numel())
+        optimizers = {*_OPTIMIZERS, *([optimizer] if optimizer else [])}
+        slots = [s for o in optimizers for s in o.state.get(parameter, {}).values()]
+        for slot in (parameter.grad, *slots):
+            if isinstance(slot, Tensor) and slot.shape == parameter.shape:
+                slot.copy_(followed(slot, source))
+        for lbfgs in (o for o in optimizers if isinstance(o, LBFGS)):
+            trained = (p for group in lbfgs.param_groups for p in group["params"])
+            if any(p is parameter for p in trained) and not torch.equal(old, new):
+                lbfgs.state.clear()
+        self._hold(pattern)
+        self._split()
+
+    def _hold(self, pattern: Pattern) -> None:
+        """Write the pattern where the old one is, unless that is on another device."""
+        for name, new in zip(PATTERN, flattened(pattern), strict=True):
+            old = getattr(self, name)
+            setattr(self, name, old.copy_(new) if old.device == new.device else new)
+
+    def _catch_up(self) -> None:
+        """Let the values follow what was written to a lent θ."""
+        if not torch.compiler.is_compiling() and self._lent is not None:
+            self._merge()
 
     @torch.no_grad()
     def _merge(self) -> None:
@@ -283,7 +336,7 @@ class TopKastLinear(nn.Module):
     @torch.no_grad()
     def _split(self) -> None:
         """Read the values of B from θ."""
-        self.active_fwd_weights.copy_(self.theta.view(-1)[self.positions])
+        self.active_fwd_weights.copy_(split(self.theta, self.positions))
         if self._lent is not None:
             self._lent = self.active_fwd_weights.detach().clone()
 
@@ -293,14 +346,21 @@ class TopKastLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _save_to_state_dict(self, *arguments: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, *rest: Any) -> None:
         self._merge()
-        super()._save_to_state_dict(*arguments)
+        super()._save_to_state_dict(destination, prefix, *rest)
+        destination.update({f"{prefix}{name}": getattr(self, name) for name in POSITIONS})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
+        self._buffers.update({name: getattr(self, name) for name in POSITIONS})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+        positions = torch.cat([self._buffers.pop(name) for name in POSITIONS])  # type: ignore[misc]
+        try:
+            self._hold(self._pattern_at(positions))
+        except (IndexError, ValueError) as reason:
+            arguments[-1].append(f"{prefix}{POSITIONS[0]}, {prefix}{POSITIONS[1]}: {reason}")
         if f"{prefix}theta" in state_dict:
             self._split()
 

@@ -1,0 +1,143 @@
+"""Sparse matrices of small integers, on which every product is exact in every dtype."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+from tests import reference
+from topkast_func.kernels import Pattern, pattern_of
+from topkast_func.kernels.engines import engine, layout
+
+BLOCKS = [(1, 1), (4, 1), (1, 4), (4, 4), (8, 8), (16, 16), (3, 5)]
+DTYPES = [torch.float32, torch.float64]
+BATCHES = [0, 1, 5, 128, 300]
+
+
+class Problem(NamedTuple):
+    """A matrix with its sets, and how compact storage holds it."""
+
+    theta: Tensor
+    forward: Tensor
+    backward: Tensor
+    block: tuple[int, int]
+    order: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.theta.shape[0], self.theta.shape[1])
+
+    @property
+    def pattern(self) -> Pattern:
+        return pattern_of(self.forward, self.backward, self.block)
+
+    @property
+    def alpha(self) -> Tensor:
+        return self.theta * self.forward
+
+    def gathered(self, matrix: Tensor) -> Tensor:
+        """Take the entries of B out of a matrix, in the order of the values."""
+        taken = matrix.flatten()[self.order]
+        return taken.flatten() if self.block == (1, 1) else taken.view(-1, *self.block)
+
+    @property
+    def values(self) -> Tensor:
+        return self.gathered(self.theta)
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random integers from −4 to 4 without 0."""
+    return (torch.randint(1, 5, shape) * (2 * torch.randint(0, 2, shape) - 1)).to(dtype)
+
+
+def problem_of(
+    active: Tensor, chosen: Tensor, block: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Problem:
+    """Return a problem from the sets over blocks."""
+    forward, backward = (
+        grid.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        for grid in (active, active | chosen)
+    )
+    theta = integers(*forward.shape, dtype=dtype)
+    order = reference.stored_order(forward.numpy(), backward.numpy(), block)
+    places = torch.tensor(order, dtype=torch.int64).view(-1, block[0] * block[1])
+    return Problem(theta, forward, backward, block, places)
+
+
+def problem(
+    block: tuple[int, int] = (1, 1),
+    dtype: torch.dtype = torch.float32,
+    grid: tuple[int, int] | None = None,
+    densities: tuple[float, float] = (0.3, 0.6),
+) -> Problem:
+    """Return a random problem with an empty row, an empty column and all kinds of sets."""
+    rows, columns = grid or (max(3, 40 // block[0]), max(4, 60 // block[1]))
+    active, chosen = (torch.rand(rows, columns) < density for density in densities)
+    if densities[0] < 1:
+        for mask in (active, chosen):
+            mask[1], mask[:, 2] = False, False
+        active[0, 0], active[0, 1], chosen[0, 1] = True, False, True
+    return problem_of(active, chosen, block, dtype)
+
+
+@st.composite
+def problems(draw: st.DrawFn, blocks: list[tuple[int, int]] | None = None) -> Problem:
+    """Problems of any sets of blocks, none of them and all of them included; A is not empty."""
+    block = draw(st.sampled_from(blocks or [(1, 1), (2, 1), (1, 3), (2, 2)]))
+    grid = (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
+    sets = hnp.arrays(np.bool_, grid, elements=st.booleans())
+    active, chosen = (torch.from_numpy(draw(sets | st.just(np.ones(grid, bool)))) for _ in "AB")
+    active[draw(st.integers(0, grid[0] - 1)), draw(st.integers(0, grid[1] - 1))] = True
+    return problem_of(active, chosen, block, draw(st.sampled_from(DTYPES)))
+
+
+def products(name: str, given: Problem, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the three products of an engine on [batch, features]."""
+    run, (pack, unpack) = engine(name), layout(name)
+    values, pattern, (rows, columns) = given.values, given.pattern, given.shape
+    y = run.forward(values, pack(x), pattern, rows)
+    for_x = run.input_gradient(values, pack(g), pattern, columns)
+    for_values = run.weight_gradient(pack(g), pack(x), pattern, values)
+    return unpack(y, len(x)), unpack(for_x, len(g)), for_values
+
+
+def check_products(name: str, given: Problem, batch: int) -> None:
+    """Compare the three products of an engine with the oracle, bit for bit."""
+    rows, columns = given.shape
+    x, g = (integers(batch, n, dtype=given.theta.dtype) for n in (columns, rows))
+    found = products(name, given, x, g)
+    arrays = (t.numpy() for t in (given.theta, given.forward, given.backward, x, g))
+    theta, forward, backward, *activations = arrays
+    double = [activation.astype(np.float64) for activation in activations]
+    oracle = reference.sparse_products(theta.astype(np.float64), forward, backward, *double)
+    y, for_x, for_theta = (torch.from_numpy(array) for array in oracle)
+    expected = (y, for_x, given.gathered(for_theta))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == given.theta.dtype
+        assert ours.shape == theirs.shape
+        assert torch.equal(ours.double(), theirs)
+    check_unused(name, given, x, g, found[2])
+    if batch and given.forward.any():
+        assert y.any()
+        assert for_x.any()
+
+
+def check_unused(name: str, given: Problem, x: Tensor, g: Tensor, exact: Tensor) -> None:
+    """Check that unused places change no product, and have a zero gradient."""
+    run, (pack, _) = engine(name), layout(name)
+    spare = 3
+    places = given.pattern.exploring.columns.shape[0] + spare
+    padded = pattern_of(given.forward, given.backward, given.block, places)
+    values = torch.cat([given.values, given.values.new_full((spare, *given.values.shape[1:]), 9.0)])
+    found = run.weight_gradient(pack(g), pack(x), padded, values)
+    assert torch.equal(found[:-spare], exact)
+    assert not found[-spare:].any()
+    for product, of, features in (
+        (run.forward, x, given.shape[0]),
+        (run.input_gradient, g, given.shape[1]),
+    ):
+        expected = product(given.values, pack(of), given.pattern, features)
+        assert torch.equal(product(values, pack(of), padded, features), expected)

@@ -1,0 +1,131 @@
+"""Which engine computes a layer, and what is said of one that cannot."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.problems import check_products, integers, problem
+from topkast_func.kernels import ENGINES, Layer, choose, engine, engines, sparse_linear
+from topkast_func.kernels.engines import cost
+
+LAYER = Layer(512, 1024, 52429, 104858, (1, 1), 128, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_is_installed_here_and_chosen_by_name(name: Any) -> None:
+    assert choose(name, LAYER) == (name, "asked for")
+    assert all(callable(part) for part in engine(name))
+
+
+def test_auto_chooses_the_least_cost_and_says_what_each_is() -> None:
+    sparse, full = LAYER, LAYER._replace(forward=512 * 1024, backward=512 * 1024)
+    assert choose("auto", sparse).engine == "numba"
+    assert choose("auto", full).engine == "dense"
+    for layer in (sparse, full):
+        found = choose("auto", layer)
+        assert found.engine == min(("numba", "dense"), key=lambda name: cost(name, layer))
+        assert "numba" in found.reason
+        assert "dense" in found.reason
+
+
+def test_the_cost_grows_with_the_work() -> None:
+    for name in ("numba", "dense"):
+        assert cost(name, LAYER._replace(batch=512)) > cost(name, LAYER)
+        assert cost(name, LAYER._replace(backward=400_000)) > cost(name, LAYER)
+    assert cost("numba", LAYER._replace(block_shape=(4, 4))) < cost("numba", LAYER)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_auto_takes_dense_for_what_no_kernel_computes(dtype: torch.dtype) -> None:
+    found = choose("auto", LAYER._replace(dtype=dtype))
+    assert found.engine == "dense"
+    assert str(dtype) in found.reason
+    half = problem(dtype=dtype, grid=(4, 4))
+    x = integers(2, 4, dtype=dtype)
+    y = sparse_linear(x, half.values, half.pattern, half.shape)
+    assert torch.equal(y.double(), x.double() @ half.alpha.double().T)
+
+
+def test_auto_takes_dense_where_no_kernel_runs() -> None:
+    assert choose("auto", LAYER._replace(device="cuda")).engine == "dense"
+    assert choose("auto", LAYER._replace(device="mps")).engine == "dense"
+
+
+@pytest.mark.parametrize("name", ["numba", "torch_sparse"])
+def test_an_engine_asked_for_by_name_tells_the_dtypes_it_has(name: Any) -> None:
+    message = f"engine '{name}' supports torch.float32 and torch.float64, not torch.bfloat16"
+    with pytest.raises(TypeError, match=message):
+        choose(name, LAYER._replace(dtype=torch.bfloat16))
+    half = problem(dtype=torch.bfloat16)
+    x = integers(2, 60, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match=message):
+        sparse_linear(x, half.values, half.pattern, half.shape, engine=name)
+
+
+@pytest.mark.parametrize(("name", "devices"), [("numba", "cpu"), ("torch_sparse", "cpu and cuda")])
+def test_an_engine_asked_for_by_name_tells_the_devices_it_has(name: Any, devices: str) -> None:
+    with pytest.raises(TypeError, match=f"engine '{name}' runs on {devices}, not on mps"):
+        choose(name, LAYER._replace(device="mps"))
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Numba", None, "engines"])
+def test_an_unknown_engine_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"engine must be 'auto' or one of .*'numba'.* got "):
+        choose(name, LAYER)
+
+
+# Packages that are not installed.
+
+
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Forget what was imported, before the test and after."""
+    engines.engine.cache_clear()
+    engines.installed.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    engines.engine.cache_clear()
+    engines.installed.cache_clear()
+
+
+def without(monkeypatch: pytest.MonkeyPatch, package: str, module: str) -> None:
+    for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"topkast_func.kernels.{module}", raising=False)
+
+
+def test_without_numba_auto_goes_on(missing: pytest.MonkeyPatch) -> None:
+    without(missing, "numba", "numba_cpu")
+    found = choose("auto", LAYER)
+    assert found == ("dense", "numba is not installed (pip install numba)")
+    given = problem()
+    x = integers(3, 60)
+    y = sparse_linear(x, given.values, given.pattern, given.shape)
+    assert torch.equal(y, x @ given.alpha.T)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "line"),
+    [
+        ("numba", "numba_cpu", "pip install numba"),
+        ("torch_sparse", "torch_sparse", r"--no-build-isolation 'topkast_func\[torch-sparse\]'"),
+    ],
+)
+def test_an_engine_that_is_not_installed_says_how_to_get_it(
+    name: Any, module: str, line: str, missing: pytest.MonkeyPatch
+) -> None:
+    without(missing, name, module)
+    with pytest.raises(ImportError, match=f"engine '{name}' cannot be used .*{line}"):
+        choose(name, LAYER)
+    given = problem()
+    with pytest.raises(ImportError, match=line):
+        sparse_linear(integers(3, 60), given.values, given.pattern, given.shape, engine=name)
+
+
+def test_engines_are_found_again_after_that() -> None:
+    for name in ENGINES:
+        check_products(name, problem(), 2)

@@ -1,0 +1,221 @@
+"""The products in Numba: exact on small integers, whatever threads and forks do."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tests.kernels.problems import (
+    BATCHES,
+    BLOCKS,
+    DTYPES,
+    Problem,
+    check_products,
+    integers,
+    problem,
+    problems,
+    products,
+)
+from topkast_func.kernels import sparse_linear
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Run in parallel, on machines of one core too, and give the threads back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("batch", [0, 5, 300])
+def test_products_are_exact(block: tuple[int, int], dtype: torch.dtype, batch: int) -> None:
+    check_products("numba", problem(block, dtype), batch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [*BATCHES, 16, 17, 129, 256])
+def test_products_of_any_batch(batch: int, dtype: torch.dtype) -> None:
+    check_products("numba", problem((4, 1), dtype), batch)
+
+
+@given(problems([(1, 1), (4, 1), (1, 4)]), st.integers(0, 20))
+def test_products_of_any_sets(given: Problem, batch: int) -> None:
+    check_products("numba", given, batch)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+@pytest.mark.parametrize("density", [0.02, 0.2, 1.0])
+def test_products_of_matrices_of_several_panels(block: tuple[int, int], density: float) -> None:
+    grid = (12 // block[0], 2400 // block[1])
+    wide = problem(block, grid=grid, densities=(density / 2, density))
+    assert wide.pattern.forward.pointers.shape[0] > wide.shape[0] // block[0] + 1
+    check_products("numba", wide, 3)
+    tall = problem(block, grid=grid[::-1], densities=(density / 2, density))
+    assert tall.pattern.transposed.pointers.shape[0] > tall.shape[1] // block[1] + 1
+    check_products("numba", tall, 3)
+
+
+def test_values_of_any_strides() -> None:
+    given = problem((4, 4))
+    strided = torch.stack([given.values, -given.values], -1)[..., 0]
+    assert not strided.is_contiguous()
+    x = integers(5, given.shape[1])
+    y = sparse_linear(x, strided, given.pattern, given.shape, engine="numba")
+    assert torch.equal(y, x @ given.alpha.T)
+
+
+# Threads: as many as torch has, one parallel product at a time, the same result with any number.
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    given = problem(grid=(64, 512))
+    given = given._replace(theta=torch.randn(64, 512))
+    x, g = torch.randn(300, 512), torch.randn(300, 64)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(products("numba", given, x, g))
+    for one, *others in zip(*found, strict=True):
+        assert one.any()
+        assert all(torch.equal(one, other) for other in others)
+
+
+def test_products_from_several_python_threads_at_once() -> None:
+    given = problem(grid=(200, 300))
+    x = integers(300, 300)
+    expected = x @ given.alpha.T
+    right: list[bool] = []
+    gate = threading.Barrier(4)
+
+    def work() -> None:
+        gate.wait()
+        for _ in range(50):
+            y = sparse_linear(x, given.values, given.pattern, given.shape, engine="numba")
+            right.append(torch.equal(y, expected))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert right == [True] * 200
+
+
+# Forks.
+
+
+Found = tuple[Tensor, Tensor, Tensor]
+
+
+def _right(found: Found, expected: Found) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _child(given: Problem, x: Tensor, g: Tensor, expected: Found, pipe: Any) -> None:
+    """Run kernels alone: torch's own parallel products may hang after a fork."""
+    pipe.send(_right(products("numba", given, x, g), expected))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_forked_child_computes_after_its_parent_did(threads: int) -> None:
+    given = problem()
+    x, g = integers(32, 60), integers(32, 40)
+    expected = products("numba", given, x, g)
+    torch.set_num_threads(threads)
+    context = get_context("fork")
+    here, there = context.Pipe()
+    child = context.Process(target=_child, args=(given, x, g, expected, there), daemon=True)
+    child.start()
+    there.close()
+    try:
+        assert here.poll(30), "the child hangs"
+        assert here.recv() is True
+        child.join(30)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+    assert _right(products("numba", given, x, g), expected)
+
+
+class Products(Dataset[Tensor]):
+    """Items that are sparse products."""
+
+    def __init__(self, given: Problem, x: Tensor) -> None:
+        self.given, self.x = given, x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, row: int) -> Tensor:
+        torch.set_num_threads(2)
+        given = self.given
+        x = self.x[row]
+        return sparse_linear(x, given.values, given.pattern, given.shape, engine="numba")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_data_loader_worker_computes_after_its_parent_did() -> None:
+    given, x = problem(), integers(12, 60)
+    expected = x @ given.alpha.T
+    assert torch.equal(
+        sparse_linear(x, given.values, given.pattern, given.shape, engine="numba"), expected
+    )
+    loader = DataLoader(
+        Products(given, x), batch_size=4, num_workers=1, multiprocessing_context="fork", timeout=30
+    )
+    assert torch.equal(torch.cat(list(loader)), expected)
+
+
+# The cache between processes.
+
+PROGRAM = """
+import torch
+from topkast_func.kernels import pattern_of, sparse_linear
+mask = torch.eye(8, dtype=torch.bool)
+x = torch.arange(1.0, 9.0).repeat(3, 1)
+y = sparse_linear(x, torch.ones(8), pattern_of(mask, mask), (8, 8), engine="numba")
+print(torch.equal(y, x))
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="kernels cached for another width of vector are used")
+def test_kernels_cached_for_another_width_of_vector_are_not_used(tmp_path: Path) -> None:
+    said = []
+    for capability in (torch.backends.cpu.get_cpu_capability().lower(), "default"):
+        environment = {
+            **os.environ,
+            "ATEN_CPU_CAPABILITY": capability,
+            "NUMBA_CACHE_DIR": str(tmp_path),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said.append(done.stdout.strip())
+    assert said == ["True"] * 2
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_a_full_matrix_is_the_dense_product(rows: int, columns: int) -> None:
+    full = problem(grid=(rows, columns), densities=(2.0, 2.0))
+    assert bool(full.forward.all())
+    check_products("numba", full, 3)

@@ -1,0 +1,126 @@
+"""The values of B apart from θ: split and merge, α, and slots that follow."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.kernels.problems import Problem, problem, problems
+from topkast_func.active import (
+    Positions,
+    Sets,
+    active_places,
+    alpha,
+    anew,
+    followed,
+    merge,
+    positions_of,
+    sources,
+    split,
+    where,
+)
+from topkast_func.masks import Masks
+
+
+def sets_of(given: Problem, kind: str) -> tuple[Sets, tuple[int, int]]:
+    """The sets as a pattern of blocks, or as positions of entries."""
+    if kind == "pattern":
+        return given.pattern, given.block
+    return positions_of(Masks(given.forward, given.backward)), (1, 1)
+
+
+every_kind = st.sampled_from(["pattern", "positions"])
+
+
+@given(problems(), every_kind)
+def test_merge_is_the_inverse_of_split_on_b(given: Problem, kind: str) -> None:
+    sets, block = sets_of(given, kind)
+    places = where(sets, block, given.theta.shape)
+    values = split(given.theta, places)
+    assert values.shape == places.shape
+    if kind == "pattern":
+        assert torch.equal(values, given.values)
+    before = given.theta.clone()
+    merged = merge(2 * values, given.theta, places)
+    assert torch.equal(given.theta, before)
+    assert torch.equal(merged, torch.where(given.backward, 2 * given.theta, given.theta))
+    assert torch.equal(split(merged, places), 2 * values)
+
+
+@given(problems(), every_kind)
+def test_unused_places_hold_zero_and_reach_nothing(given: Problem, kind: str) -> None:
+    sets, block = sets_of(given, kind)
+    frozen = anew(sets, Masks(given.forward, given.forward), block)
+    assert (
+        where(frozen, block, given.theta.shape).shape == where(sets, block, given.theta.shape).shape
+    )
+    places = where(frozen, block, given.theta.shape)
+    values = split(given.theta, places)
+    active = active_places(frozen)
+    assert not values[active:].any()
+    merged = merge(torch.full_like(values, 9.0), given.theta, places)
+    assert torch.equal(merged, torch.where(given.forward, 9.0, given.theta))
+
+
+@given(problems(), every_kind)
+def test_alpha_has_the_gradient_of_the_identity_on_b(given: Problem, kind: str) -> None:
+    sets, block = sets_of(given, kind)
+    places = where(sets, block, given.theta.shape)
+    values = split(given.theta, places).requires_grad_()
+    found = alpha(values, sets, given.theta.shape)
+    assert torch.equal(found.detach(), given.alpha)
+    weight = torch.arange(1.0, given.theta.numel() + 1, dtype=given.theta.dtype)
+    (gradient,) = torch.autograd.grad((found.flatten() * weight).sum(), values)
+    assert torch.equal(gradient, weight[places])
+
+
+@given(problems(), st.integers(0, 1000), every_kind)
+def test_a_slot_follows_its_weight(given: Problem, seed: int, kind: str) -> None:
+    """Compare with slots in the shape of θ: zero where an entry newly enters B."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randperm(given.theta.numel() // given.order.shape[1], generator=generator)
+    grid = [side // n for side, n in zip(given.theta.shape, given.block, strict=True)]
+    ranks = blocks.view(grid)
+    ranks = ranks.repeat_interleave(given.block[0], 0).repeat_interleave(given.block[1], 1)
+    active, chosen = (
+        int(mask.sum()) // (given.block[0] * given.block[1])
+        for mask in (given.forward, given.backward)
+    )
+    after = Masks(ranks < active, ranks < chosen)
+    sets, block = sets_of(given, kind)
+    new = anew(sets, after, block)
+    places = [where(s, block, given.theta.shape) for s in (sets, new)]
+    assert places[0].shape == places[1].shape
+    dense = torch.arange(1.0, given.theta.numel() + 1).view(given.theta.shape) * given.backward
+    source = sources(places[0], places[1], given.theta.numel())
+    moved = followed(split(dense, places[0]), source)
+    assert torch.equal(moved, split(dense * after.backward, places[1]))
+
+
+def test_positions_are_ascending_and_padded() -> None:
+    given = problem(grid=(6, 9))
+    masks = Masks(given.forward, given.backward)
+    exact = positions_of(masks)
+    padded = positions_of(masks, len(exact.exploring) + 3)
+    assert isinstance(padded, Positions)
+    assert torch.equal(torch.cat(exact), given.order.flatten())
+    assert torch.equal(padded.exploring[:-3], exact.exploring)
+    assert padded.exploring[-3:].tolist() == [54] * 3
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 2, 2), (24, 2), (48,)])
+def test_positions_of_a_weight_of_any_axes(shape: tuple[int, ...]) -> None:
+    theta = torch.randn(shape)
+    backward = torch.rand(shape) < 0.6
+    masks = Masks(backward & (torch.rand(shape) < 0.5), backward)
+    sets = positions_of(masks)
+    places = where(sets, (1, 1), theta.shape)
+    values = split(theta, places)
+    assert torch.equal(values, torch.cat([theta[masks.forward], theta[backward & ~masks.forward]]))
+    assert torch.equal(alpha(values, sets, theta.shape), theta * masks.forward)
+    assert torch.equal(merge(values, torch.zeros(shape), places), theta * backward)
+
+
+def test_an_unused_place_comes_from_nowhere() -> None:
+    old, new = torch.tensor([4, 1, 6, 6]), torch.tensor([1, 5, 6, 4])
+    assert sources(old, new, 6).tolist() == [1, -1, -1, 0]

@@ -1,0 +1,117 @@
+"""Layers on the kernels for a while: which they are, what they compute, how they are after."""
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tests.kernels.problems import Problem, integers, problem
+from topkast_func.layers import StandIn, kernel_layers, kernel_tensors, standing_in
+
+
+class Sub(nn.Linear):
+    """Not the very type of a linear layer."""
+
+
+def overridden() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3))
+    vars(model[0]).update(forward=lambda x: x)
+    return model
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+def tied_to_an_embedding() -> nn.Module:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
+    model[1].weight = model[0].weight
+    return model
+
+
+def shared() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (nn.Linear(3, 2), ["weight"]),
+        (
+            nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2))),
+            ["0.weight", "1.0.weight"],
+        ),
+        (nn.Sequential(nn.Conv1d(3, 3, 1), nn.Embedding(3, 3), nn.Bilinear(2, 2, 2)), []),
+        (nn.Sequential(Sub(3, 2)), []),
+        (nn.MultiheadAttention(4, 2), []),
+        (tied(), ["2.weight"]),
+        (tied_to_an_embedding(), []),
+        (shared(), []),
+        (overridden(), []),
+        (nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))), []),
+        (lambda params, x: x, []),
+        (None, []),
+    ],
+)
+def test_plain_layers_of_their_own_weight_are_for_kernels(model: Any, names: list[str]) -> None:
+    assert list(kernel_layers(model)) == names
+
+
+def layer_of(given: Problem, bias: bool = True) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(given.shape[1], given.shape[0], bias=bias))
+
+
+def tensors_of(given: Problem) -> dict[str, Tensor]:
+    name = "0.weight"
+    return kernel_tensors([name], {name: given.values}, {name: given.pattern})
+
+
+def on_kernels(model: nn.Module) -> AbstractContextManager[None]:
+    layers = kernel_layers(model)
+    return standing_in(layers, {n: StandIn(layer, "reference") for n, layer in layers.items()})
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_computes_with_the_tensors_it_is_given(block: tuple[int, int], bias: bool) -> None:
+    given = problem(block)
+    model = layer_of(given, bias)
+    offset, x = integers(given.shape[0]), integers(5, given.shape[1])
+    tensors = {**tensors_of(given), **({"0.bias": offset} if bias else {})}
+    with on_kernels(model):
+        y: Tensor = functional_call(model, tensors, (x,))
+    assert torch.equal(y, x @ given.alpha.T + (offset if bias else 0))
+
+
+def test_a_layer_keeps_its_hooks() -> None:
+    given = problem()
+    model = layer_of(given, bias=False)
+    model[0].register_forward_hook(lambda module, inputs, y: 3 * y)
+    x = integers(5, given.shape[1])
+    with on_kernels(model):
+        y: Tensor = functional_call(model, tensors_of(given), (x,))
+    assert torch.equal(y, 3 * x @ given.alpha.T)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_module_is_after_what_it_was_before(fails: bool) -> None:
+    given = problem()
+    model = layer_of(given)
+    modules, state = dict(model.named_modules()), dict(model.state_dict())
+    held, x = dict(vars(model[0])), torch.randn(2, given.shape[1])
+    expected = model(x)
+    with contextlib.suppress(RuntimeError), on_kernels(model):
+        assert dict(model.named_modules()) != modules
+        if fails:
+            raise RuntimeError("in the middle")
+    assert dict(model.named_modules()) == modules
+    assert vars(model[0]).keys() == held.keys()
+    assert model.state_dict().keys() == state.keys()
+    assert torch.equal(model(x), expected)

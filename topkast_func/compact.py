@@ -1,0 +1,184 @@
+"""Compact storage: values, gradients and optimiser slots of B only; θ rests beside them."""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topkast_func.active import (
+    Positions,
+    Sets,
+    active_places,
+    alpha,
+    anew,
+    followed,
+    merge,
+    positions_of,
+    sources,
+    split,
+    where,
+)
+from topkast_func.allocation import allocate
+from topkast_func.config import TopKastConfig, density
+from topkast_func.kernels.pattern import Pattern, block_of, pattern_of
+from topkast_func.layers import kernel_tensors
+from topkast_func.loss import PENALTIES
+from topkast_func.masks import Masks
+from topkast_func.types import Params, Tensors
+
+
+class CompactWeights(NamedTuple):
+    """The weights of a state, of which only B is at hand.
+
+    After B has become A, the places of B∖A are unused: their values, gradients and slots are
+    zero and stay so, and no shape has changed.
+
+    Attributes:
+        held: θ on B of the sparse parameters, [|B|] or [blocks, r, c], those of A first; all
+            of θ of the others.
+        patterns: Sets of the sparse parameters that kernels compute.
+        positions: Sets of the other sparse parameters.
+        theta: θ of the sparse parameters as it was at the last refresh; right outside B, and
+            out of date on B.
+    """
+
+    held: Tensors
+    patterns: dict[str, Pattern]
+    positions: dict[str, Positions]
+    theta: Tensors
+
+    def values(self) -> Tensors:
+        """Return what is differentiated and updated; optimiser slots have its shapes."""
+        return self.held
+
+    def alpha(self, values: Tensors, kernels: Collection[str]) -> Tensors:
+        """Return what the model computes with; see `DenseWeights.alpha`."""
+        weights = {
+            name: alpha(value, self.sets(name), self.theta[name].shape)
+            if name in self.theta
+            else value
+            for name, value in values.items()
+        }
+        return {**weights, **kernel_tensors(kernels, values, self.patterns)}
+
+    def layers(self) -> dict[str, Pattern]:
+        """Return the sets of the parameters that kernels can compute."""
+        return self.patterns
+
+    def sparse(self) -> tuple[str, ...]:
+        """Return the names of the sparse parameters."""
+        return tuple(self.theta)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of every parameter."""
+        return {n: self.theta.get(n, value).shape for n, value in self.held.items()}
+
+    def sets(self, name: str) -> Sets:
+        """Return the sets of a sparse parameter."""
+        return self.patterns[name] if name in self.patterns else self.positions[name]
+
+    def penalty(self, values: Tensors, config: TopKastConfig) -> Tensor:
+        """Return the exploration penalty of ``values``; see `exploration_penalty`."""
+        total = torch.zeros((), device=next(iter(values.values())).device)
+        if config.penalty is None:
+            return total
+        for name, sparsity in allocate(self.theta.keys(), config).items():
+            held = values[name] if values[name].dtype == torch.float64 else values[name].float()
+            count = active_places(self.sets(name))
+            penalty = PENALTIES[config.penalty]
+            total = total + penalty(held[:count], held[count:], density(sparsity.forward))
+        return total
+
+    def moved(self, updates: Tensors) -> "CompactWeights":
+        """Add ``updates``: all that is held is in B."""
+        held = {name: value + updates[name] for name, value in self.held.items()}
+        return self._replace(held=held)
+
+    def restricted(self, slots: dict[str, Tensors]) -> dict[str, Tensors]:
+        """Return the slots as they are: they have no entry outside B."""
+        return slots
+
+    def dense(self) -> Tensors:
+        """Return θ, up to date: the sparse parameters on the device where θ rests."""
+        return {
+            name: merge(value, self.theta[name], self._where(name)) if name in self.theta else value
+            for name, value in self.held.items()
+        }
+
+    def forward(self) -> Tensors:
+        """Return α."""
+        return self.alpha(self.held, ())
+
+    def masks(self) -> dict[str, Masks]:
+        """Return A and B, on the device of the values."""
+        return {name: self._masks(name) for name in self.theta}
+
+    def chosen(
+        self, masks: Mapping[str, Masks], slots: dict[str, Tensors]
+    ) -> tuple["CompactWeights", dict[str, Tensors]]:
+        """Take over new sets; a slot follows its weight where that stays in B, else is zero."""
+        held, theta, moved = dict(self.held), {}, {}
+        patterns, positions = {}, {}
+        for name, rest in self.theta.items():
+            value, old = self.held[name], self._where(name)
+            theta[name] = merge(value, rest, old)
+            sets = anew(self.sets(name), masks[name], block_of(value))
+            new = where(sets, block_of(value), rest.shape)
+            held[name] = split(theta[name], new.to(rest.device)).to(value.device)
+            moved[name] = sources(old, new, rest.numel())
+            if isinstance(sets, Pattern):
+                patterns[name] = sets
+            else:
+                positions[name] = sets
+        return CompactWeights(held, patterns, positions, theta), {
+            kind: {n: followed(slot, moved[n]) if n in moved else slot for n, slot in tree.items()}
+            for kind, tree in slots.items()
+        }
+
+    def _where(self, name: str) -> Tensor:
+        return where(self.sets(name), block_of(self.held[name]), self.theta[name].shape)
+
+    def _masks(self, name: str) -> Masks:
+        places, size = self._where(name), self.theta[name].numel()
+        active = active_places(self.sets(name))
+        masks = []
+        for chosen in (places[:active], places):
+            mask = torch.zeros(size + 1, dtype=torch.bool, device=places.device)
+            mask[chosen.flatten()] = True
+            masks.append(mask[:-1].view(self.theta[name].shape))
+        return Masks(*masks)
+
+
+def compact(
+    params: Params,
+    masks: Mapping[str, Masks],
+    layers: Collection[str],
+    block_shape: tuple[int, int],
+    theta_device: torch.device | str | None = None,
+) -> CompactWeights:
+    """Store weights compactly.
+
+    Args:
+        params: θ by name; it is copied.
+        masks: Sets of the sparse parameters.
+        layers: Names of the sparse matrices that kernels are to compute.
+        block_shape: (r, c) of the blocks that the sets are made of.
+        theta_device: Where θ rests; None for where it is.
+
+    Returns:
+        The weights.
+    """
+    theta = {name: params[name].detach().to(theta_device, copy=True) for name in masks}
+    held = {name: theta.get(name, p.detach().clone()) for name, p in params.items()}
+    weights = CompactWeights(
+        held,
+        {name: pattern_of(*masks[name], block_shape) for name in masks if name in layers},
+        {name: positions_of(masks[name]) for name in masks if name not in layers},
+        theta,
+    )
+    for name, dense in theta.items():
+        block = block_shape if name in layers else (1, 1)
+        places = where(weights.sets(name), block, dense.shape).to(dense.device)
+        held[name] = split(dense, places).to(params[name].device)
+    return weights

@@ -1,0 +1,18 @@
+"""Products of sparse layers, behind one small interface."""
+
+from topkast_func.kernels.engines import ENGINES, Choice, EngineName, Layer, choose, engine
+from topkast_func.kernels.linear import sparse_linear
+from topkast_func.kernels.pattern import Compressed, Pattern, pattern_of
+
+__all__ = [
+    "ENGINES",
+    "Choice",
+    "Compressed",
+    "EngineName",
+    "Layer",
+    "Pattern",
+    "choose",
+    "engine",
+    "pattern_of",
+    "sparse_linear",
+]

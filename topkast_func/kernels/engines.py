@@ -1,0 +1,211 @@
+"""Engines: who computes the products of a layer, and which of them is the fastest."""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from topkast_func.kernels.tiles import pack, unpack
+
+EngineName: TypeAlias = Literal["auto", "numba", "dense", "reference", "torch_sparse"]
+
+ENGINES: tuple[EngineName, ...] = ("numba", "dense", "reference", "torch_sparse")
+"""Every engine, the ones that auto chooses among first."""
+
+
+class Engine(NamedTuple):
+    """The products of a sparse layer, on activations in the layout of the engine.
+
+    Attributes:
+        forward: ``forward(values, x, pattern, out_features)``: W_A·x.
+        input_gradient: ``input_gradient(values, g, pattern, in_features)``: W_Aᵀ·g.
+        weight_gradient: ``weight_gradient(g, x, pattern, values)``: g·xᵀ sampled on B, in the
+            order and shape of ``values``.
+    """
+
+    forward: Callable[..., Tensor]
+    input_gradient: Callable[..., Tensor]
+    weight_gradient: Callable[..., Tensor]
+
+
+class Layout(NamedTuple):
+    """How an engine takes its activations.
+
+    Attributes:
+        pack: Activations [batch, features] to the layout, whose second axis are the features.
+        unpack: ``unpack(y, batch)``: back.
+    """
+
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor, int], Tensor]
+
+
+class Layer(NamedTuple):
+    """What the choice of an engine depends on.
+
+    Attributes:
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        forward: Entries in A.
+        backward: Entries in B.
+        block_shape: (r, c) of a block.
+        batch: Rows of activations that the layer sees at a time.
+        dtype: Dtype of values and activations.
+        device: Type of the device.
+    """
+
+    out_features: int
+    in_features: int
+    forward: int
+    backward: int
+    block_shape: tuple[int, int]
+    batch: int
+    dtype: torch.dtype
+    device: str
+
+
+class Choice(NamedTuple):
+    """An engine and why it was chosen.
+
+    Attributes:
+        engine: Its name.
+        reason: One line.
+    """
+
+    engine: str
+    reason: str
+
+
+_FLOATS = (torch.float32, torch.float64)
+_RUNS: dict[str, tuple[tuple[torch.dtype, ...], tuple[str, ...]]] = {
+    "numba": (_FLOATS, ("cpu",)),
+    "torch_sparse": (_FLOATS, ("cpu", "cuda")),
+}
+_INSTALL = {
+    "numba": "pip install numba",
+    "torch_sparse": "install torch first, then "
+    "pip install --no-build-isolation 'topkast_func[torch-sparse]'",
+}
+
+
+@cache
+def engine(name: str) -> Engine:
+    """Return an engine.
+
+    Args:
+        name: One of `ENGINES`.
+
+    Returns:
+        Its functions.
+
+    Raises:
+        ImportError: It needs a package that is not installed; the text says how to get it.
+    """
+    modules = {"numba": "numba_cpu"}
+    try:
+        module = import_module(f"topkast_func.kernels.{modules.get(name, name)}")
+    except ImportError as reason:
+        raise ImportError(
+            f"engine {name!r} cannot be used ({reason}): {_INSTALL[name]}"
+        ) from reason
+    return Engine(module.forward, module.input_gradient, module.weight_gradient)
+
+
+def layout(name: str) -> Layout:
+    """Return how an engine takes its activations.
+
+    Args:
+        name: One of `ENGINES`.
+
+    Returns:
+        Tiles for "numba"; [batch, features] for the others.
+    """
+    return Layout(pack, unpack) if name == "numba" else Layout(_same, _same)
+
+
+def choose(name: EngineName, layer: Layer) -> Choice:
+    """Choose the engine of a layer.
+
+    Args:
+        name: An engine, or "auto" for the one of least `cost` that is installed and supports
+            the layer.
+        layer: The layer.
+
+    Returns:
+        The choice.
+
+    Raises:
+        ImportError: An engine asked for by name is not installed.
+        TypeError: An engine asked for by name does not support the dtype or device.
+        ValueError: There is no engine of that name.
+    """
+    if name not in ("auto", *ENGINES):
+        raise ValueError(f"engine must be 'auto' or one of {ENGINES}, got {name!r}")
+    if name != "auto":
+        engine(name)
+        if problem := _problem(name, layer):
+            raise TypeError(problem)
+        return Choice(name, "asked for")
+    if problem := _problem("numba", layer):
+        return Choice("dense", problem)
+    if not installed("numba"):
+        return Choice("dense", f"numba is not installed ({_INSTALL['numba']})")
+    costs = {name: cost(name, layer) for name in ("numba", "dense")}
+    best = min(costs, key=lambda name: costs[name])
+    return Choice(best, ", ".join(f"{name} {1e-6 * c:.3g} ms" for name, c in costs.items()))
+
+
+def cost(name: str, layer: Layer) -> float:
+    """Estimate the time of the three products of a layer, in nanoseconds on two fast cores.
+
+    Only the ratio of two engines matters. The constants are fits to benchmarks/results.
+
+    Args:
+        name: "numba" or "dense".
+        layer: The layer.
+
+    Returns:
+        The estimate.
+    """
+    entries = layer.out_features * layer.in_features
+    activations = layer.batch * (layer.out_features + layer.in_features)
+    if name == "dense":
+        return 250e3 + 3 * entries * layer.batch / 95 + 1.5 * (layer.forward + layer.backward)
+    columns = -(-layer.batch // 16) * 16
+    products = (2 * layer.forward + layer.backward) * columns
+    return 45e3 + products / _speed(layer.block_shape) + 0.3 * activations
+
+
+def _speed(block_shape: tuple[int, int]) -> float:
+    """Return multiplications per nanosecond; blocks reuse what they load, on both sides."""
+    rows, columns = (min(n, 4) for n in block_shape)
+    return 90 * rows * columns / (rows * columns + 1)
+
+
+@cache
+def installed(name: str) -> bool:
+    """Return whether an engine and the package it needs are there."""
+    try:
+        engine(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _problem(name: str, layer: Layer) -> str | None:
+    """Say why an engine cannot compute a layer, if it cannot."""
+    dtypes, devices = _RUNS.get(name, ((), ()))
+    if dtypes and layer.dtype not in dtypes:
+        supported = " and ".join(str(dtype) for dtype in dtypes)
+        return f"engine {name!r} supports {supported}, not {layer.dtype}"
+    if devices and layer.device not in devices:
+        return f"engine {name!r} runs on {' and '.join(devices)}, not on {layer.device}"
+    return None
+
+
+def _same(x: Tensor, batch: int | None = None) -> Tensor:
+    """Leave activations as they are: [batch, features]."""
+    return x

@@ -1,0 +1,171 @@
+"""Patterns: where the stored values of a sparse weight stand, row-compressed."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+INDEX_LIMIT = 2**31 - 1
+"""Most entries that int32 indices can count."""
+
+SEGMENT = 16
+"""Stored blocks that one block row should have in a panel, so that its loop pays."""
+
+PANEL = (128, 1024)
+"""Fewest and most features of a panel: what fits the caches beside a tile."""
+
+
+class Compressed(NamedTuple):
+    """Block rows of stored blocks, cut into panels of columns.
+
+    Attributes:
+        pointers: [rows·panels + 1], int32: where the blocks of each row and panel start, rows
+            outermost; the last is how many are stored.
+        columns: [blocks], int32: block column of each, ascending within a row. Places beyond
+            the last pointer are unused.
+    """
+
+    pointers: Tensor
+    columns: Tensor
+
+
+class Pattern(NamedTuple):
+    """The two disjoint sets of a matrix, over blocks, and A once more by columns.
+
+    The values of A come first, then those of B∖A, each in row-major order of blocks.
+
+    Attributes:
+        forward: A.
+        exploring: B∖A.
+        transposed: A by block columns: ``columns`` then holds block rows.
+        places: [blocks of A], int32: which value each block of ``transposed`` is.
+    """
+
+    forward: Compressed
+    exploring: Compressed
+    transposed: Compressed
+    places: Tensor
+
+
+def pattern_of(
+    forward: Tensor,
+    backward: Tensor,
+    block_shape: tuple[int, int] = (1, 1),
+    exploring: int | None = None,
+) -> Pattern:
+    """Index the sets of a matrix in time proportional to its size.
+
+    Args:
+        forward: 1_A, bool, [rows, columns], whole blocks.
+        backward: 1_B, the same; contains A.
+        block_shape: (r, c) of a block.
+        exploring: Places to keep for B∖A, at least as many as it has blocks; None for just
+            as many.
+
+    Returns:
+        The pattern, on the device of the masks.
+
+    Raises:
+        ValueError: There are more blocks than int32 can count.
+    """
+    rows, columns = block_shape
+    active = forward[::rows, ::columns].cpu().numpy()
+    ghosts = (backward & ~forward)[::rows, ::columns].cpu().numpy()
+    if active.size > INDEX_LIMIT:
+        raise ValueError(
+            f"a matrix of shape {tuple(forward.shape)} has {active.size} blocks of {block_shape}; "
+            f"patterns count up to {INDEX_LIMIT}: use larger blocks or split the layer"
+        )
+    row, column = np.divmod(np.flatnonzero(active), active.shape[1])
+    ghost_row, ghost_column = np.divmod(np.flatnonzero(ghosts), active.shape[1])
+    order = np.argsort(_short(column, active.shape[1]), kind="stable")
+    size = rows * columns
+    pattern = Pattern(
+        _compressed(row, column, active.shape, size, columns, len(row)),
+        _compressed(ghost_row, ghost_column, active.shape, size, columns, exploring),
+        _compressed(column[order], row[order], active.shape[::-1], size, rows, len(row)),
+        _int32(order),
+    )
+    return nested([tensor.to(forward.device) for tensor in flattened(pattern)])
+
+
+def flattened(pattern: Pattern) -> tuple[Tensor, ...]:
+    """Return the tensors of a pattern, in order; inverse of `nested`."""
+    forward, exploring, transposed, places = pattern
+    return (*forward, *exploring, *transposed, places)
+
+
+def nested(tensors: Sequence[Tensor]) -> Pattern:
+    """Return the pattern of its tensors."""
+    forward, exploring, transposed = (Compressed(*tensors[i : i + 2]) for i in (0, 2, 4))
+    return Pattern(forward, exploring, transposed, tensors[6])
+
+
+def flat(part: Compressed, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Return where the entries of the stored blocks stand in the flat matrix.
+
+    Args:
+        part: The stored blocks.
+        block: (r, c) of a block.
+        shape: Rows and columns of the matrix.
+
+    Returns:
+        int64, [blocks] or, but for blocks of one entry, [blocks, r, c]; the number of entries
+        of the matrix where a place is unused.
+    """
+    rows, device = shape[0] // block[0], part.pointers.device
+    panels = (part.pointers.shape[0] - 1) // rows
+    places = part.columns.shape[0]
+    ends = torch.cat((part.pointers[::panels], part.pointers.new_full((1,), places)))
+    number = torch.arange(rows + 1, device=device)
+    row = torch.repeat_interleave(number, ends.diff(), output_size=places)
+    corner = row * (block[0] * shape[1]) + part.columns * block[1]
+    if block != (1, 1):
+        down, across = (torch.arange(n, device=device) for n in block)
+        corner = corner[:, None, None] + down[:, None] * shape[1] + across
+        row = row[:, None, None]
+    return torch.where(row < rows, corner, shape[0] * shape[1])
+
+
+def block_of(values: Tensor) -> tuple[int, int]:
+    """Return the block shape of values, [|B|] or [blocks, r, c]."""
+    return (values.shape[1], values.shape[2]) if values.ndim == 3 else (1, 1)
+
+
+def _compressed(
+    row: npt.NDArray[np.intp],
+    column: npt.NDArray[np.intp],
+    shape: tuple[int, ...],
+    size: int,
+    width: int,
+    places: int | None,
+) -> Compressed:
+    """Compress the rows of sorted blocks of ``size`` entries, ``width`` of them in a row."""
+    count = len(row) if places is None else places
+    density = count / math.prod(shape)
+    panels = _panels(shape[1], width, SEGMENT * size / max(density, 1e-9))
+    segment = row * panels + column * panels // shape[1]
+    pointers = np.zeros(shape[0] * panels + 1, np.int64)
+    np.cumsum(np.bincount(segment, minlength=shape[0] * panels), out=pointers[1:])
+    columns = np.zeros(count, np.int64)
+    columns[: len(column)] = column
+    return Compressed(_int32(pointers), _int32(columns))
+
+
+def _panels(columns: int, width: int, features: float) -> int:
+    """Return into how many panels of about ``features`` features to cut the columns."""
+    least, most = PANEL
+    return max(1, round(columns * width / min(max(features, least), most)))
+
+
+def _short(numbers: npt.NDArray[np.intp], limit: int) -> npt.NDArray[np.integer]:
+    """Return the numbers in 16 bits if they fit: those are sorted by radix, in linear time."""
+    return numbers.astype(np.uint16) if limit <= 2**16 else numbers
+
+
+def _int32(numbers: npt.NDArray[np.integer]) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.int32))

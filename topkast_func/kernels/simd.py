@@ -1,0 +1,314 @@
+"""Register-blocked loops in LLVM's vector types, which Numba's own vectoriser does not reach.
+
+Each intrinsic keeps its sums in vector registers over a run of stored blocks of one block row.
+Operands are addresses; activations are tiles [features, width] of contiguous rows, ``width``
+numbers long and a multiple of a vector. The sizes of a block are literal integers.
+
+Numba caches what `numba_cpu` compiles of this by the time stamp of that file alone: touch it
+after a change here.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.errors import RequireLiteralValue
+from numba.extending import intrinsic
+
+from topkast_func.kernels.tiles import VECTOR_BYTES
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+REGISTERS = 16
+"""Vector registers that hold sums; the others hold operands."""
+
+
+class _Tile:
+    """Loads, stores and arithmetic on vectors of one floating-point type."""
+
+    def __init__(self, builder: ir.IRBuilder, scalar: types.Float) -> None:
+        self.builder = builder
+        self.size = scalar.bitwidth // 8
+        self.scalar = ir.FloatType() if self.size == 4 else ir.DoubleType()
+        self.lanes = VECTOR_BYTES // self.size
+        self.vector = ir.VectorType(self.scalar, self.lanes)
+        self.zero = ir.Constant(self.vector, [0.0] * self.lanes)
+
+    def runs(self, start: Any, end: Any, steps: list[int]) -> Iterator[tuple[int, Any]]:
+        """Count from start to end, in the largest step as long as it fits; the last is 1.
+
+        Yields:
+            Each step once, with the counter of its loop.
+        """
+        for step in steps:
+            length = self.builder.sub(end, start)
+            stop = self.builder.sub(end, self.builder.urem(length, self.constant(step)))
+            stride = self.constant(step)
+            with cgutils.for_range_slice(self.builder, start, stop, stride, intp=_I64) as (k, _):
+                yield step, k
+            start = stop
+
+    def constant(self, number: int) -> ir.Constant:
+        return ir.Constant(_I64, number)
+
+    @contextmanager
+    def counted(self, number: int) -> Iterator[Any]:
+        """Count from 0 to below ``number``."""
+        stop, one = self.constant(number), self.constant(1)
+        with cgutils.for_range_slice(self.builder, self.constant(0), stop, one, intp=_I64) as (
+            k,
+            _,
+        ):
+            yield k
+
+    def sums(self, rows: int, columns: int) -> list[list[Any]]:
+        """Return places for sums, set to zero; LLVM keeps them in registers."""
+        return [
+            [cgutils.alloca_once_value(self.builder, self.zero) for _ in range(columns)]
+            for _ in range(rows)
+        ]
+
+    def at(self, base: Any, offset: Any, kind: ir.Type, size: int) -> Any:
+        """Return a pointer to ``base[offset]``, elements of ``size`` bytes."""
+        address = self.builder.add(base, self.builder.mul(offset, self.constant(size)))
+        return self.builder.inttoptr(address, kind.as_pointer())
+
+    def number(self, base: Any, offset: Any) -> Any:
+        return self.builder.load(self.at(base, offset, self.scalar, self.size))
+
+    def at_2d(self, row: Any, column: Any, columns: int) -> Any:
+        """Return the offset of [row, column] in a matrix."""
+        return self.builder.add(self.builder.mul(row, self.constant(columns)), column)
+
+    def index(self, base: Any, offset: Any) -> Any:
+        return self.builder.zext(self.builder.load(self.at(base, offset, _I32, 4)), _I64)
+
+    def load(self, base: Any, offset: Any, kind: ir.Type | None = None) -> Any:
+        loaded = self.builder.load(self.at(base, offset, kind or self.vector, self.size))
+        loaded.align = self.size
+        return loaded
+
+    def store(self, vector: Any, base: Any, offset: Any) -> None:
+        self.builder.store(vector, self.at(base, offset, vector.type, self.size)).align = self.size
+
+    def splat(self, number: Any) -> Any:
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        one = self.builder.insert_element(undefined, number, ir.Constant(_I32, 0))
+        return self.shuffled(one, one, [0] * self.lanes)
+
+    def shuffled(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        return self.builder.shuffle_vector(
+            a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
+        )
+
+    def add_product(self, accumulator: Any, a: Any, b: Any) -> None:
+        """Add a·b to an accumulator, rounded once."""
+        signature = ir.FunctionType(self.vector, [self.vector] * 3)
+        name = f"llvm.fma.v{self.lanes}f{8 * self.size}"
+        fma = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        total = self.builder.call(fma, [a, b, self.builder.load(accumulator)])
+        self.builder.store(total, accumulator)
+
+    def across(self, vectors: list[Any]) -> Any:
+        """Return the vector of the sums over lanes of a power of two of vectors, in order."""
+        groups = 1
+        while len(vectors) > 1:
+            low, high = self._halves(groups, self.lanes // groups)
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [self._folded(a, b, low, high) for a, b in pairs]
+            groups *= 2
+        total, width = vectors[0], self.lanes // groups
+        while width > 1:
+            low, high = ([*half] for half in self._halves(groups, width))
+            total = self.builder.fadd(
+                self.shuffled(total, total, low), self.shuffled(total, total, high)
+            )
+            width //= 2
+        return total
+
+    def _halves(self, groups: int, width: int) -> tuple[list[int], list[int]]:
+        """Return the lanes of the first and of the second half of every group."""
+        low = [g * width + i for g in range(groups) for i in range(width // 2)]
+        return low, [lane + width // 2 for lane in low]
+
+    def _folded(self, a: Any, b: Any, low: list[int], high: list[int]) -> Any:
+        beyond = [self.lanes + lane for lane in low], [self.lanes + lane for lane in high]
+        return self.builder.fadd(
+            self.shuffled(a, b, low + beyond[0]), self.shuffled(a, b, high + beyond[1])
+        )
+
+
+def _literals(*arguments: Any) -> list[int]:
+    if not all(isinstance(a, types.IntegerLiteral) for a in arguments):
+        raise RequireLiteralValue("sizes of a register tile are literal integers")
+    return [a.literal_value for a in arguments]
+
+
+@intrinsic(prefer_literal=True)
+def add_rows(
+    typing_context: Any,
+    kind: Any,
+    y: Any,
+    x: Any,
+    width: Any,
+    column: Any,
+    values: Any,
+    place: Any,
+    start: Any,
+    end: Any,
+    rows: Any,
+    columns: Any,
+    transposed: Any,
+) -> Any:
+    """Emit y[i] += Σ_k Σ_j values[place(k)][i, j] · x[column[k]·columns + j] for k in [start, end).
+
+    ``y`` is a block row of ``rows`` rows, ``x`` the whole tile. A stored block is
+    [rows, columns] and place(k) is k; or, ``transposed``, [columns, rows] and place[k].
+
+    Returns:
+        The types, and what emits the code, as Numba asks.
+    """
+    height, depth, swapped = _literals(rows, columns, transposed)
+    group = max(n for n in range(1, REGISTERS + 1) if height % n == 0)
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        _, y, x, width, column, values, place, start, end, *_ = arguments
+        tile = _Tile(builder, kind.dtype)
+        zero, one = tile.constant(0), tile.constant(1)
+        vectors = builder.udiv(width, tile.constant(tile.lanes))
+        for count, vector in tile.runs(zero, vectors, _halvings(min(8, REGISTERS // group))):
+            offset = builder.mul(vector, tile.constant(tile.lanes))
+            lanes = [builder.add(offset, tile.constant(v * tile.lanes)) for v in range(count)]
+            with tile.counted(height // group) as which:
+                top = builder.mul(which, tile.constant(group))
+                numbers = [builder.add(top, tile.constant(i)) for i in range(group)]
+                above = [builder.mul(number, width) for number in numbers]
+                outputs = [[builder.add(row, lane) for lane in lanes] for row in above]
+                sums = tile.sums(group, count)
+                for output, total in _paired(outputs, sums):
+                    builder.store(tile.load(y, output), total)
+                with cgutils.for_range_slice(builder, start, end, one, intp=_I64) as (k, _):
+                    stored = tile.index(place, k) if swapped else k
+                    block = builder.mul(stored, tile.constant(height * depth))
+                    feature = builder.mul(tile.index(column, k), tile.constant(depth))
+                    with tile.counted(depth) as j:
+                        row = builder.mul(builder.add(feature, j), width)
+                        inputs = [tile.load(x, builder.add(row, lane)) for lane in lanes]
+                        for number, line in zip(numbers, sums, strict=True):
+                            within = (
+                                tile.at_2d(j, number, height)
+                                if swapped
+                                else tile.at_2d(number, j, depth)
+                            )
+                            weight = tile.splat(tile.number(values, builder.add(block, within)))
+                            for total, input_ in zip(line, inputs, strict=True):
+                                tile.add_product(total, weight, input_)
+                for output, total in _paired(outputs, sums):
+                    tile.store(builder.load(total), y, output)
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 8, rows, columns, transposed), codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_dots(
+    typing_context: Any,
+    kind: Any,
+    gradient: Any,
+    g: Any,
+    x: Any,
+    width: Any,
+    column: Any,
+    start: Any,
+    end: Any,
+    rows: Any,
+    columns: Any,
+) -> Any:
+    """Emit gradient[k][i, j] += ⟨g[i], x[column[k]·columns + j]⟩ for k in [start, end).
+
+    ``g`` is a block row of ``rows`` rows, ``x`` the whole tile; a stored block is
+    [rows, columns]. The columns of all the blocks are counted through and taken several at a
+    time, beside up to four rows.
+
+    Returns:
+        The types, and what emits the code, as Numba asks.
+    """
+    block_height, block_width = _literals(rows, columns)
+    height = _halvings(_power_within(block_height, 4))[0]
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        _, gradient, g, x, width, column, start, end, *_ = arguments
+        tile = _Tile(builder, kind.dtype)
+        size = tile.constant(block_width)
+        first, last = builder.mul(start, size), builder.mul(end, size)
+        for count, q in tile.runs(first, last, _together(block_height, block_width)):
+            places, inputs = [], []
+            for j in range(count):
+                at = builder.add(q, tile.constant(j))
+                block, within = builder.udiv(at, size), builder.urem(at, size)
+                before = builder.mul(block, tile.constant(block_height * block_width))
+                places.append(builder.add(before, within))
+                feature = builder.add(builder.mul(tile.index(column, block), size), within)
+                inputs.append(builder.mul(feature, width))
+            with tile.counted(block_height // height) as group:
+                top = builder.mul(group, tile.constant(height))
+                rows_ = [builder.add(top, tile.constant(i)) for i in range(height)]
+                outputs = [builder.mul(width, row) for row in rows_]
+                sums = tile.sums(height, count)
+                for total in itertools.chain(*sums):
+                    builder.store(tile.zero, total)
+                step, zero = tile.constant(tile.lanes), tile.constant(0)
+                with cgutils.for_range_slice(builder, zero, width, step, intp=_I64) as (b, _):
+                    left = [tile.load(g, builder.add(row, b)) for row in outputs]
+                    for j, row in enumerate(inputs):
+                        right = tile.load(x, builder.add(row, b))
+                        for i in range(height):
+                            tile.add_product(sums[i][j], left[i], right)
+                totals = [[builder.load(total) for total in line] for line in sums]
+                for i, j, run in _adjacent(totals, block_height, block_width):
+                    place = builder.add(places[j], builder.mul(rows_[i], size))
+                    for part in range(0, len(run), tile.lanes):
+                        total = tile.across(run[part : part + tile.lanes])
+                        here = builder.add(place, tile.constant(part))
+                        earlier = tile.load(gradient, here, total.type)
+                        tile.store(builder.fadd(earlier, total), gradient, here)
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 7, rows, columns), codegen
+
+
+def _paired(a: list[list[Any]], b: list[list[Any]]) -> Iterator[tuple[Any, Any]]:
+    """Yield the pairs of entries of two matrices of one shape."""
+    for lines in zip(a, b, strict=True):
+        yield from zip(*lines, strict=True)
+
+
+def _power_within(number: int, most: int) -> int:
+    """Return the largest power of two that divides ``number``, ``most`` at most."""
+    return min(number & -number, most)
+
+
+def _halvings(most: int) -> list[int]:
+    """Return ``most`` and its halves down to 1."""
+    return [most] + (_halvings(most // 2) if most > 1 else [])
+
+
+def _together(block_height: int, block_width: int) -> list[int]:
+    """Return how many columns to take together, the largest number first, 1 last."""
+    if block_height == 1 or block_width == 1:
+        return [8, 4, 1] if block_height % 2 else [4, 1]
+    return _halvings(_power_within(block_width, 4))
+
+
+def _adjacent(totals: Any, block_height: int, block_width: int) -> Iterator[tuple[int, int, Any]]:
+    """Yield first row, first column and totals of what lies side by side in the stored blocks."""
+    height, count = len(totals), len(totals[0])
+    if block_width == 1 and height == block_height:
+        yield 0, 0, [totals[i][j] for j in range(count) for i in range(height)]
+    elif block_width == 1:
+        yield from ((0, j, [line[j] for line in totals]) for j in range(count))
+    else:
+        yield from ((i, 0, line) for i, line in enumerate(totals))
