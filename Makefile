@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint results clean
+.PHONY: demo test lint results bench clean
 
 demo: .venv/package
 	$(BIN)/python -m topkast_func boston
@@ -18,6 +18,11 @@ lint: .venv/tests
 
 results: .venv/package
 	$(BIN)/python -m benchmarks.boston
+
+# Less than an hour on two cores, which should have nothing else to do.
+bench: .venv/bench
+	$(BIN)/python -m benchmarks --full
+	$(BIN)/python -m benchmarks plot
 
 clean:
 	rm -rf .venv
@@ -36,4 +41,8 @@ clean:
 
 .venv/tests: .venv/torch-sparse
 	$(PIP) --editable '.[test,lint]'
+	touch $@
+
+.venv/bench: .venv/torch-sparse
+	$(PIP) --editable '.[bench]'
 	touch $@
