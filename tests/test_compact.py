@@ -190,10 +190,10 @@ def test_one_graph_over_refreshes_and_the_end_of_exploration(block: tuple[int, i
     assert len(graphs) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the choice of an engine takes no symbolic batch")
+@pytest.mark.xfail(strict=True, reason="each size of batch is compiled anew")
 def test_dynamic_shapes_compile() -> None:
     batches = [(x[:n], y[:n]) for n, (x, y) in zip(range(3, 12), BATCHES, strict=True)]
-    check(network().double(), batches=batches, compile={"dynamic": True})
+    check(network().double(), batches=batches, compile={"dynamic": True, "backend": "aot_eager"})
 
 
 # Modules of any kind.
@@ -450,3 +450,11 @@ def test_a_refresh_takes_another_configuration(densities: tuple[float, float]) -
     for name, masks in tk.masks_of(after).items():
         assert all(map(torch.equal, masks, expected[name]))
     assert all(map(torch.equal, tk.dense_params(after).values(), tk.dense_params(state).values()))
+
+
+def test_a_refresh_may_ask_for_more_places() -> None:
+    config, other = tk.TopKastConfig(0.7, 0.4), tk.TopKastConfig(0.9, 0.2)
+    state = tk.refresh(tk.init_state(nn.Linear(8, 4), config, tk.adam()), other)
+    masks = tk.masks_of(state)["weight"]
+    assert (int(masks.forward.sum()), int(masks.backward.sum())) == (3, 26)
+    assert all(tree["weight"].shape == (26,) for tree in state.optimizer.slots.values())

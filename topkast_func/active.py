@@ -34,7 +34,7 @@ def positions_of(masks: Masks, exploring: int | None = None) -> Positions:
 
     Args:
         masks: The sets.
-        exploring: Places to keep for B∖A; None for as many as it has entries.
+        exploring: Places to keep for B∖A at the least; None for as many as it has entries.
 
     Returns:
         The positions, on the device of the masks.
@@ -43,13 +43,13 @@ def positions_of(masks: Masks, exploring: int | None = None) -> Positions:
         torch.from_numpy(np.flatnonzero(mask.cpu().numpy())).to(mask.device)
         for mask in (masks.forward, masks.backward & ~masks.forward)
     )
-    places = len(ghosts) if exploring is None else exploring
-    unused = ghosts.new_full((places - len(ghosts),), masks.forward.numel())
+    spare = max(0, (exploring or 0) - len(ghosts))
+    unused = ghosts.new_full((spare,), masks.forward.numel())
     return Positions(active, torch.cat((ghosts, unused)))
 
 
 def anew(old: Sets, masks: Masks, block: tuple[int, int]) -> Sets:
-    """Return the sets of ``masks`` in tensors of the shapes that ``old`` has."""
+    """Return the sets of ``masks``, in tensors of the shapes of ``old`` if the counts allow it."""
     if isinstance(old, Positions):
         return positions_of(masks, old.exploring.shape[0])
     return pattern_of(*masks, block, old.exploring.columns.shape[0])

@@ -127,7 +127,11 @@ def make_train_step(
         check(state)
         state = _refreshed_when_due(state, config)
         patterns = state.weights.layers()
-        kernels = {name: stand_ins[name] for name in layers if name in patterns}
+        kernels = {
+            name: stand_ins[name]
+            for name, layer in layers.items()
+            if name in patterns and "forward" not in vars(layer)
+        }
         with _random_numbers_of(state), standing_in(layers, kernels):
             return run(tuple(kernels), state, batch, optimizer.learning_rate(state.optimizer.step))
 

@@ -21,7 +21,8 @@ def test_every_engine_is_installed_here_and_chosen_by_name(name: Any) -> None:
 
 
 def test_auto_chooses_the_least_cost_and_says_what_each_is() -> None:
-    sparse, full = LAYER, LAYER._replace(forward=512 * 1024, backward=512 * 1024)
+    sparse = LAYER
+    full = LAYER._replace(forward=512 * 1024, backward=512 * 1024, batch=8192)
     assert choose("auto", sparse).engine == "numba"
     assert choose("auto", full).engine == "dense"
     for layer in (sparse, full):

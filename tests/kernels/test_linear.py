@@ -106,17 +106,7 @@ def test_inputs_of_any_leading_axes_and_strides(
         assert torch.equal(y, x @ case.given.alpha.T + case.bias)
 
 
-@pytest.mark.parametrize(
-    "engine",
-    [
-        "numba",
-        "reference",
-        "torch_sparse",
-        pytest.param(
-            "dense", marks=pytest.mark.xfail(strict=True, reason="oneDNN refuses empty products")
-        ),
-    ],
-)
+@every_engine
 @pytest.mark.parametrize("shape", [(0,), (3, 0)])
 def test_an_empty_batch_has_an_empty_result_and_a_zero_gradient(
     engine: str, shape: tuple[int, ...]

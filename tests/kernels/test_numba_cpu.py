@@ -193,7 +193,6 @@ print(torch.equal(y, x))
 """
 
 
-@pytest.mark.xfail(strict=True, reason="kernels cached for another width of vector are used")
 def test_kernels_cached_for_another_width_of_vector_are_not_used(tmp_path: Path) -> None:
     said = []
     for capability in (torch.backends.cpu.get_cpu_capability().lower(), "default"):

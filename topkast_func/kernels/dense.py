@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from topkast_func.kernels.pattern import Pattern
-from topkast_func.kernels.reference import entries
+from topkast_func.kernels.pattern import Pattern, block_of, flat
 
 
 def forward(values: Tensor, x: Tensor, pattern: Pattern, features: int) -> Tensor:
@@ -20,19 +19,18 @@ def input_gradient(values: Tensor, g: Tensor, pattern: Pattern, features: int) -
 
 def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> Tensor:
     """Return gᵀ·x sampled on B, in the order and shape of ``values``."""
-    gradient = _product(g.t(), x.t())
-    pieces = []
-    for part in (pattern.forward, pattern.exploring):
-        row, column = entries(part, values, (g.shape[1], x.shape[1]))
-        sampled = gradient[row % g.shape[1], column]
-        pieces.append(torch.where(row < g.shape[1], sampled, 0.0))
-    return torch.cat(pieces)
+    shape = (g.shape[1], x.shape[1])
+    gradient = torch.cat((_product(g.t(), x.t()).flatten(), g.new_zeros(1)))
+    block = block_of(values)
+    return torch.cat([
+        gradient[flat(part, block, shape)] for part in (pattern.forward, pattern.exploring)
+    ])
 
 
 def _densified(values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Tensor:
-    row, column = entries(pattern.forward, values, shape)
+    places = flat(pattern.forward, block_of(values), shape)
     weight = values.new_zeros(shape)
-    weight[row, column] = values[: row.shape[0]]
+    weight.view(-1)[places] = values[: places.shape[0]]
     return weight
 
 

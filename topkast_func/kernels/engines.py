@@ -173,7 +173,8 @@ def cost(name: str, layer: Layer) -> float:
     entries = layer.out_features * layer.in_features
     activations = layer.batch * (layer.out_features + layer.in_features)
     if name == "dense":
-        return 250e3 + 3 * entries * layer.batch / 95 + 1.5 * (layer.forward + layer.backward)
+        moved = 2 * layer.forward + layer.backward
+        return 250e3 + 3 * entries * layer.batch / 95 + 8 * moved
     columns = -(-layer.batch // 16) * 16
     products = (2 * layer.forward + layer.backward) * columns
     return 45e3 + products / _speed(layer.block_shape) + 0.3 * activations

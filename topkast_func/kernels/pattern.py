@@ -63,8 +63,7 @@ def pattern_of(
         forward: 1_A, bool, [rows, columns], whole blocks.
         backward: 1_B, the same; contains A.
         block_shape: (r, c) of a block.
-        exploring: Places to keep for B∖A, at least as many as it has blocks; None for just
-            as many.
+        exploring: Places to keep for B∖A at the least; None for as many as it has blocks.
 
     Returns:
         The pattern, on the device of the masks.
@@ -145,7 +144,7 @@ def _compressed(
     places: int | None,
 ) -> Compressed:
     """Compress the rows of sorted blocks of ``size`` entries, ``width`` of them in a row."""
-    count = len(row) if places is None else places
+    count = max(len(row), places or 0)
     density = count / math.prod(shape)
     panels = _panels(shape[1], width, SEGMENT * size / max(density, 1e-9))
     segment = row * panels + column * panels // shape[1]
