@@ -103,13 +103,14 @@ def load(
 
 
 def _flat(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    masks = masks_of(state)
     yield "step", state.step
     yield "seed", state.seed
     yield "optimizer_step", state.optimizer.step
     trees: dict[str, Mapping[str, Tensor]] = {
         "theta": dense_params(state),
-        "forward": {name: masks.forward for name, masks in masks_of(state).items()},
-        "backward": {name: masks.backward for name, masks in masks_of(state).items()},
+        "forward": {name: sets.forward for name, sets in masks.items()},
+        "backward": {name: sets.backward for name, sets in masks.items()},
         "buffers": state.buffers,
         "frozen": state.frozen,
         **{f"slots/{kind}": tree for kind, tree in state.optimizer.slots.items()},
@@ -216,7 +217,7 @@ def _model_problem(state: TrainState, model: Model) -> str | None:
 
 
 def _optimizer_problem(state: TrainState, optimizer: Optimizer) -> str | None:
-    expected = optimizer.init(dense_params(state)).slots
+    expected = optimizer.init({}).slots
     return _difference("optimiser slots", state.optimizer.slots, expected)
 
 

@@ -19,11 +19,10 @@ from topkast_func.active import (
     split,
     where,
 )
-from topkast_func.allocation import allocate
-from topkast_func.config import TopKastConfig, density
+from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern, block_of, pattern_of
 from topkast_func.layers import kernel_tensors
-from topkast_func.loss import PENALTIES
+from topkast_func.loss import summed_penalty
 from topkast_func.masks import Masks
 from topkast_func.types import Params, Tensors
 
@@ -80,15 +79,12 @@ class CompactWeights(NamedTuple):
 
     def penalty(self, values: Tensors, config: TopKastConfig) -> Tensor:
         """Return the exploration penalty of ``values``; see `exploration_penalty`."""
-        total = torch.zeros((), device=next(iter(values.values())).device)
-        if config.penalty is None:
-            return total
-        for name, sparsity in allocate(self.theta.keys(), config).items():
-            held = values[name] if values[name].dtype == torch.float64 else values[name].float()
+
+        def parts(name: str) -> tuple[Tensor, Tensor]:
             count = active_places(self.sets(name))
-            penalty = PENALTIES[config.penalty]
-            total = total + penalty(held[:count], held[count:], density(sparsity.forward))
-        return total
+            return values[name][:count], values[name][count:]
+
+        return summed_penalty(self.theta, parts, config, next(iter(values.values())).device)
 
     def moved(self, updates: Tensors) -> "CompactWeights":
         """Add ``updates``: all that is held is in B."""
@@ -115,18 +111,18 @@ class CompactWeights(NamedTuple):
         return {name: self._masks(name) for name in self.theta}
 
     def chosen(
-        self, masks: Mapping[str, Masks], slots: dict[str, Tensors]
+        self, dense: Params, masks: Mapping[str, Masks], slots: dict[str, Tensors]
     ) -> tuple["CompactWeights", dict[str, Tensors]]:
-        """Take over new sets; a slot follows its weight where that stays in B, else is zero."""
-        held, theta, moved = dict(self.held), {}, {}
+        """Take over new sets; see `DenseWeights.chosen`."""
+        held, moved = dict(self.held), {}
+        theta = {name: dense[name] for name in self.theta}
         patterns, positions = {}, {}
-        for name, rest in self.theta.items():
-            value, old = self.held[name], self._where(name)
-            theta[name] = merge(value, rest, old)
+        for name, merged in theta.items():
+            value = self.held[name]
             sets = anew(self.sets(name), masks[name], block_of(value))
-            new = where(sets, block_of(value), rest.shape)
-            held[name] = split(theta[name], new.to(rest.device)).to(value.device)
-            moved[name] = sources(old, new, rest.numel())
+            new = where(sets, block_of(value), merged.shape)
+            held[name] = split(merged, new.to(merged.device)).to(value.device)
+            moved[name] = sources(self._where(name), new, merged.numel())
             if isinstance(sets, Pattern):
                 patterns[name] = sets
             else:
@@ -170,7 +166,7 @@ def compact(
         The weights.
     """
     theta = {name: params[name].detach().to(theta_device, copy=True) for name in masks}
-    held = {name: theta.get(name, p.detach().clone()) for name, p in params.items()}
+    held = {n: theta[n] if n in theta else p.detach().clone() for n, p in params.items()}
     weights = CompactWeights(
         held,
         {name: pattern_of(*masks[name], block_shape) for name in masks if name in layers},

@@ -11,7 +11,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern
 from topkast_func.loss import exploration_penalty
 from topkast_func.masks import Masks
-from topkast_func.types import Tensors
+from topkast_func.types import Params, Tensors
 
 
 class DenseWeights(NamedTuple):
@@ -93,8 +93,17 @@ class DenseWeights(NamedTuple):
         }
 
     def chosen(
-        self, masks: Mapping[str, Masks], slots: dict[str, Tensors]
+        self, dense: Params, masks: Mapping[str, Masks], slots: dict[str, Tensors]
     ) -> tuple["DenseWeights", dict[str, Tensors]]:
-        """Take over new sets; a slot stays where its weight stays in B, else it is zero."""
-        weights = DenseWeights(self.theta, dict(masks))
+        """Take over new sets; a slot follows its weight where that stays in B, else is zero.
+
+        Args:
+            dense: What `dense` returns, of which the sets were chosen.
+            masks: The new sets.
+            slots: Slots of the optimiser.
+
+        Returns:
+            The weights and the slots.
+        """
+        weights = DenseWeights(dict(dense), dict(masks))
         return weights, weights.restricted(slots)

@@ -68,8 +68,8 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
     Returns:
         ``apply(*inputs, **options)``.
     """
-    layers = kernel_layers(model)
     patterns = {name: sets for name, sets in masks.items() if isinstance(sets, Pattern)}
+    layers = kernel_layers(model) if patterns else {}
     values = {n: split(params[n], where(p, (1, 1), params[n].shape)) for n, p in patterns.items()}
     weights = {n: _weight(theta, masks.get(n), values.get(n)) for n, theta in params.items()}
     stand_ins = {n: StandIn(layers[n], "auto") for n in patterns if n in layers}

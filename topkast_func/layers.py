@@ -1,5 +1,6 @@
 """Linear layers of a module on the kernels: their forward pass is lent, and given back."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -49,13 +50,11 @@ def kernel_layers(model: object) -> dict[str, nn.Linear]:
     """
     if not isinstance(model, nn.Module):
         return {}
-    seen = [p for _, p in model.named_parameters(remove_duplicate=False)]
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return {
         f"{name}.weight".lstrip("."): layer
         for name, layer in model.named_modules()
-        if type(layer) is nn.Linear
-        and "forward" not in vars(layer)
-        and sum(p is layer.weight for p in seen) == 1
+        if type(layer) is nn.Linear and "forward" not in vars(layer) and uses[id(layer.weight)] == 1
     }
 
 

@@ -1,6 +1,6 @@
 """The exploration penalty, and the loss that carries it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -78,12 +78,35 @@ def exploration_penalty(
         >>> exploration_penalty(theta, masks, config)
         tensor(5.)
     """
-    total = torch.zeros((), device=next(iter(params.values())).device)
+    device = next(iter(params.values())).device
+    return summed_penalty(masks, lambda name: _parts(params[name], masks[name]), config, device)
+
+
+def summed_penalty(
+    names: Collection[str],
+    parts: Callable[[str], tuple[Tensor, Tensor]],
+    config: TopKastConfig,
+    device: torch.device,
+) -> Tensor:
+    """Sum the penalty over sparse tensors, however they are stored; see `exploration_penalty`.
+
+    Args:
+        names: Names of the sparse tensors.
+        parts: ``parts(name)`` to θ on A and θ on B∖A, zero or absent elsewhere.
+        config: Form of the penalty and densities.
+        device: Where the sum is made.
+
+    Returns:
+        The penalty, 0-d; zero where ``config.penalty`` is None.
+
+    Raises:
+        ValueError: The configuration gives a sparse tensor no sparsity.
+    """
+    total = torch.zeros((), device=device)
     if config.penalty is None:
         return total
-    for name, sparsity in allocate(masks.keys(), config).items():
-        theta = params[name] if params[name].dtype == torch.float64 else params[name].float()
-        active, exploring = _parts(theta, masks[name])
+    for name, sparsity in allocate(names, config).items():
+        active, exploring = (t if t.dtype == torch.float64 else t.float() for t in parts(name))
         total = total + PENALTIES[config.penalty](active, exploring, density(sparsity.forward))
     return total
 

@@ -112,11 +112,12 @@ def refresh(state: TrainState, config: TopKastConfig) -> TrainState:
     Raises:
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
+    theta = dense_params(state)
     if config.explore_until is not None and int(state.step) >= config.explore_until:
         masks = {n: Masks(m.forward, m.forward.clone()) for n, m in masks_of(state).items()}
     else:
-        masks = masks_at(dense_params(state), allocate(state.weights.sparse(), config), config)
-    weights, slots = state.weights.chosen(masks, state.optimizer.slots)
+        masks = masks_at(theta, allocate(state.weights.sparse(), config), config)
+    weights, slots = state.weights.chosen(theta, masks, state.optimizer.slots)
     return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
 
 

@@ -5,35 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.problems import (
-    BATCHES,
-    BLOCKS,
-    DTYPES,
-    Problem,
-    check_products,
-    integers,
-    problem,
-    problems,
-    products,
-)
+from tests.kernels.problems import Problem, check_products, integers, problem, problems, products
 from topkast_func.kernels import reference
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("batch", [0, 5])
-def test_products_are_exact(block: tuple[int, int], dtype: torch.dtype, batch: int) -> None:
-    check_products("reference", problem(block, dtype), batch)
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-def test_products_of_any_batch(batch: int) -> None:
-    check_products("reference", problem((4, 1)), batch)
-
-
-@given(problems(), st.integers(0, 5))
-def test_products_of_any_sets(given: Problem, batch: int) -> None:
-    check_products("reference", given, batch)
 
 
 @settings(max_examples=20)

@@ -156,27 +156,27 @@ _OPS = torch.ops.topkast_func
 
 def _define(schema: str, compute: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
     """Define an operator for every device, with its fake kernel and its batching."""
-    name = f"topkast_func::{schema.split('(')[0]}"
+    name = schema.split("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
-    register_fake(name, fake, lib=_LIBRARY)
-    register_vmap(name, partial(_batched, name), lib=_LIBRARY)
+    register_fake(f"topkast_func::{name}", fake, lib=_LIBRARY)
+    register_vmap(f"topkast_func::{name}", partial(_batched, name), lib=_LIBRARY)
 
 
 def _batched(name: str, info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
     """Fold a batch of activations alone into one call; else run the calls one by one."""
-    operator = getattr(_OPS, name.split("::")[1])
+    product = getattr(_OPS, name)
     leaves, tree = tree_flatten(arguments)
     dims = tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
     batched = [i for i, dim in enumerate(dims) if dim is not None]
-    if batched == [_ACTIVATIONS] and operator is not _OPS.weight_gradient:
+    if batched == [_ACTIVATIONS] and name != "weight_gradient":
         leaves[_ACTIVATIONS] = leaves[_ACTIVATIONS].movedim(dims[_ACTIVATIONS], 0).flatten(0, 1)
-        folded = operator(*tree_unflatten(leaves, tree))
+        folded = product(*tree_unflatten(leaves, tree))
         return folded.unflatten(0, (info.batch_size, -1)), 0
     results = []
     for call in range(info.batch_size):
         one = [leaves[i].select(dims[i], call) if i in batched else x for i, x in enumerate(leaves)]
-        results.append(operator(*tree_unflatten(one, tree)))
+        results.append(product(*tree_unflatten(one, tree)))
     return torch.stack(results), 0
 
 
