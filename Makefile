@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint results bench clean
+.PHONY: demo test lint results bench evidence notebooks clean
 
 demo: .venv/package
 	$(BIN)/python -m topkast_func boston
@@ -23,6 +23,14 @@ results: .venv/package
 bench: .venv/bench
 	$(BIN)/python -m benchmarks --full
 	$(BIN)/python -m benchmarks plot
+
+# Hours on two cores; what is done is not done again.
+evidence: .venv/package
+	for task in mlp cnn text; do $(BIN)/python -m benchmarks.evidence $$task --ablations; done
+
+# In place, from top to bottom, with what they show.
+notebooks: .venv/tests
+	TQDM_DISABLE=1 PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 clean:
 	rm -rf .venv

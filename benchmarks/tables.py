@@ -13,7 +13,7 @@ BASELINES = (*DENSE_STEPS, "copy", "step")
 
 
 def every_table(results: Results) -> str:
-    """Return the table of targets, then one table for every case.
+    """Return the overview, the table of targets, then one table for every case.
 
     Args:
         results: What was measured.
@@ -21,7 +21,48 @@ def every_table(results: Results) -> str:
     Returns:
         Markdown.
     """
-    return "\n\n".join([target_table(results), *case_tables(results)])
+    return "\n\n".join([overview(results), target_table(results), *case_tables(results)])
+
+
+def overview(results: Results) -> str:
+    """Return the table of the README: one row for each network, times and ratios.
+
+    Args:
+        results: With the suite "steps".
+
+    Returns:
+        A table in Markdown.
+    """
+    head = ("network", "dense", *(title for title, _, _ in COLUMNS))
+    return markdown(head, [_overview_row(results, *named) for named in NAMES.items()])
+
+
+def _overview_row(results: Results, network: str, name: str) -> tuple[str, ...]:
+    dense = results.median("steps", f"{network}, sparsities", "step", *DENSE_STEPS)
+    cells = [name, "" if dense is None else _measure(dense, "s")]
+    for _, case, arm in COLUMNS:
+        where = ("steps", f"{network}, {case}", "step")
+        median, ratio = results.median(*where, arm), results.ratio(*where, DENSE_STEPS, [arm])
+        known = median is not None and ratio is not None
+        cells.append(f"{_measure(median or 0.0, 's')}, {ratio:.1f}×" if known else "")
+    return tuple(cells)
+
+
+NAMES = {
+    "mlp-784": "784-512-512-10, batch 128",
+    "mlp-1024": "1024, four layers, batch 256",
+    "mlp-2048": "2048, three layers, batch 512",
+    "encoder": "transformer block, 16 × 64 tokens of 256",
+}
+COLUMNS = (
+    ("80/50", "sparsities", "topkast 1×1 80/50"),
+    ("90/80", "sparsities", "topkast 1×1 90/80"),
+    ("95/90", "sparsities", "topkast 1×1 95/90"),
+    ("90/90", "sparsities", "topkast 1×1 90/90"),
+    ("90/80 in 4×4 blocks", "blocks", "topkast 4×4 90/80"),
+    ("SparseLab 0.2.2, 90/90", "sparsities", "SparseLab 90/90"),
+)
+"""Columns of the overview: title, case and arm."""
 
 
 def target_table(results: Results) -> str:

@@ -19,7 +19,7 @@ from topkast_func.active import (
     split,
     where,
 )
-from topkast_func.masks import Masks
+from topkast_func.types import Masks
 
 
 def sets_of(given: Problem, kind: str) -> tuple[Sets, tuple[int, int]]:

@@ -1,13 +1,20 @@
 """Which parameters are sparse, and with which sparsities."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+import topkast_func as tk
 from topkast_func import TopKastConfig
-from topkast_func.allocation import Allocation, allocate, check_params, select
+from topkast_func.allocation import check_params, select, shared
+from topkast_func.ranking import kept
+from topkast_func.sparsity import Allocation
+from topkast_func.testing import sparsities
 
 
 def tree() -> dict[str, Tensor]:
@@ -52,7 +59,7 @@ def test_no_weight_at_all_is_an_error_too() -> None:
 
 def test_sparsities_by_pattern_leave_the_unmatched_dense() -> None:
     config = TopKastConfig(forward_sparsity={"a*": 0.9, "b": 0.5}, backward_sparsity=0.25)
-    assert allocate(["a1", "a2", "b", "c"], config) == {
+    assert shared(dict.fromkeys(["a1", "a2", "b", "c"], (4, 4)), config) == {
         "a1": Allocation(0.9, 0.25),
         "a2": Allocation(0.9, 0.25),
         "b": Allocation(0.5, 0.25),
@@ -74,7 +81,106 @@ def test_patterns_that_do_not_fit_name_the_parameter(
 ) -> None:
     config = TopKastConfig(forward_sparsity=forward, backward_sparsity=backward)
     with pytest.raises(ValueError, match=message):
-        allocate(["a", "b"], config)
+        shared({"a": (4, 4), "b": (4, 4)}, config)
+
+
+def test_keep_dense_takes_away_and_the_helpers_name_first_and_last() -> None:
+    ends = (tk.first_weight(tree()), tk.last_weight(tree()))
+    assert ends == ("emb.weight", "attn.in_proj_weight")
+    assert chosen(keep_dense=ends) == ["fc1.weight", "conv.weight"]
+    assert chosen(keep_dense="emb.*") == ["fc1.weight", "conv.weight", "attn.in_proj_weight"]
+    with pytest.raises(ValueError, match="keep_dense: 'emb' matches no parameter"):
+        chosen(keep_dense="emb")
+    with pytest.raises(ValueError, match=r"less keep_dense=\('\*',\) selects no parameter"):
+        chosen(keep_dense="*")
+
+
+def test_by_default_a_weight_that_blocks_do_not_divide_is_dense() -> None:
+    assert chosen(block_shape=(4, 2)) == ["fc1.weight", "attn.in_proj_weight"]
+
+
+def test_without_a_weight_there_is_no_first() -> None:
+    with pytest.raises(ValueError, match="no parameter is a weight; there are: 'bias'"):
+        tk.first_weight({"bias": torch.zeros(3)})
+
+
+def sizes() -> st.SearchStrategy[dict[str, tuple[int, ...]]]:
+    shape = st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple)
+    return st.dictionaries(st.sampled_from("abcdef"), shape, min_size=1)
+
+
+@given(sizes(), sparsities(), sparsities())
+def test_erk_spends_the_budget_exactly(
+    shapes: dict[str, tuple[int, ...]], one: float, other: float
+) -> None:
+    backward, forward = sorted((one, other))
+    config = TopKastConfig(forward, backward, allocation="erk")
+    allocations = shared(shapes, config)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    before = dict.fromkeys(shapes, 1)
+    for which, sparsity in enumerate((forward, backward)):
+        counts = {name: kept(a[which], sizes[name]) for name, a in allocations.items()}
+        assert all(before[name] <= counts[name] <= sizes[name] for name in shapes)
+        asked = kept(sparsity, sum(sizes.values()))
+        assert sum(counts.values()) == max(asked, sum(before.values()))
+        before = counts
+
+
+def test_erk_follows_the_rule_up_to_one_entry_and_dense_tensors_leave_the_rest() -> None:
+    shapes = {"wide": (400, 300), "conv": (20, 10, 3, 3), "small": (10, 5)}
+    allocations = shared(shapes, TopKastConfig(0.9, 0.8, allocation="erk"))
+    scores = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    assert allocations["small"] == (0.0, 0.0)
+    left = 0.1 * sum(sizes.values()) - sizes["small"]
+    scale = left / sum(scores[name] * sizes[name] for name in ("wide", "conv"))
+    for name in ("wide", "conv"):
+        wanted = scale * scores[name] * sizes[name]
+        assert abs(allocations[name].forward_density * sizes[name] - wanted) < 1.0
+
+
+def test_erk_counts_blocks() -> None:
+    shapes = {"a": (16, 16), "b": (4, 16)}
+    config = TopKastConfig(0.75, 0.5, allocation="erk", block_shape=(4, 4))
+    counts = [
+        round(a.forward_density * math.prod(shapes[n]) / 16, 9)
+        for n, a in shared(shapes, config).items()
+    ]
+    assert sum(counts) == 5
+    assert all(count == int(count) for count in counts)
+
+
+def test_densities_by_pattern_and_the_others_uniform() -> None:
+    config = TopKastConfig(0.9, 0.8, allocation={"a": 0.3, "b": 0.7})
+    found = shared(dict.fromkeys("abc", (10, 10)), config)
+    assert found["a"] == pytest.approx((0.7, 0.4))
+    assert found["b"] == pytest.approx((0.3, 0.0))
+    assert found["c"] == (0.9, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"allocation": "er"}, "allocation must be one of .*'uniform', 'erk'.*, got 'er'"),
+        ({"allocation": {"a": 0.0}}, r"allocation\['a'\] must be a density in \(0, 1\], got 0.0"),
+        ({"allocation": {}}, "allocation must name at least one pattern"),
+        (
+            {"allocation": "erk", "forward_sparsity": {"a": 0.9}},
+            "shares out one forward_sparsity, not a mapping",
+        ),
+    ],
+)
+def test_bad_allocations_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TopKastConfig(**fields)
+
+
+def test_allocated_densities_that_overlap_or_match_nothing_are_named() -> None:
+    shapes = {"a": (4, 4), "b": (4, 4)}
+    with pytest.raises(ValueError, match=r"allocation gives 'a' both 0\.5 and 0\.25"):
+        shared(shapes, TopKastConfig(allocation={"a": 0.5, "?": 0.25}))
+    with pytest.raises(ValueError, match="allocation: 'z' matches no parameter"):
+        shared(shapes, TopKastConfig(allocation={"z": 0.5}))
 
 
 def test_parameters_that_are_no_mapping_are_refused() -> None:

@@ -194,7 +194,7 @@ def test_the_file_is_plain_safetensors_with_a_json_header(path: Path) -> None:
     tk.save(state, path)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["topkast_func"])
-        assert (header["format"], header["version"]) == ("topkast_func state", 2)
+        assert (header["format"], header["version"]) == ("topkast_func state", 3)
         assert (header["storage"], header["layers"]) == ("compact", ["0.weight", "6.weight"])
         assert set(header["tensors"]) == set(file.keys())
         theta = file.get_tensor("theta/0.weight")
@@ -454,8 +454,8 @@ def test_a_damaged_header_is_refused(saved: Path, header: dict[str, Any], what: 
 
 
 def test_a_newer_version_is_refused_whatever_else_it_holds(saved: Path) -> None:
-    _rewrite(saved, json.dumps({"format": "topkast_func state", "version": 3}))
-    with pytest.raises(ValueError, match="format version 3; this topkast_func reads up to 2"):
+    _rewrite(saved, json.dumps({"format": "topkast_func state", "version": 4}))
+    with pytest.raises(ValueError, match="format version 4; this topkast_func reads up to 3"):
         tk.load(saved, CONFIG)
 
 

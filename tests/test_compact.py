@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import topkast_func as tk
-from topkast_func.compact import CompactWeights
+from topkast_func.compact_weights import CompactWeights
 
 CONFIG = tk.TopKastConfig(0.7, 0.4, refresh_every=2, penalty_weight=0.05)
 STEPS = 9
@@ -281,18 +281,11 @@ def test_modules_of_any_kind_train_as_in_dense_storage(make: Any, compile: Any) 
     check(make().double(), make=OPTIMIZERS["momentum"], compile=compile)
 
 
-LEFT = pytest.mark.xfail(strict=True, reason="functional_call of torch leaves its tensors there")
-AOT = {"backend": "aot_eager"}
-
-
-@pytest.mark.parametrize(
-    "compile", [False, pytest.param(AOT, marks=LEFT)], ids=["eager", "compiled"]
-)
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
 def test_a_layer_of_two_names_trains_as_in_dense_storage(compile: Any) -> None:
     check(Shared().double(), make=OPTIMIZERS["momentum"], compile=compile)
 
 
-@LEFT
 @pytest.mark.parametrize("storage", ["compact", "dense"])
 def test_a_layer_of_two_names_keeps_its_parameters(storage: str) -> None:
     model = Shared().double()

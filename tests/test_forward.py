@@ -9,8 +9,8 @@ from hypothesis import given
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from tests.strategies import configs, weights
 from topkast_func import Masks, TopKastConfig, compute_masks, sparse_forward
+from topkast_func.testing import configs, weights
 
 CONFIG = TopKastConfig(forward_sparsity=0.7, backward_sparsity=0.4)
 

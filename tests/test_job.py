@@ -126,21 +126,6 @@ def test_the_synthetic_job_approaches_the_variance_of_its_noise() -> None:
     assert 0.9 / 12 < run.test_mse < 1.35 / 12 < run.mean_mse
 
 
-def test_layers_counts_the_masks_of_the_state(run: job.Run) -> None:
-    state = run.state
-    theta, masks = tk.dense_params(state), tk.masks_of(state)
-    lines = job.layers(state)
-    assert [line.name for line in lines] == list(masks)
-    for line in lines:
-        n = theta[line.name].numel()
-        assert line.shape == tuple(theta[line.name].shape)
-        assert line.forward == masks[line.name].forward.count_nonzero()
-        assert line.backward == masks[line.name].backward.count_nonzero()
-        assert line.forward == max(1, int(0.3 * n + 0.5)) < line.backward
-        assert line.forward_density == pytest.approx(line.forward / n)
-        assert line.backward_density == pytest.approx(line.backward / n)
-
-
 def test_tied_epochs_agree_on_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a learning rate of 0 all epochs tie: the first is reported, and its state."""
     monkeypatch.setattr(job, "sgd", lambda lr, momentum: tk.sgd(lr=0.0))

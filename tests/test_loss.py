@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from tests import reference
-from tests.strategies import configs, weights
 from topkast_func import (
     TopKastConfig,
     compute_masks,
@@ -19,6 +18,7 @@ from topkast_func import (
     sparse_forward,
 )
 from topkast_func.config import Penalty
+from topkast_func.testing import configs, weights
 
 FORMS = get_args(Penalty)
 

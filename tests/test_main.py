@@ -99,8 +99,10 @@ def test_the_dense_twin_is_the_same_network_without_sparsity(results: Path) -> N
 def test_the_saved_state_is_the_reported_one(results: Path, again: job.Run) -> None:
     state = tk.load(results / "state.safetensors", CONFIG, job._network(13, 0), tk.sgd(0.1, 0.9))
     layers = _metrics(results)["layers"]
-    assert layers == json.loads(json.dumps([layer._asdict() for layer in job.layers(state)]))
-    for layer, masks in zip(layers, tk.masks_of(state).values(), strict=True):
+    rows = [row._asdict() for row in tk.summary(state, job.BATCH_SIZE).rows]
+    assert layers == json.loads(json.dumps(rows))
+    for name, masks in tk.masks_of(state).items():
+        layer = next(layer for layer in layers if layer["name"] == name)
         assert layer["forward"] == masks.forward.count_nonzero()
         assert layer["backward"] == masks.backward.count_nonzero()
     theta = tk.dense_params(again.state)
@@ -143,7 +145,7 @@ def test_the_penalty_weight_reaches_the_training(tmp_path: Path) -> None:
 def test_the_tables_show_each_layer_and_each_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "200")
     main(["boston", "--epochs", "1", "--out", str(tmp_path)])
     printed, progress = capsys.readouterr()
     words = printed.split()

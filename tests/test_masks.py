@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import reference
-from tests.strategies import sides, sparsities, weights
 from topkast_func import Masks, TopKastConfig, compute_masks
-from topkast_func.config import BlockNorm
+from topkast_func.testing import sides, sparsities, weights
+from topkast_func.types import BlockNorm
 
 
 def masks_of(theta: Tensor, forward: float, backward: float, **fields: object) -> Masks:

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import reading, tables
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+NAMES = ("functional", "masks", "methods", "testing", "facade", "engines")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["functional", "masks", "facade", "engines"])
+@pytest.mark.parametrize(
+    "block", BLOCKS, ids=["functional", "masks", "methods", "testing", "facade", "engines"]
+)
 def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
@@ -41,3 +46,30 @@ def test_boston_figures_are_those_measured() -> None:
         f"{results['mean_mse']:.3g}",
     ):
         assert re.search(rf"\| {re.escape(figure)} \|", README)
+
+
+def test_tables_of_steps_and_targets_are_those_measured() -> None:
+    results = reading.load(ROOT / "benchmarks" / "results")
+    assert tables.overview(results) in README
+    assert tables.target_table(results) in README
+
+
+def test_figures_of_anatomy_refresh_and_memory_are_those_measured() -> None:
+    results = reading.load(ROOT / "benchmarks" / "results")
+    ours = "topkast 1×1 90/80"
+    parts = {
+        task: 1e3 * (results.median("anatomy", "mlp-2048", task, ours) or 0.0)
+        for task in ("weight_gradient", "forward", "input_gradient", "rest")
+    }
+    gradient, forward, inputs, rest = (f"{part:.0f}" for part in parts.values())
+    whole = f"{sum(parts.values()):.0f}"
+    words = " ".join(README.split())
+    assert f"{gradient} of {whole} ms in the largest network" in words
+    assert f"forward product {forward}, input gradient {inputs}, all else {rest})" in words
+    dense, sparse, blocks = (
+        1e-6 * (results.median("memory", "mlp-2048", "trained state", arm) or 0.0)
+        for arm in ("dense", ours, "topkast 4×4 90/80")
+    )
+    assert (
+        f"takes {sparse:.1f} MB where dense takes {dense:.0f}, in 4×4 blocks {blocks:.1f}" in words
+    )

@@ -13,8 +13,10 @@ from rich.table import Table
 
 from topkast_func import plots
 from topkast_func.checkpoint import save
-from topkast_func.config import TopKastConfig, check_count
-from topkast_func.job import JOBS, Run, layers, train
+from topkast_func.checks import check_count
+from topkast_func.config import TopKastConfig
+from topkast_func.job import BATCH_SIZE, JOBS, Run, train
+from topkast_func.summary import summary
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,7 +87,7 @@ def _write(out: Path, runs: dict[str, Run], options: dict[str, Any]) -> None:
         },
         "seconds": {name: run.seconds for name, run in runs.items()},
         "best_epoch": {name: run.best_epoch for name, run in runs.items()},
-        "layers": [layer._asdict() for layer in layers(sparse.state)],
+        "layers": [row._asdict() for row in summary(sparse.state, BATCH_SIZE).rows],
         "train_losses": [_finite(loss) for loss in sparse.train_losses],
         "validation_losses": [_finite(loss) for loss in sparse.validation_losses],
     }
@@ -98,17 +100,7 @@ def _finite(number: float) -> float | None:
 
 
 def _report(console: Console, runs: dict[str, Run]) -> None:
-    table = Table("parameter", "shape", "|A|", "|B|", "density of A", "density of B")
-    for layer in layers(runs["sparse"].state):
-        table.add_row(
-            layer.name,
-            " × ".join(map(str, layer.shape)),
-            f"{layer.forward:,}",
-            f"{layer.backward:,}",
-            f"{layer.forward_density:.1%}",
-            f"{layer.backward_density:.1%}",
-        )
-    console.print(table)
+    console.print(summary(runs["sparse"].state, BATCH_SIZE))
     errors = Table("network", "test MSE", "seconds")
     for name, run in runs.items():
         errors.add_row(name, f"{run.test_mse:.4g}", f"{run.seconds:.1f}")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.pattern import Pattern, block_of, flat, pattern_of
-from topkast_func.masks import Masks
-from topkast_func.types import Params, Tensors
+from topkast_func.types import Masks, Params, Tensors
 
 
 class Positions(NamedTuple):
@@ -49,10 +48,11 @@ def positions_of(masks: Masks, exploring: int | None = None) -> Positions:
 
 
 def anew(old: Sets, masks: Masks, block: tuple[int, int]) -> Sets:
-    """Return the sets of ``masks``, in tensors of the shapes of ``old`` if the counts allow it."""
+    """Return the sets of ``masks``, in tensors of the shapes of ``old`` if A is as large."""
+    same = int(masks.forward.sum()) == active_places(old) * math.prod(block)
     if isinstance(old, Positions):
-        return positions_of(masks, old.exploring.shape[0])
-    return pattern_of(*masks, block, old.exploring.columns.shape[0])
+        return positions_of(masks, old.exploring.shape[0] if same else None)
+    return pattern_of(*masks, block, old.exploring.columns.shape[0] if same else None)
 
 
 def active_places(sets: Sets) -> int:

@@ -1,25 +1,17 @@
 """Which parameters are sparse, and how sparse each of them is."""
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from topkast_func.config import SparsityMap, TopKastConfig, check_order
+from topkast_func.checks import check_order
+from topkast_func.config import TopKastConfig
+from topkast_func.ranking import kept
+from topkast_func.sparsity import Allocation, ByPattern, density
 from topkast_func.types import Params
-
-
-class Allocation(NamedTuple):
-    """Sparsities of one parameter.
-
-    Attributes:
-        forward: 1 − D, fraction in [0, 1).
-        backward: 1 − (D + M), fraction in [0, forward].
-    """
-
-    forward: float
-    backward: float
 
 
 def check_params(params: Params) -> None:
@@ -50,58 +42,187 @@ def check_params(params: Params) -> None:
 
 
 def select(params: Params, config: TopKastConfig) -> list[str]:
-    """Name the parameters that ``config.sparse`` selects, in the order of ``params``.
+    """Name the parameters that are to be sparse, in the order of ``params``.
 
     Args:
         params: The parameter tree.
-        config: The configuration.
+        config: The configuration: ``sparse`` and ``keep_dense``.
 
     Returns:
-        Names of the selected parameters, at least one.
+        Names of the selected parameters, at least one; none where the method is dense.
 
     Raises:
         ValueError: A pattern, the predicate or the default rule selects no parameter.
     """
+    if not config.method.sparsifies:
+        return []
     sparse = config.sparse
     if sparse is None:
-        chosen = [n for n, leaf in params.items() if n.endswith("weight") and leaf.ndim >= 2]
+        chosen = [name for name, leaf in params.items() if _by_default(name, leaf, config)]
     elif callable(sparse):
         chosen = [name for name, leaf in params.items() if sparse(name, leaf)]
     else:
-        by_glob = {glob: [name for name in params if fnmatchcase(name, glob)] for glob in sparse}
-        matched = {name for glob in sparse for name in _some("sparse", glob, by_glob[glob], params)}
-        chosen = [name for name in params if name in matched]
+        chosen = _matching("sparse", sparse, params)
+    dense = _matching("keep_dense", config.keep_dense, params)
+    chosen = [name for name in chosen if name not in dense]
     if not chosen:
-        raise ValueError(f"sparse={sparse!r} selects no parameter; there are: {_listed(params)}")
+        told = f"sparse={sparse!r}" + (f" less keep_dense={config.keep_dense!r}" if dense else "")
+        raise ValueError(f"{told} selects no parameter; there are: {_listed(params)}")
     return chosen
 
 
-def allocate(names: Collection[str], config: TopKastConfig) -> dict[str, Allocation]:
-    """Give each selected parameter its forward and backward sparsity.
+def allocate(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[str, Allocation]:
+    """Say how sparse each parameter is to be.
+
+    With ``allocation="erk"`` the density of a tensor is proportional to the sum of its sizes
+    over their product, up to 1: what a dense tensor leaves over goes to the others (Mocanu et
+    al., 2018; Evci et al., 2020, "Rigging the Lottery", section 3). The entries (or blocks) of
+    all tensors together are exactly those of the uniform sparsity, max(1, floor(D·n + 1/2)) of
+    their n; the same holds for B. Densities given by pattern are those of A; those of B are in
+    the same proportion to them as in the uniform allocation, up to 1.
 
     Args:
-        names: Names of the selected parameters.
+        params: Weights by name.
         config: The configuration.
+        step: Number of the step, where sparsities change over time.
 
     Returns:
-        The sparsities by name. Names that no pattern of ``forward_sparsity`` matches are
-        absent: those parameters are dense.
+        The sparsities by name. Dense parameters are absent.
 
     Raises:
-        ValueError: A pattern matches no name, two patterns disagree, a parameter has a
-            forward but no backward sparsity, or the backward exceeds the forward sparsity.
+        TypeError: A leaf is not a floating-point tensor.
+        ValueError: A leaf is empty, a pattern matches no name, two patterns disagree, or a
+            parameter has a forward but no backward sparsity, or one larger than it.
+
+    Example:
+        >>> import torch
+        >>> params = {"a.weight": torch.zeros(8, 8), "b.weight": torch.zeros(2, 8)}
+        >>> config = TopKastConfig(0.5, 0.5, allocation="erk")
+        >>> {name: a.forward_density for name, a in allocate(params, config).items()}
+        {'a.weight': 0.390625, 'b.weight': 0.9375}
     """
-    forward = _by_name("forward_sparsity", config.forward_sparsity, names)
-    backward = _by_name("backward_sparsity", config.backward_sparsity, forward)
+    check_params(params)
+    shapes = {name: params[name].shape for name in select(params, config)}
+    return shared(shapes, config, step)
+
+
+def shared(
+    shapes: Mapping[str, Sequence[int]], config: TopKastConfig, step: int = 0
+) -> dict[str, Allocation]:
+    """Share the sparsity out among the selected parameters; see `allocate`.
+
+    Args:
+        shapes: Their shapes by name.
+        config: The configuration.
+        step: Number of the step.
+
+    Returns:
+        The sparsities by name.
+
+    Raises:
+        ValueError: See `allocate`.
+    """
+    if not shapes:
+        return {}
+    wanted, wanted_back = config.sparsities(step)
+    forward = _by_name("forward_sparsity", wanted, shapes)
+    backward = _by_name("backward_sparsity", wanted_back, forward)
     for name in forward:
         if name not in backward:
             raise ValueError(f"no pattern of backward_sparsity matches {name!r}")
         check_order(forward[name], backward[name], name=f"backward_sparsity of {name!r}")
-    return {name: Allocation(forward[name], backward[name]) for name in forward}
+    uniform = {name: Allocation(forward[name], backward[name]) for name in forward}
+    if isinstance(config.allocation, ByPattern):
+        return uniform | _given(config.allocation, uniform)
+    return _erdos_renyi(shapes, uniform, config) if config.allocation == "erk" else uniform
 
 
-def _by_name(field: str, sparsity: Any, names: Collection[str]) -> dict[str, float]:
-    if not isinstance(sparsity, SparsityMap):
+def first_weight(params: Params) -> str:
+    """Return the name of the first parameter of two or more dimensions named ``…weight``.
+
+    For ``keep_dense``. Names come in the order in which a module defines them.
+
+    Args:
+        params: Weights by name.
+
+    Returns:
+        The name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    return _weights(params)[0]
+
+
+def last_weight(params: Params) -> str:
+    """Return the name of the last such parameter; see `first_weight`."""
+    return _weights(params)[-1]
+
+
+def _weights(params: Params) -> list[str]:
+    names = [name for name, leaf in params.items() if name.endswith("weight") and leaf.ndim >= 2]
+    if not names:
+        raise ValueError(f"no parameter is a weight; there are: {_listed(params)}")
+    return names
+
+
+def _by_default(name: str, leaf: Tensor, config: TopKastConfig) -> bool:
+    if not name.endswith("weight") or leaf.ndim < 2:
+        return False
+    return all(leaf.shape[i] % side == 0 for i, side in enumerate(config.block_shape))
+
+
+def _given(densities: ByPattern, uniform: dict[str, Allocation]) -> dict[str, Allocation]:
+    found = {}
+    for name, forward in _by_name("allocation", densities, uniform).items():
+        usual = uniform[name]
+        wider = min(1.0, forward * usual.backward_density / usual.forward_density)
+        found[name] = Allocation(density(forward), density(wider))
+    return found
+
+
+def _erdos_renyi(
+    shapes: Mapping[str, Sequence[int]], uniform: dict[str, Allocation], config: TopKastConfig
+) -> dict[str, Allocation]:
+    size = math.prod(config.block_shape)
+    units = {name: math.prod(shapes[name]) // size for name in uniform}
+    scores = {name: sum(shapes[name]) / math.prod(shapes[name]) for name in uniform}
+    total, least = sum(units.values()), dict.fromkeys(uniform, 1)
+    counts = []
+    for sparsity in next(iter(uniform.values())):
+        least = _apportioned(kept(sparsity, total), scores, units, least)
+        counts.append(least)
+    return {
+        name: Allocation(*(1.0 - count[name] / units[name] for count in counts)) for name in uniform
+    }
+
+
+def _apportioned(
+    total: int, scores: Mapping[str, float], units: Mapping[str, int], least: Mapping[str, int]
+) -> dict[str, int]:
+    """Share ``total`` units out, in proportion to score times size, between least and all."""
+    full: set[str] = set()
+    while True:
+        free = [name for name in units if name not in full]
+        left = total - sum(units[name] for name in full)
+        scale = left / sum(scores[name] * units[name] for name in free) if free else 0.0
+        over = {name for name in free if scale * scores[name] > 1.0}
+        if not over:
+            break
+        full |= over
+    wanted = {n: units[n] if n in full else scale * scores[n] * units[n] for n in units}
+    counts = {n: min(max(math.floor(wanted[n]), least[n]), units[n]) for n in units}
+    while missing := max(total, sum(least.values())) - sum(counts.values()):
+        step = 1 if missing > 0 else -1
+        able = [n for n in units if least[n] <= counts[n] + step <= units[n]]
+        able.sort(key=lambda name: step * (counts[name] - wanted[name]))
+        for name in able[: abs(missing)]:
+            counts[name] += step
+    return counts
+
+
+def _by_name(field: str, sparsity: Any, names: Iterable[str]) -> dict[str, float]:
+    if not isinstance(sparsity, ByPattern):
         return dict.fromkeys(names, sparsity)
     found: dict[str, float] = {}
     for glob, value in sparsity.items():
@@ -111,6 +232,12 @@ def _by_name(field: str, sparsity: Any, names: Collection[str]) -> dict[str, flo
                     f"{field} gives {name!r} both {found[name]} and {value} (pattern {glob!r})"
                 )
     return found
+
+
+def _matching(field: str, globs: Iterable[str], params: Params) -> list[str]:
+    by_glob = {glob: [name for name in params if fnmatchcase(name, glob)] for glob in globs}
+    matched = {name for glob in globs for name in _some(field, glob, by_glob[glob], params)}
+    return [name for name in params if name in matched]
 
 
 def _some(field: str, glob: str, matched: list[str], names: Iterable[str]) -> list[str]:

@@ -11,17 +11,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from topkast_func.allocation import allocate, select
-from topkast_func.compact import CompactWeights, compact
+from topkast_func.allocation import allocate
+from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
-from topkast_func.dense import DenseWeights
+from topkast_func.dense_weights import DenseWeights
 from topkast_func.forward import check_names, frozen, trainable
-from topkast_func.masks import Masks, kept
 from topkast_func.optim import Optimizer, OptimizerState
+from topkast_func.ranking import kept
 from topkast_func.state import TrainState, Weights, dense_params, masks_of
-from topkast_func.types import Model, Tensors
+from topkast_func.types import Masks, Model, Tensors
 
-FORMAT, VERSION = "topkast_func state", 2
+FORMAT, VERSION = "topkast_func state", 3
 
 
 def save(state: TrainState, path: str | os.PathLike[str]) -> None:
@@ -29,10 +29,10 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
 
     The file appears whole or not at all: a process killed while saving leaves what was at
     ``path``. Tensors are named ``step``, ``seed``, ``optimizer_step``, ``theta/NAME``,
-    ``forward/NAME``, ``backward/NAME``, ``buffers/NAME``, ``frozen/NAME`` and
-    ``slots/KIND/NAME``; the entry ``topkast_func`` of the metadata is a JSON object with the
-    format, its version, the order of the tensors, the storage and, where that is compact, the
-    names of the weights that kernels compute.
+    ``forward/NAME``, ``backward/NAME``, ``buffers/NAME``, ``frozen/NAME``, ``exponents/NAME`` and
+    ``slots/KIND/NAME``, θ being φ where it has an exponent; the entry ``topkast_func`` of the
+    metadata is a JSON object with the format, its version, the order of the tensors, the storage
+    and, where that is compact, the names of the weights that kernels compute.
 
     Args:
         state: The state, on any device.
@@ -108,11 +108,12 @@ def _flat(state: TrainState) -> Iterator[tuple[str, Tensor]]:
     yield "seed", state.seed
     yield "optimizer_step", state.optimizer.step
     trees: dict[str, Mapping[str, Tensor]] = {
-        "theta": dense_params(state),
+        "theta": state.weights.dense(),
         "forward": {name: sets.forward for name, sets in masks.items()},
         "backward": {name: sets.backward for name, sets in masks.items()},
         "buffers": state.buffers,
         "frozen": state.frozen,
+        "exponents": state.exponents,
         **{f"slots/{kind}": tree for kind, tree in state.optimizer.slots.items()},
     }
     for prefix, tree in trees.items():
@@ -145,6 +146,7 @@ def _state(
         buffers=tree("buffers/"),
         frozen=tree("frozen/"),
         optimizer=OptimizerState(tensors["optimizer_step"].cpu(), slots),
+        exponents={name: exponent.cpu() for name, exponent in tree("exponents/").items()},
     )
 
 
@@ -182,13 +184,24 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
 
 
 def _sparsity_problem(state: TrainState, config: TopKastConfig) -> str | None:
-    theta, masks = dense_params(state), masks_of(state)
-    allocations = allocate(select(theta, config), config)
-    if problem := _difference("sparse parameters", masks, allocations):
+    """Say what is not as the configuration has it, before or after a refresh that is due."""
+    theta, masks, step = dense_params(state), masks_of(state), int(state.step)
+    if problem := _difference("sparse parameters", masks, allocate(theta, config, step=step)):
         return problem
+    exponents = {name: float(a) for name, a in state.exponents.items()}
+    expected = dict.fromkeys(masks, config.powerprop) if config.powerprop > 1.0 else {}
+    if exponents != expected:
+        return f"powerprop is {exponents or 1.0}, the configuration asks {config.powerprop}"
+    problems = [_count_problem(theta, masks, config, t) for t in (max(step - 1, 0), step)]
+    return problems[0] if all(problems) else None
+
+
+def _count_problem(
+    theta: Tensors, masks: Mapping[str, Masks], config: TopKastConfig, step: int
+) -> str | None:
     rows, columns = config.block_shape
-    may_have_stopped = config.explore_until is not None and int(state.step) >= config.explore_until
-    for name, sparsity in allocations.items():
+    may_have_stopped = config.explore_until is not None and step >= config.explore_until
+    for name, sparsity in allocate(theta, config, step=step).items():
         blocks = theta[name].numel() // (rows * columns)
         expected = tuple(kept(s, blocks) * rows * columns for s in sparsity)
         found = tuple(int(mask.sum()) for mask in masks[name])

@@ -57,7 +57,7 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
         return step
     if TorchVersion(torch.__version__) < TorchVersion(COMPILES_FROM):
         reason = f"torch {torch.__version__} is too old, {COMPILES_FROM} is needed"
-        warnings.warn(EAGER.format(reason), stacklevel=3)
+        warnings.warn(EAGER.format(reason), stacklevel=4)
         return step
     if compile is not True and not isinstance(compile, Mapping):
         raise TypeError(f"compile must be a bool or options of torch.compile, got {compile!r}")

@@ -1,152 +1,57 @@
-"""What Top-KAST is asked to do: one frozen, validated record."""
+"""What training is asked to do: one frozen, validated record."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import translate
-from numbers import Integral, Real
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
+from topkast_func.checks import check_count, check_number, check_order, check_real
+from topkast_func.methods import Method, topkast
+from topkast_func.sparsity import ByPattern, Fixed, Sparsity, Staged
+from topkast_func.types import BlockNorm
+
 Penalty: TypeAlias = Literal["l2", "l1", "group_l2"]
-BlockNorm: TypeAlias = Literal["l2", "l1"]
+Shares: TypeAlias = Literal["uniform", "erk"]
 Predicate: TypeAlias = Callable[[str, Tensor], bool]
-
-
-class SparsityMap(Mapping[str, float]):
-    """Sparsity by glob pattern: a read-only, hashable mapping.
-
-    Its patterns are compiled once, since `fnmatch` cannot be traced by torch.compile.
-    """
-
-    def __init__(self, sparsities: Mapping[str, float]) -> None:
-        """Copy the items of ``sparsities``, in their order."""
-        self._sparsities = dict(sparsities)
-        self._regexes = {glob: re.compile(translate(glob)) for glob in sparsities}
-
-    def __getitem__(self, pattern: str) -> float:
-        """Return the sparsity of a pattern."""
-        return self._sparsities[pattern]
-
-    def matching(self, pattern: str, names: Iterable[str]) -> list[str]:
-        """Return the names that a pattern of the mapping matches."""
-        return [name for name in names if self._regexes[pattern].match(name)]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the patterns."""
-        return iter(self._sparsities)
-
-    def __len__(self) -> int:
-        """Count the patterns."""
-        return len(self._sparsities)
-
-    def __hash__(self) -> int:
-        """Hash the items, so that a configuration can key a cache."""
-        return hash(frozenset(self._sparsities.items()))
-
-    def __repr__(self) -> str:
-        """Print as the dictionary it was made from."""
-        return repr(self._sparsities)
-
-
-Sparsity: TypeAlias = float | Mapping[str, float]
-
-
-def density(sparsity: float) -> float:
-    """Return the density D = 1 − sparsity, both fractions."""
-    return 1.0 - sparsity
-
-
-def check_number(name: str, value: object, low: float, high: float = float("inf")) -> float:
-    """Return ``value`` as a float if it is a real number in [low, high).
-
-    Args:
-        name: What the number is called in the error.
-        value: The number to check.
-        low: Lowest value allowed.
-        high: First value that is too large.
-
-    Returns:
-        The number as a float.
-
-    Raises:
-        TypeError: ``value`` is not a real number (booleans and strings are not).
-        ValueError: ``value`` is NaN or outside [low, high).
-    """
-    number = check_real(name, value, f"[{low}, {high})")
-    if not low <= number < high:
-        raise ValueError(f"{name} must be in [{low}, {high}), got {value!r}")
-    return number
-
-
-def check_real(name: str, value: object, allowed: str) -> float:
-    """Return ``value`` as a float if it is a real number.
-
-    Args:
-        name: What the number is called in the error.
-        value: The number to check.
-        allowed: Its range, for the error.
-
-    Returns:
-        The number as a float.
-
-    Raises:
-        TypeError: ``value`` is not a real number (booleans and strings are not).
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number in {allowed}, got {value!r}")
-    return float(value)
-
-
-def check_count(name: str, value: object, low: int) -> int:
-    """Return ``value`` as an int if it is a whole number of at least ``low``.
-
-    Args:
-        name: What the number is called in the error.
-        value: The number to check.
-        low: Lowest value allowed.
-
-    Returns:
-        The number as an int.
-
-    Raises:
-        TypeError: ``value`` is not an integer (booleans are not).
-        ValueError: ``value`` is below ``low``.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer of at least {low}, got {value!r}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value!r}")
-    return int(value)
 
 
 @dataclass(frozen=True)
 class TopKastConfig:
-    """Which weights are sparse, how sparse, and when the sets are chosen anew.
+    """Which weights are sparse, how sparse, and how and when the sets are chosen anew.
 
     Sparsities are fractions of each sparse tensor. Where one is a mapping, its keys are
     glob patterns over parameter names; a selected parameter that no pattern of
     ``forward_sparsity`` matches stays dense, and two patterns that give one parameter
-    different sparsities are an error.
+    different sparsities are an error. Where one is `staged` or `cubic`, it changes over time.
 
     Args:
         forward_sparsity: 1 − D, the fraction that is zero in the forward pass, in [0, 1).
         backward_sparsity: 1 − (D + M), the fraction that gets no update, in
-            [0, forward_sparsity].
+            [0, forward_sparsity]; read by the methods that explore only.
         sparse: Which parameters are sparse: None for every floating parameter of at least
-            two dimensions whose name ends in ``weight``; a glob pattern or several; or a
-            predicate ``(name, tensor) -> bool``.
+            two dimensions whose name ends in ``weight`` and which the blocks divide; a glob
+            pattern or several; or a predicate ``(name, tensor) -> bool``.
         refresh_every: N, steps between two choices of the sets, at least 1; None never
             chooses anew by itself.
         explore_until: Step before which B becomes A and the sets stay, at least 0; None
             explores for ever.
         penalty: Form of the exploration penalty, see `exploration_penalty`; None for none.
+            Methods that do not explore have none.
         penalty_weight: λ, its weight in the loss, at least 0.
         block_shape: (rows, columns) of the blocks that are chosen whole, over the first two
             axes of a weight, at each position of any further axes.
         block_norm: Norm by which blocks are ranked: "l2" (Euclidean) or "l1" (absolute
             values).
+        method: How A and B are chosen: `topkast`, `random_backward`, `ste`, `static`, `set`,
+            `rigl`, `gmp` or `dense`, each called.
+        allocation: How the sparsity is shared among tensors: "uniform", the same for all;
+            "erk", by the Erdős–Rényi kernel rule, see `allocate`; or forward densities by
+            glob pattern, in (0, 1], the others uniform.
+        keep_dense: Glob pattern, or several, of parameters that stay dense after all; see
+            `first_weight` and `last_weight`.
+        powerprop: Exponent a ≥ 1 of powerpropagation: what is trained is φ, with
+            θ = φ·abs(φ)^(a−1) (Schwarz et al., NeurIPS 2021); 1 for θ itself.
 
     Raises:
         TypeError: A field has the wrong type; booleans and strings are not numbers.
@@ -166,6 +71,10 @@ class TopKastConfig:
     penalty_weight: float = 1e-4
     block_shape: tuple[int, int] = (1, 1)
     block_norm: BlockNorm = "l2"
+    method: Method = field(default_factory=topkast)
+    allocation: Shares | Mapping[str, float] = "uniform"
+    keep_dense: str | Sequence[str] = ()
+    powerprop: float = 1.0
 
     def __post_init__(self) -> None:
         """Check every field and store it in its hashable form."""
@@ -179,59 +88,113 @@ class TopKastConfig:
             "penalty_weight": check_number("penalty_weight", self.penalty_weight, 0.0),
             "block_shape": _block_shape(self.block_shape),
             "block_norm": _choice("block_norm", self.block_norm, get_args(BlockNorm)),
+            "method": _method(self.method),
+            "allocation": _allocation(self.allocation),
+            "keep_dense": _globs("keep_dense", self.keep_dense),
+            "powerprop": check_number("powerprop", self.powerprop, 1.0),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if isinstance(self.forward_sparsity, float) and isinstance(self.backward_sparsity, float):
-            check_order(self.forward_sparsity, self.backward_sparsity)
+        for step in (0, *self.starts()):
+            forward, backward = self.sparsities(step)
+            if isinstance(forward, float) and isinstance(backward, float):
+                check_order(forward, backward)
+        by_pattern = isinstance(self.forward_sparsity, ByPattern)
+        if by_pattern and self.allocation != "uniform":
+            raise ValueError(
+                "an allocation other than 'uniform' shares out one forward_sparsity, not a mapping"
+            )
 
+    def starts(self) -> tuple[int, ...]:
+        """Return the steps after 0 at which a sparsity changes, ascending."""
+        sparsities = (self.forward_sparsity, self.backward_sparsity)
+        staged = {start for s in sparsities if isinstance(s, Staged) for start in s.steps}
+        return tuple(sorted({*staged, *self.method.starts()} - {0}))
 
-def check_order(
-    forward_sparsity: float,
-    backward_sparsity: float,
-    name: str = "backward_sparsity",
-    limit: str = "forward_sparsity",
-) -> None:
-    """Check that the backward set holds the forward set.
+    def at(self, step: int) -> "TopKastConfig":
+        """Return what is asked for at one step.
 
-    Args:
-        forward_sparsity: 1 − D, fraction.
-        backward_sparsity: 1 − (D + M), fraction.
-        name: What the backward sparsity is called in the error.
-        limit: What the forward sparsity is called there.
+        Args:
+            step: Number of the step, from 0.
 
-    Raises:
-        ValueError: The backward sparsity exceeds the forward sparsity.
-    """
-    if backward_sparsity > forward_sparsity:
-        raise ValueError(
-            f"{name} must be in [0, {limit}={forward_sparsity}], got {backward_sparsity}"
+        Returns:
+            The configuration with the sparsities of that step, as its method has them, and
+            without a penalty where the method has none.
+        """
+        forward, backward = self.sparsities(step)
+        return replace(
+            self,
+            forward_sparsity=forward,
+            backward_sparsity=backward,
+            method=self.method.settled(),
+            penalty=self.penalty if self.method.explores else None,
         )
 
+    def sparsities(self, step: int) -> tuple[Fixed, Fixed]:
+        """Return forward and backward sparsity at a step, as the method has them."""
+        forward, backward = (
+            s.at(step) if isinstance(s, Staged) else s
+            for s in (self.forward_sparsity, self.backward_sparsity)
+        )
+        return self.method.sparsities(forward, backward, step)  # type: ignore[arg-type]
 
-def _sparsity(name: str, value: object) -> float | SparsityMap:
+
+def _sparsity(name: str, value: object) -> Fixed | Staged:
+    if isinstance(value, Staged):
+        return value
     if not isinstance(value, Mapping):
         return check_number(name, value, 0.0, 1.0)
+    return ByPattern({
+        pattern: check_number(f"{name}[{pattern!r}]", s, 0.0, 1.0)
+        for pattern, s in _patterns(name, value).items()
+    })
+
+
+def _allocation(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return _choice("allocation", value, get_args(Shares))
+    return ByPattern({
+        pattern: _density(f"allocation[{pattern!r}]", share)
+        for pattern, share in _patterns("allocation", value).items()
+    })
+
+
+def _patterns(name: str, value: Mapping[Any, Any]) -> Mapping[str, object]:
     if not value:
         raise ValueError(f"{name} must name at least one pattern, got an empty mapping")
     if not all(isinstance(pattern, str) for pattern in value):
         raise TypeError(f"the keys of {name} must be glob patterns, got {list(value)!r}")
-    return SparsityMap({
-        pattern: check_number(f"{name}[{pattern!r}]", s, 0.0, 1.0) for pattern, s in value.items()
-    })
+    return value
+
+
+def _density(name: str, value: object) -> float:
+    number = check_real(name, value, "(0, 1]")
+    if not 0.0 < number <= 1.0:
+        raise ValueError(f"{name} must be a density in (0, 1], got {value!r}")
+    return number
+
+
+def _method(value: object) -> Method:
+    if not isinstance(value, Method):
+        raise TypeError(f"method must be a method such as topkast() or rigl(), got {value!r}")
+    return value
 
 
 def _selection(sparse: object) -> tuple[str, ...] | Predicate | None:
     if sparse is None or callable(sparse):
         return sparse
-    globs = (sparse,) if isinstance(sparse, str) else sparse
-    if not isinstance(globs, Sequence) or not all(isinstance(g, str) for g in globs):
-        raise TypeError(
-            "sparse must be None, a glob pattern, a sequence of them, or a predicate "
-            f"(name, tensor) -> bool, got {sparse!r}"
-        )
+    globs = _globs("sparse", sparse)
     if not globs:
         raise ValueError("sparse must name at least one pattern, got an empty sequence")
+    return globs
+
+
+def _globs(name: str, value: object) -> tuple[str, ...]:
+    globs = (value,) if isinstance(value, str) else value
+    if not isinstance(globs, Sequence) or not all(isinstance(g, str) for g in globs):
+        others = "None, a glob pattern, a sequence of them, or a predicate (name, tensor) -> bool"
+        allowed = others if name == "sparse" else "a glob pattern or a sequence of them"
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
     return tuple(globs)
 
 

@@ -1,6 +1,6 @@
 """Which engine computes each sparse layer, and why."""
 
-from topkast_func.config import check_count
+from topkast_func.checks import check_count
 from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.kernels.linear import layer_of
 from topkast_func.state import TrainState
@@ -35,18 +35,26 @@ def explain(
         >>> choices = explain(state)
         weight [4, 4, 3]: dense, computed with all of α: not a linear layer, or dense storage
     """
+    chosen, shapes = choices(state, batch_size, engine), state.weights.shapes()
+    for name, choice in chosen.items():
+        print(f"{name} {list(shapes[name])}: {choice.engine}, {choice.reason}")
+    return chosen
+
+
+def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str, Choice]:
+    """Return which engine computes each sparse parameter; see `explain`."""
     batch = check_count("batch_size", batch_size, 1)
     values, shapes = state.weights.values(), state.weights.shapes()
     patterns = state.weights.layers()
-    choices = {}
+    chosen = {}
     for name in state.weights.sparse():
         if name in patterns:
             rows, columns = shapes[name]
             layer = layer_of(values[name], patterns[name], (rows, columns), batch)
-            choices[name] = choose(engine, layer)
+            chosen[name] = choose(engine, layer)
         else:
-            choices[name] = Choice(
-                "dense", "computed with all of α: not a linear layer, or dense storage"
-            )
-        print(f"{name} {list(shapes[name])}: {choices[name].engine}, {choices[name].reason}")
-    return choices
+            chosen[name] = Choice("dense", ALPHA)
+    return chosen
+
+
+ALPHA = "computed with all of α: not a linear layer, or dense storage"

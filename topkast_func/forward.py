@@ -11,8 +11,7 @@ from torch.func import functional_call
 from topkast_func.active import alpha, split, straight_through, where
 from topkast_func.kernels.pattern import Pattern, pattern_of
 from topkast_func.layers import StandIn, kernel_layers, kernel_tensors, standing_in
-from topkast_func.masks import Masks
-from topkast_func.types import Model, Params, Tensors
+from topkast_func.types import Masks, Model, Params, Tensors
 
 AnySets: TypeAlias = Masks | Pattern
 """A and B of a weight: masks, or a pattern over entries."""
@@ -74,7 +73,7 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
     weights = {n: _weight(theta, masks.get(n), values.get(n)) for n, theta in params.items()}
     stand_ins = {n: StandIn(layers[n], "auto") for n in patterns if n in layers}
     tensors = {**weights, **kernel_tensors(stand_ins, values, patterns)}
-    apply = bind(model, tensors, frozen(model), buffers(model, params))
+    apply = bind(model, ties(model), tensors, frozen(model), buffers(model, params))
 
     def lent(*inputs: Any, **options: Any) -> Any:
         with standing_in(layers, stand_ins):
@@ -108,11 +107,14 @@ def index_masks(model: Model, masks: Mapping[str, Masks]) -> dict[str, AnySets]:
     return {n: pattern_of(*sets) if n in layers else sets for n, sets in masks.items()}
 
 
-def bind(model: Model, alpha: Params, constant: Params, buffers: Tensors) -> Callable[..., Any]:
+def bind(
+    model: Model, tied: Mapping[str, str], alpha: Params, constant: Params, buffers: Tensors
+) -> Callable[..., Any]:
     """Return ``apply(*inputs, **options)``: the model at the given tensors.
 
     Args:
         model: A module or a pure function.
+        tied: What `ties` returns for it.
         alpha: Weights by name.
         constant: Frozen parameters by name, where ``alpha`` has none.
         buffers: Buffers by name; what a module writes or assigns to them stands here after.
@@ -125,11 +127,36 @@ def bind(model: Model, alpha: Params, constant: Params, buffers: Tensors) -> Cal
 
     def apply(*inputs: Any, **options: Any) -> Any:
         tensors = {**constant, **alpha, **buffers}
-        result = functional_call(model, tensors, inputs, options)
+        tensors.update({other: tensors[name] for other, name in tied.items()})
+        result = functional_call(model, tensors, inputs, options, tie_weights=False)
         buffers.update({name: tensors[name] for name in buffers})
         return result
 
     return apply
+
+
+def ties(model: object) -> dict[str, str]:
+    """Return the further names of tied parameters and buffers, with their first ones.
+
+    `torch.func.functional_call` ties by itself, but leaves its tensors in a module that is
+    reached under two names; here such a module counts once.
+
+    Args:
+        model: A module; anything else has none.
+
+    Returns:
+        First names by further names.
+    """
+    if not isinstance(model, nn.Module):
+        return {}
+    first: dict[int, str] = {}
+    tied = {}
+    for path, module in model.named_modules():
+        for key, tensor in {**module._parameters, **module._buffers}.items():
+            name = f"{path}.{key}".lstrip(".")
+            if tensor is not None and first.setdefault(id(tensor), name) != name:
+                tied[name] = first[id(tensor)]
+    return tied
 
 
 def trainable(model: object) -> Tensors:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from topkast_func.config import TopKastConfig
 from topkast_func.data import BostonHousing, SyntheticDataset
 from topkast_func.optim import sgd
-from topkast_func.state import TrainState, dense_params, forward_params, init_state, masks_of
+from topkast_func.state import TrainState, forward_params, init_state
 from topkast_func.training import make_train_step
 
 JOBS: dict[str, Callable[[], TensorDataset]] = {
@@ -44,26 +44,6 @@ class Run(NamedTuple):
     test_mse: float
     mean_mse: float
     seconds: float
-
-
-class Layer(NamedTuple):
-    """One line of the summary.
-
-    Attributes:
-        name: Name of the parameter.
-        shape: Its shape.
-        forward: Entries in A.
-        backward: Entries in B.
-        forward_density: Share of entries in A.
-        backward_density: Share of entries in B.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    forward: int
-    backward: int
-    forward_density: float
-    backward_density: float
 
 
 def train(
@@ -117,27 +97,6 @@ def train(
         mean_mse=float((test[1] - parts[0][:][1].mean()).square().mean()),
         seconds=time.perf_counter() - start,
     )
-
-
-def layers(state: TrainState) -> list[Layer]:
-    """Summarise the sparse parameters of a state.
-
-    Args:
-        state: The state.
-
-    Returns:
-        One line per parameter.
-    """
-    theta = dense_params(state)
-    return [
-        Layer(
-            name,
-            tuple(theta[name].shape),
-            *(int(mask.sum()) for mask in masks),
-            *(float(mask.float().mean()) for mask in masks),
-        )
-        for name, masks in masks_of(state).items()
-    ]
 
 
 def _network(features: int, seed: int) -> nn.Module:

@@ -1,14 +1,15 @@
 """The exploration penalty, and the loss that carries it."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from topkast_func.active import active_places, split, where
-from topkast_func.allocation import allocate
-from topkast_func.config import TopKastConfig, density
+from topkast_func.allocation import shared
+from topkast_func.config import TopKastConfig
 from topkast_func.forward import AnySets, at_alpha, check_names
 from topkast_func.kernels.pattern import Pattern
 from topkast_func.types import LossFn, Model, Params
@@ -47,7 +48,7 @@ PENALTIES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def exploration_penalty(
-    params: Params, masks: Mapping[str, AnySets], config: TopKastConfig
+    params: Params, masks: Mapping[str, AnySets], config: TopKastConfig, *, step: int = 0
 ) -> Tensor:
     """Sum the exploration penalty over the sparse tensors, before its weight λ.
 
@@ -60,9 +61,10 @@ def exploration_penalty(
         params: θ by name.
         masks: Sets by name, as masks or as `index_masks` returns them.
         config: Form of the penalty and densities.
+        step: Number of the step, where densities change over time.
 
     Returns:
-        The penalty, 0-d; zero where ``config.penalty`` is None.
+        The penalty, 0-d; zero where ``config.penalty`` is None or the method does not explore.
 
     Raises:
         ValueError: The configuration gives a masked parameter no sparsity.
@@ -71,48 +73,53 @@ def exploration_penalty(
         The paper prints one norm and calls it L2; the three readings in use are offered.
 
     Example:
-        >>> from topkast_func.masks import Masks
+        >>> from topkast_func.types import Masks
         >>> theta = {"weight": torch.tensor([[3.0, 1.0]])}
         >>> masks = {"weight": Masks(torch.tensor([[True, False]]), torch.tensor([[True, True]]))}
         >>> config = TopKastConfig(forward_sparsity=0.5, backward_sparsity=0.0, penalty="l1")
         >>> exploration_penalty(theta, masks, config)
         tensor(5.)
     """
+    shapes = {name: params[name].shape for name in masks}
     device = next(iter(params.values())).device
-    return summed_penalty(masks, lambda name: _parts(params[name], masks[name]), config, device)
+    parts = partial(_parts, params, masks)
+    return summed_penalty(shapes, parts, config, device, step)
 
 
 def summed_penalty(
-    names: Collection[str],
+    shapes: Mapping[str, torch.Size],
     parts: Callable[[str], tuple[Tensor, Tensor]],
     config: TopKastConfig,
     device: torch.device,
+    step: int = 0,
 ) -> Tensor:
     """Sum the penalty over sparse tensors, however they are stored; see `exploration_penalty`.
 
     Args:
-        names: Names of the sparse tensors.
+        shapes: Shapes of the sparse tensors by name.
         parts: ``parts(name)`` to θ on A and θ on B∖A, zero or absent elsewhere.
         config: Form of the penalty and densities.
         device: Where the sum is made.
+        step: Number of the step.
 
     Returns:
-        The penalty, 0-d; zero where ``config.penalty`` is None.
+        The penalty, 0-d.
 
     Raises:
         ValueError: The configuration gives a sparse tensor no sparsity.
     """
     total = torch.zeros((), device=device)
-    if config.penalty is None:
+    if config.penalty is None or not config.method.explores:
         return total
-    for name, sparsity in allocate(names, config).items():
+    for name, sparsity in shared(shapes, config, step).items():
         active, exploring = (t if t.dtype == torch.float64 else t.float() for t in parts(name))
-        total = total + PENALTIES[config.penalty](active, exploring, density(sparsity.forward))
+        total = total + PENALTIES[config.penalty](active, exploring, sparsity.forward_density)
     return total
 
 
-def _parts(theta: Tensor, sets: AnySets) -> tuple[Tensor, Tensor]:
+def _parts(params: Params, masks: Mapping[str, AnySets], name: str) -> tuple[Tensor, Tensor]:
     """Return θ on A and θ on B∖A, zero or absent elsewhere."""
+    theta, sets = params[name], masks[name]
     if isinstance(sets, Pattern):
         values = split(theta, where(sets, (1, 1), theta.shape))
         return values[: active_places(sets)], values[active_places(sets) :]
@@ -127,6 +134,8 @@ def penalized_loss(
     masks: Mapping[str, AnySets],
     batch: Any,
     config: TopKastConfig,
+    *,
+    step: int = 0,
 ) -> Tensor:
     """Return the loss of a batch at α plus λ times the exploration penalty.
 
@@ -138,6 +147,7 @@ def penalized_loss(
         masks: Sets by name, as masks or as `index_masks` returns them.
         batch: Whatever ``loss_fn`` takes.
         config: Form, weight λ and densities of the penalty.
+        step: Number of the step, where densities change over time.
 
     Returns:
         The loss, 0-d.
@@ -148,7 +158,8 @@ def penalized_loss(
     """
     check_names(model, params.keys())
     data_loss = check_scalar(loss_fn(at_alpha(model, params, masks), batch))
-    return data_loss + config.penalty_weight * exploration_penalty(params, masks, config)
+    penalty = exploration_penalty(params, masks, config, step=step)
+    return data_loss + config.penalty_weight * penalty
 
 
 def check_scalar(loss: object) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from topkast_func.config import check_number
+from topkast_func.checks import check_number
 from topkast_func.types import Params, Tensors
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor | float]

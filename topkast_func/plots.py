@@ -1,4 +1,6 @@
-"""Pictures of sets and losses; each function returns a matplotlib Figure."""
+"""Pictures of sets, their changes, losses and results; each returns a matplotlib Figure."""
+
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
-from topkast_func.masks import Masks
+from topkast_func.loop import Refresh
+from topkast_func.types import Masks
 
 COLORS = {"Θ∖B: at rest": "#e8e6df", "B∖A: explored": "#f2a65a", "A: active": "#1f4e79"}
 
@@ -65,4 +68,78 @@ def losses(train: ArrayLike, validation: ArrayLike) -> Figure:
     axes.set(xlabel="epoch", ylabel="loss", yscale="log" if logarithmic else "linear")
     if drawn:
         axes.legend()
+    return figure
+
+
+def churn(refreshes: Sequence[Refresh]) -> Figure:
+    """Draw over the steps how much of A each refresh exchanged, and how much was ever in A.
+
+    Args:
+        refreshes: Those of a `History`.
+
+    Returns:
+        The figure.
+    """
+    figure, (upper, lower) = plt.subplots(2, sharex=True, layout="constrained")
+    steps = [refresh.step for refresh in refreshes]
+    names = refreshes[0].exchanges if refreshes else ()
+    for name in names:
+        exchanged = [refresh.exchanges[name].churn for refresh in refreshes]
+        upper.plot(steps, exchanged, label=name)
+    if refreshes:
+        upper.legend(fontsize="small")
+    upper.set(ylabel="share of A exchanged")
+    lower.plot(steps, [refresh.exploration_rate for refresh in refreshes])
+    lower.set(xlabel="step", ylabel="share ever in A", ylim=(0, 1))
+    return figure
+
+
+def densities(masks: Mapping[str, Masks]) -> Figure:
+    """Draw the densities of A and B of every sparse parameter.
+
+    Args:
+        masks: Sets by name.
+
+    Returns:
+        The figure.
+    """
+    figure, axes = plt.subplots(figsize=(6.4, 1 + 0.4 * len(masks)), layout="constrained")
+    shares = [[float(mask.double().mean()) for mask in sets] for sets in masks.values()]
+    places = np.arange(len(masks))
+    kinds = (("B: learns", "B∖A: explored"), ("A: computes", "A: active"))
+    for (label, color), share in zip(kinds, list(zip(*shares, strict=True))[::-1], strict=True):
+        axes.barh(places, share, color=COLORS[color], label=label)
+    axes.set(xlabel="density", xlim=(0, 1), yticks=places, yticklabels=list(masks))
+    axes.invert_yaxis()
+    axes.legend()
+    return figure
+
+
+def accuracy(
+    results: Mapping[str, Mapping[float, Sequence[float]]],
+    dense: Sequence[float] = (),
+    ylabel: str = "test accuracy",
+) -> Figure:
+    """Draw what methods reach at each sparsity: means, with the spread of the runs.
+
+    Args:
+        results: By method, by forward sparsity (fraction), the result of each run.
+        dense: Results of dense runs, drawn as a line.
+        ylabel: What the results are.
+
+    Returns:
+        The figure; bars reach from the worst run to the best.
+    """
+    figure, axes = plt.subplots(layout="constrained")
+    for method, runs in results.items():
+        sparsities = sorted(runs)
+        means = np.array([np.mean(runs[s]) for s in sparsities])
+        below = means - [min(runs[s]) for s in sparsities]
+        above = [max(runs[s]) for s in sparsities] - means
+        percent = [100 * s for s in sparsities]
+        axes.errorbar(percent, means, (below, above), marker="o", capsize=3, label=method)
+    if len(dense):
+        axes.axhline(float(np.mean(dense)), color="black", linestyle="--", label="dense")
+    axes.set(xlabel="forward sparsity, %", ylabel=ylabel)
+    axes.legend()
     return figure

@@ -5,15 +5,18 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from topkast_func.allocation import allocate
-from topkast_func.compact import CompactWeights, compact
-from topkast_func.config import TopKastConfig, check_count
-from topkast_func.dense import DenseWeights
-from topkast_func.forward import buffers, frozen, trainable
+from topkast_func.allocation import shared
+from topkast_func.checks import check_count
+from topkast_func.compact_weights import CompactWeights, compact
+from topkast_func.config import TopKastConfig
+from topkast_func.dense_weights import DenseWeights
+from topkast_func.forward import buffers, frozen, ties, trainable
 from topkast_func.layers import kernel_layers
-from topkast_func.masks import Masks, compute_masks, masks_at
+from topkast_func.masks import compute_masks, masks_at
 from topkast_func.optim import Optimizer, OptimizerState
-from topkast_func.types import Params, Tensors
+from topkast_func.powerprop import phi_of, theta_of
+from topkast_func.sparsity import ByPattern
+from topkast_func.types import Masks, Params, Tensors
 
 Weights: TypeAlias = CompactWeights | DenseWeights
 """The weights of a state, in either storage."""
@@ -32,6 +35,8 @@ class TrainState(NamedTuple):
         buffers: Buffers of the module by name, such as BatchNorm statistics.
         frozen: Parameters of the module that require no gradient, by name.
         optimizer: State of the optimiser.
+        exponents: By name the exponent a, float64, 0-d, on the CPU, of each sparse parameter that
+            is trained as φ of powerpropagation; empty where θ itself is trained.
     """
 
     step: Tensor
@@ -40,6 +45,7 @@ class TrainState(NamedTuple):
     buffers: Tensors
     frozen: Tensors
     optimizer: OptimizerState
+    exponents: Tensors
 
 
 def init_state(
@@ -62,15 +68,16 @@ def init_state(
             θ and masks. The trajectories agree to rounding.
         theta_device: Where θ rests between refreshes in compact storage, such as "cpu"; None
             for the device of the weights.
-        seed: Seed of the random numbers that the model draws (dropout), at least 0.
+        seed: Seed of the random numbers that the model draws (dropout) and of the methods that
+            draw sets, at least 0.
 
     Returns:
         The state before step 0. It shares no memory with the arguments.
 
     Raises:
         TypeError: A leaf is not a floating-point tensor.
-        ValueError: A leaf is empty, the configuration does not fit, or ``theta_device`` is
-            given for dense storage.
+        ValueError: A leaf is empty, the configuration does not fit, a tied weight is given
+            two sparsities, or ``theta_device`` is given for dense storage.
         NaNParameterError: A leaf holds NaN; a ValueError too.
     """
     if storage not in ("compact", "dense"):
@@ -79,7 +86,12 @@ def init_state(
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
     model = model_or_params
     params = trainable(model) if isinstance(model, nn.Module) else model
-    masks = compute_masks(params, config)
+    check_ties(model, config)
+    masks = compute_masks(params, config, seed=check_count("seed", seed, 0))
+    exponents: Tensors = {}
+    if config.powerprop > 1.0:
+        exponents = {n: torch.tensor(config.powerprop, dtype=torch.float64) for n in masks}
+        params = {**params, **{n: phi_of(params[n].detach(), config.powerprop) for n in masks}}
     weights: Weights
     if storage == "compact":
         matrices = [name for name, theta in params.items() if theta.ndim == 2]
@@ -89,36 +101,71 @@ def init_state(
         weights = DenseWeights(_copied(params), masks)
     return TrainState(
         step=torch.zeros((), dtype=torch.int64),
-        seed=torch.tensor(check_count("seed", seed, 0) % 2**63),
+        seed=torch.tensor(seed % 2**63),
         weights=weights,
         buffers=buffers(model),
         frozen=_copied(frozen(model)),
         optimizer=optimizer.init(weights.values()),
+        exponents=exponents,
     )
 
 
-def refresh(state: TrainState, config: TopKastConfig) -> TrainState:
-    """Choose A and B anew from θ; from step ``config.explore_until`` on, let B be A.
+def refresh(
+    state: TrainState, config: TopKastConfig, gradients: Params | None = None
+) -> TrainState:
+    """Choose A and B anew; from step ``config.explore_until`` on, let B be A.
 
     An optimiser slot stays with its weight; an entry that newly enters B starts at zero.
 
     Args:
         state: The state; it is not written to.
         config: The configuration.
+        gradients: What `dense_gradients` returns, for a method that reads it (`rigl`).
 
     Returns:
         The state with its new sets.
 
     Raises:
+        ValueError: The method reads gradients and there are none.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
-    theta = dense_params(state)
-    if config.explore_until is not None and int(state.step) >= config.explore_until:
-        masks = {n: Masks(m.forward, m.forward.clone()) for n, m in masks_of(state).items()}
+    if config.method.reads_gradient and gradients is None:
+        raise ValueError(
+            f"{config.method} chooses by the gradient: pass gradients=dense_gradients(model, "
+            "loss_fn, state, batch)"
+        )
+    step, dense = int(state.step), state.weights.dense()
+    stays = config.explore_until is not None and step >= config.explore_until
+    old = masks_of(state) if stays or config.method.reads_sets else {}
+    if stays:
+        masks = {n: Masks(m.forward, m.forward.clone()) for n, m in old.items()}
     else:
-        masks = masks_at(theta, allocate(state.weights.sparse(), config), config)
-    weights, slots = state.weights.chosen(theta, masks, state.optimizer.slots)
+        theta, now = _powered(state, dense), config.at(step)
+        allocations = shared({name: theta[name].shape for name in state.weights.sparse()}, now)
+        seed = int(state.seed)
+        masks = masks_at(
+            theta, allocations, now, step=step, seed=seed, old=old, gradients=gradients
+        )
+    if config.method.grows_from_zero and not state.exponents:
+        dense = dense | {n: _grown(dense[n], old[n], masks[n]) for n in masks}
+    weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots)
     return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
+
+
+def refreshes_at(config: TopKastConfig, step: int) -> bool:
+    """Return whether `train_step` chooses the sets anew before a step.
+
+    Args:
+        config: The configuration.
+        step: Number t of the step, from 0.
+
+    Returns:
+        True where t > 0 and ``refresh_every`` divides it, where B becomes A, and where a
+        sparsity changes.
+    """
+    every, until = config.refresh_every, config.explore_until
+    due = every is not None and step > 0 and step % every == 0
+    return due or step == until or step in config.starts()
 
 
 def dense_params(state: TrainState) -> Tensors:
@@ -131,7 +178,7 @@ def dense_params(state: TrainState) -> Tensors:
         θ; in dense storage the tensors of the state, not copies; in compact storage the sparse
         parameters are put together, on ``theta_device``.
     """
-    return state.weights.dense()
+    return _powered(state, state.weights.dense())
 
 
 def masks_of(state: TrainState) -> dict[str, Masks]:
@@ -158,7 +205,42 @@ def forward_params(state: TrainState) -> Tensors:
     Returns:
         Tensors by name: α, then frozen parameters, then buffers.
     """
-    return {**state.weights.forward(), **state.frozen, **state.buffers}
+    return {**_powered(state, state.weights.forward()), **state.frozen, **state.buffers}
+
+
+def check_ties(model: object, config: TopKastConfig) -> None:
+    """Check that no pattern gives a tied weight of a module a sparsity under another name.
+
+    Args:
+        model: A module, or anything else.
+        config: The configuration.
+
+    Raises:
+        ValueError: A pattern matches the second name of a weight and not the first, or gives
+            the two different numbers.
+    """
+    for name, own in ties(model).items():
+        for field in ("forward_sparsity", "backward_sparsity", "allocation"):
+            numbers = getattr(config, field)
+            if isinstance(numbers, ByPattern):
+                given, under = (
+                    [numbers[p] for p in numbers if numbers.matching(p, [n])] for n in (own, name)
+                )
+                if under and under != given:
+                    raise ValueError(
+                        f"{name!r} is tied to {own!r}: {field} gives them {under} and "
+                        f"{given or 'nothing'}; name {own!r} alone"
+                    )
+
+
+def _powered(state: TrainState, weights: Tensors) -> Tensors:
+    """Return θ of φ, where the state trains φ."""
+    return weights | {name: theta_of(weights[name], a) for name, a in state.exponents.items()}
+
+
+def _grown(theta: Tensor, old: Masks, new: Masks) -> Tensor:
+    """Set to zero what newly enters A."""
+    return torch.where((new.forward & ~old.forward).to(theta.device), 0.0, theta)
 
 
 def _copied(tensors: Params) -> Tensors:

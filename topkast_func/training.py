@@ -2,23 +2,25 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
+from torch.func import grad, grad_and_value
 
 from topkast_func.compilation import compiled
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import bind, check_fit, tensors_of
+from topkast_func.forward import bind, check_fit, tensors_of, ties
 from topkast_func.kernels.engines import EngineName
 from topkast_func.layers import StandIn, kernel_layers, standing_in
 from topkast_func.loss import check_scalar
-from topkast_func.masks import NaNParameterError
 from topkast_func.optim import Optimizer, OptimizerState
-from topkast_func.state import TrainState, refresh
+from topkast_func.powerprop import theta_of
+from topkast_func.ranking import NaNParameterError
+from topkast_func.state import TrainState, forward_params, refresh, refreshes_at
 from topkast_func.types import LossFn, Model, Params, Tensors
 
 
@@ -53,7 +55,8 @@ def make_train_step(
 ) -> TrainStep:
     """Build ``train_step(state, batch) -> (state, metrics)``.
 
-    The step is pure: it writes to none of its arguments and not to the module. Before step t
+    The step is pure: it writes to none of its arguments and not to the module. At its first call
+    it also runs the forward pass once on copies, to see that the model is. Before step t
     it chooses A and B anew when ``config.refresh_every`` divides t > 0, and makes B the
     forward set at t = ``config.explore_until``. The update, momentum and weight decay
     included, is restricted to B. The same state and batch give the same result, dropout
@@ -75,7 +78,8 @@ def make_train_step(
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
-        state is of another model or optimiser, RuntimeError where the model breaks the graph,
+        state is of another model or optimiser or the forward pass changes a parameter,
+        RuntimeError where the model breaks the graph,
         and whatever the model itself raises; the caller's state is whole after any of these.
 
     Example:
@@ -90,6 +94,85 @@ def make_train_step(
         (1, torch.Size([]))
     """
     layers = kernel_layers(model)
+    stand_ins = {name: StandIn(layer, engine) for name, layer in layers.items()}
+    check = _check_of(model, config, optimizer)
+    starts = (0, *config.starts())
+
+    @cache
+    def run_from(start: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
+        return compiled(_step_of(model, loss_fn, config.at(start), optimizer), compile)
+
+    @cache
+    def gradients() -> Callable[[TrainState, Any], Tensors]:
+        return compiled(_gradients_of(model, loss_fn), compile)
+
+    run_from(0)
+    tried = False
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        nonlocal tried
+        check(state)
+        if not tried:
+            _check_pure(model, loss_fn, state, batch)
+            tried = True
+        state = _refreshed_when_due(state, config, lambda: gradients()(state, batch))
+        patterns = state.weights.layers()
+        kernels = {
+            name: stand_ins[name]
+            for name, layer in layers.items()
+            if name in patterns and "forward" not in vars(layer)
+        }
+        run = run_from(max(start for start in starts if start <= int(state.step)))
+        with _random_numbers_of(state), standing_in(layers, kernels):
+            return run(tuple(kernels), state, batch, optimizer.learning_rate(state.optimizer.step))
+
+    return train_step
+
+
+def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> Tensors:
+    """Return the gradient of the loss at α with respect to every entry of the sparse weights.
+
+    It takes the memory and the time of the dense model. `rigl` grows by it.
+
+    Args:
+        model: A module, or a pure function ``apply(params, *inputs)``.
+        loss_fn: ``loss_fn(apply, batch)`` to a 0-d tensor.
+        state: The state; it is not written to.
+        batch: Whatever ``loss_fn`` takes.
+
+    Returns:
+        Gradients by name, of the shapes of the sparse parameters.
+
+    Raises:
+        TypeError: The loss is no 0-d tensor.
+    """
+    with _random_numbers_of(state):
+        return _gradients_of(model, loss_fn)(state, batch)
+
+
+def _gradients_of(model: Model, loss_fn: LossFn) -> Callable[[TrainState, Any], Tensors]:
+    tied = ties(model)
+
+    def gradients(state: TrainState, batch: Any) -> Tensors:
+        weights = forward_params(state)
+
+        def objective(sparse: Tensors) -> Tensor:
+            written = {name: buffer.clone() for name, buffer in state.buffers.items()}
+            return check_scalar(loss_fn(bind(model, tied, weights | sparse, {}, written), batch))
+
+        with torch.no_grad():
+            sparse = {name: weights[name] for name in state.weights.sparse()}
+            found: Tensors = grad(objective)(sparse)
+            return found
+
+    return gradients
+
+
+def _step_of(
+    model: Model, loss_fn: LossFn, config: TopKastConfig, optimizer: Optimizer
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Return the step at a moment, without its refresh: a pure function of tensors."""
+    tied = ties(model)
 
     def step(
         kernels: tuple[str, ...], state: TrainState, batch: Any, lr: Tensor
@@ -98,7 +181,10 @@ def make_train_step(
 
         def objective(values: Tensors) -> Objective:
             written = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            apply = bind(model, weights.alpha(values, kernels), state.frozen, written)
+            if config.powerprop > 1.0:
+                sparse = weights.sparse()
+                values = values | {n: theta_of(values[n], config.powerprop) for n in sparse}
+            apply = bind(model, tied, weights.alpha(values, kernels), state.frozen, written)
             data_loss = check_scalar(loss_fn(apply, batch))
             penalty = weights.penalty(values, config)
             loss = data_loss + config.penalty_weight * penalty
@@ -115,31 +201,17 @@ def make_train_step(
                 buffers=written,
                 frozen=state.frozen,
                 optimizer=OptimizerState(moved.step, weights.restricted(moved.slots)),
+                exponents=state.exponents,
             )
         return after, StepMetrics(loss, data_loss, penalty)
 
-    check = _check_of(model, optimizer)
-    run: Callable[..., tuple[TrainState, StepMetrics]] = compiled(step, compile)
-
-    stand_ins = {name: StandIn(layer, engine) for name, layer in layers.items()}
-
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
-        check(state)
-        state = _refreshed_when_due(state, config)
-        patterns = state.weights.layers()
-        kernels = {
-            name: stand_ins[name]
-            for name, layer in layers.items()
-            if name in patterns and "forward" not in vars(layer)
-        }
-        with _random_numbers_of(state), standing_in(layers, kernels):
-            return run(tuple(kernels), state, batch, optimizer.learning_rate(state.optimizer.step))
-
-    return train_step
+    return step
 
 
-def _check_of(model: Model, optimizer: Optimizer) -> Callable[[TrainState], None]:
-    """Return a check, quick where it passes, that a state is of this model and optimiser."""
+def _check_of(
+    model: Model, config: TopKastConfig, optimizer: Optimizer
+) -> Callable[[TrainState], None]:
+    """Return a check, quick where it passes, that a state is of this model and training."""
     own = _shapes(tensors_of(model))
     kinds = optimizer.init({}).slots.keys()
 
@@ -152,22 +224,49 @@ def _check_of(model: Model, optimizer: Optimizer) -> Callable[[TrainState], None
             raise ValueError(
                 f"the state is of another optimiser: it has slots {found}, not {sorted(kinds)}"
             )
+        for name in state.weights.sparse():
+            exponent = float(state.exponents.get(name, 1.0))
+            if exponent != config.powerprop:
+                raise ValueError(
+                    f"the state trains {name!r} with powerprop={exponent}, not {config.powerprop}"
+                )
 
     return check
+
+
+def _check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> None:
+    """Try the forward pass on copies: a compiled step would write changes into the state.
+
+    Raises:
+        ValueError: It changes a parameter. What else is wrong with it is for the step to say.
+    """
+    weights = {name: tensor.clone() for name, tensor in forward_params(state).items()}
+    written = {name: weights.pop(name) for name in state.buffers}
+    with _random_numbers_of(state), suppress(Exception):
+        loss_fn(bind(model, ties(model), weights, {}, written), batch)
+    if changed := [name for name, tensor in weights.items() if tensor._version]:
+        raise ValueError(
+            f"the forward pass changes parameters {changed} in place: use the result of the "
+            "change, or register what changes as a buffer"
+        )
 
 
 def _shapes(tensors: Params) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _refreshed_when_due(state: TrainState, config: TopKastConfig) -> TrainState:
-    t, every, until = int(state.step), config.refresh_every, config.explore_until
-    if not (t == until or (every is not None and t > 0 and t % every == 0)):
+def _refreshed_when_due(
+    state: TrainState, config: TopKastConfig, gradients: Callable[[], Tensors]
+) -> TrainState:
+    if not refreshes_at(config, int(state.step)):
         return state
     try:
-        return refresh(state, config)
+        if not config.method.reads_gradient:
+            return refresh(state, config)
+        with _random_numbers_of(state):
+            return refresh(state, config, gradients())
     except NaNParameterError as reason:
-        warnings.warn(f"no refresh before step {t}: {reason}", stacklevel=3)
+        warnings.warn(f"no refresh before step {int(state.step)}: {reason}", stacklevel=3)
         return state
 
 

@@ -1,7 +1,7 @@
-"""Names for what travels through the library: parameter trees, models, losses."""
+"""Names for what travels through the library: parameter trees, models, losses, sets."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -16,3 +16,18 @@ Model: TypeAlias = nn.Module | Callable[..., Any]
 
 LossFn: TypeAlias = Callable[[Callable[..., Any], Any], Tensor]
 """``loss_fn(apply, batch)``: the scalar loss of a batch under the bound ``apply``."""
+
+BlockNorm: TypeAlias = Literal["l2", "l1"]
+"""By which norm blocks are ranked."""
+
+
+class Masks(NamedTuple):
+    """The two sets of one parameter.
+
+    Attributes:
+        forward: 1_A, bool, the shape of the parameter.
+        backward: 1_B, bool, the shape of the parameter; contains the forward mask.
+    """
+
+    forward: Tensor
+    backward: Tensor

@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests import reference, strategies
-from topkast_func import TopKastLinear
+from tests import reference
+from topkast_func import TopKastLinear, testing
 from topkast_func.kernels import ENGINES, EngineName, pattern_of
 
 Make = Callable[[Iterable[Tensor]], Optimizer]
@@ -172,7 +172,7 @@ def test_reset_parameters_draws_anew_and_chooses_the_sets() -> None:
 # --- sets ----------------------------------------------------------------------------------
 
 
-@given(strategies.weights(), strategies.sparsities())
+@given(testing.weights(), testing.sparsities())
 def test_compute_mask_gives_the_indices_of_the_largest_ties_to_the_lowest(
     matrix: Tensor, p: float
 ) -> None:
@@ -183,8 +183,8 @@ def test_compute_mask_gives_the_indices_of_the_largest_ties_to_the_lowest(
 
 
 @given(
-    strategies.weights(strategies.shapes(ndim=2), dtypes=(torch.float32, torch.bfloat16)),
-    st.tuples(strategies.sparsities(), strategies.sparsities()).map(sorted),
+    testing.weights(testing.shapes(ndim=2), dtypes=(torch.float32, torch.bfloat16)),
+    st.tuples(testing.sparsities(), testing.sparsities()).map(sorted),
 )
 def test_sets_are_exact_nested_and_in_order(theta: Tensor, sparsities: list[float]) -> None:
     p_backward, p_forward = sparsities

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from tests import reference, strategies
-from topkast_func import TopKastLinear, TopKastLoss
+from tests import reference
+from topkast_func import TopKastLinear, TopKastLoss, testing
 
 
 def _masks(layer: TopKastLinear) -> tuple[reference.Mask, reference.Mask]:
@@ -82,8 +82,8 @@ def test_alpha_zero_is_the_bare_loss() -> None:
 
 
 @given(
-    strategies.weights(strategies.shapes(ndim=2), dtypes=(torch.float64,)),
-    st.tuples(strategies.sparsities(), strategies.sparsities()).map(sorted),
+    testing.weights(testing.shapes(ndim=2), dtypes=(torch.float64,)),
+    st.tuples(testing.sparsities(), testing.sparsities()).map(sorted),
 )
 def test_penalty_and_its_gradient_are_those_of_the_formula(
     theta: Tensor, sparsities: list[float]

@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import TensorDataset
 
-from topkast_func.config import check_count
+from topkast_func.checks import check_count
 
 
 class SyntheticDataset(TensorDataset):

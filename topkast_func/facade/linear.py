@@ -13,12 +13,12 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from topkast_func.active import followed, sources, split, where
-from topkast_func.allocation import Allocation, check_params
-from topkast_func.config import check_count, check_number, check_order
+from topkast_func.allocation import check_params
+from topkast_func.checks import check_count, check_number, check_order
 from topkast_func.kernels.engines import EngineName, choose
 from topkast_func.kernels.linear import layer_of, sparse_linear
 from topkast_func.kernels.pattern import Compressed, Pattern, flat, flattened, nested, pattern_of
-from topkast_func.masks import kept, magnitudes, top_sets
+from topkast_func.ranking import kept, magnitudes, top_sets
 
 Index = tuple[Tensor, ...]
 
@@ -102,8 +102,7 @@ class TopKastLinear(nn.Module):
         self.p_forward = check_number("p_forward", p_forward, 0.0, 1.0)
         self.p_backward = check_number("p_backward", p_backward, 0.0, 1.0)
         check_order(self.p_forward, self.p_backward, "p_backward", "p_forward")
-        size = self.out_features * self.in_features
-        forward, backward = kept(self.p_forward, size), kept(self.p_backward, size)
+        forward, backward = self._counts()
         self.set_fwd, self.set_justbwd = range(forward), range(forward, backward)
         theta = torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
         self.register_buffer("theta", theta)
@@ -193,7 +192,8 @@ class TopKastLinear(nn.Module):
         sparsity = check_number("p", p, 0.0, 1.0)
         check_params({"matrix": matrix})
         scores = magnitudes("matrix", matrix.detach(), (1, 1), "l2")
-        return torch.where(top_sets("matrix", scores, Allocation(sparsity, sparsity))[0])
+        count = kept(sparsity, scores.numel())
+        return torch.where(top_sets("matrix", scores, count, count)[0])
 
     def reset_parameters(self) -> None:
         """Draw θ (Kaiming uniform, as `torch.nn.Linear`) and the bias; choose A and B."""
@@ -218,7 +218,7 @@ class TopKastLinear(nn.Module):
         """
         self._merge()
         scores = magnitudes("weight", self.theta, (1, 1), "l2")
-        sets = top_sets("weight", scores, Allocation(self.p_forward, self.p_backward))
+        sets = top_sets("weight", scores, *self._counts())
         self._choose(pattern_of(*sets), optimizer)
 
     def arrange(self, positions: Tensor, optimizer: Optimizer | None = None) -> None:
@@ -279,6 +279,11 @@ class TopKastLinear(nn.Module):
     @property
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
+
+    def _counts(self) -> tuple[int, int]:
+        """Return how many entries A and B have."""
+        size = self.out_features * self.in_features
+        return kept(self.p_forward, size), kept(self.p_backward, size)
 
     def _unravel(self, flat: Tensor) -> Index:
         return flat // self.in_features, flat % self.in_features

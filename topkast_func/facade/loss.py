@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topkast_func.config import check_real, density
+from topkast_func.checks import check_fraction
 from topkast_func.facade.linear import TopKastLinear
 from topkast_func.loss import group_l2
+from topkast_func.sparsity import density
 
 
 class TopKastLoss(nn.Module):
@@ -50,11 +51,9 @@ class TopKastLoss(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if not 0.0 <= check_real("alpha", alpha, "[0, 1]") <= 1.0:
-            raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
         self.loss = loss() if isinstance(loss, type) else loss
         self.net = net
-        self.alpha = alpha
+        self.alpha = check_fraction("alpha", alpha)
         self.device = device
 
     def compute_norm_active_set(self) -> Tensor:

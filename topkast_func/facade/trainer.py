@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 from tqdm.auto import tqdm
 
-from topkast_func.config import check_count, check_number
+from topkast_func.checks import check_count, check_number
 from topkast_func.facade.linear import TopKastLinear
 from topkast_func.facade.loss import TopKastLoss
-from topkast_func.masks import NaNParameterError
+from topkast_func.ranking import NaNParameterError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

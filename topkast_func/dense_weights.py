@@ -10,8 +10,7 @@ from topkast_func.active import straight_through_all
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern
 from topkast_func.loss import exploration_penalty
-from topkast_func.masks import Masks
-from topkast_func.types import Params, Tensors
+from topkast_func.types import Masks, Params, Tensors
 
 
 class DenseWeights(NamedTuple):
@@ -53,6 +52,9 @@ class DenseWeights(NamedTuple):
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of every parameter."""
         return {name: theta.shape for name, theta in self.theta.items()}
+
+    def stands(self, name: str) -> None:
+        """Return nothing: the values stand where they are."""
 
     def dense(self) -> Tensors:
         """Return θ."""

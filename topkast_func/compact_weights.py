@@ -23,8 +23,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern, block_of, pattern_of
 from topkast_func.layers import kernel_tensors
 from topkast_func.loss import summed_penalty
-from topkast_func.masks import Masks
-from topkast_func.types import Params, Tensors
+from topkast_func.types import Masks, Params, Tensors
 
 
 class CompactWeights(NamedTuple):
@@ -77,6 +76,10 @@ class CompactWeights(NamedTuple):
         """Return the sets of a sparse parameter."""
         return self.patterns[name] if name in self.patterns else self.positions[name]
 
+    def stands(self, name: str) -> Sets | None:
+        """Return what says where the values of a parameter stand; None for a dense one."""
+        return self.sets(name) if name in self.theta else None
+
     def penalty(self, values: Tensors, config: TopKastConfig) -> Tensor:
         """Return the exploration penalty of ``values``; see `exploration_penalty`."""
 
@@ -84,7 +87,8 @@ class CompactWeights(NamedTuple):
             count = active_places(self.sets(name))
             return values[name][:count], values[name][count:]
 
-        return summed_penalty(self.theta, parts, config, next(iter(values.values())).device)
+        shapes = {name: theta.shape for name, theta in self.theta.items()}
+        return summed_penalty(shapes, parts, config, next(iter(values.values())).device)
 
     def moved(self, updates: Tensors) -> "CompactWeights":
         """Add ``updates``: all that is held is in B."""
@@ -119,7 +123,8 @@ class CompactWeights(NamedTuple):
         patterns, positions = {}, {}
         for name, merged in theta.items():
             value = self.held[name]
-            sets = anew(self.sets(name), masks[name], block_of(value))
+            here = Masks(*(mask.to(value.device) for mask in masks[name]))
+            sets = anew(self.sets(name), here, block_of(value))
             new = where(sets, block_of(value), merged.shape)
             held[name] = split(merged, new.to(merged.device)).to(value.device)
             moved[name] = sources(self._where(name), new, merged.numel())

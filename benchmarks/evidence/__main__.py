@@ -1,0 +1,85 @@
+"""Tune, compare, ablate: ``python -m benchmarks.evidence TASK``; what is done is not done again."""
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.evidence import report
+from benchmarks.evidence.settings import METHODS, Setting, ablations, comparison, trials
+from benchmarks.evidence.tasks import TASKS
+from benchmarks.protocol import FULL
+from benchmarks.record import circumstances, physical_cores
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+class Ledger:
+    """What has been run, in a JSON file that grows.
+
+    Args:
+        path: The file; it is made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        kept = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        self.runs: list[dict[str, Any]] = kept["runs"]
+
+    def result(self, setting: Setting) -> dict[str, Any] | None:
+        """Return what a setting came to, if it was run."""
+        told = setting.told()
+        return next((run for run in self.runs if run["setting"] == told), None)
+
+    def add(self, setting: Setting, result: dict[str, Any]) -> None:
+        """Keep what a setting came to, and write the file."""
+        self.runs.append({"setting": setting.told(), **result})
+        about = circumstances(1, FULL)
+        self.path.write_text(json.dumps({"about": about, "runs": self.runs}, indent=1) + "\n")
+
+
+def main() -> None:
+    """Do what is not yet done of one task."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--ablations", action="store_true", help="these too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
+    arguments = parser.parse_args()
+    ledger = Ledger(arguments.results / f"evidence_{arguments.task}.json")
+    tuning = {method: trials(arguments.task, method) for method in METHODS}
+    _run(ledger, [setting for settings in tuning.values() for setting in settings])
+    sign = TASKS[arguments.task].sign
+    tuned = {method: report.best(ledger.runs, s, sign) for method, s in tuning.items()}
+    _run(ledger, comparison(tuned))
+    if arguments.ablations:
+        _run(ledger, [setting for _, setting in ablations(tuned)])
+    print(report.table(ledger.runs, tuned))
+
+
+def _run(ledger: Ledger, settings: Iterable[Setting]) -> None:
+    """Run what has no result yet, one process with one thread on each core."""
+    missing = [s for s in dict.fromkeys(settings) if ledger.result(s) is None]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(physical_cores(), spawn, torch.set_num_threads, (1,)) as pool:
+        jobs = {pool.submit(_of, setting): setting for setting in missing}
+        for done, job in enumerate(as_completed(jobs), 1):
+            result = job.result()
+            ledger.add(jobs[job], result)
+            told = {k: v for k, v in asdict(jobs[job]).items() if k != "task"}
+            print(f"{done}/{len(missing)} {result['score']:.2f} {told}", flush=True)
+
+
+def _of(setting: Setting) -> dict[str, Any]:
+    from benchmarks.evidence.training import run
+
+    return run(setting)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""One run: train as a setting says, and score."""
+
+import math
+import time
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import topkast_func as tk
+from benchmarks.evidence.settings import SMALL, Setting
+from benchmarks.evidence.tasks import TASKS, Task, loss_fn
+
+
+def run(setting: Setting) -> dict[str, Any]:
+    """Train and score.
+
+    Args:
+        setting: What to do.
+
+    Returns:
+        ``score`` of the last state, ``flops`` of training over those of the dense network
+        (dense gradients at the refreshes of RigL left out), ``explored`` (share of the sparse
+        weights that were ever in A), ``parameters`` that the trained network uses, ``seconds``.
+    """
+    start, task = time.perf_counter(), TASKS[setting.task]
+    torch.manual_seed(setting.seed)
+    model = task.network(_parameters(setting, task) if setting.method == SMALL else None)
+    config = setting.config(model, task.steps)
+    rate = partial(_cosine, setting.lr, task.steps)
+    optimizer = tk.adam(rate, weight_decay=setting.weight_decay)
+    state = tk.init_state(model, config, optimizer, seed=setting.seed)
+    step = tk.make_train_step(model, loss_fn, config, optimizer)
+    batches = islice(task.batches(setting.validate, setting.seed), task.steps)
+    watch = _Watch(model, task, state)
+    state = tk.train(step, state, batches, config, [watch])
+    with torch.no_grad():
+        apply = partial(_at, model, tk.forward_params(state))
+        score = task.score(apply, setting.validate)
+    return {
+        "score": score,
+        "flops": watch.flops / task.steps / _dense_flops(setting, task),
+        "explored": tk.exploration_rate(watch.explored) if watch.explored else None,
+        "parameters": _used(state),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _at(model: nn.Module, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    outputs: Tensor = functional_call(model, weights, (inputs,))
+    return outputs
+
+
+class _Watch(tk.Callback):
+    """Adds up operations, and keeps which weights were ever in A."""
+
+    def __init__(self, model: nn.Module, task: Task, state: tk.TrainState) -> None:
+        self.model, self.inputs = model, task.sample
+        self.flops, self.explored = 0.0, tk.explored(tk.masks_of(state))
+        self._per_step = self._flops(state)
+
+    def on_step(self, state: tk.TrainState, metrics: tk.StepMetrics) -> None:
+        self.flops += self._per_step
+
+    def on_refresh(self, before: tk.TrainState, after: tk.TrainState) -> None:
+        self.explored = tk.explored(tk.masks_of(after), self.explored)
+        self._per_step = self._flops(after)
+
+    def _flops(self, state: tk.TrainState) -> float:
+        return tk.training_flops(self.model, state, self.inputs).sparse
+
+
+def _cosine(lr: float, steps: int, step: Tensor) -> Tensor:
+    return lr / 2 * (1 + torch.cos(math.pi * step / steps))
+
+
+def _used(state: tk.TrainState) -> int:
+    masks = tk.masks_of(state)
+    return sum(
+        int(masks[name].forward.sum()) if name in masks else theta.numel()
+        for name, theta in tk.dense_params(state).items()
+    )
+
+
+def _parameters(setting: Setting, task: Task) -> int:
+    """Return how many parameters a sparse network of this setting uses."""
+    model = task.network(None)
+    config = Setting(setting.task, "static", setting.forward, setting.backward).config(model, 1)
+    return _used(tk.init_state(model, config, tk.sgd(0.0)))
+
+
+def _dense_flops(setting: Setting, task: Task) -> float:
+    """Return the operations of a step of the dense network of full size, per input."""
+    model = task.network(None)
+    state = tk.init_state(model, Setting(setting.task, "dense").config(model, 1), tk.sgd(0.0))
+    return tk.training_flops(model, state, task.sample).dense

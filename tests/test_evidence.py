@@ -1,0 +1,124 @@
+"""The runs on real data: what there is, what is kept, and one in small."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.evidence import report, tasks, training
+from benchmarks.evidence.__main__ import Ledger
+from benchmarks.evidence.networks import cnn, decoder, mlp
+from benchmarks.evidence.settings import (
+    METHODS,
+    PAIRS,
+    SEEDS,
+    SMALL,
+    Setting,
+    ablations,
+    comparison,
+    trials,
+)
+
+TUNED = {method: trials("mlp", method)[0] for method in METHODS}
+
+
+def test_every_method_has_as_many_trials_on_held_out_data() -> None:
+    for method in METHODS:
+        settings = trials("mlp", method)
+        assert len(set(settings)) == 6
+        assert all(setting.validate for setting in settings)
+        assert {setting.seed for setting in settings}.isdisjoint(SEEDS)
+
+
+def test_the_comparison_has_every_sparsity_and_seed_on_the_test_data() -> None:
+    runs = list(comparison(TUNED))
+    assert len(runs) == (1 + (len(METHODS) - 1) * len(PAIRS)) * len(SEEDS)
+    assert not any(run.validate for run in runs)
+    assert all(not setting.validate for _, setting in ablations(TUNED))
+
+
+@pytest.mark.parametrize("build", [mlp, cnn, decoder])
+def test_a_small_network_has_about_the_parameters_asked_for(build: Any) -> None:
+    whole = sum(p.numel() for p in build(None).parameters())
+    for share in (0.05, 0.2, 0.5):
+        found = sum(p.numel() for p in build(share * whole).parameters())
+        assert abs(found / (share * whole) - 1) < 0.12
+
+
+def test_the_decoder_does_not_see_what_comes_after() -> None:
+    network, codes = decoder(None), torch.randint(0, 80, (1, 20))
+    other = codes.clone()
+    other[0, 12:] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(network(codes)[:, :12], network(other)[:, :12])
+
+
+@pytest.fixture
+def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 10, (600,), generator=generator)
+    inputs = torch.randn(600, 784, generator=generator)
+    inputs += torch.randn(10, 784, generator=generator)[labels]
+    parts = ((inputs[:500], labels[:500]), (inputs[500:], labels[500:]))
+    monkeypatch.setattr(tasks, "_images", lambda shape, validate: parts)
+    for module in (tasks, training):
+        monkeypatch.setitem(module.TASKS, "mlp", tasks.TASKS["mlp"]._replace(steps=24))
+
+
+@pytest.mark.usefixtures("_few_images")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_learns_and_counts(method: str) -> None:
+    until = 0.75 if method in {"set", "rigl", "gmp"} else None
+    setting = replace(TUNED[method], refresh_every=8, lr=1e-3, until=until)
+    result = training.run(setting)
+    assert result["score"] > 60
+    assert result["parameters"] < 80_000 or method in {"dense"}
+    expected = {"dense": 1.0, "ste": 0.41, "topkast": 0.13, "random_backward": 0.13}
+    if method in expected:
+        assert result["flops"] == pytest.approx(expected[method], abs=0.02)
+    if method in {"set", "rigl", "topkast"}:
+        assert 0.1 < result["explored"] < 0.3
+
+
+def test_what_was_run_is_kept_and_found_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "evidence.json")
+    setting = trials("mlp", "rigl")[3]
+    ledger.add(setting, {"score": 88.0})
+    again = Ledger(tmp_path / "evidence.json")
+    assert again.result(setting) == {"setting": setting.told(), "score": 88.0}
+    assert again.result(replace(setting, seed=7)) is None
+    assert json.loads((tmp_path / "evidence.json").read_text())["about"]["date"]
+
+
+def runs_of(tuned: dict[str, Setting]) -> list[dict[str, Any]]:
+    score = {"dense": 90.0, SMALL: 85.0}
+    return [
+        {
+            "setting": s.told(),
+            "score": score.get(s.method, 88.0) + s.seed - s.forward,
+            "flops": 0.25,
+        }
+        for s in comparison(tuned)
+    ]
+
+
+def test_the_best_trial_is_chosen_in_the_direction_of_the_score() -> None:
+    settings = trials("mlp", "topkast")
+    runs = [{"setting": s.told(), "score": float(i)} for i, s in enumerate(settings)]
+    assert report.best(runs, settings, 1) == settings[-1]
+    assert report.best(runs, settings, -1) == settings[0]
+
+
+def test_tables_and_figure_show_means_and_spread() -> None:
+    runs = runs_of(TUNED)
+    table = report.table(runs, TUNED)
+    assert "| topkast | 88.20 ± 1.00 (0.25×) | 88.10 ± 1.00 (0.25×) |" in table
+    assert "| dense | 90.20 ± 1.00 (0.25×) |  |" in table
+    labels = report.figure(runs, TUNED, "accuracy").axes[0].get_legend_handles_labels()[1]
+    assert {"topkast", "random backward", "dense"} <= set(labels)
+    base = replace(TUNED["topkast"], validate=False, seed=0)
+    told = [{"setting": replace(base, refresh_every=n).told(), "score": 1.0 * n} for n in (1, 10)]
+    assert "| refresh every | 1 | 10 |" in report.ablation_tables(told, TUNED)

@@ -1,0 +1,197 @@
+"""Models as they come: convolutions, recurrence, attention, tied weights, other packages'."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+import topkast_func as tk
+from topkast_func.testing import check_counts, check_nested, check_outside_untouched
+
+CONFIG = tk.TopKastConfig(0.7, 0.4, refresh_every=3)
+BROKEN = {"fullgraph": False}
+
+
+class Tagger(nn.Module):
+    """Embedding, LSTM and a head tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, words: Tensor) -> dict[str, Tensor]:
+        hidden, _ = self.lstm(self.embedding(words))
+        return {"logits": self.head(hidden)}
+
+
+class InByOut(nn.Module):
+    """A layer whose weight is [in, out], with a dropout and a norm that has buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(20, 30) / 5)
+        self.norm = nn.BatchNorm1d(30)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.drop(self.norm(x @ self.weight))
+        return hidden, hidden.mean()
+
+
+def images() -> nn.Module:
+    convolution = nn.Conv2d(4, 8, 3, groups=2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+
+
+def signals() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.Conv1d(4, 6, 1), nn.ReLU(), nn.Flatten())
+
+
+def classifier() -> nn.Module:
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
+    return BertForSequenceClassification(config)
+
+
+def language_model() -> nn.Module:
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    return GPT2LMHeadModel(config)
+
+
+def words(*shape: int) -> Tensor:
+    return torch.randint(0, 20, shape)
+
+
+def squared(apply: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return apply(x).square().mean()
+
+
+def next_word(apply: Callable[..., Any], x: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(apply(x)["logits"][:, :-1].flatten(0, 1), x[:, 1:].flatten())
+
+
+def of_a_tuple(apply: Callable[..., Any], x: Tensor) -> Tensor:
+    hidden, mean = apply(x)
+    return (hidden - 1).square().mean() + mean.square()
+
+
+def its_own_loss(apply: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> Tensor:
+    loss: Tensor = apply(input_ids=batch[0], labels=batch[1]).loss
+    return loss
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], Any], Any]] = {
+    "grouped 2d": (images, squared, lambda: torch.randn(5, 4, 4, 4), True),
+    "depthwise 1d": (signals, squared, lambda: torch.randn(5, 4, 6), True),
+    "lstm, tied": (Tagger, next_word, lambda: words(4, 6), BROKEN),
+    "[in, out]": (InByOut, of_a_tuple, lambda: torch.randn(9, 20), True),
+    "bert": (classifier, its_own_loss, lambda: (words(4, 8), torch.randint(0, 2, (4,))), True),
+    "gpt2": (language_model, next_word, lambda: words(4, 8), True),
+}
+"""How each is made, its loss, its batches, and how it compiles."""
+
+CLOSE: Any = {"rtol": 2e-3, "atol": 2e-4}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def path(name: str, steps: int, compile: Any, storage: Any = "compact") -> list[tk.TrainState]:
+    torch.manual_seed(0)
+    make, loss_fn, batch, _ = MODELS[name]
+    model, optimizer = make().train(), tk.adam(0.01)
+    states = [tk.init_state(model, CONFIG, optimizer, storage=storage)]
+    train_step = tk.make_train_step(model, loss_fn, CONFIG, optimizer, compile=compile)
+    for given in [batch() for _ in range(steps)]:
+        states.append(train_step(states[-1], given)[0])
+    return states
+
+
+@every_model
+def test_the_rules_hold(name: str) -> None:
+    states = path(name, 5, compile=False)
+    for before, after in pairwise(states[:4]):
+        check_outside_untouched(before, after)
+    params, masks = tk.dense_params(states[-1]), tk.masks_of(states[-1])
+    check_nested(masks, params)
+    check_counts(masks, params, CONFIG)
+    for weight, sets in masks.items():
+        moved = params[weight] != tk.dense_params(states[0])[weight]
+        assert moved[sets.backward].any(), weight
+
+
+@every_model
+def test_compiled_equals_eager(name: str) -> None:
+    eager, compiled = (path(name, 4, compile)[-1] for compile in (False, MODELS[name][3]))
+    torch.testing.assert_close(tk.dense_params(compiled), tk.dense_params(eager), **CLOSE)
+
+
+@every_model
+def test_storages_agree(name: str) -> None:
+    compact, dense = (path(name, 4, False, storage)[-1] for storage in ("compact", "dense"))
+    torch.testing.assert_close(tk.dense_params(compact), tk.dense_params(dense), **CLOSE)
+
+
+@every_model
+def test_the_trained_weights_run_in_the_plain_module(name: str) -> None:
+    make, loss_fn, batch, _ = MODELS[name]
+    state, model = path(name, 4, compile=False)[-1], make()
+    alpha = tk.forward_params(state)
+    model.load_state_dict(alpha, strict=False)
+    model.eval()
+    given = batch()
+    loaded = loss_fn(model, given)
+    bound = loss_fn(lambda *a, **k: functional_call(model, alpha, a, k), given)
+    torch.testing.assert_close(loaded, bound)
+
+
+class Clamping(nn.Module):
+    """Changes its weight when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.layer.weight.clamp_(-0.1, 0.1)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_forward_pass_that_changes_a_parameter_is_refused_and_nothing_is_lost(
+    compile: bool,
+) -> None:
+    model, optimizer = Clamping(), tk.sgd(0.1)
+    state = tk.init_state(model, CONFIG, optimizer)
+    before = {n: t.clone() for n, t in tk.dense_params(state).items()}
+    step = tk.make_train_step(model, squared, CONFIG, optimizer, compile=compile)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"changes parameters \['layer.weight'\] in place"):
+            step(state, torch.randn(3, 6))
+    torch.testing.assert_close(tk.dense_params(state), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("field", ["forward_sparsity", "allocation"])
+def test_tied_weights_given_two_sparsities_are_named(field: str) -> None:
+    numbers = {"embedding.weight": 0.9, "head.weight": 0.5}
+    config = tk.TopKastConfig(**{field: numbers})  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError,
+        match=r"'head.weight' is tied to 'embedding.weight': .*0\.5\] and \[0\.9",
+    ):
+        tk.init_state(Tagger(), config, tk.sgd(0.1))
+    same = tk.TopKastConfig(forward_sparsity={"embedding*": 0.9})
+    assert "embedding.weight" in tk.masks_of(tk.init_state(Tagger(), same, tk.sgd(0.1)))

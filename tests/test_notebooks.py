@@ -1,0 +1,58 @@
+"""Every notebook runs, at reduced size, and is committed with what it showed."""
+
+import ast
+from functools import partial
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+REDUCED = {
+    "02_train_step": "STEPS = 40",
+    "03_boston_facade": "EPOCHS = 6",
+    "04_your_model": "STEPS = 25",
+}
+SECONDS = 240
+read = partial(nbformat.read, as_version=4)
+by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def test_there_are_five() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+    assert REDUCED.keys() <= {path.stem for path in NOTEBOOKS}
+
+
+@by_name
+def test_it_runs(path: Path) -> None:
+    notebook = read(path)
+    parameters = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(parameters) == (path.stem in REDUCED)
+    for cell in parameters:
+        cell.source = REDUCED[path.stem]
+    folder = {"metadata": {"path": str(FOLDER)}}
+    NotebookClient(notebook, timeout=SECONDS, resources=folder).execute()
+
+
+@by_name
+def test_it_is_committed_as_it_ran_from_top_to_bottom(path: Path) -> None:
+    cells = [c for c in read(path).cells if c.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@by_name
+def test_it_imports_nothing_private(path: Path) -> None:
+    for cell in read(path).cells:
+        if cell.cell_type != "code":
+            continue
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = [alias.name for alias in node.names]
+                module = getattr(node, "module", None) or ""
+                parts = ".".join([module, *names]).split(".")
+                assert not any(part.startswith("_") for part in parts), cell.source

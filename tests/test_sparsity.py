@@ -1,0 +1,69 @@
+"""Sparsities in stages, and the cubic of gradual pruning."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import topkast_func as tk
+from topkast_func.testing import sparsities
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0.5), (9, 0.5), (10, 0.8), (99, 0.8), (100, 0.9)]
+)
+def test_a_stage_lasts_until_the_next(step: int, expected: float) -> None:
+    assert tk.staged({100: 0.9, 0: 0.5, 10: 0.8}).at(step) == expected
+
+
+@given(sparsities(), sparsities(), st.integers(0, 50), st.integers(1, 200), st.integers(1, 12))
+def test_the_cubic_starts_and_ends_where_it_is_told(
+    initial: float, final: float, begin: int, length: int, stages: int
+) -> None:
+    schedule = tk.cubic(initial, final, begin, begin + length, stages)
+    assert schedule.at(0) == pytest.approx(initial)
+    assert schedule.at(max(begin - 1, 0)) == pytest.approx(initial)
+    assert schedule.at(begin + length) == pytest.approx(final)
+    for start in schedule.steps:
+        way = min(max((start - begin) / length, 0.0), 1.0)
+        exact = final + (initial - final) * (1 - way) ** 3
+        assert abs(schedule.at(start) - exact) <= 3 * abs(final - initial) / length
+    assert len(set(schedule.sparsities)) <= stages + 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "error", "message"),
+    [
+        ({}, ValueError, "one stage must start at step 0"),
+        ({5: 0.5}, ValueError, r"one stage must start at step 0, got stages at \[5\]"),
+        ({0: 1.0}, ValueError, r"staged\[0\] must be in \[0.0, 1.0\), got 1.0"),
+        ({0: 0.5, -1: 0.5}, ValueError, "a step of staged must be at least 0"),
+        ({0: 0.5, 1.5: 0.5}, TypeError, "a step of staged must be an integer"),
+        ({0: "x"}, TypeError, r"staged\[0\] must be a number"),
+    ],
+)
+def test_bad_stages_are_named(stages: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tk.staged(stages)
+
+
+def test_bad_cubics_are_named() -> None:
+    with pytest.raises(ValueError, match="end must be at least 11, got 10"):
+        tk.cubic(0.0, 0.9, 10, 10)
+    with pytest.raises(ValueError, match=r"final must be in \[0.0, 1.0\)"):
+        tk.cubic(0.0, 1.0, 0, 10)
+
+
+def test_a_configuration_at_a_step_has_the_sparsities_of_its_stage() -> None:
+    forward = tk.staged({0: 0.5, 10: 0.9})
+    config = tk.TopKastConfig(forward, tk.staged({0: 0.25, 5: 0.5}))
+    assert config.starts() == (5, 10)
+    assert [config.at(t).forward_sparsity for t in (0, 9, 10)] == [0.5, 0.5, 0.9]
+    assert [config.at(t).backward_sparsity for t in (4, 5, 50)] == [0.25, 0.5, 0.5]
+    assert config.at(10) == config.at(10).at(0)
+
+
+def test_stages_that_leave_a_outside_b_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"backward_sparsity must be in .*=0.5.*, got 0.6"):
+        tk.TopKastConfig(tk.staged({0: 0.9, 10: 0.5}), 0.6)

@@ -1,0 +1,164 @@
+"""The table of parameters, the count of operations, what a refresh did, and who is told."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+import topkast_func as tk
+
+CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=2)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8))
+
+
+def mse(apply: Any, batch: Tensor) -> Tensor:
+    return apply(batch).square().mean()
+
+
+def trained(steps: int, *callbacks: tk.Callback) -> tk.TrainState:
+    model, optimizer = network(), tk.adam(0.1)
+    state = tk.init_state(model, CONFIG, optimizer)
+    step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
+    batches = torch.randn(steps, 5, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    return tk.train(step, state, batches, CONFIG, callbacks)
+
+
+def test_a_row_for_every_parameter_with_its_counts_and_bytes() -> None:
+    rows = {row.name: row for row in tk.summary(trained(3), batch_size=5).rows}
+    assert list(rows) == ["0.weight", "0.bias", "3.weight", "3.bias"]
+    linear = rows["3.weight"]
+    assert (linear.shape, linear.forward, linear.backward) == ((8, 16), 32, 64)
+    assert (linear.forward_density, linear.backward_density) == (0.25, 0.5)
+    index = 4 * (8 + 1 + 32 + 8 + 1 + 32 + 16 + 1 + 32 + 32)
+    assert linear.bytes == 3 * 4 * 64 + index
+    conv = rows["0.weight"]
+    assert (conv.forward, conv.backward) == (18, 36)
+    assert conv.bytes == 3 * 4 * 36 + 8 * 36
+    assert "not a linear layer" in conv.reason
+    bias = rows["3.bias"]
+    assert (bias.engine, bias.reason, bias.bytes) == ("torch", "left dense", 3 * 4 * 8)
+
+
+def test_a_weight_that_cannot_be_sparse_is_said_to_be_dense() -> None:
+    config = replace(CONFIG, block_shape=(4, 4))
+    state = tk.init_state(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), config, tk.sgd(0.1))
+    reasons = {row.name: row.reason for row in tk.summary(state).rows}
+    assert reasons["1.weight"] == "left dense"
+    assert reasons["0.weight"] != "left dense"
+
+
+def test_the_table_prints_as_text_and_as_html() -> None:
+    summary = tk.summary(trained(1))
+    assert "3.weight" in repr(summary)
+    assert "8 × 16" in repr(summary)
+    html = summary._repr_html_()
+    assert html.count("<tr>") == 5
+    assert "<td>25.0%</td>" in html
+
+
+def test_names_are_escaped_in_html() -> None:
+    state = tk.init_state({"<b>weight": torch.randn(4, 4)}, CONFIG, tk.sgd(0.1))
+    assert "&lt;b&gt;weight" in tk.summary(state)._repr_html_()
+
+
+def test_operations_of_every_kind_of_product() -> None:
+    state = tk.init_state(network(), CONFIG, tk.sgd(0.1))
+    found = tk.training_flops(network(), state, torch.zeros(5, 2, 4, 4))
+    conv, linear = 2 * 5 * 4 * 2 * 9 * 4, 2 * 5 * 16 * 8
+    assert found.dense == 3 * (conv + linear)
+    assert found.sparse == pytest.approx((2 * 0.25 + 0.5) * (conv + linear))
+    assert found.ratio == pytest.approx(1 / 3)
+
+
+def test_operations_without_a_sparse_weight_are_dense() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    state = tk.init_state(layer, CONFIG, tk.sgd(0.1))
+    found = tk.training_flops(layer, state, torch.zeros(3, 5, 8))
+    weights = 2 * 15 * (3 * 8 * 8 + 8 * 8 + 2 * 8 * 16)
+    scores = 2 * 2 * 3 * 5 * 5 * 8
+    assert found.dense == 3 * (weights + scores)
+    assert found.sparse == pytest.approx(1.0 * weights + 3 * scores)
+
+
+def test_operations_of_a_pure_function() -> None:
+    state = tk.init_state({"weight": torch.randn(8, 8)}, CONFIG, tk.sgd(0.1))
+    found = tk.training_flops(lambda p, x: x @ p["weight"].T, state, torch.zeros(4, 8))
+    assert found == (2 * 4 * 64, 3 * 2 * 4 * 64)
+
+
+def masks(forward: str, backward: str) -> tk.Masks:
+    return tk.Masks(*(torch.tensor([c == "1" for c in word]) for word in (forward, backward)))
+
+
+def test_exchanges_count_what_enters_and_where_it_comes_from() -> None:
+    before, after = {"w": masks("110000", "111100")}, {"w": masks("001010", "111010")}
+    assert tk.exchanges(before, after) == {"w": (2, 1, 1.0)}
+    assert tk.exchanges(before, before) == {"w": (0, 0, 0.0)}
+
+
+def test_the_exploration_rate_is_of_all_that_was_ever_active() -> None:
+    seen = tk.explored({"w": masks("1100", "1100")})
+    seen = tk.explored({"w": masks("0110", "1110")}, seen)
+    assert tk.exploration_rate(seen) == 0.75
+    assert tk.exploration_rate({}) == 1.0
+    assert tk.exploration_rate({**seen, "v": torch.zeros(4, dtype=torch.bool)}) == 0.375
+
+
+class Witness(tk.Callback):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def on_step(self, state: tk.TrainState, metrics: tk.StepMetrics) -> None:
+        assert math.isfinite(metrics.loss)
+        self.heard.append(f"step {int(state.step)}")
+
+    def on_refresh(self, before: tk.TrainState, after: tk.TrainState) -> None:
+        assert int(after.step) == int(before.step) + 1
+        self.heard.append(f"refresh {int(before.step)}")
+
+
+def test_callbacks_hear_of_every_step_and_every_refresh() -> None:
+    witness = Witness()
+    state = trained(5, tk.Callback(), witness)
+    assert int(state.step) == 5
+    assert witness.heard == [
+        "step 1", "step 2", "refresh 2", "step 3", "step 4", "refresh 4", "step 5",
+    ]  # fmt: skip
+
+
+def test_a_history_keeps_losses_and_what_refreshes_did() -> None:
+    history = tk.History()
+    state = trained(7, history)
+    assert len(history.losses) == 7
+    assert [refresh.step for refresh in history.refreshes] == [2, 4, 6]
+    rates = [refresh.exploration_rate for refresh in history.refreshes]
+    assert 0.25 <= rates[0] <= rates[1] <= rates[2] < 1
+    assert rates[2] > 0.25
+    assert history.refreshes[0].exchanges.keys() == tk.masks_of(state).keys()
+
+
+def test_tensorboard_gets_losses_and_refreshes(tmp_path: Path) -> None:
+    logger = tk.TensorBoardLogger(tmp_path, every=2)
+    trained(5, logger)
+    logger.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss/data_loss")] == [0, 2, 4]
+    assert [e.step for e in events.Scalars("churn/3.weight")] == [2, 4]
+    assert {"exploration_rate", "promoted/0.weight"} <= set(events.Tags()["scalars"])
+
+
+def test_without_tensorboard_the_way_to_get_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'topkast_func\[tensorboard\]'"):
+        tk.TensorBoardLogger(tmp_path)

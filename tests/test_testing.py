@@ -1,0 +1,112 @@
+"""The strategies reach the cases they are meant to reach, and the checks find what is wrong."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import find, given
+from torch import Tensor
+
+import topkast_func as tk
+from topkast_func import TopKastConfig
+from topkast_func.testing import (
+    DTYPES,
+    check_counts,
+    check_largest,
+    check_nested,
+    check_outside_untouched,
+    configs,
+    masks,
+    weights,
+)
+
+
+def test_weights_reach_ties_zeros_and_thin_shapes() -> None:
+    find(weights(), lambda w: w.numel() > 20 and w.unique().numel() == 3)
+    find(weights(), lambda w: w.numel() > 4 and not w.any())
+    find(weights(), lambda w: w.shape[:2] == (1, 1))
+    find(weights(), lambda w: w.shape[0] == 1 and w.shape[1] > 3)
+    find(weights(), lambda w: w.shape[1] == 1 and w.shape[0] > 3)
+    find(weights(), lambda w: w.ndim == 4)
+
+
+def has_dtype(dtype: torch.dtype, theta: Tensor) -> bool:
+    return theta.dtype == dtype
+
+
+def test_weights_reach_every_dtype() -> None:
+    for dtype in DTYPES:
+        find(weights(), partial(has_dtype, dtype))
+
+
+@given(weights())
+def test_weights_are_finite_floats(theta: Tensor) -> None:
+    assert theta.is_floating_point()
+    assert torch.isfinite(theta).all()
+    assert theta.numel() > 0
+
+
+def test_configs_reach_equal_and_different_sparsities() -> None:
+    find(configs(), lambda c: c.forward_sparsity == c.backward_sparsity)
+    find(configs(), lambda c: c.forward_sparsity != c.backward_sparsity)
+
+
+@given(configs())
+def test_configs_are_valid(config: TopKastConfig) -> None:
+    assert config.penalty_weight >= 0
+
+
+@given(masks())
+def test_masks_are_nested(drawn: tk.Masks) -> None:
+    check_nested({"w": drawn}, {"w": torch.zeros(drawn.forward.shape)})
+
+
+PARAMS = {"w": torch.tensor([[3.0, -1.0, 2.0], [-2.0, 0.5, 0.0]])}
+CONFIG = tk.TopKastConfig(0.7, 0.5, sparse="w")
+
+
+def chosen() -> dict[str, tk.Masks]:
+    return {n: tk.Masks(*map(torch.clone, m)) for n, m in tk.compute_masks(PARAMS, CONFIG).items()}
+
+
+def test_right_masks_pass() -> None:
+    check_nested(chosen(), PARAMS)
+    check_counts(chosen(), PARAMS, CONFIG)
+    check_largest(chosen(), PARAMS, CONFIG)
+
+
+def test_an_entry_of_a_outside_b_is_found() -> None:
+    wrong = chosen()
+    wrong["w"].forward[1, 2] = True
+    with pytest.raises(AssertionError, match="w: 1 entries of A are not in B"):
+        check_nested(wrong, PARAMS)
+    with pytest.raises(AssertionError, match=r"w: .*float"):
+        check_nested({"w": tk.Masks(*(m.float() for m in chosen()["w"]))}, PARAMS)
+
+
+def test_a_wrong_count_is_found() -> None:
+    wrong = chosen()
+    wrong["w"].backward[1, 2] = True
+    with pytest.raises(AssertionError, match=r"w: \(2, 4\) entries in A and B, not \(2, 3\)"):
+        check_counts(wrong, PARAMS, CONFIG)
+    with pytest.raises(AssertionError, match=r"\[\] are sparse, not \['w'\]"):
+        check_counts({}, PARAMS, CONFIG)
+
+
+@pytest.mark.parametrize("place", [(0, 1), (1, 0)])
+def test_a_smaller_entry_in_place_of_a_larger_is_found(place: tuple[int, int]) -> None:
+    wrong = chosen()
+    wrong["w"].forward[0, 2] = False
+    wrong["w"].forward[place] = True
+    with pytest.raises(AssertionError, match="w: a smaller entry is in and a larger is not"):
+        check_largest(wrong, PARAMS, CONFIG)
+
+
+def test_an_entry_that_moved_outside_b_is_found() -> None:
+    state = tk.init_state(PARAMS, CONFIG, tk.sgd(0.1), storage="dense")
+    check_outside_untouched(state, state)
+    moved = {"w": torch.where(tk.masks_of(state)["w"].backward, 9.0, PARAMS["w"])}
+    check_outside_untouched(state, state._replace(weights=state.weights._replace(theta=moved)))
+    wrong = {"w": PARAMS["w"] + 1}
+    with pytest.raises(AssertionError, match="w: 3 entries outside B have moved"):
+        check_outside_untouched(state, state._replace(weights=state.weights._replace(theta=wrong)))

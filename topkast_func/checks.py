@@ -1,0 +1,109 @@
+"""Checks of single arguments, whose errors name the argument, its range and its value."""
+
+from numbers import Integral, Real
+
+
+def check_number(name: str, value: object, low: float, high: float = float("inf")) -> float:
+    """Return ``value`` as a float if it is a real number in [low, high).
+
+    Args:
+        name: What the number is called in the error.
+        value: The number to check.
+        low: Lowest value allowed.
+        high: First value that is too large.
+
+    Returns:
+        The number as a float.
+
+    Raises:
+        TypeError: ``value`` is not a real number (booleans and strings are not).
+        ValueError: ``value`` is NaN or outside [low, high).
+    """
+    number = check_real(name, value, f"[{low}, {high})")
+    if not low <= number < high:
+        raise ValueError(f"{name} must be in [{low}, {high}), got {value!r}")
+    return number
+
+
+def check_fraction(name: str, value: object) -> float:
+    """Return ``value`` as a float if it is a real number in [0, 1].
+
+    Args:
+        name: What the number is called in the error.
+        value: The number to check.
+
+    Returns:
+        The number as a float.
+
+    Raises:
+        TypeError: ``value`` is not a real number (booleans and strings are not).
+        ValueError: ``value`` is NaN or outside [0, 1].
+    """
+    number = check_real(name, value, "[0, 1]")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+    return number
+
+
+def check_real(name: str, value: object, allowed: str) -> float:
+    """Return ``value`` as a float if it is a real number.
+
+    Args:
+        name: What the number is called in the error.
+        value: The number to check.
+        allowed: Its range, for the error.
+
+    Returns:
+        The number as a float.
+
+    Raises:
+        TypeError: ``value`` is not a real number (booleans and strings are not).
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in {allowed}, got {value!r}")
+    return float(value)
+
+
+def check_count(name: str, value: object, low: int) -> int:
+    """Return ``value`` as an int if it is a whole number of at least ``low``.
+
+    Args:
+        name: What the number is called in the error.
+        value: The number to check.
+        low: Lowest value allowed.
+
+    Returns:
+        The number as an int.
+
+    Raises:
+        TypeError: ``value`` is not an integer (booleans are not).
+        ValueError: ``value`` is below ``low``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer of at least {low}, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value!r}")
+    return int(value)
+
+
+def check_order(
+    forward_sparsity: float,
+    backward_sparsity: float,
+    name: str = "backward_sparsity",
+    limit: str = "forward_sparsity",
+) -> None:
+    """Check that the backward set holds the forward set.
+
+    Args:
+        forward_sparsity: 1 − D, fraction.
+        backward_sparsity: 1 − (D + M), fraction.
+        name: What the backward sparsity is called in the error.
+        limit: What the forward sparsity is called there.
+
+    Raises:
+        ValueError: The backward sparsity exceeds the forward sparsity.
+    """
+    if backward_sparsity > forward_sparsity:
+        raise ValueError(
+            f"{name} must be in [0, {limit}={forward_sparsity}], got {backward_sparsity}"
+        )

@@ -1,0 +1,109 @@
+"""Theoretical floating-point operations of training, beside those of the dense model."""
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from topkast_func.state import TrainState, forward_params, masks_of
+from topkast_func.types import Model
+
+
+class TrainingFlops(NamedTuple):
+    """Operations of one training step: products alone, a multiplication and an addition each.
+
+    Attributes:
+        sparse: 2 f(D) + f(D+M): forward pass and input gradient with A, weight gradient with B.
+        dense: 3 f(1).
+    """
+
+    sparse: float
+    dense: float
+
+    @property
+    def ratio(self) -> float:
+        """Sparse over dense."""
+        return self.sparse / self.dense
+
+
+def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any) -> TrainingFlops:
+    """Count the operations of a training step, from one forward pass.
+
+    The backward pass counts as two products for every one of the forward pass; products without
+    a sparse weight (attention scores) are dense. The count follows from the densities alone: it
+    is no measure of time.
+
+    Args:
+        model: A module, or a pure function ``apply(params, *inputs)``.
+        state: The state.
+        *inputs: Inputs of the model, one batch.
+        **options: Its keyword inputs.
+
+    Returns:
+        The operations.
+
+    Example:
+        >>> from topkast_func import TopKastConfig, init_state, sgd
+        >>> model = torch.nn.Linear(100, 10)
+        >>> state = init_state(model, TopKastConfig(), sgd(lr=0.1))
+        >>> training_flops(model, state, torch.zeros(8, 100))
+        TrainingFlops(sparse=6400.0, dense=48000.0)
+    """
+    tensors = forward_params(state)
+    owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
+    with torch.no_grad(), _Products(owners) as counted:
+        if isinstance(model, torch.nn.Module):
+            functional_call(model, tensors, inputs, options)
+        else:
+            model(tensors, *inputs, **options)
+    share = {
+        name: 2 * float(masks.forward.double().mean()) + float(masks.backward.double().mean())
+        for name, masks in masks_of(state).items()
+    }
+    flops = counted.flops
+    sparse = sum(share.get(name, 3.0) * count for name, count in flops.items())
+    return TrainingFlops(round(sparse, 6), 3.0 * sum(flops.values()))
+
+
+_ATEN = torch.ops.aten
+COUNTS: dict[Any, Any] = {
+    **flop_registry,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention
+    ],
+}
+"""Operations of each kind of product, from the shapes of its operands."""
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations of products by the weight among their operands."""
+
+    def __init__(self, owners: dict[int, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.owners = owners
+        self.flops: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in COUNTS and func is not torch.ops.prim.device.default:
+            with self:
+                decomposed = func.decompose(*args, **kwargs)
+                if decomposed is not NotImplemented:
+                    return decomposed
+        out = func(*args, **kwargs)
+        if packet in COUNTS:
+            count = COUNTS[packet](*args, **kwargs, out_val=out)
+            self.flops[self._owner(args)] += count
+        return out
+
+    def _owner(self, args: Any) -> str:
+        """Return the parameter that a product multiplies with, or nothing."""
+        operands = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        storages = [leaf.untyped_storage().data_ptr() for leaf in operands if leaf.ndim > 1]
+        return next((self.owners[s] for s in storages if s in self.owners), "")

@@ -1,0 +1,123 @@
+"""What a method of sparse training decides: the sparsities, and which entries A and B hold."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from topkast_func.ranking import NaNParameterError, Sets, drawn_among, largest_among
+from topkast_func.sparsity import Fixed
+
+
+class Situation(NamedTuple):
+    """What the sets of one parameter are chosen from. Where blocks are chosen, each is an entry.
+
+    Attributes:
+        name: Name of the parameter, for errors.
+        scores: float, any shape: entries rank by magnitude.
+        forward: How many entries A is to have.
+        backward: How many B is to have.
+        active: 1_A as it is, of the shape of ``scores``; None at the start, and unless the
+            method reads it.
+        gradient: Gradient of the loss at α, ranks as ``scores`` do; None unless the method
+            reads it.
+        progress: Share of the exploration that is over, in [0, 1]; 0 where it has no end.
+        generator: Of random numbers, on the CPU.
+    """
+
+    name: str
+    scores: Tensor
+    forward: int
+    backward: int
+    active: Tensor | None
+    gradient: Tensor | None
+    progress: float
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method. By itself it trains what it computes with: B is A, and there is no penalty.
+
+    Attributes:
+        sparsifies: Whether any parameter is sparse at all.
+        explores: Whether B is larger than A, so that the exploration penalty is in place.
+        reads_sets: Whether new sets follow from the old ones.
+        reads_gradient: Whether the sets follow the gradient of all weights.
+        grows_from_zero: Whether an entry that newly enters A starts at zero.
+    """
+
+    sparsifies: ClassVar[bool] = True
+    explores: ClassVar[bool] = False
+    reads_sets: ClassVar[bool] = False
+    reads_gradient: ClassVar[bool] = False
+    grows_from_zero: ClassVar[bool] = False
+
+    def sparsities(self, forward: Fixed, backward: Fixed, step: int) -> tuple[Fixed, Fixed]:
+        """Return forward and backward sparsity at a step, from those of the configuration."""
+        return forward, forward
+
+    def starts(self) -> tuple[int, ...]:
+        """Return the steps, but for 0, at which the sparsities change by the method itself."""
+        return ()
+
+    def settled(self) -> "Method":
+        """Return the method by which the sets are chosen once the sparsities are known."""
+        return self
+
+    def sets(self, situation: Situation) -> Sets:
+        """Choose A and B.
+
+        Args:
+            situation: What they are chosen from.
+
+        Returns:
+            1_A and 1_B, bool, of the shape of the scores.
+
+        Raises:
+            NotImplementedError: The method is abstract.
+        """
+        raise NotImplementedError
+
+
+def drawn(situation: Situation) -> Sets:
+    """Draw A at random; B is A.
+
+    Args:
+        situation: What it is chosen from.
+
+    Returns:
+        1_A, twice.
+
+    Raises:
+        NaNParameterError: The parameter holds NaN.
+    """
+    if situation.scores.isnan().any():
+        raise NaNParameterError(f"params[{situation.name!r}] holds NaN")
+    everything = torch.ones_like(situation.scores, dtype=torch.bool)
+    active = drawn_among(everything, situation.forward, situation.generator)
+    return active, active
+
+
+def survivors(situation: Situation, active: Tensor, drop_fraction: float) -> Tensor:
+    """Drop the smallest of A, a fraction that goes to zero along half a cosine.
+
+    α/2·(1 + cos(π t / T_end)) of A goes (Evci et al., 2020, "Rigging the Lottery", section 3).
+
+    Args:
+        situation: Magnitudes and progress.
+        active: 1_A.
+        drop_fraction: α, fraction in [0, 1].
+
+    Returns:
+        1_A without what is dropped, bool.
+
+    Raises:
+        NaNParameterError: A weight of A is NaN.
+    """
+    fraction = drop_fraction / 2 * (1 + math.cos(math.pi * situation.progress))
+    size, outside = int(active.sum()), int((~active).sum())
+    dropped = min(int(fraction * size), outside)
+    return largest_among(situation.name, active, situation.scores, size - dropped)

@@ -1,0 +1,64 @@
+"""Gradual magnitude pruning: from dense to sparse along a cubic."""
+
+from dataclasses import dataclass
+
+from topkast_func.methods.base import Method
+from topkast_func.methods.topkast import TopKast
+from topkast_func.sparsity import Fixed, cubic_fractions, scaled
+
+
+@dataclass(frozen=True)
+class GradualPruning(Method):
+    """See `gmp`.
+
+    Attributes:
+        begin: Step at which pruning begins.
+        end: Step from which on the sparsity is final.
+        stages: How many times the sparsity changes.
+    """
+
+    begin: int
+    end: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        """Check the steps."""
+        self._fractions()
+
+    def sparsities(self, forward: Fixed, backward: Fixed, step: int) -> tuple[Fixed, Fixed]:
+        """Return the share of the forward sparsity that is reached at the step, twice."""
+        share = [f for start, f in self._fractions().items() if start <= step][-1]
+        reached = scaled(forward, share)
+        return reached, reached
+
+    def starts(self) -> tuple[int, ...]:
+        """Return the steps at which a stage begins."""
+        return tuple(self._fractions())[1:]
+
+    def settled(self) -> Method:
+        """Rank by magnitude, as Top-KAST does."""
+        return TopKast()
+
+    def _fractions(self) -> dict[int, float]:
+        return cubic_fractions(self.begin, self.end, self.stages)
+
+
+def gmp(begin: int, end: int, stages: int = 7) -> Method:
+    """Prune by magnitude, gradually, from dense to ``forward_sparsity``.
+
+    Zhu and Gupta, "To prune, or not to prune", 2017: the sparsity rises along a cubic, see
+    `cubic`; what is pruned keeps its value and learns no more.
+
+    Args:
+        begin: Step at which pruning begins, at least 0.
+        end: Step from which on the sparsity is ``forward_sparsity``, after ``begin``.
+        stages: How many times the sparsity changes; `train_step` compiles for each.
+
+    Returns:
+        The method.
+
+    Raises:
+        TypeError: An argument is no integer.
+        ValueError: An argument is out of range.
+    """
+    return GradualPruning(begin, end, stages)

@@ -1,0 +1,26 @@
+"""Powerpropagation: weights as signed powers of what is trained."""
+
+import torch
+from torch import Tensor
+
+
+def theta_of(phi: Tensor, exponent: float | Tensor) -> Tensor:
+    """Return θ = φ·abs(φ)^(a−1) (Schwarz et al., "Powerpropagation", NeurIPS 2021, section 2).
+
+    Its derivative is a·abs(φ)^(a−1): small weights learn slowly, and at 0 not at all.
+
+    Args:
+        phi: What is trained.
+        exponent: a > 1.
+
+    Returns:
+        θ, of the shape and dtype of ``phi``.
+    """
+    away = phi != 0
+    power = torch.where(away, phi.abs(), 1.0).pow(exponent - 1)
+    return torch.where(away, phi * power, 0.0)
+
+
+def phi_of(theta: Tensor, exponent: float) -> Tensor:
+    """Return φ = sign(θ)·abs(θ)^(1/a); inverse of `theta_of`."""
+    return theta.sign() * theta.abs().pow(1 / exponent)

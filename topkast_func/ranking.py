@@ -1,0 +1,166 @@
+"""Rankings by magnitude: exact counts, ties to the lowest flat index, entries or blocks."""
+
+import math
+from importlib import import_module
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topkast_func.kernels.engines import installed
+from topkast_func.sparsity import density
+from topkast_func.types import BlockNorm
+
+Sets: TypeAlias = tuple[Tensor, Tensor]
+"""1_A and 1_B over entries, or over blocks."""
+
+MANY = 2**16
+"""Entries from which on a ranking by bits pays for the threads it takes."""
+
+
+class NaNParameterError(ValueError):
+    """A parameter holds NaN, so that its entries cannot be ranked."""
+
+
+def kept(sparsity: float, n: int) -> int:
+    """Return k, how many of ``n`` entries stay at ``sparsity``: at least one.
+
+    Args:
+        sparsity: Fraction that goes, in [0, 1).
+        n: Entries there are.
+
+    Returns:
+        max(1, floor((1 − sparsity)·n + 1/2)).
+    """
+    return max(1, math.floor(density(sparsity) * n + 0.5))
+
+
+def magnitudes(
+    name: str, theta: Tensor, block_shape: tuple[int, int], block_norm: BlockNorm
+) -> Tensor:
+    """Return what entries or blocks are ranked by.
+
+    Args:
+        name: Name of the parameter, for errors.
+        theta: The weight, [rows, columns, *positions] if there are blocks.
+        block_shape: (rows, columns) of a block.
+        block_norm: "l2" ranks by the sum of squares, which orders as the Euclidean norm
+            does; "l1" by the sum of absolute values.
+
+    Returns:
+        The weights themselves, in float32 or float64, or block scores in float64,
+        [rows / block rows, columns / block columns, *positions]; they rank by magnitude.
+
+    Raises:
+        ValueError: The first two axes are not divisible into blocks.
+    """
+    if block_shape == (1, 1):
+        return theta if theta.dtype == torch.float64 else theta.float()
+    rows, columns = block_shape
+    if theta.ndim < 2 or theta.shape[0] % rows or theta.shape[1] % columns:
+        raise ValueError(
+            f"block_shape={block_shape} does not divide params[{name!r}] of shape "
+            f"{tuple(theta.shape)}"
+        )
+    grid = (theta.shape[0] // rows, rows, theta.shape[1] // columns, columns)
+    exponent = torch.frexp(theta.abs().max().double()).exponent.clamp(-1000, 1000)
+    scaled = theta.double() * torch.pow(2.0, -exponent.double())  # exact, and no square overflows
+    blocks = scaled.reshape(*grid, *theta.shape[2:])
+    entries = blocks.square() if block_norm == "l2" else blocks.abs()
+    return entries.sum(dim=(1, 3))
+
+
+def top_sets(name: str, scores: Tensor, forward: int, backward: int) -> Sets:
+    """Mark the largest magnitudes, ties going to the lowest flat index.
+
+    Args:
+        name: Name of the parameter, for errors.
+        scores: float32 or float64, any shape.
+        forward: How many to mark first, at least 1.
+        backward: How many to mark second, at least as many.
+
+    Returns:
+        Two bool tensors of the shape of ``scores``, the first contained in the second.
+
+    Raises:
+        NaNParameterError: A score is NaN.
+    """
+    scores = scores.contiguous()
+    many = scores.device.type == "cpu" and scores.numel() >= MANY and installed("numba")
+    ranked = _marked_by_bits if many else _marked_by_rank
+    marks = ranked(scores, forward, backward)
+    if marks is None:
+        raise NaNParameterError(f"params[{name!r}] holds NaN; its entries cannot be ranked")
+    return marks
+
+
+def _marked_by_bits(scores: Tensor, forward: int, backward: int) -> Sets | None:
+    selection = import_module("topkast_func.kernels.selection")
+    marks = selection.top_marks(scores.flatten().numpy(), forward, backward)
+    return marks and tuple(torch.from_numpy(mask).view(scores.shape) for mask in marks)
+
+
+def _marked_by_rank(scores: Tensor, forward: int, backward: int) -> Sets | None:
+    magnitudes = scores.abs()
+    largest = _largest(magnitudes.flatten(), backward)
+    if largest.isnan().any():
+        return None
+    return _mark(magnitudes, _largest(largest, forward)), _mark(magnitudes, largest)
+
+
+def _largest(scores: Tensor, k: int) -> Tensor:
+    """Return the k largest of 1-D scores, NaN counting as largest, in no order."""
+    if scores.device.type != "cpu":
+        return scores.topk(k, sorted=False).values
+    n = scores.numel()
+    return torch.from_numpy(np.partition(scores.numpy(), n - k)[n - k :])
+
+
+def _mark(scores: Tensor, largest: Tensor) -> Tensor:
+    """Mark as many scores as there are ``largest``, dropping the last of the tied lowest."""
+    threshold = largest.min()
+    mask = scores >= threshold
+    if excess := int(mask.count_nonzero()) - largest.numel():
+        ties = (scores == threshold).flatten().nonzero().squeeze(1)
+        mask.view(-1)[ties[-excess:]] = False
+    return mask
+
+
+def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Mark the candidates of largest magnitude, ties going to the lowest flat index.
+
+    Args:
+        name: Name of the parameter, for errors.
+        candidates: bool; at least ``count`` of them are set.
+        scores: float32 or float64, of the same shape.
+        count: How many to mark, at least 0.
+
+    Returns:
+        bool, of the same shape.
+
+    Raises:
+        NaNParameterError: The score of a candidate is NaN.
+    """
+    marked = torch.zeros_like(candidates)
+    if count:
+        marked[candidates] = top_sets(name, scores[candidates], count, count)[0]
+    return marked
+
+
+def drawn_among(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Mark candidates at random, each set of them being as likely as any other.
+
+    Args:
+        candidates: bool; at least ``count`` of them are set.
+        count: How many to mark, at least 0.
+        generator: Of random numbers, on the CPU.
+
+    Returns:
+        bool, of the same shape.
+    """
+    places = candidates.flatten().nonzero().squeeze(1)
+    drawn = torch.randperm(len(places), generator=generator)[:count].to(places.device)
+    marked = torch.zeros_like(candidates)
+    marked.view(-1)[places[drawn]] = True
+    return marked

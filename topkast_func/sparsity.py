@@ -1,0 +1,184 @@
+"""Sparsities: one for all, by pattern, or in stages over time."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import translate
+from typing import NamedTuple, TypeAlias
+
+from topkast_func.checks import check_count, check_number
+
+
+def density(sparsity: float) -> float:
+    """Return the density D = 1 − sparsity, both fractions."""
+    return 1.0 - sparsity
+
+
+class Allocation(NamedTuple):
+    """Sparsities of one parameter.
+
+    Attributes:
+        forward: 1 − D, fraction in [0, 1).
+        backward: 1 − (D + M), fraction in [0, forward].
+    """
+
+    forward: float
+    backward: float
+
+    @property
+    def forward_density(self) -> float:
+        """D."""
+        return density(self.forward)
+
+    @property
+    def backward_density(self) -> float:
+        """D + M."""
+        return density(self.backward)
+
+
+class ByPattern(Mapping[str, float]):
+    """A number by glob pattern: a read-only, hashable mapping.
+
+    Its patterns are compiled once, since `fnmatch` cannot be traced by torch.compile.
+    """
+
+    def __init__(self, numbers: Mapping[str, float]) -> None:
+        """Copy the items of ``numbers``, in their order."""
+        self._numbers = dict(numbers)
+        self._regexes = {glob: re.compile(translate(glob)) for glob in numbers}
+
+    def __getitem__(self, pattern: str) -> float:
+        """Return the number of a pattern."""
+        return self._numbers[pattern]
+
+    def matching(self, pattern: str, names: Iterable[str]) -> list[str]:
+        """Return the names that a pattern of the mapping matches."""
+        return [name for name in names if self._regexes[pattern].match(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the patterns."""
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        """Count the patterns."""
+        return len(self._numbers)
+
+    def __hash__(self) -> int:
+        """Hash the items, so that a configuration can key a cache."""
+        return hash(frozenset(self._numbers.items()))
+
+    def __repr__(self) -> str:
+        """Print as the dictionary it was made from."""
+        return repr(self._numbers)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A sparsity that changes at given steps and stays in between; see `staged`.
+
+    Attributes:
+        steps: Where the stages begin, ascending, the first at 0.
+        sparsities: The sparsity of each stage, fractions in [0, 1).
+    """
+
+    steps: tuple[int, ...]
+    sparsities: tuple[float, ...]
+
+    def at(self, step: int) -> float:
+        """Return the sparsity in force at a step."""
+        begun = [i for i, start in enumerate(self.steps) if start <= step]
+        return self.sparsities[begun[-1]]
+
+
+Fixed: TypeAlias = float | ByPattern
+"""A sparsity at one moment."""
+
+Sparsity: TypeAlias = float | Mapping[str, float] | Staged
+
+
+def staged(stages: Mapping[int, float]) -> Staged:
+    """Let a sparsity change over time, in stages.
+
+    Each stage has tensors of its own sizes: `train_step` compiles once for each, so have few.
+
+    Args:
+        stages: Sparsity, a fraction in [0, 1), by the step it starts at; one starts at 0.
+
+    Returns:
+        What `TopKastConfig` takes as a sparsity.
+
+    Raises:
+        TypeError: A step is no integer or a sparsity no number.
+        ValueError: A sparsity is out of range, or no stage starts at step 0.
+
+    Example:
+        >>> staged({0: 0.5, 1000: 0.8, 3000: 0.9}).at(1500)
+        0.8
+    """
+    steps = sorted(check_count("a step of staged", step, 0) for step in stages)
+    if not steps or steps[0] != 0:
+        raise ValueError(f"one stage must start at step 0, got stages at {steps}")
+    named = {step: f"staged[{step}]" for step in steps}
+    return Staged(
+        tuple(steps), tuple(check_number(named[step], stages[step], 0.0, 1.0) for step in steps)
+    )
+
+
+def cubic(initial: float, final: float, begin: int, end: int, stages: int = 8) -> Staged:
+    """Raise a sparsity along the cubic of gradual magnitude pruning, in equal stages of time.
+
+    s_t = s_f + (s_i − s_f)·(1 − (t − t_0)/(t_1 − t_0))³ (Zhu and Gupta, 2017, "To prune, or not
+    to prune", equation 1), t taken at the last of the starts of stages.
+
+    Args:
+        initial: s_i, sparsity before ``begin``, fraction in [0, 1).
+        final: s_f, sparsity from ``end`` on.
+        begin: t_0, step, at least 0.
+        end: t_1, step after ``begin``.
+        stages: How many times the sparsity changes, at least 1.
+
+    Returns:
+        What `TopKastConfig` takes as a sparsity.
+
+    Raises:
+        TypeError: A step is no integer or a sparsity no number.
+        ValueError: A sparsity is out of range, or ``end`` is not after ``begin``.
+
+    Example:
+        >>> cubic(0.0, 0.9, 0, 4000, stages=2)
+        Staged(steps=(0, 2000, 4000), sparsities=(0.0, 0.7875, 0.9))
+    """
+    initial = check_number("initial", initial, 0.0, 1.0)
+    final = check_number("final", final, 0.0, 1.0)
+    starts = cubic_fractions(begin, end, stages)
+    return staged({step: initial + (final - initial) * share for step, share in starts.items()})
+
+
+def scaled(sparsity: Fixed, share: float) -> Fixed:
+    """Return a sparsity, or each of a mapping, times ``share``."""
+    if isinstance(sparsity, ByPattern):
+        return ByPattern({pattern: share * s for pattern, s in sparsity.items()})
+    return share * sparsity
+
+
+def cubic_fractions(begin: int, end: int, stages: int) -> dict[int, float]:
+    """Return, by the step it starts at, how much of the way each stage of `cubic` has gone.
+
+    Args:
+        begin: Step before which it is 0, at least 0.
+        end: Step from which on it is 1, after ``begin``.
+        stages: How many times it changes, at least 1.
+
+    Returns:
+        Fractions in [0, 1] by step; the first is at step 0.
+
+    Raises:
+        TypeError: An argument is no integer.
+        ValueError: ``end`` is not after ``begin``, or an argument is out of range.
+    """
+    begin = check_count("begin", begin, 0)
+    end = check_count("end", end, begin + 1)
+    stages = check_count("stages", stages, 1)
+    starts = {math.ceil(begin + (end - begin) * i / stages): i / stages for i in range(stages + 1)}
+    return {0: 0.0} | {step: 1.0 - (1.0 - way) ** 3 for step, way in starts.items()}

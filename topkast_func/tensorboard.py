@@ -1,0 +1,56 @@
+"""Losses and refreshes for TensorBoard, an optional extra."""
+
+import os
+from importlib import import_module
+from typing import Any
+
+from topkast_func.checks import check_count
+from topkast_func.loop import Callback, History
+from topkast_func.state import TrainState
+from topkast_func.training import StepMetrics
+
+
+class TensorBoardLogger(Callback):
+    """Writes what happens to TensorBoard.
+
+    Losses go to ``loss/…``; for each refresh churn and promotions go to ``churn/NAME`` and
+    ``promoted/NAME``, the exploration rate to ``exploration_rate``.
+
+    Args:
+        folder: Where the event files go.
+        every: Steps between two losses that are written, at least 1.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], every: int = 1) -> None:
+        try:
+            module: Any = import_module("torch.utils.tensorboard")
+        except ImportError as reason:
+            raise ImportError(
+                f"no TensorBoard ({reason}): pip install 'topkast_func[tensorboard]'"
+            ) from reason
+        self.writer = module.SummaryWriter(os.fspath(folder))
+        self.every = check_count("every", every, 1)
+        self._history = History()
+
+    def on_step(self, state: TrainState, metrics: StepMetrics) -> None:
+        """Write the losses."""
+        step = int(state.step) - 1
+        if step % self.every == 0:
+            for name, loss in metrics._asdict().items():
+                self.writer.add_scalar(f"loss/{name}", float(loss), step)
+
+    def on_refresh(self, before: TrainState, after: TrainState) -> None:
+        """Write what changed."""
+        self._history.on_refresh(before, after)
+        refresh = self._history.refreshes[-1]
+        self.writer.add_scalar("exploration_rate", refresh.exploration_rate, refresh.step)
+        for name, exchange in refresh.exchanges.items():
+            self.writer.add_scalar(f"churn/{name}", exchange.churn, refresh.step)
+            self.writer.add_scalar(f"promoted/{name}", exchange.promoted, refresh.step)
+
+    def close(self) -> None:
+        """Write what is left, and close the files."""
+        self.writer.close()

@@ -1,0 +1,155 @@
+"""For property tests of one's own: Hypothesis strategies, and what must hold of sets and states.
+
+Needs Hypothesis: ``pip install 'topkast_func[testing]'``.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+from topkast_func.allocation import allocate
+from topkast_func.config import TopKastConfig
+from topkast_func.masks import compute_masks
+from topkast_func.ranking import kept, magnitudes
+from topkast_func.state import TrainState, dense_params, masks_of
+from topkast_func.types import Masks, Params
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def sides(most: int = 8) -> st.SearchStrategy[int]:
+    """Sizes of one axis, 1 drawn on purpose."""
+    return st.just(1) | st.integers(1, most)
+
+
+@st.composite
+def shapes(draw: st.DrawFn, ndim: int | None = None) -> tuple[int, ...]:
+    """Shapes of a weight: two to four axes, 1×1, 1×n and n×1 among them."""
+    axes = draw(st.integers(2, 4)) if ndim is None else ndim
+    return tuple(draw(sides(8 if axis < 2 else 3)) for axis in range(axes))
+
+
+@st.composite
+def weights(
+    draw: st.DrawFn,
+    shape: st.SearchStrategy[tuple[int, ...]] | None = None,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> Tensor:
+    """Finite weights: values in {−1, 0, 1} (heavy ties), all equal, or any floats."""
+    size = draw(shapes() if shape is None else shape)
+    dtype = draw(st.sampled_from(dtypes))
+    elements = draw(
+        st.sampled_from([
+            st.sampled_from([-1.0, 0.0, 1.0]),
+            st.just(0.0),
+            st.floats(-100, 100, width=16),
+        ])
+    )
+    return torch.from_numpy(draw(hnp.arrays(np.float64, size, elements=elements))).to(dtype)
+
+
+def sparsities() -> st.SearchStrategy[float]:
+    """Fractions in [0, 1), round ones and extremes among them."""
+    return st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.999]) | st.floats(0, 1, exclude_max=True)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> TopKastConfig:
+    """Configurations of Top-KAST: any two ordered sparsities, any penalty."""
+    backward, forward = sorted((draw(sparsities()), draw(sparsities())))
+    return TopKastConfig(
+        forward_sparsity=forward,
+        backward_sparsity=backward,
+        penalty=draw(st.sampled_from(["l2", "l1", "group_l2", None])),
+        penalty_weight=draw(st.sampled_from([0.0, 0.1])),
+    )
+
+
+@st.composite
+def masks(draw: st.DrawFn, shape: st.SearchStrategy[tuple[int, ...]] | None = None) -> Masks:
+    """Sets of a weight at any two sparsities, ties among its values likely."""
+    theta = draw(weights(shape, (torch.float32,)))
+    return compute_masks({"weight": theta}, draw(configs()))["weight"]
+
+
+def check_nested(masks: Mapping[str, Masks], params: Params) -> None:
+    """Check that masks are bool, of the shape and device of their parameter, and A lies in B.
+
+    Args:
+        masks: Sets by name.
+        params: Weights by name.
+
+    Raises:
+        AssertionError: They are not; the text names the parameter.
+    """
+    for name, sets in masks.items():
+        theta = params[name]
+        for mask in sets:
+            found = (mask.dtype, mask.shape, mask.device)
+            assert found == (torch.bool, theta.shape, theta.device), f"{name}: {found}"
+        outside = int((sets.forward & ~sets.backward).sum())
+        assert outside == 0, f"{name}: {outside} entries of A are not in B"
+
+
+def check_counts(
+    masks: Mapping[str, Masks], params: Params, config: TopKastConfig, *, step: int = 0
+) -> None:
+    """Check that A and B have exactly as many entries as the configuration asks for.
+
+    Args:
+        masks: Sets by name.
+        params: Weights by name.
+        config: The configuration.
+        step: Number of the step, where sparsities change over time.
+
+    Raises:
+        AssertionError: They have not; the text names the parameter.
+    """
+    allocations = allocate(params, config, step=step)
+    assert masks.keys() == allocations.keys(), f"{[*masks]} are sparse, not {[*allocations]}"
+    size = config.block_shape[0] * config.block_shape[1]
+    for name, sparsity in allocations.items():
+        found = tuple(int(mask.sum()) for mask in masks[name])
+        expected = tuple(kept(s, params[name].numel() // size) * size for s in sparsity)
+        assert found == expected, f"{name}: {found} entries in A and B, not {expected}"
+
+
+def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastConfig) -> None:
+    """Check that no entry left out ranks before one that is in, ties by the lowest flat index.
+
+    Args:
+        masks: Sets by name, of a method that ranks by magnitude.
+        params: Weights by name.
+        config: Shape and norm of the blocks.
+
+    Raises:
+        AssertionError: One does; the text names the parameter.
+    """
+    rows, columns = config.block_shape
+    for name, sets in masks.items():
+        scores = magnitudes(name, params[name], config.block_shape, config.block_norm)
+        ranking = scores.abs().flatten().sort(descending=True, stable=True).indices
+        for mask in sets:
+            chosen = mask[::rows, ::columns].flatten()[ranking]
+            count = int(chosen.sum())
+            assert bool(chosen[:count].all()), f"{name}: a smaller entry is in and a larger is not"
+
+
+def check_outside_untouched(before: TrainState, after: TrainState) -> None:
+    """Check that a step left θ outside B as it was, bit for bit.
+
+    Args:
+        before: The state before the step; no refresh is due.
+        after: The state after it.
+
+    Raises:
+        AssertionError: It did not; the text names the parameter.
+    """
+    old, new = dense_params(before), dense_params(after)
+    for name, sets in masks_of(before).items():
+        moved = int((old[name] != new[name])[~sets.backward].sum())
+        assert moved == 0, f"{name}: {moved} entries outside B have moved"
