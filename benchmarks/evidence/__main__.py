@@ -14,6 +14,7 @@ import torch
 from benchmarks.evidence import report
 from benchmarks.evidence.settings import METHODS, Setting, ablations, comparison, trials
 from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.training import run
 from benchmarks.protocol import FULL
 from benchmarks.record import circumstances, physical_cores
 
@@ -35,7 +36,7 @@ class Ledger:
     def result(self, setting: Setting) -> dict[str, Any] | None:
         """Return what a setting came to, if it was run."""
         told = setting.told()
-        return next((run for run in self.runs if run["setting"] == told), None)
+        return next((kept for kept in self.runs if kept["setting"] == told), None)
 
     def add(self, setting: Setting, result: dict[str, Any]) -> None:
         """Keep what a setting came to, and write the file."""
@@ -67,18 +68,12 @@ def _run(ledger: Ledger, settings: Iterable[Setting]) -> None:
     missing = [s for s in dict.fromkeys(settings) if ledger.result(s) is None]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(physical_cores(), spawn, torch.set_num_threads, (1,)) as pool:
-        jobs = {pool.submit(_of, setting): setting for setting in missing}
+        jobs = {pool.submit(run, setting): setting for setting in missing}
         for done, job in enumerate(as_completed(jobs), 1):
             result = job.result()
             ledger.add(jobs[job], result)
             told = {k: v for k, v in asdict(jobs[job]).items() if k != "task"}
             print(f"{done}/{len(missing)} {result['score']:.2f} {told}", flush=True)
-
-
-def _of(setting: Setting) -> dict[str, Any]:
-    from benchmarks.evidence.training import run
-
-    return run(setting)
 
 
 if __name__ == "__main__":
