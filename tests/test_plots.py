@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import topkast_func as tk
 from topkast_func import Masks, plots
 
 FORWARD = torch.tensor([[True, False, False, False], [False, False, False, True]])
@@ -124,3 +125,39 @@ def test_each_call_draws_a_figure_of_its_own() -> None:
     first, second = plots.losses([1.0], [1.0]), plots.losses([2.0], [2.0])
     assert first is not second
     assert _curves(first)["training"] == [[1], [1.0]]
+
+
+REFRESHES = [
+    tk.Refresh(10, {"a": tk.Exchange(3, 2, 0.3), "b": tk.Exchange(1, 1, 0.1)}, 0.2),
+    tk.Refresh(20, {"a": tk.Exchange(2, 1, 0.2), "b": tk.Exchange(0, 0, 0.0)}, 0.4),
+]
+
+
+def test_churn_draws_each_parameter_and_the_exploration_rate() -> None:
+    upper, lower = plots.churn(REFRESHES).axes
+    curves = {line.get_label(): line.get_xydata() for line in upper.lines}
+    np.testing.assert_array_equal(curves["a"], [[10, 0.3], [20, 0.2]])
+    np.testing.assert_array_equal(curves["b"], [[10, 0.1], [20, 0.0]])
+    np.testing.assert_array_equal(lower.lines[0].get_xydata(), [[10, 0.2], [20, 0.4]])
+
+
+def test_churn_of_no_refresh_is_an_empty_picture() -> None:
+    assert not plots.churn([]).axes[0].lines
+
+
+def test_densities_draws_a_over_b_for_each_parameter() -> None:
+    theta = {"a": torch.randn(10, 10), "b": torch.randn(5, 4)}
+    masks = tk.compute_masks(theta, tk.TopKastConfig(0.75, 0.5, sparse=["a", "b"]))
+    axes = plots.densities(masks).axes[0]
+    widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
+    assert widths == [[0.5, 0.5], [0.25, 0.25]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_accuracy_draws_means_with_the_worst_and_the_best() -> None:
+    axes = plots.accuracy({"x": {0.9: [1.0, 3.0, 2.0], 0.8: [5.0]}}, dense=[7.0, 9.0]).axes[0]
+    line, _, (bars,) = axes.containers[0]
+    np.testing.assert_allclose(line.get_xydata(), [[80, 5], [90, 2]])
+    np.testing.assert_allclose(bars.get_segments()[1], [[90, 1], [90, 3]])
+    dense = next(line for line in axes.lines if line.get_label() == "dense")
+    np.testing.assert_array_equal(dense.get_ydata(), [8.0, 8.0])
