@@ -31,6 +31,7 @@ LAYERS = [
     "methods.random_backward",
     "methods.ste",
     "methods.static",
+    "methods.exchanging",
     "methods.set",
     "methods.rigl",
     "methods.gmp",

@@ -129,11 +129,6 @@ def refresh(
         ValueError: The method reads gradients and there are none.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
-    if config.method.reads_gradient and gradients is None:
-        raise ValueError(
-            f"{config.method} chooses by the gradient: pass gradients=dense_gradients(model, "
-            "loss_fn, state, batch)"
-        )
     step, dense = int(state.step), state.weights.dense()
     stays = config.explore_until is not None and step >= config.explore_until
     old = masks_of(state) if stays or config.method.reads_sets else {}

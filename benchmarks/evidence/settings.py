@@ -10,7 +10,7 @@ from torch import nn
 import topkast_func as tk
 
 SMALL = "small dense"
-METHODS = ("dense", SMALL, "static", "set", "rigl", "gmp", "ste", "random_backward", "topkast")
+METHODS = ("dense", SMALL, "static", "set", "rigl", "topkast", "random_backward", "gmp", "ste")
 """The arms; "small dense" is a dense network with as many parameters as the sparse ones use."""
 
 PAIRS = ((0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95))
@@ -136,10 +136,11 @@ def comparison(tuned: Mapping[str, Setting]) -> Iterator[Setting]:
     Yields:
         Settings whose score is that of the test data.
     """
-    for method, chosen in tuned.items():
-        for forward, backward in PAIRS[:1] if method == "dense" else PAIRS:
-            for seed in SEEDS:
-                yield replace(chosen, forward=forward, backward=backward, seed=seed, validate=False)
+    for seed in SEEDS:
+        for method, chosen in tuned.items():
+            run = replace(chosen, seed=seed, validate=False)
+            for forward, backward in PAIRS[:1] if method == "dense" else PAIRS:
+                yield replace(run, forward=forward, backward=backward)
 
 
 def ablations(tuned: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:

@@ -1,13 +1,12 @@
 """What a method of sparse training decides: the sparsities, and which entries A and B hold."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from topkast_func.ranking import NaNParameterError, Sets, drawn_among, largest_among
+from topkast_func.ranking import NaNParameterError, Sets, drawn_among
 from topkast_func.sparsity import Fixed
 
 
@@ -39,7 +38,7 @@ class Situation(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """A method. By itself it trains what it computes with: B is A, and there is no penalty.
+    """A method. Unless it explores, it trains what it computes with: B is A, without a penalty.
 
     Attributes:
         sparsifies: Whether any parameter is sparse at all.
@@ -57,7 +56,7 @@ class Method:
 
     def sparsities(self, forward: Fixed, backward: Fixed, step: int) -> tuple[Fixed, Fixed]:
         """Return forward and backward sparsity at a step, from those of the configuration."""
-        return forward, forward
+        return (forward, backward) if self.explores else (forward, forward)
 
     def starts(self) -> tuple[int, ...]:
         """Return the steps, but for 0, at which the sparsities change by the method itself."""
@@ -99,25 +98,3 @@ def drawn(situation: Situation) -> Sets:
     everything = torch.ones_like(situation.scores, dtype=torch.bool)
     active = drawn_among(everything, situation.forward, situation.generator)
     return active, active
-
-
-def survivors(situation: Situation, active: Tensor, drop_fraction: float) -> Tensor:
-    """Drop the smallest of A, a fraction that goes to zero along half a cosine.
-
-    α/2·(1 + cos(π t / T_end)) of A goes (Evci et al., 2020, "Rigging the Lottery", section 3).
-
-    Args:
-        situation: Magnitudes and progress.
-        active: 1_A.
-        drop_fraction: α, fraction in [0, 1].
-
-    Returns:
-        1_A without what is dropped, bool.
-
-    Raises:
-        NaNParameterError: A weight of A is NaN.
-    """
-    fraction = drop_fraction / 2 * (1 + math.cos(math.pi * situation.progress))
-    size, outside = int(active.sum()), int((~active).sum())
-    dropped = min(int(fraction * size), outside)
-    return largest_among(situation.name, active, situation.scores, size - dropped)

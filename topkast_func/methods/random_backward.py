@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from topkast_func.methods.base import Method, Situation
 from topkast_func.ranking import Sets, drawn_among, top_sets
-from topkast_func.sparsity import Fixed
 
 
 @dataclass(frozen=True)
@@ -13,10 +12,6 @@ class RandomBackward(Method):
     """See `random_backward`."""
 
     explores: ClassVar[bool] = True
-
-    def sparsities(self, forward: Fixed, backward: Fixed, step: int) -> tuple[Fixed, Fixed]:
-        """Return both as they are."""
-        return forward, backward
 
     def sets(self, situation: Situation) -> Sets:
         """Take the largest in magnitude for A, and add others at random for B."""

@@ -3,37 +3,28 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from topkast_func.checks import check_fraction
-from topkast_func.methods.base import Method, Situation, drawn, survivors
-from topkast_func.ranking import Sets, largest_among
+from torch import Tensor
+
+from topkast_func.methods.base import Method, Situation
+from topkast_func.methods.exchanging import Exchanging
+from topkast_func.ranking import largest_among
 
 
 @dataclass(frozen=True)
-class RigL(Method):
-    """See `rigl`.
+class RigL(Exchanging):
+    """See `rigl`."""
 
-    Attributes:
-        drop_fraction: α, fraction in [0, 1].
-    """
-
-    drop_fraction: float = 0.3
     reads_gradient: ClassVar[bool] = True
-    reads_sets: ClassVar[bool] = True
-    grows_from_zero: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        """Check the fraction."""
-        check_fraction("drop_fraction", self.drop_fraction)
-
-    def sets(self, situation: Situation) -> Sets:
-        """Keep the largest of A, and grow where the gradient is largest among the rest."""
-        if situation.active is None or situation.gradient is None:
-            return drawn(situation)
-        stay = survivors(situation, situation.active, self.drop_fraction)
-        count = situation.forward - int(stay.sum())
+    def grown(self, situation: Situation, candidates: Tensor, count: int) -> Tensor:
+        """Take those of the largest gradient."""
+        if situation.gradient is None:
+            raise ValueError(
+                f"{self} chooses by the gradient: pass refresh(..., gradients=dense_gradients("
+                "model, loss_fn, state, batch))"
+            )
         name = f"{situation.name} (its gradient)"
-        active = stay | largest_among(name, ~stay, situation.gradient, count)
-        return active, active
+        return largest_among(name, candidates, situation.gradient, count)
 
 
 def rigl(drop_fraction: float = 0.3) -> Method:

@@ -1,37 +1,21 @@
 """Sparse evolutionary training: the smallest weights go, random ones come."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from topkast_func.checks import check_fraction
-from topkast_func.methods.base import Method, Situation, drawn, survivors
-from topkast_func.ranking import Sets, drawn_among
+from torch import Tensor
+
+from topkast_func.methods.base import Method, Situation
+from topkast_func.methods.exchanging import Exchanging
+from topkast_func.ranking import drawn_among
 
 
 @dataclass(frozen=True)
-class SparseEvolution(Method):
-    """See `set`.
+class SparseEvolution(Exchanging):
+    """See `set`."""
 
-    Attributes:
-        drop_fraction: α, fraction in [0, 1].
-    """
-
-    drop_fraction: float = 0.3
-    reads_sets: ClassVar[bool] = True
-    grows_from_zero: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Check the fraction."""
-        check_fraction("drop_fraction", self.drop_fraction)
-
-    def sets(self, situation: Situation) -> Sets:
-        """Keep the largest of A, and draw as many as were dropped from the rest."""
-        if situation.active is None:
-            return drawn(situation)
-        stay = survivors(situation, situation.active, self.drop_fraction)
-        count = situation.forward - int(stay.sum())
-        active = stay | drawn_among(~stay, count, situation.generator)
-        return active, active
+    def grown(self, situation: Situation, candidates: Tensor, count: int) -> Tensor:
+        """Draw them at random."""
+        return drawn_among(candidates, count, situation.generator)
 
 
 def set(drop_fraction: float = 0.3) -> Method:
