@@ -18,7 +18,7 @@ from benchmarks.evidence.training import run
 from benchmarks.protocol import FULL
 from benchmarks.record import circumstances, physical_cores
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS, FIGURES = (Path(__file__).parents[1] / folder for folder in ("results", "figures"))
 
 
 class Ledger:
@@ -46,21 +46,25 @@ class Ledger:
 
 
 def main() -> None:
-    """Do what is not yet done of one task."""
+    """Do what is not yet done of one task, print the tables and draw the figure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--ablations", action="store_true", help="these too")
+    parser.add_argument("--ablations", action="store_true", help="run these too")
+    parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the picture")
     arguments = parser.parse_args()
-    ledger = Ledger(arguments.results / f"evidence_{arguments.task}.json")
+    task, name = TASKS[arguments.task], f"evidence_{arguments.task}"
+    ledger = Ledger(arguments.results / f"{name}.json")
     tuning = {method: trials(arguments.task, method) for method in METHODS}
-    _run(ledger, [setting for settings in tuning.values() for setting in settings])
-    sign = TASKS[arguments.task].sign
-    tuned = {method: report.best(ledger.runs, s, sign) for method, s in tuning.items()}
-    _run(ledger, comparison(tuned))
-    if arguments.ablations:
-        _run(ledger, [setting for _, setting in ablations(tuned)])
-    print(report.table(ledger.runs, tuned))
+    if not arguments.report:
+        _run(ledger, [setting for settings in tuning.values() for setting in settings])
+    tuned = {method: report.best(ledger.runs, s, task.sign) for method, s in tuning.items()}
+    if not arguments.report:
+        _run(ledger, comparison(tuned))
+        _run(ledger, [s for _, s in ablations(tuned)] if arguments.ablations else [])
+    print(report.table(ledger.runs, tuned), report.ablation_tables(ledger.runs, tuned), sep="\n\n")
+    report.figure(ledger.runs, tuned, task.unit).savefig(arguments.figures / f"{name}.png", dpi=120)
 
 
 def _run(ledger: Ledger, settings: Iterable[Setting]) -> None:
