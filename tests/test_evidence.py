@@ -110,6 +110,9 @@ def test_the_best_trial_is_chosen_in_the_direction_of_the_score() -> None:
     runs = [{"setting": s.told(), "score": float(i)} for i, s in enumerate(settings)]
     assert report.best(runs, settings, 1) == settings[-1]
     assert report.best(runs, settings, -1) == settings[0]
+    every = [trial for method in METHODS for trial in trials("mlp", method)]
+    runs = [{"setting": s.told(), "score": float(i)} for i, s in enumerate(every)]
+    assert report.tuned(runs, "mlp", 1) == {m: trials("mlp", m)[-1] for m in METHODS}
 
 
 def test_tables_and_figure_show_means_and_spread() -> None:

@@ -90,9 +90,9 @@ def check_nested(masks: Mapping[str, Masks], params: Params) -> None:
         theta = params[name]
         for mask in sets:
             found = (mask.dtype, mask.shape, mask.device)
-            assert found == (torch.bool, theta.shape, theta.device), f"{name}: {found}"
+            _require(found == (torch.bool, theta.shape, theta.device), f"{name}: {found}")
         outside = int((sets.forward & ~sets.backward).sum())
-        assert outside == 0, f"{name}: {outside} entries of A are not in B"
+        _require(outside == 0, f"{name}: {outside} entries of A are not in B")
 
 
 def check_counts(
@@ -110,12 +110,13 @@ def check_counts(
         AssertionError: They have not; the text names the parameter.
     """
     allocations = allocate(params, config, step=step)
-    assert masks.keys() == allocations.keys(), f"{[*masks]} are sparse, not {[*allocations]}"
+    told = f"{[*masks]} are sparse, not {[*allocations]}"
+    _require(masks.keys() == allocations.keys(), told)
     size = config.block_shape[0] * config.block_shape[1]
     for name, sparsity in allocations.items():
         found = tuple(int(mask.sum()) for mask in masks[name])
         expected = tuple(kept(s, params[name].numel() // size) * size for s in sparsity)
-        assert found == expected, f"{name}: {found} entries in A and B, not {expected}"
+        _require(found == expected, f"{name}: {found} entries in A and B, not {expected}")
 
 
 def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastConfig) -> None:
@@ -136,7 +137,8 @@ def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastCon
         for mask in sets:
             chosen = mask[::rows, ::columns].flatten()[ranking]
             count = int(chosen.sum())
-            assert bool(chosen[:count].all()), f"{name}: a smaller entry is in and a larger is not"
+            told = f"{name}: a smaller entry is in and a larger is not"
+            _require(bool(chosen[:count].all()), told)
 
 
 def check_outside_untouched(before: TrainState, after: TrainState) -> None:
@@ -152,4 +154,9 @@ def check_outside_untouched(before: TrainState, after: TrainState) -> None:
     old, new = dense_params(before), dense_params(after)
     for name, sets in masks_of(before).items():
         moved = int((old[name] != new[name])[~sets.backward].sum())
-        assert moved == 0, f"{name}: {moved} entries outside B have moved"
+        _require(moved == 0, f"{name}: {moved} entries outside B have moved")
+
+
+def _require(holds: bool, text: str) -> None:
+    if not holds:
+        raise AssertionError(text)

@@ -55,12 +55,13 @@ def make_train_step(
 ) -> TrainStep:
     """Build ``train_step(state, batch) -> (state, metrics)``.
 
-    The step is pure: it writes to none of its arguments and not to the module. At its first call
-    it also runs the forward pass once on copies, to see that the model is. Before step t
-    it chooses A and B anew when ``config.refresh_every`` divides t > 0, and makes B the
-    forward set at t = ``config.explore_until``. The update, momentum and weight decay
-    included, is restricted to B. The same state and batch give the same result, dropout
-    included: random numbers follow from the state's seed and step.
+    The step is pure: it writes to none of its arguments and not to the module; its first call
+    also runs the forward pass once on copies, to see that the model is pure. Before step t it
+    chooses A and B anew when ``config.refresh_every`` divides t > 0 or a sparsity changes, and
+    makes B the forward set at t = ``config.explore_until``. The update, momentum and weight
+    decay included, is restricted to B. The same state and batch give the same result, dropout
+    included: random numbers follow from the state's seed and step. There is one graph for each
+    stage of sparsities that change over time.
 
     A loss that is NaN is returned as it is; θ then holds NaN, and a refresh that comes due
     keeps the sets and warns.
@@ -79,8 +80,8 @@ def make_train_step(
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
         state is of another model or optimiser or the forward pass changes a parameter,
-        RuntimeError where the model breaks the graph,
-        and whatever the model itself raises; the caller's state is whole after any of these.
+        RuntimeError where the model breaks the graph, and whatever the model itself raises; the
+        caller's state is whole after any of these.
 
     Example:
         >>> from topkast_func import init_state, sgd

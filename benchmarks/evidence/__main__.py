@@ -56,10 +56,9 @@ def main() -> None:
     arguments = parser.parse_args()
     task, name = TASKS[arguments.task], f"evidence_{arguments.task}"
     ledger = Ledger(arguments.results / f"{name}.json")
-    tuning = {method: trials(arguments.task, method) for method in METHODS}
     if not arguments.report:
-        _run(ledger, [setting for settings in tuning.values() for setting in settings])
-    tuned = {method: report.best(ledger.runs, s, task.sign) for method, s in tuning.items()}
+        _run(ledger, [trial for method in METHODS for trial in trials(arguments.task, method)])
+    tuned = report.tuned(ledger.runs, arguments.task, task.sign)
     if not arguments.report:
         _run(ledger, comparison(tuned))
         _run(ledger, [s for _, s in ablations(tuned)] if arguments.ablations else [])

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.settings import METHODS, PAIRS, SEEDS, Setting, ablations
+from benchmarks.evidence.settings import METHODS, PAIRS, SEEDS, Setting, ablations, trials
 from benchmarks.tables import markdown
 from topkast_func import plots
 
@@ -28,6 +28,20 @@ def best(runs: Runs, settings: Iterable[Setting], sign: int) -> Setting:
     return max(settings, key=lambda setting: sign * _score(runs, setting))
 
 
+def tuned(runs: Runs, task: str, sign: int) -> dict[str, Setting]:
+    """Return the best trial of every method.
+
+    Args:
+        runs: What was run, all trials among them.
+        task: Name of the task.
+        sign: 1 where a higher score is better, −1 where a lower one is.
+
+    Returns:
+        Settings by method.
+    """
+    return {method: best(runs, trials(task, method), sign) for method in METHODS}
+
+
 def scores(runs: Runs, chosen: Setting) -> dict[float, list[float]]:
     """Return the test scores of a method by forward sparsity, seed by seed.
 
@@ -44,12 +58,12 @@ def scores(runs: Runs, chosen: Setting) -> dict[float, list[float]]:
     }
 
 
-def table(runs: Runs, tuned: Mapping[str, Setting]) -> str:
+def table(runs: Runs, chosen: Mapping[str, Setting]) -> str:
     """Return the scores of every method at every sparsity, mean and spread over the seeds.
 
     Args:
         runs: What was run.
-        tuned: The tuned settings by method.
+        chosen: The tuned settings by method.
 
     Returns:
         Markdown; training operations over dense ones behind each score.
@@ -57,23 +71,23 @@ def table(runs: Runs, tuned: Mapping[str, Setting]) -> str:
     head = ("method", *(f"{100 * f:.0f} / {100 * b:.0f} %" for f, b in PAIRS))
     rows = []
     for method in METHODS:
-        cells = [_cell(_of(runs, tuned[method], *pair)) for pair in PAIRS]
+        cells = [_cell(_of(runs, chosen[method], *pair)) for pair in PAIRS]
         rows.append((method.replace("_", " "), *cells))
     return markdown(head, rows)
 
 
-def ablation_tables(runs: Runs, tuned: Mapping[str, Setting]) -> str:
+def ablation_tables(runs: Runs, chosen: Mapping[str, Setting]) -> str:
     """Return what Top-KAST reaches when one thing at a time changes.
 
     Args:
         runs: What was run.
-        tuned: The tuned settings by method.
+        chosen: The tuned settings by method.
 
     Returns:
         Markdown, one table for each thing.
     """
     groups: dict[str, dict[str, list[float]]] = {}
-    for name, setting in ablations(tuned):
+    for name, setting in ablations(chosen):
         if run := _find(runs, setting):
             values = groups.setdefault(name, {})
             values.setdefault(str(getattr(setting, name)), []).append(run["score"])
@@ -84,19 +98,19 @@ def ablation_tables(runs: Runs, tuned: Mapping[str, Setting]) -> str:
     return "\n\n".join(tables)
 
 
-def figure(runs: Runs, tuned: Mapping[str, Setting], ylabel: str) -> Figure:
+def figure(runs: Runs, chosen: Mapping[str, Setting], ylabel: str) -> Figure:
     """Draw the scores over forward sparsity.
 
     Args:
         runs: What was run.
-        tuned: The tuned settings by method.
+        chosen: The tuned settings by method.
         ylabel: What the scores are.
 
     Returns:
         The figure.
     """
-    results = {m.replace("_", " "): scores(runs, s) for m, s in tuned.items() if m != "dense"}
-    dense = [score for several in scores(runs, tuned["dense"]).values() for score in several]
+    results = {m.replace("_", " "): scores(runs, s) for m, s in chosen.items() if m != "dense"}
+    dense = [score for several in scores(runs, chosen["dense"]).values() for score in several]
     return plots.accuracy(results, dense, ylabel)
 
 
