@@ -15,6 +15,10 @@ from benchmarks.evidence.settings import SMALL, Setting
 from benchmarks.evidence.tasks import TASKS, Task, loss_fn
 
 
+OFTEN = 10
+"""Steps between refreshes below which indexing the sets anew costs more than dense storage."""
+
+
 def run(setting: Setting) -> dict[str, Any]:
     """Train and score.
 
@@ -32,7 +36,8 @@ def run(setting: Setting) -> dict[str, Any]:
     config = setting.config(model, task.steps)
     rate = partial(_cosine, setting.lr, task.steps)
     optimizer = tk.adam(rate, weight_decay=setting.weight_decay)
-    state = tk.init_state(model, config, optimizer, seed=setting.seed)
+    storage = "dense" if setting.refresh_every < OFTEN else "compact"
+    state = tk.init_state(model, config, optimizer, storage=storage, seed=setting.seed)
     step = tk.make_train_step(model, loss_fn, config, optimizer)
     batches = islice(task.batches(setting.validate, setting.seed), task.steps)
     watch = _Watch(model, task, state)
