@@ -14,7 +14,6 @@ import topkast_func as tk
 from benchmarks.evidence.settings import SMALL, Setting
 from benchmarks.evidence.tasks import TASKS, Task, loss_fn
 
-
 OFTEN = 10
 """Steps between refreshes below which indexing the sets anew costs more than dense storage."""
 
