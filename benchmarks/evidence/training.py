@@ -13,6 +13,7 @@ from torch.func import functional_call
 import topkast_func as tk
 from benchmarks.evidence.settings import SMALL, Setting
 from benchmarks.evidence.tasks import TASKS, Task, loss_fn
+from topkast_func.state import Storage
 
 OFTEN = 10
 """Steps between refreshes below which indexing the sets anew costs more than dense storage."""
@@ -35,7 +36,7 @@ def run(setting: Setting) -> dict[str, Any]:
     config = setting.config(model, task.steps)
     rate = partial(_cosine, setting.lr, task.steps)
     optimizer = tk.adam(rate, weight_decay=setting.weight_decay)
-    storage = "dense" if setting.refresh_every < OFTEN else "compact"
+    storage: Storage = "dense" if setting.refresh_every < OFTEN else "compact"
     state = tk.init_state(model, config, optimizer, storage=storage, seed=setting.seed)
     step = tk.make_train_step(model, loss_fn, config, optimizer)
     batches = islice(task.batches(setting.validate, setting.seed), task.steps)
