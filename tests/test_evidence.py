@@ -88,8 +88,8 @@ def test_what_was_run_is_kept_and_found_again(tmp_path: Path) -> None:
     setting = trials("mlp", "rigl")[3]
     ledger.add(setting, {"score": 88.0})
     again = Ledger(tmp_path / "evidence.json")
-    assert again.result(setting) == {"setting": setting.told(), "score": 88.0}
-    assert again.result(replace(setting, seed=7)) is None
+    assert report.find(again.runs, setting) == {"setting": setting.told(), "score": 88.0}
+    assert report.find(again.runs, replace(setting, seed=7)) is None
     assert json.loads((tmp_path / "evidence.json").read_text())["about"]["date"]
 
 

@@ -160,16 +160,19 @@ def last_weight(params: Params) -> str:
 
 
 def _weights(params: Params) -> list[str]:
-    names = [name for name, leaf in params.items() if name.endswith("weight") and leaf.ndim >= 2]
+    names = [name for name, leaf in params.items() if _is_weight(name, leaf)]
     if not names:
         raise ValueError(f"no parameter is a weight; there are: {_listed(params)}")
     return names
 
 
+def _is_weight(name: str, leaf: Tensor) -> bool:
+    return name.endswith("weight") and leaf.ndim >= 2
+
+
 def _by_default(name: str, leaf: Tensor, config: TopKastConfig) -> bool:
-    if not name.endswith("weight") or leaf.ndim < 2:
-        return False
-    return all(leaf.shape[i] % side == 0 for i, side in enumerate(config.block_shape))
+    sides = enumerate(config.block_shape)
+    return _is_weight(name, leaf) and all(leaf.shape[i] % side == 0 for i, side in sides)
 
 
 def _given(densities: ByPattern, uniform: dict[str, Allocation]) -> dict[str, Allocation]:

@@ -33,11 +33,6 @@ class Ledger:
         kept = json.loads(path.read_text()) if path.exists() else {"runs": []}
         self.runs: list[dict[str, Any]] = kept["runs"]
 
-    def result(self, setting: Setting) -> dict[str, Any] | None:
-        """Return what a setting came to, if it was run."""
-        told = setting.told()
-        return next((kept for kept in self.runs if kept["setting"] == told), None)
-
     def add(self, setting: Setting, result: dict[str, Any]) -> None:
         """Keep what a setting came to, and write the file."""
         self.runs.append({"setting": setting.told(), **result})
@@ -68,7 +63,7 @@ def main() -> None:
 
 def _run(ledger: Ledger, settings: Iterable[Setting]) -> None:
     """Run what has no result yet, one process with one thread on each core."""
-    missing = [s for s in dict.fromkeys(settings) if ledger.result(s) is None]
+    missing = [s for s in dict.fromkeys(settings) if report.find(ledger.runs, s) is None]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(physical_cores(), spawn, torch.set_num_threads, (1,)) as pool:
         jobs = {pool.submit(run, setting): setting for setting in missing}

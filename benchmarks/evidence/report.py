@@ -88,7 +88,7 @@ def ablation_tables(runs: Runs, chosen: Mapping[str, Setting]) -> str:
     """
     groups: dict[str, dict[str, list[float]]] = {}
     for name, setting in ablations(chosen):
-        if run := _find(runs, setting):
+        if run := find(runs, setting):
             values = groups.setdefault(name, {})
             values.setdefault(str(getattr(setting, name)), []).append(run["score"])
     tables = []
@@ -116,17 +116,18 @@ def figure(runs: Runs, chosen: Mapping[str, Setting], ylabel: str) -> Figure:
 
 def _of(runs: Runs, chosen: Setting, forward: float, backward: float) -> list[Mapping[str, Any]]:
     base = replace(chosen, forward=forward, backward=backward, validate=False)
-    found = [_find(runs, replace(base, seed=seed)) for seed in SEEDS]
+    found = [find(runs, replace(base, seed=seed)) for seed in SEEDS]
     return [run for run in found if run]
 
 
-def _find(runs: Runs, setting: Setting) -> Mapping[str, Any] | None:
+def find(runs: Runs, setting: Setting) -> Mapping[str, Any] | None:
+    """Return what a setting came to, if it was run."""
     told = setting.told()
     return next((run for run in runs if run["setting"] == told), None)
 
 
 def _score(runs: Runs, setting: Setting) -> float:
-    run = _find(runs, setting)
+    run = find(runs, setting)
     if run is None:
         raise ValueError(f"{setting} was not run")
     return float(run["score"])

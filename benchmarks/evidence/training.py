@@ -83,11 +83,7 @@ def _cosine(lr: float, steps: int, step: Tensor) -> Tensor:
 
 
 def _used(state: tk.TrainState) -> int:
-    masks = tk.masks_of(state)
-    return sum(
-        int(masks[name].forward.sum()) if name in masks else theta.numel()
-        for name, theta in tk.dense_params(state).items()
-    )
+    return sum(row.forward for row in tk.summary(state).rows)
 
 
 def _parameters(setting: Setting, task: Task) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from topkast_func.methods.base import Method
 from topkast_func.methods.topkast import TopKast
-from topkast_func.sparsity import Fixed, cubic_fractions, scaled
+from topkast_func.sparsity import Fixed, Staged, cubic_fractions, scaled
 
 
 @dataclass(frozen=True)
@@ -23,24 +23,24 @@ class GradualPruning(Method):
 
     def __post_init__(self) -> None:
         """Check the steps."""
-        self._fractions()
+        self._shares()
 
     def sparsities(self, forward: Fixed, backward: Fixed, step: int) -> tuple[Fixed, Fixed]:
         """Return the share of the forward sparsity that is reached at the step, twice."""
-        share = [f for start, f in self._fractions().items() if start <= step][-1]
-        reached = scaled(forward, share)
+        reached = scaled(forward, self._shares().at(step))
         return reached, reached
 
     def starts(self) -> tuple[int, ...]:
         """Return the steps at which a stage begins."""
-        return tuple(self._fractions())[1:]
+        return self._shares().steps[1:]
 
     def settled(self) -> Method:
         """Rank by magnitude, as Top-KAST does."""
         return TopKast()
 
-    def _fractions(self) -> dict[int, float]:
-        return cubic_fractions(self.begin, self.end, self.stages)
+    def _shares(self) -> Staged:
+        fractions = cubic_fractions(self.begin, self.end, self.stages)
+        return Staged(tuple(fractions), tuple(fractions.values()))
 
 
 def gmp(begin: int, end: int, stages: int = 7) -> Method:
