@@ -13,8 +13,7 @@ from benchmarks.evidence.__main__ import Ledger
 from benchmarks.evidence.networks import cnn, decoder, mlp
 from benchmarks.evidence.settings import (
     METHODS,
-    PAIRS,
-    SEEDS,
+    PLANS,
     SMALL,
     Setting,
     ablations,
@@ -22,20 +21,28 @@ from benchmarks.evidence.settings import (
     trials,
 )
 
-TUNED = {method: trials("mlp", method)[0] for method in METHODS}
+TUNED = {m: replace(found[0], validate=False) for m, found in trials("mlp").items()}
 
 
 def test_every_method_has_as_many_trials_on_held_out_data() -> None:
-    for method in METHODS:
-        settings = trials("mlp", method)
-        assert len(set(settings)) == 6
-        assert all(setting.validate for setting in settings)
-        assert {setting.seed for setting in settings}.isdisjoint(SEEDS)
+    for task, carried, count in (("mlp", None, 6), ("cnn", TUNED, 2), ("text", TUNED, 2)):
+        found = trials(task, carried)
+        assert set(found) == set(METHODS)
+        for method, settings in found.items():
+            assert len(set(settings)) == count
+            assert {(s.task, s.method, s.validate) for s in settings} == {(task, method, True)}
+            assert {setting.seed for setting in settings}.isdisjoint(PLANS[task].seeds)
+
+
+def test_what_was_chosen_on_another_task_is_carried_on() -> None:
+    chosen = TUNED | {"rigl": replace(TUNED["rigl"], drop_fraction=0.5)}
+    assert {s.drop_fraction for s in trials("text", chosen)["rigl"]} == {0.5}
 
 
 def test_the_comparison_has_every_sparsity_and_seed_on_the_test_data() -> None:
     runs = list(comparison(TUNED))
-    assert len(runs) == (1 + (len(METHODS) - 1) * len(PAIRS)) * len(SEEDS)
+    plan = PLANS["mlp"]
+    assert len(runs) == (1 + (len(METHODS) - 1) * len(plan.pairs)) * len(plan.seeds)
     assert not any(run.validate for run in runs)
     assert all(not setting.validate for _, setting in ablations(TUNED))
 
@@ -85,7 +92,7 @@ def test_a_run_learns_and_counts(method: str) -> None:
 
 def test_what_was_run_is_kept_and_found_again(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "evidence.json")
-    setting = trials("mlp", "rigl")[3]
+    setting = trials("mlp")["rigl"][3]
     ledger.add(setting, {"score": 88.0})
     again = Ledger(tmp_path / "evidence.json")
     assert report.find(again.runs, setting) == {"setting": setting.told(), "score": 88.0}
@@ -100,28 +107,39 @@ def runs_of(tuned: dict[str, Setting]) -> list[dict[str, Any]]:
             "setting": s.told(),
             "score": score.get(s.method, 88.0) + s.seed - s.forward,
             "flops": 0.25,
+            "seconds": 40.0 if s.method == "dense" else 10.0,
         }
         for s in comparison(tuned)
     ]
 
 
-def test_the_best_trial_is_chosen_in_the_direction_of_the_score() -> None:
-    settings = trials("mlp", "topkast")
-    runs = [{"setting": s.told(), "score": float(i)} for i, s in enumerate(settings)]
-    assert report.best(runs, settings, 1) == settings[-1]
-    assert report.best(runs, settings, -1) == settings[0]
-    every = [trial for method in METHODS for trial in trials("mlp", method)]
-    runs = [{"setting": s.told(), "score": float(i)} for i, s in enumerate(every)]
-    assert report.tuned(runs, "mlp", 1) == {m: trials("mlp", m)[-1] for m in METHODS}
+@pytest.mark.parametrize(("task", "carried", "last"), [("mlp", None, 1), ("text", TUNED, 0)])
+def test_the_best_trial_is_chosen_in_the_direction_of_the_score(
+    task: str, carried: Any, last: bool
+) -> None:
+    found = trials(task, carried)
+    runs = [
+        {"setting": s.told(), "score": float(i)} for f in found.values() for i, s in enumerate(f)
+    ]
+    expected = {m: replace(f[-1 if last else 0], validate=False) for m, f in found.items()}
+    assert report.tuned(runs, task, carried) == {
+        m: replace(s, steps=1.0) for m, s in expected.items()
+    }
+    with pytest.raises(ValueError, match="was not run"):
+        report.tuned(runs[1:], task, carried)
 
 
 def test_tables_and_figure_show_means_and_spread() -> None:
     runs = runs_of(TUNED)
     table = report.table(runs, TUNED)
-    assert "| topkast | 88.20 ± 1.00 (0.25×) | 88.10 ± 1.00 (0.25×) |" in table
-    assert "| dense | 90.20 ± 1.00 (0.25×) |  |" in table
-    labels = report.figure(runs, TUNED, "accuracy").axes[0].get_legend_handles_labels()[1]
+    assert "| topkast | 88.20 ± 1.00 (0.25×, 0.25×) | 88.10 ± 1.00 (0.25×, 0.25×) |" in table
+    assert "| dense | 90.20 ± 1.00 (0.25×, 1.00×) |  |" in table
+    labels = report.figure(runs, TUNED).axes[0].get_legend_handles_labels()[1]
     assert {"topkast", "random backward", "dense"} <= set(labels)
-    base = replace(TUNED["topkast"], validate=False, seed=0)
-    told = [{"setting": replace(base, refresh_every=n).told(), "score": 1.0 * n} for n in (1, 10)]
-    assert "| refresh every | 1 | 10 |" in report.ablation_tables(told, TUNED)
+    ablated = [
+        {"setting": s.told(), "score": 1.0 * s.refresh_every, "flops": 0.1}
+        for name, s in ablations(TUNED)
+        if name == "refresh_every"
+    ]
+    found = report.ablation_table([*ablated, *runs], TUNED)
+    assert "| refresh every | 10 | 10.00 ± 0.00 (0.10×) |" in found

@@ -54,7 +54,7 @@ def test_tables_of_steps_and_targets_are_those_measured() -> None:
     assert tables.target_table(results) in README
 
 
-def test_figures_of_anatomy_refresh_and_memory_are_those_measured() -> None:
+def test_figures_of_anatomy_compilation_and_memory_are_those_measured() -> None:
     results = reading.load(ROOT / "benchmarks" / "results")
     ours = "topkast 1×1 90/80"
     parts = {
@@ -66,6 +66,13 @@ def test_figures_of_anatomy_refresh_and_memory_are_those_measured() -> None:
     words = " ".join(README.split())
     assert f"{gradient} of {whole} ms in the largest network" in words
     assert f"forward product {forward}, input gradient {inputs}, all else {rest})" in words
+    cold, warm, dense_cold, dense_warm = (
+        f"{results.median('compilation', 'mlp-784', task, arm):.1f}"
+        for arm in (ours, "dense compiled")
+        for task in ("cold", "warm")
+    )
+    assert f"{cold} s in the smallest network with empty caches, {warm} with full ones" in words
+    assert f"dense compiled takes {dense_cold} and {dense_warm} " in words
     dense, sparse, blocks = (
         1e-6 * (results.median("memory", "mlp-2048", "trained state", arm) or 0.0)
         for arm in ("dense", ours, "topkast 4×4 90/80")

@@ -6,14 +6,14 @@ import multiprocessing
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.evidence import report
-from benchmarks.evidence.settings import METHODS, Setting, ablations, comparison, trials
-from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.settings import PLANS, Setting, ablations, comparison, trials
 from benchmarks.evidence.training import run
 from benchmarks.protocol import FULL
 from benchmarks.record import circumstances, physical_cores
@@ -43,22 +43,22 @@ class Ledger:
 def main() -> None:
     """Do what is not yet done of one task, print the tables and draw the figure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("task", choices=PLANS)
     parser.add_argument("--ablations", action="store_true", help="run these too")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the picture")
     arguments = parser.parse_args()
-    task, name = TASKS[arguments.task], f"evidence_{arguments.task}"
-    ledger = Ledger(arguments.results / f"{name}.json")
+    task, folder = arguments.task, arguments.results
     if not arguments.report:
-        _run(ledger, [trial for method in METHODS for trial in trials(arguments.task, method)])
-    tuned = report.tuned(ledger.runs, arguments.task, task.sign)
-    if not arguments.report:
+        ledger = Ledger(report.path(folder, task))
+        _run(ledger, chain.from_iterable(trials(task, report.carried(folder, task)).values()))
+        tuned = report.load(folder, task)[1]
         _run(ledger, comparison(tuned))
         _run(ledger, [s for _, s in ablations(tuned)] if arguments.ablations else [])
-    print(report.table(ledger.runs, tuned), report.ablation_tables(ledger.runs, tuned), sep="\n\n")
-    report.figure(ledger.runs, tuned, task.unit).savefig(arguments.figures / f"{name}.png", dpi=120)
+    runs, tuned = report.load(folder, task)
+    print(report.table(runs, tuned), report.ablation_table(runs, tuned), sep="\n\n")
+    report.figure(runs, tuned).savefig(arguments.figures / f"evidence_{task}.png", dpi=120)
 
 
 def _run(ledger: Ledger, settings: Iterable[Setting]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-MLP_WIDTH, CHANNELS = 512, 32
+MLP_WIDTH, CHANNELS = 512, 16
 DECODER_WIDTH, DECODER_LAYERS, HEADS = 256, 4, 4
 ALPHABET, LONGEST = 80, 128
 """Characters of a text and of a window, at most."""
@@ -29,7 +29,7 @@ def cnn(parameters: float | None) -> nn.Module:
     """Build two convolutions of w and 2w channels, and linear layers 98w-4w-10.
 
     Args:
-        parameters: About how many it is to have; None for w = 32.
+        parameters: About how many it is to have; None for w = 16.
 
     Returns:
         The network.

@@ -1,45 +1,65 @@
 """Tables and figures of what was reached, from the results alone."""
 
+import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.settings import METHODS, PAIRS, SEEDS, Setting, ablations, trials
+from benchmarks.evidence.settings import FIRST, METHODS, PLANS, Setting, ablations, trials
+from benchmarks.evidence.tasks import TASKS
 from benchmarks.tables import markdown
 from topkast_func import plots
 
 Runs = Sequence[Mapping[str, Any]]
 
 
-def best(runs: Runs, settings: Iterable[Setting], sign: int) -> Setting:
-    """Return the setting of the best score; the first of those.
+def path(folder: Path, task: str) -> Path:
+    """Return where the results of a task are kept."""
+    return folder / f"evidence_{task}.json"
+
+
+def load(folder: Path, task: str) -> tuple[Runs, dict[str, Setting]]:
+    """Read what was run of a task.
 
     Args:
-        runs: What was run.
-        settings: All of them were.
-        sign: 1 where a higher score is better, −1 where a lower one is.
+        folder: Where the results are.
+        task: Its name.
 
     Returns:
-        The setting.
+        The runs, and the tuned settings by method.
     """
-    return max(settings, key=lambda setting: sign * _score(runs, setting))
+    runs = json.loads(path(folder, task).read_text())["runs"]
+    return runs, tuned(runs, task, carried(folder, task))
 
 
-def tuned(runs: Runs, task: str, sign: int) -> dict[str, Setting]:
-    """Return the best trial of every method.
+def carried(folder: Path, task: str) -> dict[str, Setting] | None:
+    """Return what was chosen on the first task, by method; None for that task itself."""
+    return None if task == FIRST else load(folder, FIRST)[1]
+
+
+def tuned(
+    runs: Runs, task: str, carried: Mapping[str, Setting] | None = None
+) -> dict[str, Setting]:
+    """Return the best trial of every method, to be run whole and scored by the test data.
 
     Args:
         runs: What was run, all trials among them.
         task: Name of the task.
-        sign: 1 where a higher score is better, −1 where a lower one is.
+        carried: What was chosen on another task, by method.
 
     Returns:
-        Settings by method.
+        Settings by method; of equal trials the first.
     """
-    return {method: best(runs, trials(task, method), sign) for method in METHODS}
+    sign = TASKS[task].sign
+    chosen = {
+        method: max(settings, key=lambda setting: sign * _score(runs, setting))
+        for method, settings in trials(task, carried).items()
+    }
+    return {m: replace(s, validate=False, steps=1.0) for m, s in chosen.items()}
 
 
 def scores(runs: Runs, chosen: Setting) -> dict[float, list[float]]:
@@ -52,7 +72,8 @@ def scores(runs: Runs, chosen: Setting) -> dict[float, list[float]]:
     Returns:
         Scores; sparsities that were not run are left out.
     """
-    found = {forward: _of(runs, chosen, forward, backward) for forward, backward in PAIRS}
+    pairs = PLANS[chosen.task].pairs
+    found = {forward: _of(runs, chosen, forward, backward) for forward, backward in pairs}
     return {
         forward: [run["score"] for run in several] for forward, several in found.items() if several
     }
@@ -66,17 +87,20 @@ def table(runs: Runs, chosen: Mapping[str, Setting]) -> str:
         chosen: The tuned settings by method.
 
     Returns:
-        Markdown; training operations over dense ones behind each score.
+        Markdown; behind each score the operations and the time of training over dense ones.
     """
-    head = ("method", *(f"{100 * f:.0f} / {100 * b:.0f} %" for f, b in PAIRS))
+    pairs = PLANS[chosen["dense"].task].pairs
+    dense = _seconds(_of(runs, chosen["dense"], *pairs[0]))
+    head = ("method", *(f"{100 * f:.0f} / {100 * b:.0f} %" for f, b in pairs))
     rows = []
     for method in METHODS:
-        cells = [_cell(_of(runs, chosen[method], *pair)) for pair in PAIRS]
+        found = [_of(runs, chosen[method], *pair) for pair in pairs]
+        cells = [_cell(several, _seconds(several) / dense) if several else "" for several in found]
         rows.append((method.replace("_", " "), *cells))
     return markdown(head, rows)
 
 
-def ablation_tables(runs: Runs, chosen: Mapping[str, Setting]) -> str:
+def ablation_table(runs: Runs, chosen: Mapping[str, Setting]) -> str:
     """Return what Top-KAST reaches when one thing at a time changes.
 
     Args:
@@ -84,39 +108,35 @@ def ablation_tables(runs: Runs, chosen: Mapping[str, Setting]) -> str:
         chosen: The tuned settings by method.
 
     Returns:
-        Markdown, one table for each thing.
+        Markdown, a row for each thing and value; behind the score the operations over dense ones.
     """
-    groups: dict[str, dict[str, list[float]]] = {}
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for name, setting in ablations(chosen):
         if run := find(runs, setting):
-            values = groups.setdefault(name, {})
-            values.setdefault(str(getattr(setting, name)), []).append(run["score"])
-    tables = []
-    for name, values in groups.items():
-        head = (name.replace("_", " "), *values)
-        tables.append(markdown(head, [("score", *map(_spread, values.values()))]))
-    return "\n\n".join(tables)
+            key = (name.replace("_", " "), str(getattr(setting, name)))
+            found.setdefault(key, []).append(run)
+    head = ("what changes", "to", "score")
+    return markdown(head, [(*key, _cell(several)) for key, several in found.items()])
 
 
-def figure(runs: Runs, chosen: Mapping[str, Setting], ylabel: str) -> Figure:
+def figure(runs: Runs, chosen: Mapping[str, Setting]) -> Figure:
     """Draw the scores over forward sparsity.
 
     Args:
         runs: What was run.
         chosen: The tuned settings by method.
-        ylabel: What the scores are.
 
     Returns:
         The figure.
     """
     results = {m.replace("_", " "): scores(runs, s) for m, s in chosen.items() if m != "dense"}
     dense = [score for several in scores(runs, chosen["dense"]).values() for score in several]
-    return plots.accuracy(results, dense, ylabel)
+    return plots.accuracy(results, dense, TASKS[chosen["dense"].task].unit)
 
 
 def _of(runs: Runs, chosen: Setting, forward: float, backward: float) -> list[Mapping[str, Any]]:
-    base = replace(chosen, forward=forward, backward=backward, validate=False)
-    found = [find(runs, replace(base, seed=seed)) for seed in SEEDS]
+    base = replace(chosen, forward=forward, backward=backward)
+    found = [find(runs, replace(base, seed=seed)) for seed in PLANS[chosen.task].seeds]
     return [run for run in found if run]
 
 
@@ -133,13 +153,12 @@ def _score(runs: Runs, setting: Setting) -> float:
     return float(run["score"])
 
 
-def _cell(several: list[Mapping[str, Any]]) -> str:
-    if not several:
-        return ""
-    flops = statistics.mean(run["flops"] for run in several)
-    return f"{_spread([run['score'] for run in several])} ({flops:.2f}×)"
+def _seconds(several: Runs) -> float:
+    return statistics.median(run["seconds"] for run in several)
 
 
-def _spread(found: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-    return f"{statistics.mean(found):.2f}{deviation}"
+def _cell(several: Runs, *ratios: float) -> str:
+    scores = [run["score"] for run in several]
+    deviation = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    shown = (statistics.mean(run["flops"] for run in several), *ratios)
+    return f"{statistics.mean(scores):.2f}{deviation} ({', '.join(f'{r:.2f}×' for r in shown)})"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,10 +16,35 @@ METHODS = ("dense", SMALL, "static", "set", "rigl", "topkast", "random_backward"
 PAIRS = ((0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95))
 """Forward and backward sparsities; those that do not explore read the first."""
 
-TUNED_AT = (0.9, 0.8)
-SEEDS, TUNING_SEED = (0, 1, 2), 100
+FIRST = "mlp"
+"""Where every hyperparameter is chosen; the other tasks choose the learning rate alone anew."""
+
+TUNING_SEED, RATES = 100, (1e-3, 3e-3)
 STOP = 0.75
 """Share of the run after which SET and RigL stop exchanging weights, as in RigL's paper."""
+
+
+class Plan(NamedTuple):
+    """How much is run of a task.
+
+    Attributes:
+        pairs: Forward and backward sparsities.
+        tuned_at: The pair of the trials.
+        seeds: Of the runs that are compared.
+        trial_steps: Share of a run's steps that a trial has.
+    """
+
+    pairs: tuple[tuple[float, float], ...]
+    tuned_at: tuple[float, float]
+    seeds: tuple[int, ...]
+    trial_steps: float
+
+
+PLANS = {
+    "mlp": Plan(PAIRS, PAIRS[1], (0, 1, 2), 1.0),
+    "cnn": Plan(PAIRS, PAIRS[1], (0, 1, 2), 1.0),
+    "text": Plan(PAIRS[:1], PAIRS[0], (0, 1, 2), 0.25),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +59,7 @@ class Setting:
         seed: Of weights, batches and random sets.
         validate: Whether a part of the training data is held out to be scored; otherwise the
             test data is.
+        steps: Share of the task's steps.
         lr: Learning rate at the start; it falls along half a cosine to 0.
         weight_decay: Of Adam, as an L2 gradient.
         penalty: Form of the exploration penalty.
@@ -49,6 +75,7 @@ class Setting:
     backward: float = 0.8
     seed: int = 0
     validate: bool = False
+    steps: float = 1.0
     lr: float = 1e-3
     weight_decay: float = 0.0
     penalty: Any = "l2"
@@ -101,30 +128,46 @@ class Setting:
         return {n: v for n, v in told.items() if n in kept or v != getattr(default, n)}
 
 
-def trials(task: str, method: str) -> list[Setting]:
-    """Return the settings among which one is chosen on held out data: six for every method.
+def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str, list[Setting]]:
+    """Return the settings among which one is chosen on held out data: as many for every method.
 
     Args:
         task: Name of the task.
-        method: The method.
+        carried: What was chosen on another task, by method. Then only the learning rate is
+            chosen anew; without it there are six trials of each method's own hyperparameters.
 
     Returns:
-        The settings, at one sparsity and one seed.
+        The settings by method, at one sparsity and one seed.
     """
-    forward, backward = TUNED_AT
-    base = Setting(task, method, forward, backward, TUNING_SEED, validate=True)
-    axes: dict[str, tuple[Any, ...]] = {"lr": (1e-3, 3e-3)}
+    plan = PLANS[task]
+    forward, backward = plan.tuned_at
+    found = {}
+    for method in METHODS:
+        base = replace(
+            carried[method] if carried else Setting(task, method),
+            task=task,
+            forward=forward,
+            backward=backward,
+            seed=TUNING_SEED,
+            validate=True,
+            steps=plan.trial_steps,
+        )
+        axes = {"lr": RATES} if carried else _axes(method)
+        values = product(*axes.values())
+        found[method] = [replace(base, **dict(zip(axes, v, strict=True))) for v in values]
+    return found
+
+
+def _axes(method: str) -> dict[str, tuple[Any, ...]]:
     if method in {"topkast", "random_backward"}:
-        axes["penalty_weight"] = (1e-4, 1e-3, 1e-2)
-    elif method == "ste":
-        axes["refresh_every"] = (1, 10, 100)
-    elif method in {"set", "rigl"}:
-        base, axes["drop_fraction"] = replace(base, until=STOP), (0.1, 0.3, 0.5)
-    elif method == "gmp":
-        axes["until"] = (0.5, 0.75, 0.9)
-    else:
-        axes = {"lr": (3e-4, 1e-3, 3e-3), "weight_decay": (0.0, 1e-4)}
-    return [replace(base, **dict(zip(axes, v, strict=True))) for v in product(*axes.values())]
+        return {"lr": RATES, "penalty_weight": (1e-4, 1e-3, 1e-2)}
+    if method == "ste":
+        return {"lr": RATES, "refresh_every": (1, 10, 100)}
+    if method in {"set", "rigl"}:
+        return {"lr": RATES, "until": (STOP,), "drop_fraction": (0.1, 0.3, 0.5)}
+    if method == "gmp":
+        return {"lr": RATES, "until": (0.5, 0.75, 0.9)}
+    return {"lr": (3e-4, *RATES), "weight_decay": (0.0, 1e-4)}
 
 
 def comparison(tuned: Mapping[str, Setting]) -> Iterator[Setting]:
@@ -136,11 +179,11 @@ def comparison(tuned: Mapping[str, Setting]) -> Iterator[Setting]:
     Yields:
         Settings whose score is that of the test data.
     """
-    for seed in SEEDS:
+    plan = PLANS[tuned["dense"].task]
+    for seed in plan.seeds:
         for method, chosen in tuned.items():
-            run = replace(chosen, seed=seed, validate=False)
-            for forward, backward in PAIRS[:1] if method == "dense" else PAIRS:
-                yield replace(run, forward=forward, backward=backward)
+            for forward, backward in plan.pairs[:1] if method == "dense" else plan.pairs:
+                yield replace(chosen, seed=seed, forward=forward, backward=backward)
 
 
 def ablations(tuned: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
@@ -152,7 +195,7 @@ def ablations(tuned: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
     Yields:
         What changes, and the setting.
     """
-    base = replace(tuned["topkast"], validate=False)
+    base = tuned["topkast"]
     changes: dict[str, tuple[Any, ...]] = {
         "refresh_every": (1, 10, 100, 1000),
         "backward": (0.0, 0.5, 0.8, 0.9),
@@ -161,5 +204,5 @@ def ablations(tuned: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
         "penalty": (None, "l1", "group_l2", "l2"),
     }
     for name, values in changes.items():
-        for value, seed in product(values, SEEDS):
+        for value, seed in product(values, PLANS[base.task].seeds):
             yield name, replace(base, seed=seed, **{name: value})

@@ -117,11 +117,11 @@ def _image_task(
 
 TASKS = {
     "mlp": _image_task(mlp, (784,), 5600),
-    "cnn": _image_task(cnn, (1, 28, 28), 2800),
+    "cnn": _image_task(cnn, (1, 28, 28), 1400),
     "text": Task(
         decoder,
-        2000,
-        partial(_text_batches, 32),
+        1000,
+        partial(_text_batches, 16),
         _bits_per_character,
         "bits per character",
         -1,

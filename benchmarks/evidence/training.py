@@ -33,13 +33,14 @@ def run(setting: Setting) -> dict[str, Any]:
     start, task = time.perf_counter(), TASKS[setting.task]
     torch.manual_seed(setting.seed)
     model = task.network(_parameters(setting, task) if setting.method == SMALL else None)
-    config = setting.config(model, task.steps)
-    rate = partial(_cosine, setting.lr, task.steps)
+    steps = round(setting.steps * task.steps)
+    config = setting.config(model, steps)
+    rate = partial(_cosine, setting.lr, steps)
     optimizer = tk.adam(rate, weight_decay=setting.weight_decay)
     storage: Storage = "dense" if setting.refresh_every < OFTEN else "compact"
     state = tk.init_state(model, config, optimizer, storage=storage, seed=setting.seed)
     step = tk.make_train_step(model, loss_fn, config, optimizer)
-    batches = islice(task.batches(setting.validate, setting.seed), task.steps)
+    batches = islice(task.batches(setting.validate, setting.seed), steps)
     watch = _Watch(model, task, state)
     state = tk.train(step, state, batches, config, [watch])
     with torch.no_grad():
@@ -47,7 +48,7 @@ def run(setting: Setting) -> dict[str, Any]:
         score = task.score(apply, setting.validate)
     return {
         "score": score,
-        "flops": watch.flops / task.steps / _dense_flops(setting, task),
+        "flops": watch.flops / steps / _dense_flops(setting, task),
         "explored": tk.exploration_rate(watch.explored) if watch.explored else None,
         "parameters": _used(state),
         "seconds": time.perf_counter() - start,
