@@ -154,7 +154,7 @@ def _score(runs: Runs, setting: Setting) -> float:
 
 
 def _seconds(several: Runs) -> float:
-    return statistics.median(run["seconds"] for run in several)
+    return float(statistics.median(run["seconds"] for run in several))
 
 
 def _cell(several: Runs, *ratios: float) -> str:
