@@ -9,7 +9,7 @@ demo: .venv/package
 	$(BIN)/python -m topkast_func boston
 
 test: .venv/tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/tests
 	$(BIN)/ruff check .

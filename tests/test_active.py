@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.problems import Problem, problem, problems
+from topkast_func import active
 from topkast_func.active import (
     Positions,
     Sets,
@@ -124,3 +125,12 @@ def test_positions_of_a_weight_of_any_axes(shape: tuple[int, ...]) -> None:
 def test_an_unused_place_comes_from_nowhere() -> None:
     old, new = torch.tensor([4, 1, 6, 6]), torch.tensor([1, 5, 6, 4])
     assert sources(old, new, 6).tolist() == [1, -1, -1, 0]
+
+
+def test_more_values_than_int32_counts_have_wider_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = torch.tensor([4, 1, 6, 6]), torch.tensor([1, 5, 6, 4])
+    narrow = sources(old, new, 6)
+    monkeypatch.setattr(active, "INDEX_LIMIT", 3)
+    wide = sources(old, new, 6)
+    assert (narrow.dtype, wide.dtype) == (torch.int32, torch.int64)
+    assert torch.equal(narrow.long(), wide)

@@ -69,8 +69,12 @@ def test_sparsities_by_pattern_leave_the_unmatched_dense() -> None:
 @pytest.mark.parametrize(
     ("forward", "backward", "message"),
     [
-        ({"z*": 0.9}, 0.5, r"forward_sparsity: 'z\*' matches no parameter; there are: 'a', 'b'"),
-        ({"a": 0.9}, {"b": 0.5}, "backward_sparsity: 'b' matches no parameter"),
+        (
+            {"z*": 0.9},
+            0.5,
+            r"forward_sparsity: 'z\*' matches no selected parameter; there are: 'a', 'b'",
+        ),
+        ({"a": 0.9}, {"b": 0.5}, "backward_sparsity: 'b' matches no selected parameter"),
         (0.9, {"a": 0.5}, "no pattern of backward_sparsity matches 'b'"),
         ({"a": 0.9, "?": 0.8}, 0.5, r"gives 'a' both 0.9 and 0.8 \(pattern '\?'\)"),
         ({"a": 0.4}, 0.5, "backward_sparsity of 'a' must be in .*=0.4.*, got 0.5"),
@@ -179,7 +183,7 @@ def test_allocated_densities_that_overlap_or_match_nothing_are_named() -> None:
     shapes = {"a": (4, 4), "b": (4, 4)}
     with pytest.raises(ValueError, match=r"allocation gives 'a' both 0\.5 and 0\.25"):
         shared(shapes, TopKastConfig(allocation={"a": 0.5, "?": 0.25}))
-    with pytest.raises(ValueError, match="allocation: 'z' matches no parameter"):
+    with pytest.raises(ValueError, match="allocation: 'z' matches no selected parameter"):
         shared(shapes, TopKastConfig(allocation={"z": 0.5}))
 
 

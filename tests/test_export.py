@@ -92,9 +92,10 @@ def test_the_stored_positions_are_those_of_the_forward_set() -> None:
 
 
 @pytest.mark.parametrize("layout", DENSE)
-def test_bfloat16_weights_are_exported(layout: str) -> None:
-    """SciPy has no bfloat16: its matrix holds the same values in float32."""
-    state = _state({"weight": torch.randn(6, 6).bfloat16()})
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_exported(layout: str, dtype: torch.dtype) -> None:
+    """SciPy cannot compute with them: its matrix holds the same values in float32."""
+    state = _state({"weight": torch.randn(6, 6).to(dtype)})
     dense = DENSE[layout](tk.to_sparse(state, layout)["weight"])
     assert torch.equal(dense.float(), tk.forward_params(state)["weight"].float())
 
@@ -192,3 +193,8 @@ def test_blocks_that_do_not_divide_a_matrix_are_refused() -> None:
     state = tk.init_state(torch.nn.Linear(3, 4), tk.TopKastConfig(), tk.sgd(0.1))
     with pytest.raises(ValueError, match=r"blocks of \(2, 2\) do not divide .* \(4, 3\)"):
         tk.to_sparse(state, "bsr", (2, 2))
+
+
+def test_blocks_have_at_least_one_entry() -> None:
+    with pytest.raises(ValueError, match="block_shape must be at least 1, got 0"):
+        tk.to_sparse(_state({"weight": torch.randn(6, 6)}), "bsr", (0, 1))

@@ -312,6 +312,50 @@ def test_staged_sparsities_change_the_counts_and_keep_the_weights(
             check_outside_untouched(path[t], after)
 
 
+@every_method
+@pytest.mark.parametrize("allocation", ["uniform", "erk"])
+@pytest.mark.parametrize("sparsities", [{0: 0.5, 2: 0.9}, {0: 0.9, 3: 0.5, 4: 0.55}])
+def test_every_method_follows_the_stages(
+    sparsities: dict[int, float], allocation: Any, method: tk.Method
+) -> None:
+    config = tk.TopKastConfig(
+        tk.staged(sparsities), 0.4, refresh_every=2, method=method, allocation=allocation
+    )
+    for t, after in enumerate(states(config, 6)[1:]):
+        check_counts(tk.masks_of(after), tk.dense_params(after), config, step=t)
+
+
+def test_static_sets_shrink_and_grow_by_as_little_as_they_can() -> None:
+    config = tk.TopKastConfig(tk.staged({0: 0.5, 2: 0.9, 4: 0.6}), method=tk.static())
+    path = [tk.masks_of(state)["0.weight"].forward for state in states(config, 6)]
+    first, small, large = path[1], path[3], path[5]
+    assert (small <= first).all()
+    assert (small <= large).all()
+
+
+def test_densities_by_pattern_go_through_the_method() -> None:
+    params = theta(a=(8, 8), b=(8, 8))
+    base = replace(BASE, sparse="*", allocation={"a": 0.5})
+    pruned = replace(base, method=tk.gmp(0, 10))
+    assert tk.allocate(params, pruned, step=0)["a"].forward == 0.0
+    assert tk.allocate(params, pruned, step=10)["a"] == (0.5, 0.5)
+    for name, sparsity in tk.allocate(params, replace(base, method=tk.ste())).items():
+        assert sparsity == ({"a": 0.5, "b": 0.75}[name], 0.0)
+
+
+@every_method
+def test_weights_that_are_not_contiguous_have_the_same_sets(method: tk.Method) -> None:
+    config, params = replace(BASE, method=method, sparse="*"), theta(a=(6, 8), b=(4, 6, 3, 3))
+    strided = {
+        "a": params["a"].t().contiguous().t(),
+        "b": params["b"].contiguous(memory_format=torch.channels_last),
+    }
+    expected = tk.compute_masks(params, config)
+    for name, masks in tk.compute_masks(strided, config).items():
+        assert torch.equal(masks.forward, expected[name].forward)
+        assert torch.equal(masks.backward, expected[name].backward)
+
+
 def test_more_stages_than_dynamo_keeps_graphs_for() -> None:
     config = tk.TopKastConfig(
         tk.staged({t: 0.5 + 0.03 * t for t in range(10)}), 0.25, refresh_every=None

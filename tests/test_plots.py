@@ -141,6 +141,16 @@ def test_churn_draws_each_parameter_and_the_exploration_rate() -> None:
     np.testing.assert_array_equal(lower.lines[0].get_xydata(), [[10, 0.2], [20, 0.4]])
 
 
+def test_losses_of_steps_need_no_validation() -> None:
+    (axes,) = plots.losses([2.0, 1.0], xlabel="step").axes
+    assert (len(axes.lines), axes.get_xlabel()) == (1, "step")
+
+
+def test_pictures_of_nothing_warn_of_nothing() -> None:
+    plots.accuracy({})
+    plots.churn([tk.Refresh(step=3, exchanges={}, exploration_rate=0.0)])
+
+
 def test_churn_of_no_refresh_is_an_empty_picture() -> None:
     assert not plots.churn([]).axes[0].lines
 

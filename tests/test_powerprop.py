@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
-from torch.func import grad
+from torch.func import functional_call, grad
 
 import topkast_func as tk
 from topkast_func.powerprop import phi_of, theta_of
@@ -74,6 +74,23 @@ def test_it_composes_with_every_method(method: tk.Method) -> None:
             assert metrics.loss.isfinite()
         trajectories.append(tk.forward_params(state))
     torch.testing.assert_close(*trajectories, rtol=1e-4, atol=1e-6)
+
+
+def test_a_dense_network_trains_phi_as_the_chain_rule_has_it() -> None:
+    config = replace(CONFIG, method=tk.dense())
+    model, optimizer = network(), tk.sgd(0.1)
+    state = tk.init_state(model, config, optimizer)
+    theta = tk.dense_params(state)
+    after, _ = tk.make_train_step(model, mse, config, optimizer, compile=False)(state, batch(0))
+    apply = lambda params: mse(lambda x: functional_call(model, params, (x,)), batch(0))  # noqa: E731
+    gradients = grad(apply)(theta)
+    for name in ("0.weight", "2.weight"):
+        phi = phi_of(theta[name], 2.0)
+        moved = theta_of(phi - 0.1 * gradients[name] * 2 * phi.abs(), 2.0)
+        torch.testing.assert_close(tk.dense_params(after)[name], moved)
+    torch.testing.assert_close(
+        tk.dense_params(after)["0.bias"], theta["0.bias"] - 0.1 * gradients["0.bias"]
+    )
 
 
 def test_a_grown_weight_can_learn() -> None:

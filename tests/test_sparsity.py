@@ -59,11 +59,32 @@ def test_a_configuration_at_a_step_has_the_sparsities_of_its_stage() -> None:
     forward = tk.staged({0: 0.5, 10: 0.9})
     config = tk.TopKastConfig(forward, tk.staged({0: 0.25, 5: 0.5}))
     assert config.starts() == (5, 10)
-    assert [config.at(t).forward_sparsity for t in (0, 9, 10)] == [0.5, 0.5, 0.9]
-    assert [config.at(t).backward_sparsity for t in (4, 5, 50)] == [0.25, 0.5, 0.5]
-    assert config.at(10) == config.at(10).at(0)
+    assert [config.sparsities(t)[0] for t in (0, 9, 10)] == [0.5, 0.5, 0.9]
+    assert [config.sparsities(t)[1] for t in (4, 5, 50)] == [0.25, 0.5, 0.5]
 
 
 def test_stages_that_leave_a_outside_b_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"backward_sparsity must be in .*=0.5.*, got 0.6"):
+    with pytest.raises(
+        ValueError, match=r"backward_sparsity at step 10 must be in .*=0.5.*, got 0.6"
+    ):
         tk.TopKastConfig(tk.staged({0: 0.9, 10: 0.5}), 0.6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"forward_sparsity": tk.staged({0: 0.5, 10: 0.9}), "backward_sparsity": 0.4},
+        {"method": tk.gmp(0, 10)},
+    ],
+)
+@pytest.mark.parametrize("until", [0, 5, 10])
+def test_a_change_after_the_sets_are_settled_is_refused(fields: Any, until: int) -> None:
+    with pytest.raises(ValueError, match=f"changes at step 10, .* explore_until={until} on"):
+        tk.TopKastConfig(**fields, explore_until=until)
+    tk.TopKastConfig(**fields, explore_until=11)
+
+
+def test_densities_by_pattern_have_no_stages() -> None:
+    forward = tk.staged({0: 0.5, 10: 0.9})
+    with pytest.raises(ValueError, match="an allocation by pattern fixes densities"):
+        tk.TopKastConfig(forward, 0.4, allocation={"weight": 0.2})

@@ -42,7 +42,7 @@ def test_a_row_for_every_parameter_with_its_counts_and_bytes() -> None:
     conv = rows["0.weight"]
     assert (conv.forward, conv.backward) == (18, 36)
     assert conv.bytes == 3 * 4 * 36 + 8 * 36
-    assert "not a linear layer" in conv.reason
+    assert "no plain nn.Linear" in conv.reason
     bias = rows["3.bias"]
     assert (bias.engine, bias.reason, bias.bytes) == ("torch", "left dense", 3 * 4 * 8)
 
@@ -76,6 +76,53 @@ def test_operations_of_every_kind_of_product() -> None:
     assert found.dense == 3 * (conv + linear)
     assert found.sparse == pytest.approx((2 * 0.25 + 0.5) * (conv + linear))
     assert found.ratio == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "expected"),
+    [
+        (lambda: nn.LSTM(8, 8), torch.zeros(2, 5, 8), 3 * 2 * (2 * 5 * 8 * 32 + 10 * 8 * 32)),
+        (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), torch.zeros(2, 6, 16), 0),
+    ],
+    ids=["lstm", "encoder"],
+)
+def test_fused_layers_count_and_the_mode_does_not_matter(
+    model: Any, inputs: Tensor, expected: int
+) -> None:
+    found = []
+    for mode in (True, False):
+        network = model().train(mode)
+        state = tk.init_state(network, tk.TopKastConfig(sparse="*weight*"), tk.sgd(0.1))
+        found.append(tk.training_flops(network, state, inputs))
+    assert found[0] == found[1]
+    assert found[0].sparse < found[0].dense
+    assert found[0].dense == (expected or found[0].dense)
+
+
+def test_counting_operations_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout())
+    state = tk.init_state(model, tk.TopKastConfig(), tk.sgd(0.1))
+    buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+    random = torch.get_rng_state()
+    tk.training_flops(model, state, torch.full((8, 6), 100.0))
+    torch.testing.assert_close(state.buffers, buffers, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_model_without_products_has_no_ratio() -> None:
+    model = nn.Embedding(10, 4)
+    state = tk.init_state(model, tk.TopKastConfig(), tk.sgd(0.1))
+    assert math.isnan(tk.training_flops(model, state, torch.zeros(3, dtype=torch.int64)).ratio)
+
+
+def test_a_frozen_parameter_has_a_row_and_long_names_are_whole() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    model[0].weight.requires_grad_(False)
+    layers = nn.ModuleDict({"a_name_of_forty_characters_" + 200 * "x": model})
+    told = tk.summary(tk.init_state(layers, tk.TopKastConfig(), tk.sgd(0.1)))
+    frozen = [row for row in told.rows if row.reason == "frozen"]
+    assert [(row.forward, row.backward, row.bytes) for row in frozen] == [(24, 0, 0)]
+    assert all(row.name in repr(told) for row in told.rows)
 
 
 def test_operations_without_a_sparse_weight_are_dense() -> None:

@@ -102,6 +102,32 @@ def test_a_smaller_entry_in_place_of_a_larger_is_found(place: tuple[int, int]) -
         check_largest(wrong, PARAMS, CONFIG)
 
 
+def test_a_block_that_is_in_by_a_part_is_found() -> None:
+    config = TopKastConfig(0.5, 0.5, sparse="w", block_shape=(2, 2))
+    theta = {"w": torch.arange(16.0).view(4, 4)}
+    found = tk.compute_masks(theta, config)
+    check_largest(found, theta, config)
+    torn = found["w"].forward.clone()
+    torn[1, 1], torn[3, 3] = True, False
+    with pytest.raises(AssertionError, match="w: a block is in by a part of it"):
+        check_largest({"w": tk.Masks(torn, torn)}, theta, config)
+
+
+def test_after_exploration_b_counts_as_a() -> None:
+    config, theta = TopKastConfig(0.75, 0.5, sparse="w", explore_until=5), {"w": torch.randn(4, 4)}
+    explored = tk.compute_masks(theta, config)
+    settled = {name: tk.Masks(m.forward, m.forward) for name, m in explored.items()}
+    check_counts(explored, theta, config, step=4)
+    check_counts(settled, theta, config, step=5)
+    with pytest.raises(AssertionError, match="w: "):
+        check_counts(explored, theta, config, step=5)
+
+
+def test_sets_of_no_parameter_are_found() -> None:
+    with pytest.raises(AssertionError, match="w is no parameter"):
+        check_nested({"w": tk.Masks(torch.ones(2, 2) > 0, torch.ones(2, 2) > 0)}, {})
+
+
 def test_an_entry_that_moved_outside_b_is_found() -> None:
     state = tk.init_state(PARAMS, CONFIG, tk.sgd(0.1), storage="dense")
     check_outside_untouched(state, state)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkast_func.kernels.pattern import Pattern, block_of, flat, pattern_of
+from topkast_func.kernels.pattern import INDEX_LIMIT, Pattern, block_of, flat, pattern_of
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -138,8 +138,9 @@ def sources(old: Tensor, new: Tensor, size: int) -> Tensor:
         For each value the flat index of its old place, in the shape of ``new``; −1 for what
         was not in B and where a place is unused.
     """
-    place = old.new_full((size + 1,), -1, dtype=torch.int32)
-    place[old.flatten()] = torch.arange(old.numel(), dtype=torch.int32, device=old.device)
+    dtype = torch.int32 if old.numel() <= INDEX_LIMIT else torch.int64
+    place = old.new_full((size + 1,), -1, dtype=dtype)
+    place[old.flatten()] = torch.arange(old.numel(), dtype=dtype, device=old.device)
     place[size] = -1
     return place[new]
 

@@ -49,13 +49,11 @@ def select(params: Params, config: TopKastConfig) -> list[str]:
         config: The configuration: ``sparse`` and ``keep_dense``.
 
     Returns:
-        Names of the selected parameters, at least one; none where the method is dense.
+        Names of the selected parameters, at least one.
 
     Raises:
         ValueError: A pattern, the predicate or the default rule selects no parameter.
     """
-    if not config.method.sparsifies:
-        return []
     sparse = config.sparse
     if sparse is None:
         chosen = [name for name, leaf in params.items() if _by_default(name, leaf, config)]
@@ -102,8 +100,9 @@ def allocate(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[st
         {'a.weight': 0.390625, 'b.weight': 0.9375}
     """
     check_params(params)
-    shapes = {name: params[name].shape for name in select(params, config)}
-    return shared(shapes, config, step)
+    if not config.method.sparsifies:
+        return {}
+    return shared({name: params[name].shape for name in select(params, config)}, config, step)
 
 
 def shared(
@@ -126,15 +125,34 @@ def shared(
         return {}
     wanted, wanted_back = config.sparsities(step)
     forward = _by_name("forward_sparsity", wanted, shapes)
-    backward = _by_name("backward_sparsity", wanted_back, forward)
+    backward = forward
+    if config.method.explores:
+        backward = _by_name("backward_sparsity", wanted_back, forward)
     for name in forward:
         if name not in backward:
             raise ValueError(f"no pattern of backward_sparsity matches {name!r}")
         check_order(forward[name], backward[name], name=f"backward_sparsity of {name!r}")
-    uniform = {name: Allocation(forward[name], backward[name]) for name in forward}
+    asked = {name: Allocation(forward[name], backward[name]) for name in forward}
     if isinstance(config.allocation, ByPattern):
-        return uniform | _given(config.allocation, uniform)
-    return _erdos_renyi(shapes, uniform, config) if config.allocation == "erk" else uniform
+        asked |= _given(config.allocation, asked)
+    found = {name: config.method.sparsities(both, step) for name, both in asked.items()}
+    return _erdos_renyi(shapes, found, config) if config.allocation == "erk" else found
+
+
+def given_sparsity(params: Params, config: TopKastConfig) -> list[str]:
+    """Name the parameters that are given a sparsity, whatever the method makes of it.
+
+    Args:
+        params: The parameter tree.
+        config: The configuration.
+
+    Returns:
+        Names; those of `allocate`, unless the method is dense.
+
+    Raises:
+        ValueError: See `select`.
+    """
+    return list(_by_name("forward_sparsity", config.sparsities(0)[0], select(params, config)))
 
 
 def first_weight(params: Params) -> str:
@@ -245,7 +263,8 @@ def _matching(field: str, globs: Iterable[str], params: Params) -> list[str]:
 
 def _some(field: str, glob: str, matched: list[str], names: Iterable[str]) -> list[str]:
     if not matched:
-        raise ValueError(f"{field}: {glob!r} matches no parameter; there are: {_listed(names)}")
+        kind = "parameter" if field in ("sparse", "keep_dense") else "selected parameter"
+        raise ValueError(f"{field}: {glob!r} matches no {kind}; there are: {_listed(names)}")
     return matched
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from topkast_func.allocation import allocate
+from topkast_func.allocation import allocate, given_sparsity
 from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
 from topkast_func.dense_weights import DenseWeights
@@ -189,7 +189,9 @@ def _sparsity_problem(state: TrainState, config: TopKastConfig) -> str | None:
     if problem := _difference("sparse parameters", masks, allocate(theta, config, step=step)):
         return problem
     exponents = {name: float(a) for name, a in state.exponents.items()}
-    expected = dict.fromkeys(masks, config.powerprop) if config.powerprop > 1.0 else {}
+    expected = {}
+    if config.powerprop > 1.0:
+        expected = dict.fromkeys(given_sparsity(theta, config), config.powerprop)
     if exponents != expected:
         return f"powerprop is {exponents or 1.0}, the configuration asks {config.powerprop}"
     problems = [_count_problem(theta, masks, config, t) for t in (max(step - 1, 0), step)]

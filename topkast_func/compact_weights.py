@@ -80,7 +80,7 @@ class CompactWeights(NamedTuple):
         """Return what says where the values of a parameter stand; None for a dense one."""
         return self.sets(name) if name in self.theta else None
 
-    def penalty(self, values: Tensors, config: TopKastConfig) -> Tensor:
+    def penalty(self, values: Tensors, config: TopKastConfig, step: int) -> Tensor:
         """Return the exploration penalty of ``values``; see `exploration_penalty`."""
 
         def parts(name: str) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,8 @@ class CompactWeights(NamedTuple):
             return values[name][:count], values[name][count:]
 
         shapes = {name: theta.shape for name, theta in self.theta.items()}
-        return summed_penalty(shapes, parts, config, next(iter(values.values())).device)
+        device = next(iter(values.values())).device
+        return summed_penalty(shapes, parts, config, device, step)
 
     def moved(self, updates: Tensors) -> "CompactWeights":
         """Add ``updates``: all that is held is in B."""

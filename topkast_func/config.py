@@ -1,7 +1,7 @@
 """What training is asked to do: one frozen, validated record."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
@@ -95,15 +95,31 @@ class TopKastConfig:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        for step in (0, *self.starts()):
-            forward, backward = self.sparsities(step)
-            if isinstance(forward, float) and isinstance(backward, float):
-                check_order(forward, backward)
+        self._check_over_time()
         by_pattern = isinstance(self.forward_sparsity, ByPattern)
         if by_pattern and self.allocation != "uniform":
             raise ValueError(
                 "an allocation other than 'uniform' shares out one forward_sparsity, not a mapping"
             )
+        if isinstance(self.allocation, ByPattern) and isinstance(self.forward_sparsity, Staged):
+            raise ValueError(
+                "an allocation by pattern fixes densities: forward_sparsity must not be staged"
+            )
+
+    def _check_over_time(self) -> None:
+        starts, until = self.starts(), self.explore_until
+        if until is not None and starts and starts[-1] >= until:
+            raise ValueError(
+                f"a sparsity changes at step {starts[-1]}, but from explore_until={until} on the "
+                "sets stay"
+            )
+        for step in (0, *starts):
+            forward, backward = self.sparsities(step)
+            if not isinstance(forward, float) or not isinstance(backward, float):
+                continue
+            if self.method.explores:
+                name = f"backward_sparsity at step {step}" if starts else "backward_sparsity"
+                check_order(forward, backward, name=name)
 
     def starts(self) -> tuple[int, ...]:
         """Return the steps after 0 at which a sparsity changes, ascending."""
@@ -111,32 +127,13 @@ class TopKastConfig:
         staged = {start for s in sparsities if isinstance(s, Staged) for start in s.steps}
         return tuple(sorted({*staged, *self.method.starts()} - {0}))
 
-    def at(self, step: int) -> "TopKastConfig":
-        """Return what is asked for at one step.
-
-        Args:
-            step: Number of the step, from 0.
-
-        Returns:
-            The configuration with the sparsities of that step, as its method has them, and
-            without a penalty where the method has none.
-        """
-        forward, backward = self.sparsities(step)
-        return replace(
-            self,
-            forward_sparsity=forward,
-            backward_sparsity=backward,
-            method=self.method.settled(),
-            penalty=self.penalty if self.method.explores else None,
-        )
-
     def sparsities(self, step: int) -> tuple[Fixed, Fixed]:
-        """Return forward and backward sparsity at a step, as the method has them."""
+        """Return forward and backward sparsity of the stage that a step is in."""
         forward, backward = (
             s.at(step) if isinstance(s, Staged) else s
             for s in (self.forward_sparsity, self.backward_sparsity)
         )
-        return self.method.sparsities(forward, backward, step)  # type: ignore[arg-type]
+        return forward, backward  # type: ignore[return-value]
 
 
 def _sparsity(name: str, value: object) -> Fixed | Staged:

@@ -68,9 +68,9 @@ class DenseWeights(NamedTuple):
         """Return A and B."""
         return self.sets
 
-    def penalty(self, values: Tensors, config: TopKastConfig) -> Tensor:
-        """Return the exploration penalty of ``values``."""
-        return exploration_penalty(values, self.sets, config)
+    def penalty(self, values: Tensors, config: TopKastConfig, step: int) -> Tensor:
+        """Return the exploration penalty of ``values``; see `exploration_penalty`."""
+        return exploration_penalty(values, self.sets, config, step=step)
 
     def moved(self, updates: Tensors) -> "DenseWeights":
         """Add ``updates`` on B, leaving every other entry as it is, bit for bit."""

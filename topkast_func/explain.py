@@ -12,7 +12,8 @@ def explain(
     """Print which engine computes each sparse parameter, and why.
 
     The choice follows from shape, densities, block, dtype, device and the rows that a layer
-    sees at a time; it is the same in every process.
+    sees at a time; it is the same in every process. Of a state made of weights by name, not of
+    a module, it is what they would get as weights of `nn.Linear` layers.
 
     Args:
         state: The state.
@@ -33,7 +34,7 @@ def explain(
         >>> from topkast_func import TopKastConfig, init_state, sgd
         >>> state = init_state(torch.nn.Conv1d(4, 4, 3), TopKastConfig(), sgd(lr=0.1))
         >>> choices = explain(state)
-        weight [4, 4, 3]: dense, computed with all of α: not a linear layer, or dense storage
+        weight [4, 4, 3]: dense, with all of α: no plain nn.Linear of one name, or dense storage
     """
     chosen, shapes = choices(state, batch_size, engine), state.weights.shapes()
     for name, choice in chosen.items():
@@ -57,4 +58,4 @@ def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str,
     return chosen
 
 
-ALPHA = "computed with all of α: not a linear layer, or dense storage"
+ALPHA = "with all of α: no plain nn.Linear of one name, or dense storage"

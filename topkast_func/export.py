@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topkast_func.checks import check_count
 from topkast_func.state import TrainState, forward_params, masks_of
 
 
@@ -20,7 +21,7 @@ def to_sparse(
     Args:
         state: The state.
         layout: "csr", "bsr" or "coo" for torch's own layouts, "scipy" for
-            `scipy.sparse.csr_array` (bfloat16 as float32), "torch_sparse" for
+            `scipy.sparse.csr_array` (16-bit numbers as float32), "torch_sparse" for
             `torch_sparse.SparseTensor`.
         block_shape: (r, c) of the blocks of "bsr", such as ``config.block_shape``. Blocks
             with an entry in A are stored whole.
@@ -65,7 +66,8 @@ def _csr(alpha: Tensor, mask: Tensor) -> Tensor:
 
 
 def _bsr(block: tuple[int, int], alpha: Tensor, mask: Tensor) -> Tensor:
-    (rows, columns), (height, width) = alpha.shape, block
+    rows, columns = alpha.shape
+    height, width = (check_count("block_shape", side, 1) for side in block)
     if rows % height or columns % width:
         raise ValueError(f"blocks of {block} do not divide a matrix of shape {tuple(alpha.shape)}")
 
@@ -86,7 +88,7 @@ def _bsr(block: tuple[int, int], alpha: Tensor, mask: Tensor) -> Tensor:
 def _scipy(alpha: Tensor, mask: Tensor) -> Any:
     csr = _csr(alpha, mask).cpu()
     values = csr.values()
-    if values.dtype == torch.bfloat16:
+    if values.dtype.itemsize < 4:
         values = values.float()
     parts = (values.numpy(), csr.col_indices().numpy(), csr.crow_indices().numpy())
     return _optional("scipy.sparse").csr_array(parts, shape=tuple(alpha.shape))

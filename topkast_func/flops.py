@@ -1,11 +1,16 @@
 """Theoretical floating-point operations of training, beside those of the dense model."""
 
+import math
+import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.random import fork_rng
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -27,8 +32,8 @@ class TrainingFlops(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Sparse over dense."""
-        return self.sparse / self.dense
+        """Sparse over dense; NaN where the model has no products."""
+        return self.sparse / self.dense if self.dense else math.nan
 
 
 def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any) -> TrainingFlops:
@@ -36,7 +41,8 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
 
     The backward pass counts as two products for every one of the forward pass; products without
     a sparse weight (attention scores) are dense. The count follows from the densities alone: it
-    is no measure of time.
+    is no measure of time. Matrix products, convolutions and attention count, `nn.Bilinear` does
+    not. Nothing is written to, and the caller's random numbers stay as they are.
 
     Args:
         model: A module, or a pure function ``apply(params, *inputs)``.
@@ -56,7 +62,8 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
     """
     tensors = forward_params(state)
     owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
-    with torch.no_grad(), _Products(owners) as counted:
+    tensors |= {name: buffer.clone() for name, buffer in state.buffers.items()}
+    with torch.no_grad(), fork_rng(), _no_fused_layers(), _Products(owners) as counted:
         if isinstance(model, torch.nn.Module):
             functional_call(model, tensors, inputs, options)
         else:
@@ -68,6 +75,21 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
     flops = counted.flops
     sparse = sum(share.get(name, 3.0) * count for name, count in flops.items())
     return TrainingFlops(round(sparse, 6), 3.0 * sum(flops.values()))
+
+
+@contextmanager
+def _no_fused_layers() -> Iterator[None]:
+    """Let recurrent and attention layers run product by product."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings(), ExitStack() as stack:
+            warnings.simplefilter("ignore")  # mkldnn's flags warn of what they do not touch
+            for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+                stack.enter_context(backend.flags(enabled=False))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 _ATEN = torch.ops.aten

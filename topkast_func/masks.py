@@ -53,7 +53,7 @@ def compute_masks(
     for name, leaf in params.items():
         if name not in allocations and leaf.isnan().any():
             raise NaNParameterError(f"params[{name!r}] holds NaN")
-    return masks_at(params, allocations, config.at(step), step=step, seed=seed)
+    return masks_at(params, allocations, config, step=step, seed=seed)
 
 
 def masks_at(

@@ -49,12 +49,13 @@ def sets(masks: Masks, title: str = "") -> Figure:
     return figure
 
 
-def losses(train: ArrayLike, validation: ArrayLike) -> Figure:
-    """Draw training and validation loss over epochs, logarithmically where all are positive.
+def losses(train: ArrayLike, validation: ArrayLike = (), xlabel: str = "epoch") -> Figure:
+    """Draw training and validation loss, logarithmically where all are positive.
 
     Args:
-        train: Mean loss of each epoch's batches.
+        train: Losses in order, such as the mean of each epoch's batches or those of a `History`.
         validation: Loss on the validation part after each epoch; may be empty.
+        xlabel: What is counted, "epoch" or "step".
 
     Returns:
         The figure.
@@ -65,7 +66,7 @@ def losses(train: ArrayLike, validation: ArrayLike) -> Figure:
     for label, curve in drawn.items():
         axes.plot(range(1, len(curve) + 1), curve, label=label)
     logarithmic = not any((curve <= 0).any() for curve in drawn.values())
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log" if logarithmic else "linear")
+    axes.set(xlabel=xlabel, ylabel="loss", yscale="log" if logarithmic else "linear")
     if drawn:
         axes.legend()
     return figure
@@ -86,7 +87,7 @@ def churn(refreshes: Sequence[Refresh]) -> Figure:
     for name in names:
         exchanged = [refresh.exchanges[name].churn for refresh in refreshes]
         upper.plot(steps, exchanged, label=name)
-    if refreshes:
+    if names:
         upper.legend(fontsize="small")
     upper.set(ylabel="share of A exchanged")
     lower.plot(steps, [refresh.exploration_rate for refresh in refreshes])
@@ -141,5 +142,6 @@ def accuracy(
     if len(dense):
         axes.axhline(float(np.mean(dense)), color="black", linestyle="--", label="dense")
     axes.set(xlabel="forward sparsity, %", ylabel=ylabel)
-    axes.legend()
+    if results or len(dense):
+        axes.legend()
     return figure

@@ -161,6 +161,6 @@ def drawn_among(candidates: Tensor, count: int, generator: torch.Generator) -> T
     """
     places = candidates.flatten().nonzero().squeeze(1)
     drawn = torch.randperm(len(places), generator=generator)[:count].to(places.device)
-    marked = torch.zeros_like(candidates)
-    marked.view(-1)[places[drawn]] = True
-    return marked
+    marked = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
+    marked[places[drawn]] = True
+    return marked.view(candidates.shape)

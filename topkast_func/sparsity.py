@@ -155,13 +155,6 @@ def cubic(initial: float, final: float, begin: int, end: int, stages: int = 8) -
     return staged({step: initial + (final - initial) * share for step, share in starts.items()})
 
 
-def scaled(sparsity: Fixed, share: float) -> Fixed:
-    """Return a sparsity, or each of a mapping, times ``share``."""
-    if isinstance(sparsity, ByPattern):
-        return ByPattern({pattern: share * s for pattern, s in sparsity.items()})
-    return share * sparsity
-
-
 def cubic_fractions(begin: int, end: int, stages: int) -> dict[int, float]:
     """Return, by the step it starts at, how much of the way each stage of `cubic` has gone.
 

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from topkast_func.allocation import shared
+from topkast_func.allocation import given_sparsity, shared
 from topkast_func.checks import check_count
 from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
@@ -35,8 +35,8 @@ class TrainState(NamedTuple):
         buffers: Buffers of the module by name, such as BatchNorm statistics.
         frozen: Parameters of the module that require no gradient, by name.
         optimizer: State of the optimiser.
-        exponents: By name the exponent a, float64, 0-d, on the CPU, of each sparse parameter that
-            is trained as φ of powerpropagation; empty where θ itself is trained.
+        exponents: By name the exponent a, float64, 0-d, on the CPU, of each parameter that is
+            trained as φ of powerpropagation; empty where θ itself is trained.
     """
 
     step: Tensor
@@ -90,8 +90,9 @@ def init_state(
     masks = compute_masks(params, config, seed=check_count("seed", seed, 0))
     exponents: Tensors = {}
     if config.powerprop > 1.0:
-        exponents = {n: torch.tensor(config.powerprop, dtype=torch.float64) for n in masks}
-        params = {**params, **{n: phi_of(params[n].detach(), config.powerprop) for n in masks}}
+        names = given_sparsity(params, config)
+        exponents = {n: torch.tensor(config.powerprop, dtype=torch.float64) for n in names}
+        params = {**params, **{n: phi_of(params[n].detach(), config.powerprop) for n in names}}
     weights: Weights
     if storage == "compact":
         matrices = [name for name, theta in params.items() if theta.ndim == 2]
@@ -135,11 +136,11 @@ def refresh(
     if stays:
         masks = {n: Masks(m.forward, m.forward.clone()) for n, m in old.items()}
     else:
-        theta, now = _powered(state, dense), config.at(step)
-        allocations = shared({name: theta[name].shape for name in state.weights.sparse()}, now)
-        seed = int(state.seed)
+        theta, seed = _powered(state, dense), int(state.seed)
+        shapes = {name: theta[name].shape for name in state.weights.sparse()}
+        allocations = shared(shapes, config, step)
         masks = masks_at(
-            theta, allocations, now, step=step, seed=seed, old=old, gradients=gradients
+            theta, allocations, config, step=step, seed=seed, old=old, gradients=gradients
         )
     if config.method.grows_from_zero and not state.exponents:
         dense = dense | {n: _grown(dense[n], old[n], masks[n]) for n in masks}

@@ -14,8 +14,8 @@ from topkast_func.state import TrainState, masks_of
 if TYPE_CHECKING:
     from rich.table import Table
 
-WIDTH = 160
-"""Characters of a line of the printed table, at most."""
+WIDTH = 1000
+"""Characters of a line of the printed table, at most: no name is cut short."""
 
 
 class Row(NamedTuple):
@@ -25,11 +25,11 @@ class Row(NamedTuple):
         name: Its name.
         shape: Its shape.
         forward: Entries in A.
-        backward: Entries in B.
+        backward: Entries in B; none of a parameter that requires no gradient.
         forward_density: Share of entries in A.
         backward_density: Share of entries in B.
         engine: Who computes it.
-        reason: Why; for a parameter that is not sparse, that it is dense.
+        reason: Why; for a parameter that is not sparse, that it is left dense or frozen.
         bytes: Of what is trained: values, where they stand, and optimiser slots; θ at rest, and
             in dense storage the masks, apart.
     """
@@ -144,7 +144,13 @@ def summary(state: TrainState, batch_size: int = 256, engine: EngineName = "auto
                 _bytes(state, name),
             )
         )
+    rows += [_frozen(name, tensor) for name, tensor in state.frozen.items()]
     return Summary(rows)
+
+
+def _frozen(name: str, tensor: Tensor) -> Row:
+    size = tensor.numel()
+    return Row(name, tuple(tensor.shape), size, 0, 1.0, 0.0, "torch", "frozen", 0)
 
 
 def _bytes(state: TrainState, name: str) -> int:

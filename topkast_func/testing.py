@@ -87,6 +87,7 @@ def check_nested(masks: Mapping[str, Masks], params: Params) -> None:
         AssertionError: They are not; the text names the parameter.
     """
     for name, sets in masks.items():
+        _require(name in params, f"{name} is no parameter")
         theta = params[name]
         for mask in sets:
             found = (mask.dtype, mask.shape, mask.device)
@@ -104,23 +105,28 @@ def check_counts(
         masks: Sets by name.
         params: Weights by name.
         config: The configuration.
-        step: Number of the step, where sparsities change over time.
+        step: Number of the step that made the sets: from ``explore_until`` on, B is A.
 
     Raises:
         AssertionError: They have not; the text names the parameter.
     """
+    until = config.explore_until
+    stays = until is not None and step >= until
     allocations = allocate(params, config, step=step)
     told = f"{[*masks]} are sparse, not {[*allocations]}"
     _require(masks.keys() == allocations.keys(), told)
     size = config.block_shape[0] * config.block_shape[1]
     for name, sparsity in allocations.items():
         found = tuple(int(mask.sum()) for mask in masks[name])
-        expected = tuple(kept(s, params[name].numel() // size) * size for s in sparsity)
+        asked = (sparsity.forward, sparsity.forward if stays else sparsity.backward)
+        expected = tuple(kept(s, params[name].numel() // size) * size for s in asked)
         _require(found == expected, f"{name}: {found} entries in A and B, not {expected}")
 
 
 def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastConfig) -> None:
     """Check that no entry left out ranks before one that is in, ties by the lowest flat index.
+
+    Blocks must be in or out as a whole.
 
     Args:
         masks: Sets by name, of a method that ranks by magnitude.
@@ -135,14 +141,17 @@ def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastCon
         scores = magnitudes(name, params[name], config.block_shape, config.block_norm)
         ranking = scores.abs().flatten().sort(descending=True, stable=True).indices
         for mask in sets:
-            chosen = mask[::rows, ::columns].flatten()[ranking]
+            first = mask[::rows, ::columns]
+            whole = first.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+            _require(bool((mask == whole).all()), f"{name}: a block is in by a part of it")
+            chosen = first.flatten()[ranking]
             count = int(chosen.sum())
             told = f"{name}: a smaller entry is in and a larger is not"
             _require(bool(chosen[:count].all()), told)
 
 
 def check_outside_untouched(before: TrainState, after: TrainState) -> None:
-    """Check that a step left θ outside B as it was, bit for bit.
+    """Check that a step left θ outside B as it was.
 
     Args:
         before: The state before the step; no refresh is due.

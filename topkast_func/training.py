@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -101,7 +101,7 @@ def make_train_step(
 
     @cache
     def run_from(start: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        return compiled(_step_of(model, loss_fn, config.at(start), optimizer), compile)
+        return compiled(_step_of(model, loss_fn, config, start, optimizer), compile)
 
     @cache
     def gradients() -> Callable[[TrainState, Any], Tensors]:
@@ -170,9 +170,9 @@ def _gradients_of(model: Model, loss_fn: LossFn) -> Callable[[TrainState, Any], 
 
 
 def _step_of(
-    model: Model, loss_fn: LossFn, config: TopKastConfig, optimizer: Optimizer
+    model: Model, loss_fn: LossFn, config: TopKastConfig, start: int, optimizer: Optimizer
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Return the step at a moment, without its refresh: a pure function of tensors."""
+    """Return the step of a stage, without its refresh: a pure function of tensors."""
     tied = ties(model)
 
     def step(
@@ -182,12 +182,11 @@ def _step_of(
 
         def objective(values: Tensors) -> Objective:
             written = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            if config.powerprop > 1.0:
-                sparse = weights.sparse()
-                values = values | {n: theta_of(values[n], config.powerprop) for n in sparse}
+            powered = {n: theta_of(values[n], config.powerprop) for n in state.exponents}
+            values = values | powered
             apply = bind(model, tied, weights.alpha(values, kernels), state.frozen, written)
             data_loss = check_scalar(loss_fn(apply, batch))
-            penalty = weights.penalty(values, config)
+            penalty = weights.penalty(values, config, start)
             loss = data_loss + config.penalty_weight * penalty
             return loss, (data_loss, penalty, written)
 
@@ -225,8 +224,9 @@ def _check_of(
             raise ValueError(
                 f"the state is of another optimiser: it has slots {found}, not {sorted(kinds)}"
             )
-        for name in state.weights.sparse():
-            exponent = float(state.exponents.get(name, 1.0))
+        exponents = dict.fromkeys(state.weights.sparse(), 1.0)
+        exponents |= {name: float(exponent) for name, exponent in state.exponents.items()}
+        for name, exponent in exponents.items():
             if exponent != config.powerprop:
                 raise ValueError(
                     f"the state trains {name!r} with powerprop={exponent}, not {config.powerprop}"
@@ -241,11 +241,13 @@ def _check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) ->
     Raises:
         ValueError: It changes a parameter. What else is wrong with it is for the step to say.
     """
-    weights = {name: tensor.clone() for name, tensor in forward_params(state).items()}
+    before = forward_params(state)
+    weights = {name: tensor.clone() for name, tensor in before.items()}
     written = {name: weights.pop(name) for name in state.buffers}
     with _random_numbers_of(state), suppress(Exception):
         loss_fn(bind(model, ties(model), weights, {}, written), batch)
-    if changed := [name for name, tensor in weights.items() if tensor._version]:
+    same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
+    if changed := [n for n, w in weights.items() if w._version or not same(w, before[n])]:
         raise ValueError(
             f"the forward pass changes parameters {changed} in place: use the result of the "
             "change, or register what changes as a buffer"

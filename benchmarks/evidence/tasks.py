@@ -120,8 +120,8 @@ TASKS = {
     "cnn": _image_task(cnn, (1, 28, 28), 1400),
     "text": Task(
         decoder,
-        1000,
-        partial(_text_batches, 16),
+        1200,
+        partial(_text_batches, 8),
         _bits_per_character,
         "bits per character",
         -1,

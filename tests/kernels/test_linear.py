@@ -244,6 +244,14 @@ def test_inputs_of_another_dtype_are_refused(engine: str) -> None:
         case(case.given.values, case.x.double())
 
 
+@pytest.mark.parametrize("convert", [Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.to_mkldnn])
+@every_engine
+def test_inputs_of_another_layout_are_refused(engine: str, convert: Any) -> None:
+    case = Case(engine, (1, 1), torch.float32)
+    with pytest.raises(TypeError, match=r"inputs of layout .* are not supported, torch.strided"):
+        case(case.given.values, convert(case.x))
+
+
 def test_autocast_computes_in_the_dtype_of_the_values() -> None:
     case = Case("auto", (1, 1), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

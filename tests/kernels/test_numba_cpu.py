@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from multiprocessing import get_context
@@ -218,3 +219,19 @@ def test_a_full_matrix_is_the_dense_product(rows: int, columns: int) -> None:
     full = problem(grid=(rows, columns), densities=(2.0, 2.0))
     assert bool(full.forward.all())
     check_products("numba", full, 3)
+
+
+def test_without_a_folder_for_caches_kernels_are_compiled_in_each_process() -> None:
+    program = textwrap.dedent(
+        """
+        from numba.core.caching import CacheImpl
+        CacheImpl._locator_classes = []
+        import torch, topkast_func as tk
+        from topkast_func.kernels.threads import FAST
+        assert not FAST["cache"]
+        layer = tk.TopKastLinear(16, 8, 0.5, 0.3, engine="numba")
+        x = torch.randn(4, 16)
+        torch.testing.assert_close(layer(x), layer(x, sparse=False))
+        """
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -48,11 +48,13 @@ def sparse_linear(
 
     Raises:
         ImportError: The engine asked for is not installed.
-        TypeError: The dtype of ``x`` is another one, or the engine asked for does not support
-            the dtype or device.
+        TypeError: The dtype of ``x`` is another one, its layout is not strided, or the engine
+            asked for does not support the dtype or device.
         ValueError: ``x`` has another number of features, or there is no such engine.
     """
     out_features, in_features = shape
+    if x.layout != torch.strided:
+        raise TypeError(f"inputs of layout {x.layout} are not supported, torch.strided ones are")
     if x.shape[-1:] != (in_features,):
         raise ValueError(
             f"inputs of shape {tuple(x.shape)} do not fit a layer of in_features={in_features}"

@@ -13,8 +13,18 @@ from topkast_func.kernels.tiles import VECTOR_BYTES
 Kernel: TypeAlias = Callable[..., None]
 """``kernel(parts, *arguments)``: work cut into parts, which threads may share."""
 
-FAST = {"cache": True, "nogil": True, "boundscheck": False, "error_model": "numpy"}
-"""How kernels are compiled; caches between processes."""
+
+def _can_cache() -> bool:
+    """Return whether Numba finds a folder that it may write to."""
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+FAST = {"cache": _can_cache(), "nogil": True, "boundscheck": False, "error_model": "numpy"}
+"""How kernels are compiled; caches between processes, where there is a place for them."""
 
 _FREE = threading.Lock()
 _FORKED = threading.Event()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.ranking import NaNParameterError, Sets, drawn_among
-from topkast_func.sparsity import Fixed
+from topkast_func.sparsity import Allocation
 
 
 class Situation(NamedTuple):
@@ -42,7 +42,7 @@ class Method:
 
     Attributes:
         sparsifies: Whether any parameter is sparse at all.
-        explores: Whether B is larger than A, so that the exploration penalty is in place.
+        explores: Whether the backward sparsity is read, and the exploration penalty in place.
         reads_sets: Whether new sets follow from the old ones.
         reads_gradient: Whether the sets follow the gradient of all weights.
         grows_from_zero: Whether an entry that newly enters A starts at zero.
@@ -54,17 +54,21 @@ class Method:
     reads_gradient: ClassVar[bool] = False
     grows_from_zero: ClassVar[bool] = False
 
-    def sparsities(self, forward: Fixed, backward: Fixed, step: int) -> tuple[Fixed, Fixed]:
-        """Return forward and backward sparsity at a step, from those of the configuration."""
-        return (forward, backward) if self.explores else (forward, forward)
+    def sparsities(self, asked: Allocation, step: int) -> Allocation:
+        """Return the sparsities of a parameter at a step, from those that it is allocated.
+
+        Args:
+            asked: What the configuration allocates; the same twice unless the method explores.
+            step: Number of the step.
+
+        Returns:
+            The sparsities in force.
+        """
+        return asked
 
     def starts(self) -> tuple[int, ...]:
         """Return the steps, but for 0, at which the sparsities change by the method itself."""
         return ()
-
-    def settled(self) -> "Method":
-        """Return the method by which the sets are chosen once the sparsities are known."""
-        return self
 
     def sets(self, situation: Situation) -> Sets:
         """Choose A and B.

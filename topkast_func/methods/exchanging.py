@@ -28,7 +28,7 @@ class Exchanging(Method):
         check_fraction("drop_fraction", self.drop_fraction)
 
     def sets(self, situation: Situation) -> Sets:
-        """Keep the largest of A, and let as many come as have gone."""
+        """Keep the largest of A, and let as many come as are missing."""
         if situation.active is None:
             return drawn(situation)
         stay = _survivors(situation, situation.active, self.drop_fraction)
@@ -55,6 +55,6 @@ class Exchanging(Method):
 def _survivors(situation: Situation, active: Tensor, drop_fraction: float) -> Tensor:
     """Drop the smallest of A: α/2·(1 + cos(π t / T_end)) of it (RigL, section 3)."""
     fraction = drop_fraction / 2 * (1 + math.cos(math.pi * situation.progress))
-    size, outside = int(active.sum()), int((~active).sum())
-    dropped = min(int(fraction * size), outside)
+    size = min(int(active.sum()), situation.forward)  # where A is to shrink, it does so first
+    dropped = min(int(fraction * size), active.numel() - size)
     return largest_among(situation.name, active, situation.scores, size - dropped)

@@ -1,15 +1,16 @@
 """Gradual magnitude pruning: from dense to sparse along a cubic."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from topkast_func.methods.base import Method
 from topkast_func.methods.topkast import TopKast
-from topkast_func.sparsity import Fixed, Staged, cubic_fractions, scaled
+from topkast_func.sparsity import Allocation, Staged, cubic_fractions
 
 
 @dataclass(frozen=True)
-class GradualPruning(Method):
-    """See `gmp`.
+class GradualPruning(TopKast):
+    """See `gmp`; what it computes with is chosen as in Top-KAST.
 
     Attributes:
         begin: Step at which pruning begins.
@@ -20,23 +21,20 @@ class GradualPruning(Method):
     begin: int
     end: int
     stages: int
+    explores: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the steps."""
         self._shares()
 
-    def sparsities(self, forward: Fixed, backward: Fixed, step: int) -> tuple[Fixed, Fixed]:
+    def sparsities(self, asked: Allocation, step: int) -> Allocation:
         """Return the share of the forward sparsity that is reached at the step, twice."""
-        reached = scaled(forward, self._shares().at(step))
-        return reached, reached
+        reached = asked.forward * self._shares().at(step)
+        return Allocation(reached, reached)
 
     def starts(self) -> tuple[int, ...]:
         """Return the steps at which a stage begins."""
         return self._shares().steps[1:]
-
-    def settled(self) -> Method:
-        """Rank by magnitude, as Top-KAST does."""
-        return TopKast()
 
     def _shares(self) -> Staged:
         fractions = cubic_fractions(self.begin, self.end, self.stages)

@@ -33,7 +33,8 @@ def rigl(drop_fraction: float = 0.3) -> Method:
     Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020: at a refresh a
     fraction of A goes, which falls along half a cosine to zero at ``explore_until`` (constant
     where that is None); as many come where the dense gradient of the batch at hand is largest,
-    with zero. A is drawn at random at the start.
+    with zero (under powerpropagation, whose gradient is 0 there, with what they had). A is drawn
+    at random at the start.
 
     Args:
         drop_fraction: Fraction of A that goes at first, in [0, 1].

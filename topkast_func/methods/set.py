@@ -22,8 +22,9 @@ def set(drop_fraction: float = 0.3) -> Method:
     """Exchange the smallest weights for random ones (Mocanu et al., "SET", 2018).
 
     At a refresh a fraction of A goes, which falls along half a cosine to zero at
-    ``explore_until`` (constant where that is None), and as many others come, with zero. The
-    random numbers follow from the state's seed and step.
+    ``explore_until`` (constant where that is None), and as many others come, with zero (under
+    powerpropagation, whose gradient is 0 there, with what they had). The random numbers follow
+    from the state's seed and step.
 
     Args:
         drop_fraction: Fraction of A that goes at first, in [0, 1].

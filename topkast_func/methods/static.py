@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from topkast_func.methods.base import Method, Situation, drawn
-from topkast_func.ranking import Sets
+from topkast_func.ranking import Sets, drawn_among
 
 
 @dataclass(frozen=True)
@@ -14,16 +14,20 @@ class Static(Method):
     reads_sets: ClassVar[bool] = True
 
     def sets(self, situation: Situation) -> Sets:
-        """Draw A once, and stay with it."""
+        """Draw A once, and stay with it; where its size changes, draw which go or come."""
         if situation.active is None:
             return drawn(situation)
-        return situation.active, situation.active
+        old, count = situation.active, situation.forward
+        stay = drawn_among(old, min(int(old.sum()), count), situation.generator)
+        active = stay | drawn_among(~old, count - int(stay.sum()), situation.generator)
+        return active, active
 
 
 def static() -> Method:
     """Draw A at random once and train it; the baseline of Mocanu et al. (2018) and of RigL.
 
-    The random numbers follow from the state's seed.
+    Where the sparsity changes over time, as few as can be go or come, at random. The random
+    numbers follow from the state's seed.
 
     Returns:
         The method.

@@ -1,23 +1,22 @@
 """Straight-through magnitude training: Top-KAST where everything learns."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from topkast_func.methods.base import Method
 from topkast_func.methods.topkast import TopKast
-from topkast_func.sparsity import Fixed
+from topkast_func.sparsity import Allocation
 
 
 @dataclass(frozen=True)
-class StraightThrough(Method):
-    """See `ste`."""
+class StraightThrough(TopKast):
+    """See `ste`; what it computes with is chosen as in Top-KAST."""
 
-    def sparsities(self, forward: Fixed, backward: Fixed, step: int) -> tuple[Fixed, Fixed]:
+    explores: ClassVar[bool] = False
+
+    def sparsities(self, asked: Allocation, step: int) -> Allocation:
         """Let B be everything."""
-        return forward, 0.0
-
-    def settled(self) -> Method:
-        """Rank as Top-KAST does."""
-        return TopKast()
+        return Allocation(asked.forward, 0.0)
 
 
 def ste() -> Method:
