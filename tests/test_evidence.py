@@ -142,4 +142,4 @@ def test_tables_and_figure_show_means_and_spread() -> None:
         if name == "refresh_every"
     ]
     found = report.ablation_table([*ablated, *runs], TUNED)
-    assert "| refresh every | 10 | 10.00 ± 0.00 (0.10×) |" in found
+    assert "| refresh every | 1: 1.00 ± 0.00 (0.10×) | 10: 10.00 ± 0.00 (0.10×) |" in found

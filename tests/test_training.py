@@ -634,6 +634,11 @@ def test_a_state_of_another_optimizer_is_refused(one: tk.Optimizer, other: tk.Op
         train_step(tk.init_state(model, CONFIG, one), batches(1)[0])
 
 
+def test_an_engine_that_there_is_not_is_refused_before_the_first_step() -> None:
+    with pytest.raises(ValueError, match=r"engine must be 'auto' or one of .*, got 'cuda'"):
+        tk.make_train_step(network(), mse, CONFIG, tk.sgd(0.1), engine="cuda")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("compile", [None, "reduce-overhead"])
 def test_compile_is_a_bool_or_options(compile: Any) -> None:
     with pytest.raises(TypeError, match=r"compile must be a bool or options of torch.compile"):

@@ -14,7 +14,7 @@ from torch.func import grad, grad_and_value
 from topkast_func.compilation import compiled
 from topkast_func.config import TopKastConfig
 from topkast_func.forward import bind, check_fit, tensors_of, ties
-from topkast_func.kernels.engines import EngineName
+from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.layers import StandIn, kernel_layers, standing_in
 from topkast_func.loss import check_scalar
 from topkast_func.optim import Optimizer, OptimizerState
@@ -94,6 +94,7 @@ def make_train_step(
         >>> int(state.step), metrics.loss.shape
         (1, torch.Size([]))
     """
+    check_engine(engine)
     layers = kernel_layers(model)
     stand_ins = {name: StandIn(layer, engine) for name, layer in layers.items()}
     check = _check_of(model, config, optimizer)

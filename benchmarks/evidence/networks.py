@@ -26,7 +26,7 @@ def mlp(parameters: float | None) -> nn.Module:
 
 
 def cnn(parameters: float | None) -> nn.Module:
-    """Build two convolutions of w and 2w channels, and linear layers 98w-4w-10.
+    """Build two convolutions of stride 2, w and 2w channels, and linear layers 98w-4w-10.
 
     Args:
         parameters: About how many it is to have; None for w = 16.
@@ -36,12 +36,10 @@ def cnn(parameters: float | None) -> nn.Module:
     """
     w = CHANNELS if parameters is None else _width(parameters, 9 + 3 + 4 + 40, 18 + 392)
     return nn.Sequential(
-        nn.Conv2d(1, w, 3, padding=1),
+        nn.Conv2d(1, w, 3, stride=2, padding=1),
         nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(w, 2 * w, 3, padding=1),
+        nn.Conv2d(w, 2 * w, 3, stride=2, padding=1),
         nn.ReLU(),
-        nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(98 * w, 4 * w),
         nn.ReLU(),

@@ -108,15 +108,21 @@ def ablation_table(runs: Runs, chosen: Mapping[str, Setting]) -> str:
         chosen: The tuned settings by method.
 
     Returns:
-        Markdown, a row for each thing and value; behind the score the operations over dense ones.
+        Markdown, a row for each thing; what it is changed to, the score, and in parentheses the
+        operations over dense ones.
     """
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for name, setting in ablations(chosen):
         if run := find(runs, setting):
-            key = (name.replace("_", " "), str(getattr(setting, name)))
-            found.setdefault(key, []).append(run)
-    head = ("what changes", "to", "score")
-    return markdown(head, [(*key, _cell(several)) for key, several in found.items()])
+            value = str(getattr(setting, name))
+            found.setdefault(name.replace("_", " "), {}).setdefault(value, []).append(run)
+    rows = [
+        (name, *(f"{value}: {_cell(several)}" for value, several in values.items()))
+        for name, values in found.items()
+    ]
+    width = max(map(len, rows), default=1)
+    padded = [(*row, *[""] * (width - len(row))) for row in rows]
+    return markdown(("what changes", *[""] * (width - 1)), padded)
 
 
 def figure(runs: Runs, chosen: Mapping[str, Setting]) -> Figure:

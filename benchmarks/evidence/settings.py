@@ -88,7 +88,7 @@ class Setting:
         """Return the configuration of the run.
 
         Args:
-            model: The network; embeddings and its last layer stay dense.
+            model: The network; embeddings, its first convolution and last layer stay dense.
             steps: How many steps the run has.
 
         Returns:
@@ -96,9 +96,11 @@ class Setting:
         """
         end = None if self.until is None else round(self.until * steps)
         pruning = self.method == "gmp"
-        embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        modules = list(model.named_modules())
+        embeddings = [n for n, m in modules if isinstance(m, nn.Embedding)]
+        convolutions = [n for n, m in modules if isinstance(m, nn.Conv2d)]
         dense = [
-            *(f"{n}.weight" for n in embeddings),
+            *(f"{n}.weight" for n in (*embeddings, *convolutions[:1])),
             tk.last_weight(dict(model.named_parameters())),
         ]
         return tk.TopKastConfig(

@@ -117,7 +117,7 @@ def _image_task(
 
 TASKS = {
     "mlp": _image_task(mlp, (784,), 5600),
-    "cnn": _image_task(cnn, (1, 28, 28), 1400),
+    "cnn": _image_task(cnn, (1, 28, 28), 2000),
     "text": Task(
         decoder,
         1200,

@@ -142,8 +142,7 @@ def choose(name: EngineName, layer: Layer) -> Choice:
         TypeError: An engine asked for by name does not support the dtype or device.
         ValueError: There is no engine of that name.
     """
-    if name not in ("auto", *ENGINES):
-        raise ValueError(f"engine must be 'auto' or one of {ENGINES}, got {name!r}")
+    check_engine(name)
     if name != "auto":
         engine(name)
         if problem := _problem(name, layer):
@@ -156,6 +155,19 @@ def choose(name: EngineName, layer: Layer) -> Choice:
     costs = {name: cost(name, layer) for name in ("numba", "dense")}
     best = min(costs, key=lambda name: costs[name])
     return Choice(best, ", ".join(f"{name} {1e-6 * c:.3g} ms" for name, c in costs.items()))
+
+
+def check_engine(name: str) -> None:
+    """Check that there is an engine of this name, or that it is "auto".
+
+    Args:
+        name: The name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in ("auto", *ENGINES):
+        raise ValueError(f"engine must be 'auto' or one of {ENGINES}, got {name!r}")
 
 
 def cost(name: str, layer: Layer) -> float:
