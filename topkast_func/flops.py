@@ -63,7 +63,8 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
     tensors = forward_params(state)
     owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
     tensors |= {name: buffer.clone() for name, buffer in state.buffers.items()}
-    with torch.no_grad(), fork_rng(), _no_fused_layers(), _Products(owners) as counted:
+    devices = {t.device.index for t in tensors.values() if t.device.type == "cuda"}
+    with torch.no_grad(), fork_rng(list(devices)), _no_fused_layers(), _Products(owners) as counted:
         if isinstance(model, torch.nn.Module):
             functional_call(model, tensors, inputs, options)
         else:
