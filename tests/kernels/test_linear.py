@@ -244,6 +244,7 @@ def test_inputs_of_another_dtype_are_refused(engine: str) -> None:
         case(case.given.values, case.x.double())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("convert", [Tensor.to_sparse, Tensor.to_sparse_csr, Tensor.to_mkldnn])
 @every_engine
 def test_inputs_of_another_layout_are_refused(engine: str, convert: Any) -> None:
