@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import reading, tables
+from benchmarks.evidence import report
+from benchmarks.evidence.settings import FIRST, PLANS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -80,3 +82,10 @@ def test_figures_of_anatomy_compilation_and_memory_are_those_measured() -> None:
     assert (
         f"takes {sparse:.1f} MB where dense takes {dense:.0f}, in 4×4 blocks {blocks:.1f}" in words
     )
+
+
+@pytest.mark.parametrize("task", PLANS)
+def test_tables_of_evidence_are_those_measured(task: str) -> None:
+    runs, tuned = report.load(ROOT / "benchmarks" / "results", task)
+    assert report.table(runs, tuned) in README
+    assert task != FIRST or report.ablation_table(runs, tuned) in README
