@@ -93,13 +93,13 @@ def masks_at(
             scores,
             kept(sparsity.forward, scores.numel()),
             kept(sparsity.backward, scores.numel()),
-            active=_blocks(old[name].forward, block) if old else None,
+            active=blocks(old[name].forward, block) if old else None,
             gradient=magnitudes(name, gradients[name], block, norm) if gradients else None,
             progress=min(1.0, step / config.explore_until) if config.explore_until else 0.0,
             generator=_generator(seed, step, name),
         )
         chosen = config.method.sets(situation)
-        masks[name] = Masks(*(_unblock(m, theta.shape, block) for m in chosen))
+        masks[name] = Masks(*(spread(m, theta.shape, block) for m in chosen))
     return masks
 
 
@@ -109,14 +109,31 @@ def _generator(seed: int, step: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
 
 
-def _blocks(mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
-    """Return a mask over blocks; inverse of `_unblock`."""
+def blocks(mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
+    """Return a mask over blocks, each as its first entry is.
+
+    Args:
+        mask: Mask over the entries of a weight.
+        block_shape: (rows, columns) of a block, over the first two axes.
+
+    Returns:
+        The mask over blocks; inverse of `spread` where every block is in or out as a whole.
+    """
     rows, columns = block_shape
     return mask if block_shape == (1, 1) else mask[::rows, ::columns]
 
 
-def _unblock(mask: Tensor, shape: torch.Size, block_shape: tuple[int, int]) -> Tensor:
-    """Spread a mask over blocks to the entries of a weight of ``shape``."""
+def spread(mask: Tensor, shape: torch.Size, block_shape: tuple[int, int]) -> Tensor:
+    """Spread a mask over blocks to the entries of a weight.
+
+    Args:
+        mask: Mask over blocks.
+        shape: Shape of the weight.
+        block_shape: (rows, columns) of a block, over the first two axes.
+
+    Returns:
+        The mask over entries.
+    """
     if block_shape == (1, 1):
         return mask
     rows, columns = block_shape

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topkast_func.allocation import allocate
 from topkast_func.config import TopKastConfig
-from topkast_func.masks import compute_masks
+from topkast_func.masks import blocks, compute_masks, spread
 from topkast_func.ranking import kept, magnitudes
 from topkast_func.state import TrainState, dense_params, masks_of
 from topkast_func.types import Masks, Params
@@ -136,15 +136,14 @@ def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastCon
     Raises:
         AssertionError: One does; the text names the parameter.
     """
-    rows, columns = config.block_shape
     for name, sets in masks.items():
         scores = magnitudes(name, params[name], config.block_shape, config.block_norm)
         ranking = scores.abs().flatten().sort(descending=True, stable=True).indices
         for mask in sets:
-            first = mask[::rows, ::columns]
-            whole = first.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+            over_blocks = blocks(mask, config.block_shape)
+            whole = spread(over_blocks, mask.shape, config.block_shape)
             _require(bool((mask == whole).all()), f"{name}: a block is in by a part of it")
-            chosen = first.flatten()[ranking]
+            chosen = over_blocks.flatten()[ranking]
             count = int(chosen.sum())
             told = f"{name}: a smaller entry is in and a larger is not"
             _require(bool(chosen[:count].all()), told)
