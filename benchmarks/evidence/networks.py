@@ -8,7 +8,7 @@ from torch.nn import functional
 
 MLP_WIDTH, CHANNELS = 512, 16
 DECODER_WIDTH, DECODER_LAYERS, HEADS = 256, 4, 4
-ALPHABET, LONGEST = 80, 128
+ALPHABET, LONGEST = 80, 64
 """Characters of a text and of a window, at most."""
 
 
@@ -65,6 +65,9 @@ def decoder(parameters: float | None) -> nn.Module:
 class Decoder(nn.Module):
     """Predicts the next character of each place.
 
+    Weights start normal with variance 1 / fan-in (LeCun and others, 1998), characters and places
+    with a standard deviation of 0.02 (GPT-2).
+
     Args:
         width: Features of a character.
     """
@@ -76,6 +79,11 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(_Block(width) for _ in range(DECODER_LAYERS))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, ALPHABET)
+        nn.init.normal_(self.characters.weight, std=0.02)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return logits [batch, length, alphabet] of codes [batch, length]."""

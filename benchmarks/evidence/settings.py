@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 PLANS = {
     "mlp": Plan(PAIRS, PAIRS[1], (0, 1, 2), 1.0),
     "cnn": Plan(PAIRS, PAIRS[1], (0, 1, 2), 1.0),
-    "text": Plan(PAIRS[:1], PAIRS[0], (0, 1, 2), 0.25),
+    "text": Plan(PAIRS[:1], PAIRS[0], (0, 1), 0.25),
 }
 
 
@@ -60,7 +60,7 @@ class Setting:
         validate: Whether a part of the training data is held out to be scored; otherwise the
             test data is.
         steps: Share of the task's steps.
-        lr: Learning rate at the start; it falls along half a cosine to 0.
+        lr: Learning rate at its highest; it falls along half a cosine to 0.
         weight_decay: Of Adam, as an L2 gradient.
         penalty: Form of the exploration penalty.
         penalty_weight: Its weight.

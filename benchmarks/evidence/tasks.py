@@ -22,7 +22,7 @@ HELD_OUT, SPLIT_SEED = 6000, 0
 TEXT = Path("runs") / "kjv.txt"
 """The King James Bible; `Characters` says how to get it."""
 
-LENGTH, SHARES, SCORED_WINDOWS = 128, (0.9, 0.05), 400
+LENGTH, SHARES, SCORED_WINDOWS = 64, (0.9, 0.05), 800
 """Characters of a window; shares of the text to train on and to tune on, the rest for the test."""
 
 
@@ -38,6 +38,8 @@ class Task(NamedTuple):
         unit: What the score is.
         sign: 1 where a higher score is better, −1 where a lower one is.
         sample: One input, to count operations by.
+        warm_up: Steps over which the learning rate rises.
+        betas: Of Adam.
     """
 
     network: Callable[[float | None], nn.Module]
@@ -47,6 +49,8 @@ class Task(NamedTuple):
     unit: str
     sign: int
     sample: Tensor
+    warm_up: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 def loss_fn(apply: Apply, batch: Batch) -> Tensor:
@@ -120,11 +124,13 @@ TASKS = {
     "cnn": _image_task(cnn, (1, 28, 28), 2000),
     "text": Task(
         decoder,
-        1200,
+        2400,
         partial(_text_batches, 8),
         _bits_per_character,
         "bits per character",
         -1,
         torch.zeros(1, LENGTH, dtype=torch.int64),
+        warm_up=100,
+        betas=(0.9, 0.95),
     ),
 }

@@ -35,8 +35,8 @@ def run(setting: Setting) -> dict[str, Any]:
     model = task.network(_parameters(setting, task) if setting.method == SMALL else None)
     steps = round(setting.steps * task.steps)
     config = setting.config(model, steps)
-    rate = partial(_cosine, setting.lr, steps)
-    optimizer = tk.adam(rate, weight_decay=setting.weight_decay)
+    rate = partial(_rate, setting.lr, task.warm_up, steps)
+    optimizer = tk.adam(rate, task.betas, weight_decay=setting.weight_decay)
     storage: Storage = "dense" if setting.refresh_every < OFTEN else "compact"
     state = tk.init_state(model, config, optimizer, storage=storage, seed=setting.seed)
     step = tk.make_train_step(model, loss_fn, config, optimizer)
@@ -79,8 +79,10 @@ class _Watch(tk.Callback):
         return tk.training_flops(self.model, state, self.inputs).sparse
 
 
-def _cosine(lr: float, steps: int, step: Tensor) -> Tensor:
-    return lr / 2 * (1 + torch.cos(math.pi * step / steps))
+def _rate(lr: float, warm_up: int, steps: int, step: Tensor) -> Tensor:
+    """Return the learning rate of a step: half a cosine down to 0, after a line up to it."""
+    rising = ((step + 1) / max(1, warm_up)).clamp(max=1)
+    return rising * lr / 2 * (1 + torch.cos(math.pi * step / steps))
 
 
 def _used(state: tk.TrainState) -> int:
