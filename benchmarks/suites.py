@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks import anatomy, compilation, memory, products, refresh, steps
+from benchmarks import anatomy, choices, compilation, memory, products, refresh, steps
 from benchmarks.protocol import Case, Parameters, Task
 
 
@@ -26,6 +26,7 @@ class Suite(NamedTuple):
 SUITES = {
     "products": Suite(products.cases, prepare=products.prepare),
     "steps": Suite(steps.cases, prepare=steps.prepare),
+    "choices": Suite(choices.cases, prepare=steps.prepare),
     "anatomy": Suite(anatomy.cases, measure=anatomy.measure),
     "refresh": Suite(refresh.cases, prepare=refresh.prepare),
     "memory": Suite(memory.cases, measure=memory.measure, unit="bytes"),

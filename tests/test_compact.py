@@ -302,7 +302,7 @@ def test_a_layer_of_two_names_keeps_its_parameters(storage: str) -> None:
         (Convolution, {"fc.weight"}),
         (Reading, {"fc.weight"}),
         (Tied, {"head.weight"}),
-        (Shared, {"head.weight"}),
+        (Shared, {"one.weight", "head.weight"}),
         (Hooked, {"one.weight", "head.weight"}),
         (Normed, {"body.0.weight", "head.weight"}),
     ],

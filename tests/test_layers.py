@@ -53,7 +53,7 @@ def shared() -> nn.Module:
         (nn.MultiheadAttention(4, 2), []),
         (tied(), ["2.weight"]),
         (tied_to_an_embedding(), []),
-        (shared(), []),
+        (shared(), ["0.weight"]),
         (overridden(), []),
         (nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))), []),
         (lambda params, x: x, []),

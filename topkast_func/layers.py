@@ -46,11 +46,12 @@ def kernel_layers(model: object) -> dict[str, nn.Linear]:
     """Return the linear layers of a module that kernels can compute, by name of their weight.
 
     These are layers of the very type `torch.nn.Linear`, with the forward pass of that type,
-    whose weight is a parameter of no other layer. Anything but a module has none.
+    whose weight is a parameter of no other layer; one that is reached under several names goes by
+    the first. Anything but a module has none.
     """
     if not isinstance(model, nn.Module):
         return {}
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     return {
         f"{name}.weight".lstrip("."): layer
         for name, layer in model.named_modules()
