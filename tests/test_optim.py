@@ -224,6 +224,20 @@ def test_a_schedule_drives_the_training_step(schedule: Callable[[Any], Any]) -> 
         assert_close(moved, torch.full((1, 2), expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("beta", "most"), [(0.999, 6.6), (0.95, 1.1)])
+def test_an_entry_that_begins_late_moves_by_more_than_the_learning_rate(
+    beta: float, most: float
+) -> None:
+    """By how much is in the README."""
+    optimizer, theta = tk.adam(1.0, (0.9, beta)), {"w": torch.zeros(1, dtype=torch.float64)}
+    state = optimizer.init(theta)._replace(step=torch.tensor(10**6))
+    moves = []
+    for _ in range(200):
+        updates, state = optimizer.update({"w": torch.ones_like(theta["w"])}, state, theta)
+        moves.append(-float(updates["w"]))
+    assert round(max(moves), 1) == most
+
+
 def test_the_learning_rate_of_a_call_replaces_the_schedule() -> None:
     optimizer, theta = tk.sgd(lr=0.1), _weights()
     gradients = _gradients(theta)
