@@ -84,6 +84,19 @@ def test_figures_of_anatomy_compilation_and_memory_are_those_measured() -> None:
     )
 
 
+def test_figures_of_choices_are_those_measured() -> None:
+    results = reading.load(ROOT / "benchmarks" / "results")
+    cases = results.cases("choices")
+    slower, apart = (
+        [results.ratio("choices", case, "step", [over], [arm]) or 0.0 for case in cases]
+        for over, arm in (("dense", "auto"), ("auto", "numba"))
+    )
+    words = " ".join(README.split())
+    assert len(cases) == 16
+    assert f"is {min(slower):.1f} to {max(slower):.1f} times slower" in words
+    assert f"differ by up to {100 * (max(apart) - 1):.0f} %" in words
+
+
 @pytest.mark.parametrize("task", PLANS)
 def test_tables_of_evidence_are_those_measured(task: str) -> None:
     runs, tuned = report.load(ROOT / "benchmarks" / "results", task)
