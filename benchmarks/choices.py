@@ -3,9 +3,9 @@
 from itertools import product
 
 from benchmarks.protocol import Arm, Case
-from benchmarks.steps import OURS, USUAL, Pair, shown
+from benchmarks.steps import USUAL, Pair, ours, shown
 
-AUTO, SINGLE = "auto", ("numba", "dense")
+ENGINES = ("auto", "numba", "dense")
 """The choice, and what it chooses between where nothing else is fast."""
 
 NETWORKS = (("mlp-784", 128), ("mlp-784", 32), ("mlp-1024", 256), ("encoder", 16))
@@ -32,12 +32,5 @@ def cases(full: bool) -> list[Case]:
 
 
 def _arms(network: str, batch: int, pair: Pair) -> tuple[Arm, ...]:
-    told = {
-        "network": network,
-        "batch": batch,
-        "way": OURS,
-        "optimizer": "sgd",
-        "forward_sparsity": pair[0],
-        "backward_sparsity": pair[1],
-    }
-    return tuple(Arm(engine, {**told, "engine": engine}) for engine in (AUTO, *SINGLE))
+    arms = (ours(network, pair, batch=batch, engine=engine) for engine in ENGINES)
+    return tuple(arm._replace(name=arm.parameters["engine"]) for arm in arms)

@@ -66,7 +66,7 @@ def _quick_cases() -> Iterator[Case]:
 def _sparsities(network: str) -> Iterator[Arm]:
     yield from _dense(network, (*DENSE, ONEDNN))
     for pair in (*PAIRS, FIXED):
-        yield _ours(network, pair)
+        yield ours(network, pair)
     for sparsity in SPARSELAB:
         yield _sparselab(network, sparsity)
 
@@ -74,28 +74,28 @@ def _sparsities(network: str) -> Iterator[Arm]:
 def _blocks(network: str) -> Iterator[Arm]:
     yield from _dense(network, (*DENSE, ONEDNN))
     for block in BLOCKS:
-        yield _ours(network, USUAL, block)
+        yield ours(network, USUAL, block)
     for pair in PAIRS:
         if pair != USUAL:
-            yield _ours(network, pair, SWEPT_BLOCK)
+            yield ours(network, pair, SWEPT_BLOCK)
 
 
 def _engines(network: str) -> Iterator[Arm]:
     yield from _dense(network, DENSE)
-    yield _ours(network, USUAL)
+    yield ours(network, USUAL)
     for engine in ENGINES:
-        yield _ours(network, USUAL, engine=engine)
-    yield _ours(network, USUAL, penalty="l2")
-    yield _ours(network, USUAL, storage="dense")
+        yield ours(network, USUAL, engine=engine)
+    yield ours(network, USUAL, penalty="l2")
+    yield ours(network, USUAL, storage="dense")
     yield _torch_sparse(network, *USUAL, "on B")
     yield _torch_sparse(network, USUAL[0], USUAL[0], "on A")
 
 
 def _usual(network: str, **more: Any) -> Iterator[Arm]:
     yield from _dense(network, DENSE, **more)
-    yield _ours(network, USUAL, **more)
-    yield _ours(network, FIXED, **more)
-    yield _ours(network, USUAL, SWEPT_BLOCK, **more)
+    yield ours(network, USUAL, **more)
+    yield ours(network, FIXED, **more)
+    yield ours(network, USUAL, SWEPT_BLOCK, **more)
     yield _sparselab(network, FIXED[0], **more)
 
 
@@ -109,8 +109,18 @@ def _dense(network: str, ways: tuple[str, ...], **more: Any) -> Iterator[Arm]:
         yield _arm(way, way, network, way, **more)
 
 
-def _ours(network: str, pair: Pair, block: Block = (1, 1), **more: Any) -> Arm:
-    """Name an arm of this library after what is not the default."""
+def ours(network: str, pair: Pair, block: Block = (1, 1), **more: Any) -> Arm:
+    """Return an arm of this library, named after what is not the default.
+
+    Args:
+        network: Name of the network.
+        pair: Forward and backward sparsity, fractions.
+        block: Block shape.
+        **more: Further parameters, as `prepare` takes them.
+
+    Returns:
+        The arm.
+    """
     unusual = [f"{key} {more[key]}" for key in ("engine", "penalty", "storage") if key in more]
     name = " ".join([OURS, f"{block[0]}×{block[1]}", *unusual])
     series = f"{name}, B = A" if pair[0] == pair[1] else name

@@ -38,7 +38,7 @@ class Task(NamedTuple):
         unit: What the score is.
         sign: 1 where a higher score is better, −1 where a lower one is.
         sample: One input, to count operations by.
-        warm_up: Steps over which the learning rate rises.
+        warm_up: Steps over which the learning rate rises, at least 1.
         betas: Of Adam.
     """
 
@@ -49,7 +49,7 @@ class Task(NamedTuple):
     unit: str
     sign: int
     sample: Tensor
-    warm_up: int = 0
+    warm_up: int = 1
     betas: tuple[float, float] = (0.9, 0.999)
 
 

@@ -81,7 +81,7 @@ class _Watch(tk.Callback):
 
 def _rate(lr: float, warm_up: int, steps: int, step: Tensor) -> Tensor:
     """Return the learning rate of a step: half a cosine down to 0, after a line up to it."""
-    rising = ((step + 1) / max(1, warm_up)).clamp(max=1)
+    rising = ((step + 1) / warm_up).clamp(max=1)
     return rising * lr / 2 * (1 + torch.cos(math.pi * step / steps))
 
 
