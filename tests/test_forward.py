@@ -1,6 +1,7 @@
 """Values of the forward pass, the gradient on B, and every way of taking it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,16 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from topkast_func import Masks, TopKastConfig, compute_masks, sparse_forward
+from topkast_func import (
+    Masks,
+    TopKastConfig,
+    compute_masks,
+    index_masks,
+    penalized_loss,
+    sparse_forward,
+)
 from topkast_func.testing import configs, weights
 
 CONFIG = TopKastConfig(forward_sparsity=0.7, backward_sparsity=0.4)
@@ -80,6 +89,94 @@ def test_the_gradient_is_the_dense_one_at_alpha_on_b(way: Callable[..., dict[str
         torch.testing.assert_close(found[name], expected[name])
     for name, sets in masks.items():
         assert not found[name][~sets.backward].any()
+
+
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the products that kernels compute."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += function.namespace == "topkast_func"
+        return function(*args, **(kwargs or {}))
+
+
+def sequence_network() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Conv1d(5, 4, 1), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 3)])
+@pytest.mark.parametrize("way", WAYS)
+def test_indexed_sets_give_the_same_gradient(
+    way: Callable[..., dict[str, Tensor]], block: tuple[int, int]
+) -> None:
+    model, x = sequence_network(), torch.randn(7, 5, 6)
+    params = params_of(model)
+    masks = compute_masks(params, replace(CONFIG, block_shape=block, sparse="0.weight"))
+    masks |= compute_masks(params, replace(CONFIG, sparse=["2.weight", "3.weight"]))
+    sets = index_masks(model, {"0.weight": masks["0.weight"]}, block)
+    sets |= index_masks(model, {n: masks[n] for n in ("2.weight", "3.weight")})
+    expected = gradient_at_alpha(model, params, masks, x)
+    for name, (_, backward) in masks.items():
+        assert expected[name][backward].any()
+    found = way(model, params, sets, x)
+    for name in params:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_indexed_linear_layers_run_on_the_kernels() -> None:
+    model, x = sequence_network(), torch.randn(7, 5, 6)
+    params = params_of(model)
+    masks = compute_masks(params, CONFIG)
+    sets = index_masks(model, masks)
+    assert sets["2.weight"] is masks["2.weight"]
+    with Products() as products:  # type: ignore[no-untyped-call]
+        dense = sparse_forward(model, params, masks, x)
+        assert products.count == 0
+        found = sparse_forward(model, params, sets, x)
+        assert products.count == 2
+    torch.testing.assert_close(found, dense)
+
+
+def test_vmap_over_inputs_of_indexed_layers() -> None:
+    model, x = network(), torch.randn(4, 5, 6)
+    params = params_of(model)
+    masks = compute_masks(params, CONFIG)
+    sets = index_masks(model, masks)
+    found = vmap(lambda x: by_func(model, params, sets, x))(x)
+    for i, one in enumerate(x):
+        expected = gradient_at_alpha(model, params, masks, one)
+        for name in params:
+            torch.testing.assert_close(found[name][i], expected[name])
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_penalised_loss_is_the_same_of_indexed_sets(compile: bool) -> None:
+    model, batch = network(), torch.randn(5, 6)
+    params = params_of(model)
+    config = replace(CONFIG, penalty_weight=0.1, block_shape=(1, 2))
+    masks = compute_masks(params, config)
+
+    def of(sets: Any) -> dict[str, Tensor]:
+        def loss(params: Any) -> Tensor:
+            return penalized_loss(
+                model, lambda f, x: f(x).square().sum(), params, sets, batch, config
+            )
+
+        return grad(loss)(params)
+
+    found = torch.compile(of, fullgraph=True) if compile else of
+    for name, expected in of(masks).items():
+        torch.testing.assert_close(found(index_masks(model, masks, (1, 2)))[name], expected)
+
+
+@pytest.mark.parametrize("block", [(2, 1), (1, 2), (3, 1), (1, 4)])
+def test_sets_that_are_not_of_whole_blocks_are_not_indexed(block: tuple[int, int]) -> None:
+    mask = torch.tensor([[True, False], [False, False]])
+    with pytest.raises(ValueError, match="the sets of 'weight' are not made of blocks of"):
+        index_masks(nn.Linear(2, 2), {"weight": Masks(mask, mask)}, block)
 
 
 @given(weights(dtypes=(torch.float64, torch.float32)), configs())

@@ -14,7 +14,14 @@ from topkast_func.layers import StandIn, kernel_layers, kernel_tensors, standing
 
 
 class Sub(nn.Linear):
-    """Not the very type of a linear layer."""
+    """Computes as a linear layer does."""
+
+
+class Other(nn.Linear):
+    """Computes as it likes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
 
 
 def overridden() -> nn.Module:
@@ -49,7 +56,7 @@ def shared() -> nn.Module:
             ["0.weight", "1.0.weight"],
         ),
         (nn.Sequential(nn.Conv1d(3, 3, 1), nn.Embedding(3, 3), nn.Bilinear(2, 2, 2)), []),
-        (nn.Sequential(Sub(3, 2)), []),
+        (nn.Sequential(Sub(3, 2), Other(2, 2)), ["0.weight"]),
         (nn.MultiheadAttention(4, 2), []),
         (tied(), ["2.weight"]),
         (tied_to_an_embedding(), []),
@@ -60,7 +67,7 @@ def shared() -> nn.Module:
         (None, []),
     ],
 )
-def test_plain_layers_of_their_own_weight_are_for_kernels(model: Any, names: list[str]) -> None:
+def test_linear_layers_of_their_own_weight_are_for_kernels(model: Any, names: list[str]) -> None:
     assert list(kernel_layers(model)) == names
 
 

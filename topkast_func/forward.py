@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,28 @@ from torch.func import functional_call
 from topkast_func.active import alpha, split, straight_through, where
 from topkast_func.kernels.pattern import Pattern, pattern_of
 from topkast_func.layers import StandIn, kernel_layers, kernel_tensors, standing_in
+from topkast_func.masks import is_of_blocks
 from topkast_func.types import Masks, Model, Params, Tensors
 
-AnySets: TypeAlias = Masks | Pattern
-"""A and B of a weight: masks, or a pattern over entries."""
+
+class Indexed(NamedTuple):
+    """A and B of a weight, indexed for the kernels.
+
+    Attributes:
+        pattern: The two disjoint sets, over blocks.
+        block_shape: (r, c) of a block.
+    """
+
+    pattern: Pattern
+    block_shape: tuple[int, int]
+
+    def split(self, theta: Tensor) -> Tensor:
+        """Gather the values of B from θ, A first: [|B|] or [blocks, r, c]."""
+        return split(theta, where(*self, theta.shape))
+
+
+AnySets: TypeAlias = Masks | Indexed
+"""A and B of a weight."""
 
 
 def sparse_forward(
@@ -62,14 +80,15 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
     Args:
         model: A module or a pure function.
         params: θ by name.
-        masks: Sets by name, as masks or as patterns.
+        masks: Sets by name, as masks or indexed.
 
     Returns:
         ``apply(*inputs, **options)``.
     """
-    patterns = {name: sets for name, sets in masks.items() if isinstance(sets, Pattern)}
-    layers = kernel_layers(model) if patterns else {}
-    values = {n: split(params[n], where(p, (1, 1), params[n].shape)) for n, p in patterns.items()}
+    indexed = {name: sets for name, sets in masks.items() if isinstance(sets, Indexed)}
+    layers = kernel_layers(model) if indexed else {}
+    patterns = {name: sets.pattern for name, sets in indexed.items()}
+    values = {name: sets.split(params[name]) for name, sets in indexed.items()}
     weights = {n: _weight(theta, masks.get(n), values.get(n)) for n, theta in params.items()}
     stand_ins = {n: StandIn(layers[n], "auto") for n in patterns if n in layers}
     tensors = {**weights, **kernel_tensors(stand_ins, values, patterns)}
@@ -83,13 +102,15 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
 
 
 def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tensor:
-    """Return α of a weight, from its values where its sets are a pattern."""
-    if isinstance(sets, Pattern) and values is not None:
-        return alpha(values, sets, theta.shape)
+    """Return α of a weight, from its values where its sets are indexed."""
+    if isinstance(sets, Indexed) and values is not None:
+        return alpha(values, sets.pattern, theta.shape)
     return straight_through(theta, sets) if isinstance(sets, Masks) else theta
 
 
-def index_masks(model: Model, masks: Mapping[str, Masks]) -> dict[str, AnySets]:
+def index_masks(
+    model: Model, masks: Mapping[str, Masks], block_shape: tuple[int, int] = (1, 1)
+) -> dict[str, AnySets]:
     """Index the sets of the linear layers of a module, to be given in place of masks.
 
     `sparse_forward` and `penalized_loss` then run these layers on the kernels. The index is
@@ -99,12 +120,33 @@ def index_masks(model: Model, masks: Mapping[str, Masks]) -> dict[str, AnySets]:
     Args:
         model: The module.
         masks: Sets by name.
+        block_shape: (r, c) of the blocks that the sets are made of.
 
     Returns:
-        Patterns where kernels can compute the layer, masks elsewhere.
+        Indexed sets where kernels can compute the layer, masks elsewhere.
+
+    Raises:
+        ValueError: The sets of a layer are not made of such blocks.
+
+    Example:
+        >>> model = nn.Linear(8, 4, bias=False)
+        >>> params = {"weight": torch.arange(32.0).reshape(4, 8)}
+        >>> masks = {"weight": Masks(params["weight"] >= 24, params["weight"] >= 16)}
+        >>> sets = index_masks(model, masks, block_shape=(2, 4))
+        Traceback (most recent call last):
+        ValueError: the sets of 'weight' are not made of blocks of (2, 4)
+        >>> sets = index_masks(model, masks, block_shape=(1, 4))
+        >>> sparse_forward(model, params, sets, torch.ones(1, 8))
+        tensor([[  0.,   0.,   0., 220.]])
     """
     layers = kernel_layers(model)
-    return {n: pattern_of(*sets) if n in layers else sets for n, sets in masks.items()}
+    for name, sets in masks.items():
+        if name in layers and not all(is_of_blocks(mask, block_shape) for mask in sets):
+            raise ValueError(f"the sets of {name!r} are not made of blocks of {block_shape}")
+    return {
+        name: Indexed(pattern_of(*sets, block_shape), block_shape) if name in layers else sets
+        for name, sets in masks.items()
+    }
 
 
 def bind(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from topkast_func.kernels.engines import EngineName
 from topkast_func.kernels.linear import sparse_linear
@@ -45,9 +46,9 @@ class StandIn(nn.Module):
 def kernel_layers(model: object) -> dict[str, nn.Linear]:
     """Return the linear layers of a module that kernels can compute, by name of their weight.
 
-    These are layers of the very type `torch.nn.Linear`, with the forward pass of that type,
-    whose weight is a parameter of no other layer; one that is reached under several names goes by
-    the first. Anything but a module has none.
+    These are layers with the forward pass of `torch.nn.Linear` whose weight is a parameter of no
+    other layer; one that is reached under several names goes by the first. Anything but a module
+    has none, and `torch.nn.MultiheadAttention` reads its projection's weight itself.
     """
     if not isinstance(model, nn.Module):
         return {}
@@ -55,7 +56,11 @@ def kernel_layers(model: object) -> dict[str, nn.Linear]:
     return {
         f"{name}.weight".lstrip("."): layer
         for name, layer in model.named_modules()
-        if type(layer) is nn.Linear and "forward" not in vars(layer) and uses[id(layer.weight)] == 1
+        if isinstance(layer, nn.Linear)
+        and not isinstance(layer, NonDynamicallyQuantizableLinear)
+        and "forward" not in vars(layer)
+        and type(layer).forward is nn.Linear.forward
+        and uses[id(layer.weight)] == 1
     }
 
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topkast_func.active import active_places, split, where
+from topkast_func.active import active_places
 from topkast_func.allocation import shared
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import AnySets, at_alpha, check_names
-from topkast_func.kernels.pattern import Pattern
+from topkast_func.forward import AnySets, Indexed, at_alpha, check_names
 from topkast_func.types import LossFn, Model, Params
 
 
@@ -120,9 +119,9 @@ def summed_penalty(
 def _parts(params: Params, masks: Mapping[str, AnySets], name: str) -> tuple[Tensor, Tensor]:
     """Return θ on A and θ on B∖A, zero or absent elsewhere."""
     theta, sets = params[name], masks[name]
-    if isinstance(sets, Pattern):
-        values = split(theta, where(sets, (1, 1), theta.shape))
-        return values[: active_places(sets)], values[active_places(sets) :]
+    if isinstance(sets, Indexed):
+        values, count = sets.split(theta), active_places(sets.pattern)
+        return values[:count], values[count:]
     active = torch.where(sets.forward, theta, 0.0)
     return active, torch.where(sets.backward & ~sets.forward, theta, 0.0)
 

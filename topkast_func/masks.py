@@ -99,7 +99,7 @@ def masks_at(
             generator=_generator(seed, step, name),
         )
         chosen = config.method.sets(situation)
-        masks[name] = Masks(*(spread(m, theta.shape, block) for m in chosen))
+        masks[name] = Masks(*(spread(m, block) for m in chosen))
     return masks
 
 
@@ -123,12 +123,11 @@ def blocks(mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
     return mask if block_shape == (1, 1) else mask[::rows, ::columns]
 
 
-def spread(mask: Tensor, shape: torch.Size, block_shape: tuple[int, int]) -> Tensor:
+def spread(mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
     """Spread a mask over blocks to the entries of a weight.
 
     Args:
         mask: Mask over blocks.
-        shape: Shape of the weight.
         block_shape: (rows, columns) of a block, over the first two axes.
 
     Returns:
@@ -137,4 +136,9 @@ def spread(mask: Tensor, shape: torch.Size, block_shape: tuple[int, int]) -> Ten
     if block_shape == (1, 1):
         return mask
     rows, columns = block_shape
-    return mask.repeat_interleave(rows, 0).repeat_interleave(columns, 1).view(shape)
+    return mask.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+def is_of_blocks(mask: Tensor, block_shape: tuple[int, int]) -> bool:
+    """Return whether a mask over entries has every block in or out as a whole."""
+    return torch.equal(spread(blocks(mask, block_shape), block_shape), mask)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topkast_func.allocation import allocate
 from topkast_func.config import TopKastConfig
-from topkast_func.masks import blocks, compute_masks, spread
+from topkast_func.masks import blocks, compute_masks, is_of_blocks
 from topkast_func.ranking import kept, magnitudes
 from topkast_func.state import TrainState, dense_params, masks_of
 from topkast_func.types import Masks, Params
@@ -140,10 +140,9 @@ def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastCon
         scores = magnitudes(name, params[name], config.block_shape, config.block_norm)
         ranking = scores.abs().flatten().sort(descending=True, stable=True).indices
         for mask in sets:
-            over_blocks = blocks(mask, config.block_shape)
-            whole = spread(over_blocks, mask.shape, config.block_shape)
-            _require(bool((mask == whole).all()), f"{name}: a block is in by a part of it")
-            chosen = over_blocks.flatten()[ranking]
+            whole = is_of_blocks(mask, config.block_shape)
+            _require(whole, f"{name}: a block is in by a part of it")
+            chosen = blocks(mask, config.block_shape).flatten()[ranking]
             count = int(chosen.sum())
             told = f"{name}: a smaller entry is in and a larger is not"
             _require(bool(chosen[:count].all()), told)

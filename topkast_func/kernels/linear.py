@@ -87,11 +87,17 @@ def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: in
     """
     block = block_of(values)
     active = pattern.forward.columns.shape[0] * math.prod(block)
-    rows, columns, forward, backward, rows_seen = map(
-        operator.index, (*shape, active, values.numel(), batch)
-    )
+    sizes = (*shape, active, values.numel(), *block, batch)
+    rows, columns, forward, backward, height, width, rows_seen = map(operator.index, sizes)
     return Layer(
-        rows, columns, forward, backward, block, rows_seen, values.dtype, values.device.type
+        rows,
+        columns,
+        forward,
+        backward,
+        (height, width),
+        rows_seen,
+        values.dtype,
+        values.device.type,
     )
 
 
