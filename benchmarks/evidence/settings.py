@@ -32,18 +32,43 @@ class Plan(NamedTuple):
         tuned_at: The pair of the trials.
         seeds: Of the runs that are compared.
         trial_steps: Share of a run's steps that a trial has.
+        ablations: Of Top-KAST at its tuned setting: what one field at a time is changed to.
     """
 
     pairs: tuple[tuple[float, float], ...]
     tuned_at: tuple[float, float]
     seeds: tuple[int, ...]
     trial_steps: float
+    ablations: Mapping[str, tuple[Any, ...]]
 
 
 PLANS = {
-    "mlp": Plan(PAIRS, PAIRS[1], (0, 1, 2), 1.0),
-    "cnn": Plan(PAIRS, PAIRS[1], (0, 1, 2), 1.0),
-    "text": Plan(PAIRS[:1], PAIRS[0], (0, 1), 0.25),
+    "mlp": Plan(
+        PAIRS,
+        PAIRS[1],
+        (0, 1, 2),
+        1.0,
+        {
+            "refresh_every": (1, 10, 100, 1000),
+            "backward": (0.0, 0.5, 0.8, 0.9),
+            "until": (0.1, 0.25, 0.5, 0.75, None),
+            "penalty_weight": (0.0, 1e-5, 1e-4, 1e-3, 1e-2),
+            "penalty": (None, "l1", "group_l2", "l2"),
+        },
+    ),
+    "cnn": Plan(PAIRS, PAIRS[1], (0, 1, 2), 1.0, {}),
+    "text": Plan(
+        PAIRS[:1],
+        PAIRS[0],
+        (0, 1),
+        0.25,
+        {
+            "backward": (0.5, 0.8),
+            "until": (0.1, None),
+            "refresh_every": (1, 100),
+            "penalty_weight": (0.0, 1e-4),
+        },
+    ),
 }
 
 
@@ -198,13 +223,7 @@ def ablations(tuned: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
         What changes, and the setting.
     """
     base = tuned["topkast"]
-    changes: dict[str, tuple[Any, ...]] = {
-        "refresh_every": (1, 10, 100, 1000),
-        "backward": (0.0, 0.5, 0.8, 0.9),
-        "until": (0.1, 0.25, 0.5, 0.75, None),
-        "penalty_weight": (0.0, 1e-5, 1e-4, 1e-3, 1e-2),
-        "penalty": (None, "l1", "group_l2", "l2"),
-    }
-    for name, values in changes.items():
-        for value, seed in product(values, PLANS[base.task].seeds):
+    plan = PLANS[base.task]
+    for name, values in plan.ablations.items():
+        for value, seed in product(values, plan.seeds):
             yield name, replace(base, seed=seed, **{name: value})
