@@ -1,14 +1,17 @@
 """What the README shows runs, and its figures are those of the committed results."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import reading, tables
+import topkast_func as tk
+from benchmarks import arms, choices, networks, reading, tables
 from benchmarks.evidence import report
 from benchmarks.evidence.settings import PLANS
+from benchmarks.protocol import Case
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,9 +19,7 @@ NAMES = ("functional", "masks", "methods", "testing", "facade", "engines")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "block", BLOCKS, ids=["functional", "masks", "methods", "testing", "facade", "engines"]
-)
+@pytest.mark.parametrize("block", BLOCKS, ids=NAMES)
 def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {})
@@ -95,6 +96,16 @@ def test_figures_of_choices_are_those_measured() -> None:
     assert len(cases) == 16
     assert f"is {min(slower):.1f} to {max(slower):.1f} times slower" in words
     assert f"differ by up to {100 * (max(apart) - 1):.0f} %" in words
+
+
+@pytest.mark.parametrize("case", choices.cases(full=True), ids=lambda case: case.name)
+def test_auto_takes_numba_in_every_case_of_the_choices(case: Case) -> None:
+    parameters = next(arm.parameters for arm in case.arms if arm.name == "auto")
+    problem = networks.problem(parameters["network"], parameters["batch"])
+    config = arms.config_of(problem, parameters)
+    state = tk.init_state(problem.model, config, tk.sgd(0.1))
+    chosen = tk.explain(state, math.prod(problem.inputs.shape[:-1]))
+    assert {chosen[name].engine for name in state.weights.layers()} == {"numba"}
 
 
 @pytest.mark.parametrize("task", PLANS)
