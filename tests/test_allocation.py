@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import topkast_func as tk
 from topkast_func import TopKastConfig
-from topkast_func.allocation import check_params, select, shared
+from topkast_func.allocation import allocate, check_params, select, shared
 from topkast_func.ranking import kept
 from topkast_func.sparsity import Allocation
 from topkast_func.testing import sparsities
@@ -97,6 +97,18 @@ def test_keep_dense_takes_away_and_the_helpers_name_first_and_last() -> None:
         chosen(keep_dense="emb")
     with pytest.raises(ValueError, match=r"less keep_dense=\('\*',\) selects no parameter"):
         chosen(keep_dense="*")
+
+
+def test_first_and_last_are_patterns_that_match_one_name_and_pass_over_what_is_frozen() -> None:
+    weights = {name: torch.zeros(3, 3) for name in ("a[b].weight", "ab.weight", "c.weight")}
+    first = tk.first_weight(weights)
+    assert [*allocate(weights, TopKastConfig(keep_dense=first))] == ["ab.weight", "c.weight"]
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    assert tk.first_weight(dict(model.named_parameters())) == "1.weight"
+    assert tk.first_weight({n: p.detach() for n, p in model.named_parameters()}) == "0.weight"
+    with pytest.raises(TypeError, match="params must map names to tensors, got Sequential"):
+        tk.last_weight(model)  # type: ignore[arg-type]
 
 
 def test_by_default_a_weight_that_blocks_do_not_divide_is_dense() -> None:

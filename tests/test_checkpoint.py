@@ -382,6 +382,12 @@ def saved(path: Path) -> Path:
     return path
 
 
+def _header(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        found: dict[str, Any] = json.loads(file.metadata()["topkast_func"])
+    return found
+
+
 def _rewrite(path: Path, header: str) -> None:
     """Replace the JSON header of a state file, leaving its tensors."""
     tensors = safetensors.torch.load_file(path)
@@ -589,5 +595,59 @@ def test_blocks_are_counted_whole(path: Path) -> None:
     state = tk.init_state({"weight": torch.randn(6, 6)}, config, MOMENTUM)
     tk.save(state, path)
     assert _differing(tk.load(path, config), state) == []
-    with pytest.raises(ValueError, match=r"has \(8, 20\) entries in A and B"):
+    with pytest.raises(ValueError, match=r"has blocks of \(2, 2\), .* asks \(1, 1\)"):
         tk.load(path, CONFIG)
+    fewer = tk.TopKastConfig(0.75, 0.75, block_shape=(2, 2))
+    with pytest.raises(ValueError, match=r"has \(8, 20\) entries in A and B.* asks \(8, 8\)"):
+        tk.load(path, fewer)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_sets_of_entries_are_no_sets_of_blocks(path: Path, storage: Any) -> None:
+    torch.manual_seed(0)
+    params = {"weight": torch.randn(8, 8)}
+    config = tk.TopKastConfig(0.75, 0.5)
+    tk.save(tk.init_state(params, config, MOMENTUM, storage=storage), path)
+    with pytest.raises(ValueError, match=r"'weight'.* blocks of \([12], [12]\)"):
+        tk.load(path, tk.TopKastConfig(0.75, 0.5, block_shape=(2, 2)))
+
+
+def _explored() -> tk.TrainState:
+    """A state in which B has become A, its places of B∖A unused."""
+    stopped = tk.TopKastConfig(0.75, 0.5, refresh_every=3, explore_until=2)
+    return _trained(_network(), MOMENTUM, stopped, 4)
+
+
+def test_unused_places_come_back_and_with_them_the_choice_of_engines(path: Path) -> None:
+    state = _explored()
+    tk.save(state, path)
+    loaded = tk.load(path, tk.TopKastConfig(0.75, 0.5, refresh_every=3, explore_until=2))
+    assert same_leaves(loaded, state)
+    shapes = {name: value.shape for name, value in state.weights.values().items()}
+    assert {name: value.shape for name, value in loaded.weights.values().items()} == shapes
+    assert tk.explain(loaded) == tk.explain(state)
+
+
+def test_a_file_that_does_not_tell_the_shapes_of_the_values_is_read(path: Path) -> None:
+    state = _explored()
+    tk.save(state, path)
+    header = _header(path)
+    del header["values"]
+    _rewrite(path, json.dumps(header))
+    loaded = tk.load(path, tk.TopKastConfig(0.75, 0.5, refresh_every=3, explore_until=2))
+    assert _differing(loaded, state) == []
+
+
+def test_slots_that_do_not_fit_the_values_are_refused(saved: Path) -> None:
+    header = _header(saved)
+    del header["storage"], header["layers"], header["values"]
+    _rewrite(saved, json.dumps(header))
+    with pytest.raises(ValueError, match=r"slot 'momentum' of '0\.weight' has shape"):
+        tk.load(saved, CONFIG)
+    tensors = safetensors.torch.load_file(saved)
+    names = {name: name.replace("momentum/0.weight", "momentum/9.weight") for name in tensors}
+    header["tensors"] = list(names.values())
+    renamed = {names[name]: tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(renamed, saved, {"topkast_func": json.dumps(header)})
+    with pytest.raises(ValueError, match=r"slots 'momentum': missing \['0\.weight'\]"):
+        tk.load(saved, CONFIG)

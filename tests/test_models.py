@@ -199,6 +199,48 @@ def test_a_forward_pass_that_changes_a_parameter_is_refused_and_nothing_is_lost(
     torch.testing.assert_close(tk.dense_params(state), before, rtol=0, atol=0)
 
 
+class Recurrent(nn.Module):
+    """Keeps what it saw last, from its first run on."""
+
+    def __init__(self, start: Tensor | None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("last", start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = x[:0] if self.last is None else self.last
+        self.last = torch.cat([last, x.detach()])
+        return self.layer(x) + self.last.mean()
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (None, r"sets buffers \['last'\] that were None: register them as tensors"),
+        (torch.zeros(1, 6), r"gives buffers \['last'\] another shape"),
+    ],
+)
+def test_a_forward_pass_that_makes_a_buffer_is_refused_and_nothing_is_written(
+    start: Tensor | None, message: str
+) -> None:
+    model, optimizer = Recurrent(start), tk.sgd(0.1)
+    state = tk.init_state(model, CONFIG, optimizer)
+    step = tk.make_train_step(model, squared, CONFIG, optimizer, compile=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            step(state, torch.randn(3, 6))
+    assert model.last is start
+
+
+@pytest.mark.parametrize("field", ["sparse", "keep_dense"])
+def test_a_pattern_that_matches_a_tied_weight_by_its_second_name_alone_is_named(field: str) -> None:
+    config = tk.TopKastConfig(**{field: ["head*"]})  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"'head.weight' is tied to 'embedding.weight', which .*'head\*'"
+    ):
+        tk.init_state(Tagger(), config, tk.sgd(0.1))
+
+
 @pytest.mark.parametrize("field", ["forward_sparsity", "allocation"])
 def test_tied_weights_given_two_sparsities_are_named(field: str) -> None:
     numbers = {"embedding.weight": 0.9, "head.weight": 0.5}

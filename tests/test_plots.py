@@ -155,6 +155,10 @@ def test_churn_of_no_refresh_is_an_empty_picture() -> None:
     assert not plots.churn([]).axes[0].lines
 
 
+def test_densities_of_a_dense_network_are_an_empty_picture() -> None:
+    assert not plots.densities({}).axes[0].get_yticklabels()
+
+
 def test_densities_draws_a_over_b_for_each_parameter() -> None:
     theta = {"a": torch.randn(10, 10), "b": torch.randn(5, 4)}
     masks = tk.compute_masks(theta, tk.TopKastConfig(0.75, 0.5, sparse=["a", "b"]))

@@ -145,6 +145,24 @@ def masks(forward: str, backward: str) -> tk.Masks:
     return tk.Masks(*(torch.tensor([c == "1" for c in word]) for word in (forward, backward)))
 
 
+def test_products_with_a_vector_and_with_a_copy_of_the_weight_are_the_weights() -> None:
+    state = tk.init_state({"weight": torch.randn(8, 16)}, CONFIG, tk.sgd(0.1))
+
+    def cast(params: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x @ params["weight"].T
+
+    cases: list[tuple[Any, Tensor, int]] = [
+        (lambda params, x: params["weight"] @ x, torch.zeros(16), 1),
+        (lambda params, x: torch.addmv(x[:8], params["weight"], x), torch.zeros(16), 1),
+        (cast, torch.zeros(4, 16), 4),
+        (lambda params, x: x @ params["weight"].T.contiguous(), torch.zeros(4, 16), 4),
+    ]
+    for model, x, rows in cases:
+        found = tk.training_flops(model, state, x)
+        assert found == ((2 * 0.25 + 0.5) * 2 * rows * 128, 3 * 2 * rows * 128)
+
+
 def test_exchanges_count_what_enters_and_where_it_comes_from() -> None:
     before, after = {"w": masks("110000", "111100")}, {"w": masks("001010", "111010")}
     assert tk.exchanges(before, after) == {"w": (2, 1, 1.0)}

@@ -1,5 +1,6 @@
 """The strategies reach the cases they are meant to reach, and the checks find what is wrong."""
 
+import math
 from functools import partial
 
 import pytest
@@ -133,6 +134,16 @@ def test_an_entry_that_moved_outside_b_is_found() -> None:
     check_outside_untouched(state, state)
     moved = {"w": torch.where(tk.masks_of(state)["w"].backward, 9.0, PARAMS["w"])}
     check_outside_untouched(state, state._replace(weights=state.weights._replace(theta=moved)))
+    other_zero = {"w": torch.where(tk.masks_of(state)["w"].backward, PARAMS["w"], -0.0)}
+    zero = {"w": torch.where(tk.masks_of(state)["w"].backward, PARAMS["w"], 0.0)}
+    at_zero, at_minus_zero = (
+        state._replace(weights=state.weights._replace(theta=t)) for t in (zero, other_zero)
+    )
+    with pytest.raises(AssertionError, match="w: 3 entries outside B have moved"):
+        check_outside_untouched(at_zero, at_minus_zero)
+    nan = {"w": torch.where(tk.masks_of(state)["w"].backward, PARAMS["w"], math.nan)}
+    unchanged = state._replace(weights=state.weights._replace(theta=nan))
+    check_outside_untouched(unchanged, unchanged)
     wrong = {"w": PARAMS["w"] + 1}
     with pytest.raises(AssertionError, match="w: 3 entries outside B have moved"):
         check_outside_untouched(state, state._replace(weights=state.weights._replace(theta=wrong)))

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from topkast_func.checks import check_order
 from topkast_func.config import TopKastConfig
@@ -158,15 +160,18 @@ def given_sparsity(params: Params, config: TopKastConfig) -> list[str]:
 def first_weight(params: Params) -> str:
     """Return the name of the first parameter of two or more dimensions named ``…weight``.
 
-    For ``keep_dense``. Names come in the order in which a module defines them.
+    For ``keep_dense``: where the name has characters that a glob pattern reads otherwise, they
+    are escaped. Names come in the order in which a module defines them; frozen parameters of a
+    module are passed over.
 
     Args:
         params: Weights by name.
 
     Returns:
-        The name.
+        The name, as a pattern that matches it alone.
 
     Raises:
+        TypeError: ``params`` is no mapping.
         ValueError: There is none.
     """
     return _weights(params)[0]
@@ -178,7 +183,9 @@ def last_weight(params: Params) -> str:
 
 
 def _weights(params: Params) -> list[str]:
-    names = [name for name, leaf in params.items() if _is_weight(name, leaf)]
+    check_params(params)
+    trained = {n: p for n, p in params.items() if not isinstance(p, Parameter) or p.requires_grad}
+    names = [escape(name) for name, leaf in trained.items() if _is_weight(name, leaf)]
     if not names:
         raise ValueError(f"no parameter is a weight; there are: {_listed(params)}")
     return names

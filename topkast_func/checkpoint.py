@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
 from topkast_func.dense_weights import DenseWeights
 from topkast_func.forward import check_names, frozen, trainable
+from topkast_func.masks import is_of_blocks
 from topkast_func.optim import Optimizer, OptimizerState
 from topkast_func.ranking import kept
 from topkast_func.state import TrainState, Weights, dense_params, masks_of
@@ -32,7 +34,8 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
     ``forward/NAME``, ``backward/NAME``, ``buffers/NAME``, ``frozen/NAME``, ``exponents/NAME`` and
     ``slots/KIND/NAME``, θ being φ where it has an exponent; the entry ``topkast_func`` of the
     metadata is a JSON object with the format, its version, the order of the tensors, the storage
-    and, where that is compact, the names of the weights that kernels compute.
+    and, where that is compact, the names of the weights that kernels compute and the shapes of the
+    values, places of B that are unused included.
 
     Args:
         state: The state, on any device.
@@ -44,7 +47,8 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
     }
     header = {"format": FORMAT, "version": VERSION, "tensors": list(tensors)}
     if isinstance(state.weights, CompactWeights):
-        header |= {"storage": "compact", "layers": list(state.weights.patterns)}
+        held = {name: list(state.weights.held[name].shape) for name in state.weights.theta}
+        header |= {"storage": "compact", "layers": list(state.weights.patterns), "values": held}
     content = safetensors.torch.save(tensors, {"topkast_func": json.dumps(header)})
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}")
@@ -89,10 +93,12 @@ def load(
     """
     try:
         header, tensors = _read(Path(path), device)
+        if problem := _block_problem(header, tensors, config.block_shape):
+            raise ValueError(f"{path} holds another state: {problem}")
         state = _state(header, tensors, config.block_shape, theta_device)
     except KeyError as reason:
         raise ValueError(f"{path} is damaged, so nothing was loaded: no {reason}") from reason
-    problems = [_sparsity_problem(state, config)]
+    problems = [_sparsity_problem(state, config), _slot_problem(state)]
     if model is not None:
         problems.append(_model_problem(state, model))
     if optimizer is not None:
@@ -127,17 +133,15 @@ def _state(
     block_shape: tuple[int, int],
     theta_device: torch.device | str | None,
 ) -> TrainState:
-    def tree(prefix: str) -> Tensors:
-        return {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
-
-    backward = tree("backward/")
-    masks = {name: Masks(forward, backward[name]) for name, forward in tree("forward/").items()}
+    tree = partial(_tree, tensors)
+    masks = _masks(tensors)
     kinds = dict.fromkeys(key.split("/")[0] for key in tree("slots/"))
     slots = {kind: tree(f"slots/{kind}/") for kind in kinds}
     theta = tree("theta/")
     weights: Weights = DenseWeights(theta, masks)
     if header.get("storage") == "compact":
-        weights = compact(theta, masks, header["layers"], block_shape, theta_device)
+        stored = {name: shape[0] for name, shape in header.get("values", {}).items()}
+        weights = compact(theta, masks, header["layers"], block_shape, theta_device, stored)
         slots = {kind: _within(slots[kind], weights.held) for kind in slots}
     return TrainState(
         step=tensors["step"].cpu(),
@@ -150,8 +154,17 @@ def _state(
     )
 
 
+def _tree(tensors: Tensors, prefix: str) -> Tensors:
+    return {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
+
+
+def _masks(tensors: Tensors) -> dict[str, Masks]:
+    backward = _tree(tensors, "backward/")
+    return {n: Masks(forward, backward[n]) for n, forward in _tree(tensors, "forward/").items()}
+
+
 def _within(slots: Tensors, held: Tensors) -> Tensors:
-    """Leave out the places of slots that were unused when they were saved."""
+    """Leave out unused places of slots, in files that do not tell the shapes of the values."""
     return {name: slot[: len(held[name])] if slot.ndim else slot for name, slot in slots.items()}
 
 
@@ -181,6 +194,32 @@ def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
             f"{VERSION}: install a newer one"
         )
     return header
+
+
+def _block_problem(
+    header: Mapping[str, Any], tensors: Tensors, block_shape: tuple[int, int]
+) -> str | None:
+    shapes = header.get("values", {})
+    for name in header.get("layers", ()):
+        found = tuple(shapes.get(name, ())[1:] or (1, 1))
+        if name in shapes and found != block_shape:
+            return f"{name!r} has blocks of {found}, the configuration asks {block_shape}"
+    for name, sets in _masks(tensors).items():
+        if not all(is_of_blocks(mask, block_shape) for mask in sets):
+            return f"the sets of {name!r} are not made of blocks of {block_shape}"
+    return None
+
+
+def _slot_problem(state: TrainState) -> str | None:
+    values = state.weights.values()
+    for kind, slots in state.optimizer.slots.items():
+        if problem := _difference(f"slots {kind!r}", slots, values):
+            return problem
+        for name in state.weights.sparse():
+            found, expected = tuple(slots[name].shape), tuple(values[name].shape)
+            if found not in ((), expected):
+                return f"slot {kind!r} of {name!r} has shape {found}, the values {expected}"
+    return None
 
 
 def _sparsity_problem(state: TrainState, config: TopKastConfig) -> str | None:

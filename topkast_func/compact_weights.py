@@ -1,5 +1,6 @@
 """Compact storage: values, gradients and optimiser slots of B only; θ rests beside them."""
 
+import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -158,6 +159,7 @@ def compact(
     layers: Collection[str],
     block_shape: tuple[int, int],
     theta_device: torch.device | str | None = None,
+    stored: Mapping[str, int] | None = None,
 ) -> CompactWeights:
     """Store weights compactly.
 
@@ -167,16 +169,26 @@ def compact(
         layers: Names of the sparse matrices that kernels are to compute.
         block_shape: (r, c) of the blocks that the sets are made of.
         theta_device: Where θ rests; None for where it is.
+        stored: How many values, or blocks of them, there are to be at the least, by name.
 
     Returns:
         The weights.
     """
+    kept = stored or {}
     theta = {name: params[name].detach().to(theta_device, copy=True) for name in masks}
     held = {n: theta[n] if n in theta else p.detach().clone() for n, p in params.items()}
     weights = CompactWeights(
         held,
-        {name: pattern_of(*masks[name], block_shape) for name in masks if name in layers},
-        {name: positions_of(masks[name]) for name in masks if name not in layers},
+        {
+            name: pattern_of(*sets, block_shape, _exploring(sets, block_shape, kept.get(name, 0)))
+            for name, sets in masks.items()
+            if name in layers
+        },
+        {
+            name: positions_of(sets, _exploring(sets, (1, 1), kept.get(name, 0)))
+            for name, sets in masks.items()
+            if name not in layers
+        },
         theta,
     )
     for name, dense in theta.items():
@@ -184,3 +196,8 @@ def compact(
         places = where(weights.sets(name), block, dense.shape).to(dense.device)
         held[name] = split(dense, places).to(params[name].device)
     return weights
+
+
+def _exploring(sets: Masks, block_shape: tuple[int, int], stored: int) -> int:
+    """Return how many of the stored values, or blocks of them, are not those of A."""
+    return stored - int(sets.forward.sum()) // math.prod(block_shape)

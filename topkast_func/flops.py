@@ -99,8 +99,13 @@ COUNTS: dict[Any, Any] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
         _ATEN._scaled_dot_product_flash_attention
     ],
+    _ATEN.mv: lambda matrix, vector, **_: 2 * matrix.numel(),
+    _ATEN.addmv: lambda offset, matrix, vector, **_: 2 * matrix.numel(),
 }
-"""Operations of each kind of product, from the shapes of its operands."""
+"""Operations of each kind of product, from its operands."""
+
+COPIES = (_ATEN.clone, _ATEN._to_copy)
+"""What makes the weight that a product reads, where it is rearranged or cast before."""
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -108,7 +113,8 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, owners: dict[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.owners = owners
+        self.owners = dict(owners)
+        self.copies: list[Tensor] = []
         self.flops: dict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,6 +126,9 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if decomposed is not NotImplemented:
                     return decomposed
         out = func(*args, **kwargs)
+        if packet in COPIES and (owner := self._owner(args)):
+            self.owners[out.untyped_storage().data_ptr()] = owner
+            self.copies.append(out)  # nothing else may come to stand in its place
         if packet in COUNTS:
             count = COUNTS[packet](*args, **kwargs, out_val=out)
             self.flops[self._owner(args)] += count

@@ -231,6 +231,18 @@ def buffers(model: object, given: Params | None = None) -> Tensors:
     return {name: held[name].detach().clone() for name, _ in model.named_buffers()}
 
 
+def unset_buffers(model: object) -> dict[str, tuple[nn.Module, str]]:
+    """Return the buffers of a module that are None, by name: where they are, and their key."""
+    if not isinstance(model, nn.Module):
+        return {}
+    return {
+        f"{path}.{key}".lstrip("."): (module, key)
+        for path, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is None
+    }
+
+
 def tensors_of(model: object) -> Tensors:
     """Return the parameters and buffers of a module, by name; others have none."""
     if not isinstance(model, nn.Module):

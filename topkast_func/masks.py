@@ -141,4 +141,6 @@ def spread(mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
 
 def is_of_blocks(mask: Tensor, block_shape: tuple[int, int]) -> bool:
     """Return whether a mask over entries has every block in or out as a whole."""
-    return torch.equal(spread(blocks(mask, block_shape), block_shape), mask)
+    if block_shape == (1, 1):
+        return True
+    return mask.ndim > 1 and torch.equal(spread(blocks(mask, block_shape), block_shape), mask)

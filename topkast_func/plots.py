@@ -105,11 +105,11 @@ def densities(masks: Mapping[str, Masks]) -> Figure:
         The figure.
     """
     figure, axes = plt.subplots(figsize=(6.4, 1 + 0.4 * len(masks)), layout="constrained")
-    shares = [[float(mask.double().mean()) for mask in sets] for sets in masks.values()]
     places = np.arange(len(masks))
     kinds = (("B: learns", "B∖A: explored"), ("A: computes", "A: active"))
-    for (label, color), share in zip(kinds, list(zip(*shares, strict=True))[::-1], strict=True):
-        axes.barh(places, share, color=COLORS[color], label=label)
+    for (label, color), field in zip(kinds, ("backward", "forward"), strict=True):
+        shares = [float(getattr(sets, field).double().mean()) for sets in masks.values()]
+        axes.barh(places, shares, color=COLORS[color], label=label)
     axes.set(xlabel="density", xlim=(0, 1), yticks=places, yticklabels=list(masks))
     axes.invert_yaxis()
     axes.legend()

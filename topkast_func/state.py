@@ -1,5 +1,6 @@
 """The state of training: what it holds, how it starts, and its refresh."""
 
+from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -205,7 +206,7 @@ def forward_params(state: TrainState) -> Tensors:
 
 
 def check_ties(model: object, config: TopKastConfig) -> None:
-    """Check that no pattern gives a tied weight of a module a sparsity under another name.
+    """Check that no pattern speaks of a tied weight of a module under its second name alone.
 
     Args:
         model: A module, or anything else.
@@ -216,17 +217,28 @@ def check_ties(model: object, config: TopKastConfig) -> None:
             the two different numbers.
     """
     for name, own in ties(model).items():
+        for field in ("sparse", "keep_dense"):
+            globs = getattr(config, field)
+            if isinstance(globs, tuple) and _matches(name, globs) and not _matches(own, globs):
+                raise ValueError(
+                    f"{name!r} is tied to {own!r}, which {field}={globs} does not match: "
+                    f"name {own!r} too, or match no other name of it"
+                )
         for field in ("forward_sparsity", "backward_sparsity", "allocation"):
             numbers = getattr(config, field)
             if isinstance(numbers, ByPattern):
                 given, under = (
                     [numbers[p] for p in numbers if numbers.matching(p, [n])] for n in (own, name)
                 )
-                if under and under != given:
+                if under and {*under} != {*given}:
                     raise ValueError(
                         f"{name!r} is tied to {own!r}: {field} gives them {under} and "
                         f"{given or 'nothing'}; name {own!r} alone"
                     )
+
+
+def _matches(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def _powered(state: TrainState, weights: Tensors) -> Tensors:

@@ -13,7 +13,7 @@ from torch.func import grad, grad_and_value
 
 from topkast_func.compilation import compiled
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import bind, check_fit, tensors_of, ties
+from topkast_func.forward import bind, check_fit, tensors_of, ties, unset_buffers
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.layers import StandIn, kernel_layers, standing_in
 from topkast_func.loss import check_scalar
@@ -240,9 +240,10 @@ def _check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) ->
     """Try the forward pass on copies: a compiled step would write changes into the state.
 
     Raises:
-        ValueError: It changes a parameter. What else is wrong with it is for the step to say.
+        ValueError: It changes a parameter, gives a buffer another shape, or sets one that was
+            None. What else is wrong with it is for the step to say.
     """
-    before = forward_params(state)
+    before, unset = forward_params(state), unset_buffers(model)
     weights = {name: tensor.clone() for name, tensor in before.items()}
     written = {name: weights.pop(name) for name in state.buffers}
     with _random_numbers_of(state), suppress(Exception):
@@ -252,6 +253,15 @@ def _check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) ->
         raise ValueError(
             f"the forward pass changes parameters {changed} in place: use the result of the "
             "change, or register what changes as a buffer"
+        )
+    if reshaped := [n for n, b in written.items() if b.shape != before[n].shape]:
+        raise ValueError(f"the forward pass gives buffers {reshaped} another shape")
+    found = unset_buffers(model)
+    if newly_set := [name for name in unset if name not in found]:
+        for module, key in (unset[name] for name in newly_set):
+            module._buffers[key] = None
+        raise ValueError(
+            f"the forward pass sets buffers {newly_set} that were None: register them as tensors"
         )
 
 

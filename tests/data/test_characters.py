@@ -32,6 +32,17 @@ def test_windows_lie_within_the_text_and_reach_both_ends() -> None:
     assert {int(drawn.min()), int(drawn.max())} == {0, 9}
 
 
+def test_a_window_longer_than_the_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="a window of 5 characters is longer than a text of 4"):
+        windows(torch.arange(4), 5, 1, torch.Generator())
+
+
+def test_an_empty_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        Characters(tmp_path / "text")
+
+
 def test_a_missing_text_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="apt-get install bible-kjv && bible -f"):
         Characters(tmp_path / "none")

@@ -51,6 +51,25 @@ def test_what_is_no_idx_file_is_refused(folder: Path, content: bytes) -> None:
         fashion_mnist("test", folder)
 
 
+@pytest.mark.parametrize("content", [b"<html>", gzip.compress(b"\x00\x00\x08\x01\x00")[:-9]])
+def test_what_is_no_whole_compressed_file_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte in .* is no whole IDX file"):
+        fashion_mnist("test", folder)
+
+
+def test_a_header_that_is_cut_off_is_refused(folder: Path) -> None:
+    (folder / "t10k-images-idx3-ubyte").write_bytes(b"\x00\x00\x08\x03\x00\x00")
+    with pytest.raises(ValueError, match="is no whole IDX file"):
+        fashion_mnist("test", folder)
+
+
+def test_more_labels_than_images_are_refused(folder: Path) -> None:
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(3, np.uint8)))
+    with pytest.raises(ValueError, match="has 2 images and 3 labels"):
+        fashion_mnist("test", folder)
+
+
 def test_a_truncated_file_is_refused(folder: Path) -> None:
     file = folder / "t10k-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-1])

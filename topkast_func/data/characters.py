@@ -20,6 +20,7 @@ class Characters:
 
     Raises:
         FileNotFoundError: The file is not there; the text says how to get one.
+        ValueError: It is empty.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -29,6 +30,8 @@ class Characters:
                 "install bible-kjv && bible -f gen1:1-rev22:21 > kjv.txt'"
             )
         text = Path(path).read_text(encoding="utf-8")
+        if not text:
+            raise ValueError(f"the text at {path} is empty")
         self.alphabet = "".join(sorted(set(text)))
         places = {character: place for place, character in enumerate(self.alphabet)}
         self.codes = torch.tensor([places[character] for character in text])
@@ -57,6 +60,11 @@ def windows(codes: Tensor, length: int, count: int, generator: torch.Generator) 
 
     Returns:
         int64, [count, length].
+
+    Raises:
+        ValueError: The text is shorter than a window.
     """
+    if len(codes) < length:
+        raise ValueError(f"a window of {length} characters is longer than a text of {len(codes)}")
     starts = torch.randint(len(codes) - length + 1, (count,), generator=generator)
     return codes[starts[:, None] + torch.arange(length)]

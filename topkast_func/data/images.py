@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +42,8 @@ def fashion_mnist(part: str, folder: str | os.PathLike[str] = FASHION_MNIST) -> 
 
     Raises:
         FileNotFoundError: A file is not there; the text says how to get it.
-        ValueError: There is no such part, or a file is no IDX file of bytes.
+        ValueError: There is no such part, a file is no whole IDX file of bytes, or there are more
+            or fewer labels than images.
     """
     if part not in FILES:
         raise ValueError(f"part must be one of {tuple(FILES)}, got {part!r}")
@@ -49,6 +51,8 @@ def fashion_mnist(part: str, folder: str | os.PathLike[str] = FASHION_MNIST) -> 
         _read(Path(folder), f"{FILES[part]}-{what}-ubyte")
         for what in ("images-idx3", "labels-idx1")
     )
+    if len(pixels) != len(labels):
+        raise ValueError(f"{folder} has {len(pixels)} images and {len(labels)} labels")
     return Images(
         torch.from_numpy(pixels.astype(np.float32) / 255),
         torch.from_numpy(labels.astype(np.int64)),
@@ -58,17 +62,23 @@ def fashion_mnist(part: str, folder: str | os.PathLike[str] = FASHION_MNIST) -> 
 def _read(folder: Path, name: str) -> npt.NDArray[np.uint8]:
     """Read an IDX file: two zeros, the type, how many axes, their sizes (big endian), bytes."""
     plain, packed = folder / name, folder / f"{name}.gz"
-    if plain.is_file():
-        content = plain.read_bytes()
-    elif packed.is_file():
-        content = gzip.decompress(packed.read_bytes())
-    else:
-        raise FileNotFoundError(f"neither {plain} nor {packed} is there: {HOW}")
-    axes = content[3] if content[:3] == UNSIGNED_BYTES else 0
+    broken = f"{name} in {folder} is no whole IDX file of unsigned bytes"
+    try:
+        if plain.is_file():
+            content = plain.read_bytes()
+        elif packed.is_file():
+            content = gzip.decompress(packed.read_bytes())
+        else:
+            raise FileNotFoundError(f"neither {plain} nor {packed} is there: {HOW}")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as reason:
+        raise ValueError(f"{broken}: {reason}") from reason
+    axes = content[3] if content[:3] == UNSIGNED_BYTES and len(content) > 3 else 0
     start = 4 + 4 * axes
+    if not axes or len(content) < start:
+        raise ValueError(broken)
     shape = np.frombuffer(content[4:start], ">u4").astype(int)
-    if not axes or len(content) != start + shape.prod():
-        raise ValueError(f"{name} in {folder} is no whole IDX file of unsigned bytes")
+    if len(content) != start + shape.prod():
+        raise ValueError(broken)
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 

@@ -149,7 +149,9 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise NotImplementedError("a sparse product cannot be differentiated twice")
+        raise NotImplementedError(
+            "a sparse product cannot be differentiated twice; storage='dense' can be"
+        )
 
 
 @torch.compiler.allow_in_graph
