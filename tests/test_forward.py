@@ -140,6 +140,33 @@ def test_indexed_linear_layers_run_on_the_kernels() -> None:
     torch.testing.assert_close(found, dense)
 
 
+class Ensemble(nn.Module):
+    """Runs its layer with several multiples of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def member(scale: Tensor) -> Any:
+            return functional_call(self.layer, {"weight": scale * self.layer.weight}, (x,))
+
+        return self.layer(x) + vmap(member)(torch.tensor([1.0, 2.0, 5.0])).square().sum(0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_indexed_layers_compute_with_another_weight_where_they_are_given_one(
+    way: Callable[..., dict[str, Tensor]],
+) -> None:
+    model, x = Ensemble(), torch.randn(5, 6)
+    params = params_of(model)
+    masks = compute_masks(params, CONFIG)
+    expected = gradient_at_alpha(model, params, masks, x)
+    found = way(model, params, index_masks(model, masks), x)
+    for name in params:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 def test_vmap_over_inputs_of_indexed_layers() -> None:
     model, x = network(), torch.randn(4, 5, 6)
     params = params_of(model)
@@ -305,3 +332,56 @@ def test_masks_of_no_parameter_are_named() -> None:
 def test_a_model_that_cannot_be_called_is_refused() -> None:
     with pytest.raises(TypeError, match="model must be a module or a function, got str"):
         sparse_forward("model", {"weight": torch.ones(2, 2)}, {})  # type: ignore[arg-type]
+
+
+MASK = torch.ones(2, 2).bool()
+
+
+@pytest.mark.parametrize(
+    ("sets", "error", "message"),
+    [
+        ((MASK, MASK), TypeError, r"masks\['weight'\] must be Masks, .* got tuple"),
+        (MASK, TypeError, r"masks\['weight'\] must be Masks, .* got Tensor"),
+        (Masks(MASK, MASK.float()), TypeError, "must be of torch.bool, got torch.float32"),
+        (Masks(MASK[0], MASK), ValueError, r"have shape \(2,\), the parameter \(2, 2\)"),
+        (
+            index_masks(nn.Linear(4, 1), {"weight": Masks(MASK.view(1, 4), MASK.view(1, 4))})[
+                "weight"
+            ],
+            ValueError,
+            r"are indexed for shape \(1, 4\), not \(2, 2\)",
+        ),
+    ],
+)
+def test_masks_that_are_none_of_this_parameter_are_refused(
+    sets: Any, error: type[Exception], message: str
+) -> None:
+    model, x = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
+    with pytest.raises(error, match=message):
+        sparse_forward(model, params_of(model), {"weight": sets}, x)
+    with pytest.raises(error, match=message):
+        penalized_loss(
+            model, lambda f, x: f(x).sum(), params_of(model), {"weight": sets}, x, CONFIG
+        )
+
+
+@pytest.mark.parametrize(
+    ("sets", "block", "error", "message"),
+    [
+        ((MASK, MASK), (1, 1), TypeError, "must be Masks, got tuple"),
+        (Masks(MASK.int(), MASK), (1, 1), TypeError, "must be of torch.bool, got torch.int32"),
+        (Masks(MASK[:1], MASK[:1]), (1, 1), ValueError, r"have shape \(1, 2\)"),
+        (Masks(MASK, MASK), (0, 1), ValueError, "block_shape must be .*, got 0"),
+        (Masks(MASK, MASK), 4, TypeError, "block_shape must be a pair"),
+    ],
+)
+def test_what_cannot_be_indexed_is_refused(
+    sets: Any, block: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        index_masks(nn.Linear(2, 2), {"weight": sets}, block)
+
+
+def test_parameters_that_are_not_by_name_are_refused() -> None:
+    with pytest.raises(TypeError, match="params must map names to tensors, got list"):
+        sparse_forward(nn.Linear(2, 2), [MASK], {}, torch.ones(1, 2))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Layers on the kernels for a while: which they are, what they compute, how they are after."""
 
 import contextlib
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.kernels.problems import Problem, integers, problem
-from topkast_func.layers import StandIn, kernel_layers, kernel_tensors, standing_in
+from topkast_func.layers import StandIn, bound_to, kernel_layers, standing_in
 
 
 class Sub(nn.Linear):
@@ -75,26 +75,38 @@ def layer_of(given: Problem, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(nn.Linear(given.shape[1], given.shape[0], bias=bias))
 
 
-def tensors_of(given: Problem) -> dict[str, Tensor]:
-    name = "0.weight"
-    return kernel_tensors([name], {name: given.values}, {name: given.pattern})
-
-
-def on_kernels(model: nn.Module) -> AbstractContextManager[None]:
-    layers = kernel_layers(model)
-    return standing_in(layers, {n: StandIn(layer, "reference") for n, layer in layers.items()})
+@contextlib.contextmanager
+def on_kernels(model: nn.Module, given: Problem) -> Iterator[dict[str, Tensor]]:
+    """Yield the weight that stands for the values; it is zero, to tell one from the other."""
+    name, alpha = "0.weight", torch.zeros(given.shape)
+    stand_ins = {name: StandIn(kernel_layers(model)[name], "reference")}
+    tensors = ({name: alpha}, {name: given.values}, {name: given.pattern})
+    with standing_in(stand_ins), bound_to(stand_ins, *tensors):
+        yield {name: alpha}
 
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_computes_with_the_tensors_it_is_given(block: tuple[int, int], bias: bool) -> None:
+def test_a_layer_computes_with_the_values_it_is_bound_to(
+    block: tuple[int, int], bias: bool
+) -> None:
     given = problem(block)
     model = layer_of(given, bias)
     offset, x = integers(given.shape[0]), integers(5, given.shape[1])
-    tensors = {**tensors_of(given), **({"0.bias": offset} if bias else {})}
-    with on_kernels(model):
+    with on_kernels(model, given) as weight:
+        tensors = {**weight, **({"0.bias": offset} if bias else {})}
         y: Tensor = functional_call(model, tensors, (x,))
     assert torch.equal(y, x @ given.alpha.T + (offset if bias else 0))
+
+
+def test_a_layer_that_is_given_another_weight_computes_with_that() -> None:
+    given = problem()
+    model, x = layer_of(given), torch.randn(5, given.shape[1])
+    expected, other = model(x), torch.randn(given.shape)
+    with on_kernels(model, given):
+        assert torch.equal(model(x), expected)
+        y: Tensor = functional_call(model, {"0.weight": other, "0.bias": torch.zeros(1)}, (x,))
+    torch.testing.assert_close(y, x @ other.T)
 
 
 def test_a_layer_keeps_its_hooks() -> None:
@@ -102,23 +114,23 @@ def test_a_layer_keeps_its_hooks() -> None:
     model = layer_of(given, bias=False)
     model[0].register_forward_hook(lambda module, inputs, y: 3 * y)
     x = integers(5, given.shape[1])
-    with on_kernels(model):
-        y: Tensor = functional_call(model, tensors_of(given), (x,))
+    with on_kernels(model, given) as weight:
+        y: Tensor = functional_call(model, weight, (x,))
     assert torch.equal(y, 3 * x @ given.alpha.T)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_module_is_after_what_it_was_before(fails: bool) -> None:
+def test_the_module_has_the_same_parts_meanwhile_and_is_after_what_it_was(fails: bool) -> None:
     given = problem()
     model = layer_of(given)
     modules, state = dict(model.named_modules()), dict(model.state_dict())
     held, x = dict(vars(model[0])), torch.randn(2, given.shape[1])
     expected = model(x)
-    with contextlib.suppress(RuntimeError), on_kernels(model):
-        assert dict(model.named_modules()) != modules
+    with contextlib.suppress(RuntimeError), on_kernels(model, given):
+        assert vars(model[0]).keys() != held.keys()
+        assert dict(model.named_modules()) == modules
+        assert model.state_dict().keys() == state.keys()
         if fails:
             raise RuntimeError("in the middle")
-    assert dict(model.named_modules()) == modules
     assert vars(model[0]).keys() == held.keys()
-    assert model.state_dict().keys() == state.keys()
     assert torch.equal(model(x), expected)

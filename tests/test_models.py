@@ -163,6 +163,65 @@ def test_the_trained_weights_run_in_the_plain_module(name: str) -> None:
     torch.testing.assert_close(loaded, bound)
 
 
+class Swapping(nn.Module):
+    """Runs a layer with its weight, with another in its place, and with one it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("average", torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tripled = functional_call(self.layer, {"weight": 3 * self.layer.weight}, (x,))
+        kept = functional_call(self.layer, {"weight": self.get_buffer("average")}, (x,))
+        return self.layer(x) + tripled * kept
+
+
+class Walking(nn.Module):
+    """Looks at its own parts when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.layers.children():
+            x = child(x) if not list(child.children()) else -x
+        for buffer in self.buffers():
+            x = x * buffer
+        return x * len(list(self.modules()))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("make", [Swapping, Walking])
+def test_kernels_stand_in_for_the_weight_they_hold_and_for_nothing_else(
+    make: type[nn.Module], compile: bool
+) -> None:
+    torch.manual_seed(0)
+    model = make().double()
+    teacher = {name: p.detach().clone() for name, p in model.named_parameters()}
+    masks = tk.compute_masks(teacher, CONFIG)
+
+    def distil(apply: Any, x: Tensor) -> Tensor:
+        by_others = functional_call(model, teacher, (x,)) + model(x).detach()
+        sparse = tk.sparse_forward(model, teacher, masks, x)
+        return (apply(x) - by_others - sparse).square().mean()
+
+    losses = []
+    storages: tuple[Any, ...] = ("compact", "dense")
+    for storage in storages:
+        state = tk.init_state(model, CONFIG, tk.sgd(0.01), storage=storage)
+        step = tk.make_train_step(model, distil, CONFIG, tk.sgd(0.01), compile=compile)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            x = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+            state, metrics = step(state, x)
+            losses.append(metrics.loss)
+    assert len({float(loss) for loss in losses}) > 3
+    torch.testing.assert_close(losses[:4], losses[4:])
+
+
 class Clamping(nn.Module):
     """Changes its weight when it runs."""
 
@@ -202,13 +261,15 @@ def test_a_forward_pass_that_changes_a_parameter_is_refused_and_nothing_is_lost(
 class Recurrent(nn.Module):
     """Keeps what it saw last, from its first run on."""
 
+    last: Tensor | None
+
     def __init__(self, start: Tensor | None) -> None:
         super().__init__()
         self.layer = nn.Linear(6, 6)
         self.register_buffer("last", start)
 
     def forward(self, x: Tensor) -> Tensor:
-        last: Tensor = x[:0] if self.last is None else self.last
+        last = x[:0] if self.last is None else self.last
         self.last = torch.cat([last, x.detach()])
         return self.layer(x) + self.last.mean()
 

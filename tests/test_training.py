@@ -666,3 +666,42 @@ def test_no_warning_in_an_ordinary_run() -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "`torch.jit.script_method`", DeprecationWarning)
         run(network(), CONFIG, tk.adam(0.1), 4, compile=True)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        (torch.optim.SGD([torch.zeros(1)], lr=0.1), "SGD"),
+        (tk.sgd, "sgd"),
+        (None, "NoneType"),
+    ],
+)
+def test_an_optimizer_that_is_none_of_the_library_is_named(optimizer: Any, kind: str) -> None:
+    message = rf"optimizer must be what sgd\(\), adam\(\) or adamw\(\) returns, got {kind}"
+    with pytest.raises(TypeError, match=message):
+        tk.init_state(nn.Linear(4, 4), CONFIG, optimizer)
+    with pytest.raises(TypeError, match=message):
+        tk.make_train_step(nn.Linear(4, 4), lambda apply, x: apply(x).sum(), CONFIG, optimizer)
+
+
+def test_what_cannot_be_called_is_named() -> None:
+    with pytest.raises(TypeError, match="model must be callable, got int"):
+        tk.make_train_step(3, lambda apply, x: apply(x), CONFIG, tk.sgd(0.1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="loss_fn must be callable, got str"):
+        tk.make_train_step(nn.Linear(4, 4), "mse", CONFIG, tk.sgd(0.1))  # type: ignore[arg-type]
+
+
+def test_the_compiled_step_has_the_products_of_the_kernels_in_its_graph() -> None:
+    products: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        products.extend(n.name for n in graph.graph.nodes if "_product" in str(n.target))
+        return graph
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    state = tk.init_state(model, CONFIG, tk.sgd(0.1))
+    loss_fn = lambda apply, x: apply(x).square().mean()  # noqa: E731
+    step = tk.make_train_step(model, loss_fn, CONFIG, tk.sgd(0.1), compile={"backend": backend})
+    for _ in range(2):
+        state, _ = step(state, torch.randn(4, 8))
+    assert len(products) == 2

@@ -1,5 +1,6 @@
 """Checks of single arguments, whose errors name the argument, its range and its value."""
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 
@@ -107,3 +108,23 @@ def check_order(
         raise ValueError(
             f"{name} must be in [0, {limit}={forward_sparsity}], got {backward_sparsity}"
         )
+
+
+def check_block_shape(name: str, value: object) -> tuple[int, int]:
+    """Return ``value`` as a pair of integers of at least 1.
+
+    Args:
+        name: What the pair is called in the error.
+        value: The pair to check.
+
+    Returns:
+        Rows and columns of a block.
+
+    Raises:
+        TypeError: ``value`` is not a pair of integers.
+        ValueError: One of them is below 1.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair (rows, columns), got {value!r}")
+    rows, columns = (check_count(name, side, 1) for side in value)
+    return rows, columns

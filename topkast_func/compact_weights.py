@@ -22,7 +22,6 @@ from topkast_func.active import (
 )
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern, block_of, pattern_of
-from topkast_func.layers import kernel_tensors
 from topkast_func.loss import summed_penalty
 from topkast_func.types import Masks, Params, Tensors
 
@@ -51,15 +50,14 @@ class CompactWeights(NamedTuple):
         """Return what is differentiated and updated; optimiser slots have its shapes."""
         return self.held
 
-    def alpha(self, values: Tensors, kernels: Collection[str]) -> Tensors:
+    def alpha(self, values: Tensors) -> Tensors:
         """Return what the model computes with; see `DenseWeights.alpha`."""
-        weights = {
+        return {
             name: alpha(value, self.sets(name), self.theta[name].shape)
             if name in self.theta
             else value
             for name, value in values.items()
         }
-        return {**weights, **kernel_tensors(kernels, values, self.patterns)}
 
     def layers(self) -> dict[str, Pattern]:
         """Return the sets of the parameters that kernels can compute."""
@@ -110,7 +108,7 @@ class CompactWeights(NamedTuple):
 
     def forward(self) -> Tensors:
         """Return α."""
-        return self.alpha(self.held, ())
+        return self.alpha(self.held)
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B, on the device of the values."""

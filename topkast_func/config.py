@@ -6,7 +6,13 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-from topkast_func.checks import check_count, check_number, check_order, check_real
+from topkast_func.checks import (
+    check_block_shape,
+    check_count,
+    check_number,
+    check_order,
+    check_real,
+)
 from topkast_func.methods import Method, topkast
 from topkast_func.sparsity import ByPattern, Fixed, Sparsity, Staged
 from topkast_func.types import BlockNorm
@@ -86,7 +92,7 @@ class TopKastConfig:
             "explore_until": _optional_count("explore_until", self.explore_until, 0),
             "penalty": _choice("penalty", self.penalty, (*get_args(Penalty), None)),
             "penalty_weight": check_number("penalty_weight", self.penalty_weight, 0.0),
-            "block_shape": _block_shape(self.block_shape),
+            "block_shape": check_block_shape("block_shape", self.block_shape),
             "block_norm": _choice("block_norm", self.block_norm, get_args(BlockNorm)),
             "method": _method(self.method),
             "allocation": _allocation(self.allocation),
@@ -203,10 +209,3 @@ def _choice(name: str, value: object, choices: tuple[object, ...]) -> object:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     return value
-
-
-def _block_shape(value: object) -> tuple[int, int]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise TypeError(f"block_shape must be a pair (rows, columns), got {value!r}")
-    rows, columns = (check_count("block_shape", side, 1) for side in value)
-    return rows, columns

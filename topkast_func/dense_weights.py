@@ -1,6 +1,6 @@
 """Dense storage: θ and boolean masks."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -28,16 +28,14 @@ class DenseWeights(NamedTuple):
         """Return what is differentiated and updated; optimiser slots have its shapes."""
         return self.theta
 
-    def alpha(self, values: Tensors, kernels: Collection[str]) -> Tensors:
+    def alpha(self, values: Tensors) -> Tensors:
         """Return what the model computes with.
 
         Args:
             values: The values.
-            kernels: Names, among those of `layers`, of the layers that kernels compute.
 
         Returns:
-            α by name with the gradient of the identity on B, also of the layers that kernels
-            compute, should the model read it; and the tensors of those kernels.
+            α by name, with the gradient of the identity on B.
         """
         return straight_through_all(values, self.sets)
 
@@ -62,7 +60,7 @@ class DenseWeights(NamedTuple):
 
     def forward(self) -> Tensors:
         """Return α."""
-        return self.alpha(self.theta, ())
+        return self.alpha(self.theta)
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B."""

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from topkast_func.active import alpha, split, straight_through, where
+from topkast_func.checks import check_block_shape
 from topkast_func.kernels.pattern import Pattern, pattern_of
-from topkast_func.layers import StandIn, kernel_layers, kernel_tensors, standing_in
+from topkast_func.layers import StandIn, bound_to, kernel_layers, standing_in
 from topkast_func.masks import is_of_blocks
 from topkast_func.types import Masks, Model, Params, Tensors
 
@@ -21,14 +22,16 @@ class Indexed(NamedTuple):
     Attributes:
         pattern: The two disjoint sets, over blocks.
         block_shape: (r, c) of a block.
+        shape: Of the weight.
     """
 
     pattern: Pattern
     block_shape: tuple[int, int]
+    shape: tuple[int, int]
 
     def split(self, theta: Tensor) -> Tensor:
         """Gather the values of B from θ, A first: [|B|] or [blocks, r, c]."""
-        return split(theta, where(*self, theta.shape))
+        return split(theta, where(self.pattern, self.block_shape, theta.shape))
 
 
 AnySets: TypeAlias = Masks | Indexed
@@ -58,9 +61,10 @@ def sparse_forward(
         Whatever the model returns.
 
     Raises:
-        ValueError: A parameter of the module is missing, a name is unknown to the module, or
-            masks belong to no parameter.
-        TypeError: ``model`` is not callable.
+        ValueError: A parameter of the module is missing, a name is unknown to the module, masks
+            belong to no parameter or have another shape.
+        TypeError: ``model`` is not callable, ``params`` are not tensors by name, or masks are
+            neither `Masks` of bool nor indexed.
 
     Example:
         >>> theta = {"weight": torch.tensor([[3.0, 1.0]])}
@@ -68,9 +72,7 @@ def sparse_forward(
         >>> sparse_forward(lambda p, x: x @ p["weight"].T, theta, masks, torch.ones(1, 2))
         tensor([[3.]])
     """
-    check_names(model, params.keys())
-    if unknown := [name for name in masks if name not in params]:
-        raise ValueError(f"masks of unknown parameters: {unknown}")
+    check_sets(model, params, masks)
     return at_alpha(model, params, masks)(*inputs, **options)
 
 
@@ -91,11 +93,10 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
     values = {name: sets.split(params[name]) for name, sets in indexed.items()}
     weights = {n: _weight(theta, masks.get(n), values.get(n)) for n, theta in params.items()}
     stand_ins = {n: StandIn(layers[n], "auto") for n in patterns if n in layers}
-    tensors = {**weights, **kernel_tensors(stand_ins, values, patterns)}
-    apply = bind(model, ties(model), tensors, frozen(model), buffers(model, params))
+    apply = bind(model, ties(model), weights, frozen(model), buffers(model, params))
 
     def lent(*inputs: Any, **options: Any) -> Any:
-        with standing_in(layers, stand_ins):
+        with standing_in(stand_ins), bound_to(stand_ins, weights, values, patterns):
             return apply(*inputs, **options)
 
     return lent if stand_ins else apply
@@ -126,7 +127,9 @@ def index_masks(
         Indexed sets where kernels can compute the layer, masks elsewhere.
 
     Raises:
-        ValueError: The sets of a layer are not made of such blocks.
+        TypeError: The sets are not `Masks` of bool, or ``block_shape`` is no pair of integers.
+        ValueError: The sets of a layer are not made of such blocks or have another shape than
+            its weight.
 
     Example:
         >>> model = nn.Linear(8, 4, bias=False)
@@ -139,14 +142,61 @@ def index_masks(
         >>> sparse_forward(model, params, sets, torch.ones(1, 8))
         tensor([[  0.,   0.,   0., 220.]])
     """
-    layers = kernel_layers(model)
+    block_shape, layers = check_block_shape("block_shape", block_shape), kernel_layers(model)
     for name, sets in masks.items():
+        if not isinstance(sets, Masks):
+            raise TypeError(f"masks[{name!r}] must be Masks, got {type(sets).__name__}")
+        if name in layers:
+            _check_shape(name, sets, layers[name].weight.shape)
         if name in layers and not all(is_of_blocks(mask, block_shape) for mask in sets):
             raise ValueError(f"the sets of {name!r} are not made of blocks of {block_shape}")
     return {
-        name: Indexed(pattern_of(*sets, block_shape), block_shape) if name in layers else sets
+        name: Indexed(pattern_of(*sets, block_shape), block_shape, (*layers[name].weight.shape,))
+        if name in layers
+        else sets
         for name, sets in masks.items()
     }
+
+
+def check_sets(model: Model, params: Params, masks: Mapping[str, AnySets]) -> None:
+    """Check that parameters are those of a model and masks those of the parameters.
+
+    Args:
+        model: A module or a pure function.
+        params: θ by name.
+        masks: Sets by name.
+
+    Raises:
+        TypeError: See `sparse_forward`.
+        ValueError: See `sparse_forward`.
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must map names to tensors, got {type(params).__name__}")
+    check_names(model, params.keys())
+    if unknown := [name for name in masks if name not in params]:
+        raise ValueError(f"masks of unknown parameters: {unknown}")
+    for name, sets in masks.items():
+        _check_shape(name, sets, params[name].shape)
+
+
+def _check_shape(name: str, sets: AnySets, shape: torch.Size) -> None:
+    if isinstance(sets, Indexed):
+        if sets.shape != tuple(shape):
+            raise ValueError(
+                f"masks[{name!r}] are indexed for shape {sets.shape}, not {tuple(shape)}"
+            )
+        return
+    if not isinstance(sets, Masks):
+        raise TypeError(
+            f"masks[{name!r}] must be Masks, or what index_masks returns, got {type(sets).__name__}"
+        )
+    for mask in sets:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"masks[{name!r}] must be of torch.bool, got {mask.dtype}")
+        if mask.shape != shape:
+            raise ValueError(
+                f"masks[{name!r}] have shape {tuple(mask.shape)}, the parameter {tuple(shape)}"
+            )
 
 
 def bind(

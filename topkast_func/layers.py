@@ -1,46 +1,54 @@
 """Linear layers of a module on the kernels: their forward pass is lent, and given back."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from topkast_func.kernels.engines import EngineName
 from topkast_func.kernels.linear import sparse_linear
-from topkast_func.kernels.pattern import Pattern, flattened, nested
-from topkast_func.types import Tensors
-
-CHILD = "topkast_func"
-"""Name of the child that holds the tensors of a layer's kernels while they stand in."""
-
-INDEX = tuple(f"index_{i}" for i in range(7))
-"""Its buffers, beside ``values``: the tensors of a pattern."""
+from topkast_func.kernels.pattern import Pattern
+from topkast_func.types import Params
 
 
-class StandIn(nn.Module):
-    """Stands in for the forward pass of a linear layer; its tensors come by `functional_call`.
+class Bound(NamedTuple):
+    """What a layer computes with, as a matrix and for the kernels.
+
+    Attributes:
+        alpha: α, [out_features, in_features].
+        values: θ on B, A first.
+        pattern: The sets.
+    """
+
+    alpha: Tensor
+    values: Tensor
+    pattern: Pattern
+
+
+class StandIn:
+    """Stands in for the forward pass of a linear layer, which keeps all else.
 
     Args:
-        layer: The layer. It keeps its place, type, hooks and attributes.
+        layer: The layer.
         engine: Who computes the products.
     """
 
-    values: Tensor
-
     def __init__(self, layer: nn.Linear, engine: EngineName) -> None:
-        super().__init__()
-        for name in ("values", *INDEX):
-            self.register_buffer(name, torch.empty(0))
+        self.layer, self.engine = layer, engine
+        self.bound: Bound | None = None
 
-        def compute(input: Tensor) -> Tensor:  # the name that nn.Linear gives it
-            pattern = nested([getattr(self, name) for name in INDEX])
-            shape = (layer.out_features, layer.in_features)
-            return sparse_linear(input, self.values, pattern, shape, layer.bias, engine)
-
-        self.compute = compute
+    def compute(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+        """Return what the layer returns, on the kernels where its weight is the bound α."""
+        layer, bound = self.layer, self.bound
+        weight = layer.weight
+        if bound is None or weight is not bound.alpha:
+            return functional.linear(input, weight, layer.bias)
+        shape = (layer.out_features, layer.in_features)
+        return sparse_linear(input, bound.values, bound.pattern, shape, layer.bias, self.engine)
 
 
 def kernel_layers(model: object) -> dict[str, nn.Linear]:
@@ -65,34 +73,49 @@ def kernel_layers(model: object) -> dict[str, nn.Linear]:
 
 
 @contextmanager
-def standing_in(
-    layers: Mapping[str, nn.Linear], stand_ins: Mapping[str, StandIn]
-) -> Iterator[None]:
-    """Let layers compute on the kernels for a while.
+def standing_in(stand_ins: Mapping[str, StandIn]) -> Iterator[None]:
+    """Let layers compute by their stand-ins for a while.
 
     Args:
-        layers: What `kernel_layers` returns.
-        stand_ins: For each of some layers, by the same names, what stands in.
+        stand_ins: What stands in for each layer.
 
     Yields:
         Nothing; the layers are as they were after.
     """
-    for name, stand_in in stand_ins.items():
-        layers[name]._modules[CHILD] = stand_in
-        vars(layers[name])["forward"] = stand_in.compute
+    for stand_in in stand_ins.values():
+        vars(stand_in.layer)["forward"] = stand_in.compute
     try:
         yield
     finally:
-        for name in stand_ins:
-            del layers[name]._modules[CHILD], vars(layers[name])["forward"]
+        for stand_in in stand_ins.values():
+            del vars(stand_in.layer)["forward"]
 
 
-def kernel_tensors(names: Collection[str], values: Tensors, sets: Mapping[str, Pattern]) -> Tensors:
-    """Return the tensors of what stands in, by name in the module."""
-    tensors = {}
-    for name in names:
-        prefix = f"{name.removesuffix('weight')}{CHILD}."
-        tensors[f"{prefix}values"] = values[name]
-        index = zip(INDEX, flattened(sets[name]), strict=True)
-        tensors.update({f"{prefix}{key}": tensor for key, tensor in index})
-    return tensors
+@contextmanager
+def bound_to(
+    stand_ins: Mapping[str, StandIn],
+    alpha: Params,
+    values: Params,
+    patterns: Mapping[str, Pattern],
+) -> Iterator[None]:
+    """Let stand-ins compute on the kernels wherever they meet α.
+
+    A layer that is given another weight, by the model itself or by whoever calls it beside, is
+    computed with that.
+
+    Args:
+        stand_ins: What stands in, by name of the weight.
+        alpha: α by name: the very tensors that the model is given.
+        values: θ on B by name.
+        patterns: Sets by name.
+
+    Yields:
+        Nothing.
+    """
+    for name, stand_in in stand_ins.items():
+        stand_in.bound = Bound(alpha[name], values[name], patterns[name])
+    try:
+        yield
+    finally:
+        for stand_in in stand_ins.values():
+            stand_in.bound = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from topkast_func.active import active_places
 from topkast_func.allocation import shared
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import AnySets, Indexed, at_alpha, check_names
+from topkast_func.forward import AnySets, Indexed, at_alpha, check_sets
 from topkast_func.types import LossFn, Model, Params
 
 
@@ -152,10 +152,10 @@ def penalized_loss(
         The loss, 0-d.
 
     Raises:
-        TypeError: ``loss_fn`` returns no scalar tensor.
-        ValueError: The parameters are not those of the model.
+        TypeError: ``loss_fn`` returns no scalar tensor, or see `sparse_forward`.
+        ValueError: The parameters are not those of the model, nor the masks theirs.
     """
-    check_names(model, params.keys())
+    check_sets(model, params, masks)
     data_loss = check_scalar(loss_fn(at_alpha(model, params, masks), batch))
     penalty = exploration_penalty(params, masks, config, step=step)
     return data_loss + config.penalty_weight * penalty

@@ -42,6 +42,20 @@ class Optimizer(NamedTuple):
     learning_rate: Callable[[Tensor], Tensor]
 
 
+def check_optimizer(optimizer: object) -> None:
+    """Check that an optimiser is a pair of pure functions.
+
+    Args:
+        optimizer: What is to be one.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(optimizer, Optimizer):
+        kind = getattr(optimizer, "__name__", type(optimizer).__name__)
+        raise TypeError(f"optimizer must be what sgd(), adam() or adamw() returns, got {kind}")
+
+
 def sgd(
     lr: LearningRate, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
 ) -> Optimizer:

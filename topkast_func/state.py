@@ -14,7 +14,7 @@ from topkast_func.dense_weights import DenseWeights
 from topkast_func.forward import buffers, frozen, ties, trainable
 from topkast_func.layers import kernel_layers
 from topkast_func.masks import compute_masks, masks_at
-from topkast_func.optim import Optimizer, OptimizerState
+from topkast_func.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.powerprop import phi_of, theta_of
 from topkast_func.sparsity import ByPattern
 from topkast_func.types import Masks, Params, Tensors
@@ -76,7 +76,7 @@ def init_state(
         The state before step 0. It shares no memory with the arguments.
 
     Raises:
-        TypeError: A leaf is not a floating-point tensor.
+        TypeError: A leaf is not a floating-point tensor, or ``optimizer`` is none of this library.
         ValueError: A leaf is empty, the configuration does not fit, a tied weight is given
             two sparsities, or ``theta_device`` is given for dense storage.
         NaNParameterError: A leaf holds NaN; a ValueError too.
@@ -85,6 +85,7 @@ def init_state(
         raise ValueError(f"storage must be 'compact' or 'dense', got {storage!r}")
     if storage == "dense" and theta_device is not None:
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
+    check_optimizer(optimizer)
     model = model_or_params
     params = trainable(model) if isinstance(model, nn.Module) else model
     check_ties(model, config)

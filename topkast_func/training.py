@@ -15,9 +15,9 @@ from topkast_func.compilation import compiled
 from topkast_func.config import TopKastConfig
 from topkast_func.forward import bind, check_fit, tensors_of, ties, unset_buffers
 from topkast_func.kernels.engines import EngineName, check_engine
-from topkast_func.layers import StandIn, kernel_layers, standing_in
+from topkast_func.layers import StandIn, bound_to, kernel_layers, standing_in
 from topkast_func.loss import check_scalar
-from topkast_func.optim import Optimizer, OptimizerState
+from topkast_func.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.state import TrainState, forward_params, refresh, refreshes_at
@@ -83,6 +83,11 @@ def make_train_step(
         RuntimeError where the model breaks the graph, and whatever the model itself raises; the
         caller's state is whole after any of these.
 
+    Raises:
+        TypeError: The model or the loss function cannot be called, or the optimiser is none of
+            this library.
+        ValueError: There is no such engine.
+
     Example:
         >>> from topkast_func import init_state, sgd
         >>> model = torch.nn.Linear(4, 1)
@@ -95,6 +100,10 @@ def make_train_step(
         (1, torch.Size([]))
     """
     check_engine(engine)
+    check_optimizer(optimizer)
+    for name, function in (("model", model), ("loss_fn", loss_fn)):
+        if not callable(function):
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     layers = kernel_layers(model)
     stand_ins = {name: StandIn(layer, engine) for name, layer in layers.items()}
     check = _check_of(model, config, optimizer)
@@ -102,7 +111,7 @@ def make_train_step(
 
     @cache
     def run_from(start: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
-        return compiled(_step_of(model, loss_fn, config, start, optimizer), compile)
+        return compiled(_step_of(model, loss_fn, config, start, optimizer, stand_ins), compile)
 
     @cache
     def gradients() -> Callable[[TrainState, Any], Tensors]:
@@ -125,7 +134,7 @@ def make_train_step(
             if name in patterns and "forward" not in vars(layer)
         }
         run = run_from(max(start for start in starts if start <= int(state.step)))
-        with _random_numbers_of(state), standing_in(layers, kernels):
+        with _random_numbers_of(state), standing_in(kernels):
             return run(tuple(kernels), state, batch, optimizer.learning_rate(state.optimizer.step))
 
     return train_step
@@ -171,7 +180,12 @@ def _gradients_of(model: Model, loss_fn: LossFn) -> Callable[[TrainState, Any], 
 
 
 def _step_of(
-    model: Model, loss_fn: LossFn, config: TopKastConfig, start: int, optimizer: Optimizer
+    model: Model,
+    loss_fn: LossFn,
+    config: TopKastConfig,
+    start: int,
+    optimizer: Optimizer,
+    stand_ins: Mapping[str, StandIn],
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Return the step of a stage, without its refresh: a pure function of tensors."""
     tied = ties(model)
@@ -185,8 +199,10 @@ def _step_of(
             written = {name: buffer.clone() for name, buffer in state.buffers.items()}
             powered = {n: theta_of(values[n], config.powerprop) for n in state.exponents}
             values = values | powered
-            apply = bind(model, tied, weights.alpha(values, kernels), state.frozen, written)
-            data_loss = check_scalar(loss_fn(apply, batch))
+            alpha, patterns = weights.alpha(values), weights.layers()
+            apply = bind(model, tied, alpha, state.frozen, written)
+            with bound_to({name: stand_ins[name] for name in kernels}, alpha, values, patterns):
+                data_loss = check_scalar(loss_fn(apply, batch))
             penalty = weights.penalty(values, config, start)
             loss = data_loss + config.penalty_weight * penalty
             return loss, (data_loss, penalty, written)

@@ -8,6 +8,8 @@ import copy
 import inspect
 import math
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -680,6 +682,48 @@ def test_a_state_dict_of_the_first_release_loads() -> None:  # it had the positi
     assert torch.equal(layer.active_fwd_weights, values)
     alpha = torch.where(torch.arange(30).view(5, 6) >= 18, theta, 0.0)
     torch.testing.assert_close(layer(torch.eye(6)), alpha.T)
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_a_state_dict_is_what_the_layer_was_whatever_is_trained_after(refresh: bool) -> None:
+    layer = _layer()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    saved, x = layer.state_dict(), torch.randn(4, 6)
+    expected = layer(x).detach()
+    for batch in _batches(3):
+        _step(layer, optimizer, batch)
+    if refresh:
+        _swap(layer)
+        layer.update_active_param_set()
+    assert not torch.allclose(layer(x), expected)
+    other = _layer()
+    for loaded in (other, layer):
+        loaded.load_state_dict(saved)
+        torch.testing.assert_close(loaded(x), expected, rtol=0, atol=0)
+    kept = layer.state_dict(keep_vars=True)
+    assert kept["active_fwd_weights"] is layer.active_fwd_weights
+
+
+FRESH = """
+import sys, torch
+layer = torch.load(sys.argv[1], weights_only=False)
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+for _ in range(2):
+    layer(torch.randn(4, 6)).square().sum().backward()
+    optimizer.step()
+slot = optimizer.state[layer.active_fwd_weights]["momentum_buffer"]
+dense = torch.zeros(30).index_put((layer.positions,), slot.clone())
+layer.weight = layer.weight.flip(0)
+layer.update_active_param_set()
+old = dense != 0
+assert not torch.equal(slot, dense[old])
+assert torch.equal(slot, dense[layer.positions])
+"""
+
+
+def test_slots_follow_in_a_process_that_only_loads_a_layer(tmp_path: Path) -> None:
+    torch.save(_layer(), tmp_path / "layer.pt")
+    subprocess.run([sys.executable, "-c", FRESH, tmp_path / "layer.pt"], check=True)
 
 
 def test_a_state_dict_goes_through_a_file(tmp_path: Path) -> None:

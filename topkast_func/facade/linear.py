@@ -74,7 +74,8 @@ class TopKastLinear(nn.Module):
         The values of B∖A stay in ``active_fwd_weights`` beside those of A, where the seed
         holds zeros; the forward pass does not see them. Inputs may have any number of
         leading dimensions, and get a gradient in evaluation mode too. A state dict holds
-        ``positions_fwd`` and ``positions_justbwd``, of which the pattern is made anew.
+        ``positions_fwd`` and ``positions_justbwd``, of which the pattern is made anew, and copies
+        of all tensors: what is trained later does not change it.
 
     Example:
         >>> layer = TopKastLinear(10, 16, p_forward=0.6, p_backward=0.4)
@@ -351,9 +352,13 @@ class TopKastLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         self._merge()
-        super()._save_to_state_dict(destination, prefix, *rest)
+        held: dict[str, Tensor] = {}
+        super()._save_to_state_dict(held, prefix, keep_vars)
+        destination.update({n: t if keep_vars else t.clone() for n, t in held.items()})
         destination.update({f"{prefix}{name}": getattr(self, name) for name in POSITIONS})
 
     def _load_from_state_dict(
@@ -368,6 +373,11 @@ class TopKastLinear(nn.Module):
             arguments[-1].append(f"{prefix}{POSITIONS[0]}, {prefix}{POSITIONS[1]}: {reason}")
         if f"{prefix}theta" in state_dict:
             self._split()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come out of a pickle, maybe as the first layer of a process."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _meet_optimizers()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Let ``weight`` take a parameter too, of which it copies the values."""
