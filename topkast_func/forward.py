@@ -49,7 +49,8 @@ def sparse_forward(
 
     Args:
         model: A module, or a pure function ``apply(params, *inputs, **options)``. A module is
-            never written to: its buffers are copied for the call.
+            after the call what it was, its buffers too; as with `torch.func.functional_call`,
+            one thread at a time may run it.
         params: θ by name; for a module, all its trainable parameters, and any of its frozen
             parameters and buffers, which otherwise are the module's own.
         masks: Sets by name, as masks or as `index_masks` returns them; parameters without are
@@ -142,12 +143,13 @@ def index_masks(
         >>> sparse_forward(model, params, sets, torch.ones(1, 8))
         tensor([[  0.,   0.,   0., 220.]])
     """
-    block_shape, layers = check_block_shape("block_shape", block_shape), kernel_layers(model)
+    block_shape = check_block_shape("block_shape", block_shape)
+    layers = kernel_layers(model)
     for name, sets in masks.items():
         if not isinstance(sets, Masks):
             raise TypeError(f"masks[{name!r}] must be Masks, got {type(sets).__name__}")
         if name in layers:
-            _check_shape(name, sets, layers[name].weight.shape)
+            _check_masks(name, sets, layers[name].weight.shape)
         if name in layers and not all(is_of_blocks(mask, block_shape) for mask in sets):
             raise ValueError(f"the sets of {name!r} are not made of blocks of {block_shape}")
     return {
@@ -176,10 +178,10 @@ def check_sets(model: Model, params: Params, masks: Mapping[str, AnySets]) -> No
     if unknown := [name for name in masks if name not in params]:
         raise ValueError(f"masks of unknown parameters: {unknown}")
     for name, sets in masks.items():
-        _check_shape(name, sets, params[name].shape)
+        _check_masks(name, sets, params[name].shape)
 
 
-def _check_shape(name: str, sets: AnySets, shape: torch.Size) -> None:
+def _check_masks(name: str, sets: AnySets, shape: torch.Size) -> None:
     if isinstance(sets, Indexed):
         if sets.shape != tuple(shape):
             raise ValueError(
