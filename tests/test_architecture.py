@@ -42,6 +42,7 @@ LAYERS = [
     "masks",
     "active",
     "layers",
+    "modules",
     "forward",
     "loss",
     "optim",

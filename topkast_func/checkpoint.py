@@ -16,8 +16,8 @@ from topkast_func.allocation import allocate, given_sparsity
 from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
 from topkast_func.dense_weights import DenseWeights
-from topkast_func.forward import check_names, frozen, trainable
 from topkast_func.masks import is_of_blocks
+from topkast_func.modules import check_names, frozen, trainable
 from topkast_func.optim import Optimizer, OptimizerState
 from topkast_func.ranking import kept
 from topkast_func.state import TrainState, Weights, dense_params, masks_of

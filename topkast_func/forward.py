@@ -1,19 +1,18 @@
 """The sparse forward pass: any model at α = θ·1_A, with a gradient that reaches B."""
 
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from topkast_func.active import alpha, split, straight_through, where
 from topkast_func.checks import check_block_shape
 from topkast_func.kernels.pattern import Pattern, pattern_of
 from topkast_func.layers import StandIn, bound_to, kernel_layers, standing_in
 from topkast_func.masks import is_of_blocks
-from topkast_func.types import Masks, Model, Params, Tensors
+from topkast_func.modules import bind, buffers, check_names, frozen, ties
+from topkast_func.types import Masks, Model, Params
 
 
 class Indexed(NamedTuple):
@@ -133,7 +132,7 @@ def index_masks(
             its weight.
 
     Example:
-        >>> model = nn.Linear(8, 4, bias=False)
+        >>> model = torch.nn.Linear(8, 4, bias=False)
         >>> params = {"weight": torch.arange(32.0).reshape(4, 8)}
         >>> masks = {"weight": Masks(params["weight"] >= 24, params["weight"] >= 16)}
         >>> sets = index_masks(model, masks, block_shape=(2, 4))
@@ -199,151 +198,3 @@ def _check_masks(name: str, sets: AnySets, shape: torch.Size) -> None:
             raise ValueError(
                 f"masks[{name!r}] have shape {tuple(mask.shape)}, the parameter {tuple(shape)}"
             )
-
-
-def bind(
-    model: Model, tied: Mapping[str, str], alpha: Params, constant: Params, buffers: Tensors
-) -> Callable[..., Any]:
-    """Return ``apply(*inputs, **options)``: the model at the given tensors.
-
-    Args:
-        model: A module or a pure function.
-        tied: What `ties` returns for it.
-        alpha: Weights by name.
-        constant: Frozen parameters by name, where ``alpha`` has none.
-        buffers: Buffers by name; what a module writes or assigns to them stands here after.
-
-    Returns:
-        The bound model.
-    """
-    if not isinstance(model, nn.Module):
-        return partial(model, alpha)
-
-    def apply(*inputs: Any, **options: Any) -> Any:
-        tensors = {**constant, **alpha, **buffers}
-        tensors.update({other: tensors[name] for other, name in tied.items()})
-        result = functional_call(model, tensors, inputs, options, tie_weights=False)
-        buffers.update({name: tensors[name] for name in buffers})
-        return result
-
-    return apply
-
-
-def ties(model: object) -> dict[str, str]:
-    """Return the further names of tied parameters and buffers, with their first ones.
-
-    `torch.func.functional_call` ties by itself, but leaves its tensors in a module that is
-    reached under two names; here such a module counts once.
-
-    Args:
-        model: A module; anything else has none.
-
-    Returns:
-        First names by further names.
-    """
-    if not isinstance(model, nn.Module):
-        return {}
-    first: dict[int, str] = {}
-    tied = {}
-    for path, module in model.named_modules():
-        for key, tensor in {**module._parameters, **module._buffers}.items():
-            name = f"{path}.{key}".lstrip(".")
-            if tensor is not None and first.setdefault(id(tensor), name) != name:
-                tied[name] = first[id(tensor)]
-    return tied
-
-
-def trainable(model: object) -> Tensors:
-    """Return the parameters of a module that require a gradient, by name; others have none."""
-    if not isinstance(model, nn.Module):
-        return {}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def frozen(model: object) -> Tensors:
-    """Return the parameters of a module that require no gradient, by name; others have none."""
-    if not isinstance(model, nn.Module):
-        return {}
-    return {name: p for name, p in model.named_parameters() if not p.requires_grad}
-
-
-def buffers(model: object, given: Params | None = None) -> Tensors:
-    """Copy the buffers of a module, by name; any other model has none.
-
-    Args:
-        model: A module, or anything else.
-        given: Tensors to copy in place of the buffers of the same name.
-
-    Returns:
-        The copies.
-    """
-    if not isinstance(model, nn.Module):
-        return {}
-    held = {**dict(model.named_buffers()), **(given or {})}
-    return {name: held[name].detach().clone() for name, _ in model.named_buffers()}
-
-
-def unset_buffers(model: object) -> dict[str, tuple[nn.Module, str]]:
-    """Return the buffers of a module that are None, by name: where they are, and their key."""
-    if not isinstance(model, nn.Module):
-        return {}
-    return {
-        f"{path}.{key}".lstrip("."): (module, key)
-        for path, module in model.named_modules()
-        for key, buffer in module._buffers.items()
-        if buffer is None
-    }
-
-
-def tensors_of(model: object) -> Tensors:
-    """Return the parameters and buffers of a module, by name; others have none."""
-    if not isinstance(model, nn.Module):
-        return {}
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def check_fit(model: object, shapes: Mapping[str, torch.Size]) -> None:
-    """Check that tensors are those of a module: each parameter and buffer, in its shape.
-
-    Args:
-        model: The module.
-        shapes: Shapes of parameters and buffers by name.
-
-    Raises:
-        ValueError: A name is missing or unknown, or a shape differs.
-    """
-    own = tensors_of(model)
-    missing = [name for name in own if name not in shapes]
-    unknown = [name for name in shapes if name not in own]
-    if missing or unknown:
-        raise ValueError(f"the state is of another model: missing {missing}, unknown {unknown}")
-    for name, tensor in own.items():
-        if shapes[name] != tensor.shape:
-            raise ValueError(
-                f"the state is of another model: {name!r} has shape "
-                f"{tuple(shapes[name])}, the model {tuple(tensor.shape)}"
-            )
-
-
-def check_names(model: Model, names: Collection[str]) -> None:
-    """Check that parameter names fit a model.
-
-    Args:
-        model: A module, or a pure function (which takes any names).
-        names: The names.
-
-    Raises:
-        TypeError: The model is not callable.
-        ValueError: A trainable parameter of the module is missing, or a name is unknown.
-    """
-    if not callable(model):
-        raise TypeError(f"model must be a module or a function, got {type(model).__name__}")
-    if not isinstance(model, nn.Module):
-        return
-    known = tensors_of(model)
-    missing = sorted(name for name in trainable(model) if name not in names)
-    unknown = sorted(name for name in names if name not in known)
-    if missing or unknown:
-        raise ValueError(
-            f"the parameters are not those of the model: missing {missing}, unknown {unknown}"
-        )

@@ -11,9 +11,9 @@ from topkast_func.checks import check_count
 from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
 from topkast_func.dense_weights import DenseWeights
-from topkast_func.forward import buffers, frozen, ties, trainable
 from topkast_func.layers import kernel_layers
 from topkast_func.masks import compute_masks, masks_at
+from topkast_func.modules import buffers, frozen, ties, trainable
 from topkast_func.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.powerprop import phi_of, theta_of
 from topkast_func.sparsity import ByPattern

@@ -13,10 +13,10 @@ from torch.func import grad, grad_and_value
 
 from topkast_func.compilation import compiled
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import bind, check_fit, tensors_of, ties, unset_buffers
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.layers import StandIn, bound_to, kernel_layers, standing_in
 from topkast_func.loss import check_scalar
+from topkast_func.modules import bind, check_fit, tensors_of, ties, unset_buffers
 from topkast_func.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
