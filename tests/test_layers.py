@@ -1,6 +1,8 @@
 """Layers on the kernels for a while: which they are, what they compute, how they are after."""
 
 import contextlib
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,6 +109,21 @@ def test_a_layer_that_is_given_another_weight_computes_with_that() -> None:
         assert torch.equal(model(x), expected)
         y: Tensor = functional_call(model, {"0.weight": other, "0.bias": torch.zeros(1)}, (x,))
     torch.testing.assert_close(y, x @ other.T)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_made_meanwhile_computes_with_its_own_weight(copied: Any) -> None:
+    given = problem()
+    model, x = layer_of(given), torch.randn(5, given.shape[1])
+    expected = model(x)
+    with on_kernels(model, given):
+        other = copied(model)
+    assert torch.equal(other(x), expected)
+    with torch.no_grad():
+        other[0].weight.zero_()
+        other[0].bias.zero_()
+    assert not other(x).any()
+    assert torch.equal(model(x), expected)
 
 
 def test_a_layer_keeps_its_hooks() -> None:

@@ -41,6 +41,10 @@ class StandIn:
         self.layer, self.engine = layer, engine
         self.bound: Bound | None = None
 
+    def __reduce__(self) -> tuple[type["StandIn"], tuple[nn.Linear, EngineName]]:
+        """Be copied with the layer, bound to nothing."""
+        return StandIn, (self.layer, self.engine)
+
     def compute(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         """Return what the layer returns, on the kernels where its weight is the bound α."""
         layer, bound = self.layer, self.bound

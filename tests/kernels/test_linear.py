@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, jacrev, vmap
 
 from tests.kernels.problems import Problem, integers, problem
@@ -253,9 +253,15 @@ def test_inputs_of_another_layout_are_refused(engine: str, convert: Any) -> None
         case(case.given.values, convert(case.x))
 
 
-def test_autocast_computes_in_the_dtype_of_the_values() -> None:
-    case = Case("auto", (1, 1), torch.float32)
+@pytest.mark.parametrize(
+    ("values", "result"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
+)
+def test_autocast_computes_in_the_dtype_of_the_values_and_returns_what_torch_does(
+    values: torch.dtype, result: torch.dtype
+) -> None:
+    case = Case("auto", (1, 1), values)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = case(case.given.values, case.x.bfloat16(), case.bias)
-    assert y.dtype == torch.float32
-    assert torch.equal(y, case.x @ case.given.alpha.T + case.bias)
+        assert nn.functional.linear(case.x, case.given.alpha, case.bias).dtype == result
+    assert y.dtype == result
+    assert torch.equal(y, (case.x @ case.given.alpha.T + case.bias).to(result))

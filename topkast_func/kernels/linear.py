@@ -36,7 +36,7 @@ def sparse_linear(
 
     Args:
         x: [..., in_features], of the dtype and device of ``values``, any strides. Under
-            autocast it is cast to that dtype.
+            autocast it is cast to that dtype, and float32 that is returned to that of autocast.
         values: θ on B, A first: [|B|], or [blocks, r, c].
         pattern: The sets.
         shape: out_features and in_features.
@@ -59,7 +59,8 @@ def sparse_linear(
         raise ValueError(
             f"inputs of shape {tuple(x.shape)} do not fit a layer of in_features={in_features}"
         )
-    if torch.is_autocast_enabled(values.device.type):
+    device = values.device.type
+    if autocast := torch.is_autocast_enabled(device):
         x = x.to(values.dtype)
     if x.dtype != values.dtype:
         raise TypeError(f"inputs are {x.dtype}, the weight is {values.dtype}")
@@ -70,7 +71,9 @@ def sparse_linear(
     packed = pack(x.reshape(batch, x.shape[-1]))
     y = unpack(_product(name, out_features, values, packed, *flattened(pattern)), batch)
     y = y.reshape(*x.shape[:-1], out_features)
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    cast = autocast and y.dtype == torch.float32
+    return y.to(torch.get_autocast_dtype(device)) if cast else y
 
 
 def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: int) -> Layer:
