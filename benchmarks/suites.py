@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks import anatomy, choices, compilation, memory, products, refresh, steps
+from benchmarks import anatomy, ceilings, choices, compilation, memory, products, refresh, steps
 from benchmarks.protocol import Case, Parameters, Task
 
 
@@ -28,6 +28,7 @@ SUITES = {
     "steps": Suite(steps.cases, prepare=steps.prepare),
     "choices": Suite(choices.cases, prepare=steps.prepare),
     "anatomy": Suite(anatomy.cases, measure=anatomy.measure),
+    "ceilings": Suite(ceilings.cases, prepare=ceilings.prepare),
     "refresh": Suite(refresh.cases, prepare=refresh.prepare),
     "memory": Suite(memory.cases, measure=memory.measure, unit="bytes"),
     "compilation": Suite(compilation.cases, measure=compilation.measure),

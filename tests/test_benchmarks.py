@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import driver, plots, products, reading, record, steps, tables, targets
+from benchmarks import ceilings, driver, plots, products, reading, record, steps, tables, targets
 from benchmarks.multiplication import WAYS
 from benchmarks.networks import NETWORKS, problem, replaced
 from benchmarks.peers import OneDNNLinear, TorchSparseLinear
@@ -17,6 +17,7 @@ from benchmarks.protocol import FULL, QUICK, Arm, Case, Plan, interleaved, sampl
 from benchmarks.record import Entry
 from benchmarks.suites import SUITES
 from topkast_func import Masks
+from topkast_func.kernels import pattern, tiles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning"),
@@ -286,3 +287,25 @@ def test_targets_read_cases_and_arms_that_exist() -> None:
     assert asked <= names
     assert len(SUITES["steps"].cases(False)) < len(SUITES["steps"].cases(True))
     assert QUICK.repeats < FULL.repeats
+
+
+@pytest.mark.parametrize("arm", ceilings.cases(full=False)[0].arms, ids=lambda arm: arm.name)
+def test_the_inner_loops_are_those_of_the_products(arm: Arm) -> None:
+    for task in ceilings.prepare(arm.parameters):
+        found = task.run()
+        task.check(found)
+        with pytest.raises(ArithmeticError, match="wrong"):
+            task.check(found * 1.001)
+
+
+def test_sizes_of_tiles_are_changed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "TILE_BYTES", 512)
+    monkeypatch.setattr(pattern, "SEGMENT", 16)
+    monkeypatch.setattr(pattern, "PANEL", (128, 1024))
+    small = {"side": 64, "batch": 64, "sparsities": (0.9,)}
+    _, case, _ = ceilings.cases(full=True)
+    arm = next(arm for arm in case.arms if arm.name == "panel 64")
+    for task in ceilings.prepare({**arm.parameters, **small}):
+        task.check(task.run())
+    assert (tiles.TILE_BYTES, pattern.SEGMENT) == (512, 16)
+    assert pattern.PANEL == (64, 1024)

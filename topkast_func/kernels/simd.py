@@ -76,23 +76,27 @@ class _Tile:
         address = self.builder.add(base, self.builder.mul(offset, self.constant(size)))
         return self.builder.inttoptr(address, kind.as_pointer())
 
+    def beside(self, base: Any, offset: Any, number: int) -> list[Any]:
+        """Return pointers to so many vectors side by side, the first at ``base[offset]``.
+
+        They have one address and constant distances, which processors add up for nothing.
+        """
+        first = self.at(base, offset, self.vector, self.size)
+        return [self.builder.gep(first, [ir.Constant(_I32, i)]) for i in range(number)]
+
     def number(self, base: Any, offset: Any) -> Any:
         return self.builder.load(self.at(base, offset, self.scalar, self.size))
-
-    def at_2d(self, row: Any, column: Any, columns: int) -> Any:
-        """Return the offset of [row, column] in a matrix."""
-        return self.builder.add(self.builder.mul(row, self.constant(columns)), column)
 
     def index(self, base: Any, offset: Any) -> Any:
         return self.builder.zext(self.builder.load(self.at(base, offset, _I32, 4)), _I64)
 
-    def load(self, base: Any, offset: Any, kind: ir.Type | None = None) -> Any:
-        loaded = self.builder.load(self.at(base, offset, kind or self.vector, self.size))
+    def load(self, pointer: Any) -> Any:
+        loaded = self.builder.load(pointer)
         loaded.align = self.size
         return loaded
 
-    def store(self, vector: Any, base: Any, offset: Any) -> None:
-        self.builder.store(vector, self.at(base, offset, vector.type, self.size)).align = self.size
+    def store(self, vector: Any, pointer: Any) -> None:
+        self.builder.store(vector, pointer).align = self.size
 
     def splat(self, number: Any) -> Any:
         undefined = ir.Constant(self.vector, ir.Undefined)
@@ -156,61 +160,54 @@ def add_rows(
     width: Any,
     column: Any,
     values: Any,
-    place: Any,
     start: Any,
     end: Any,
     rows: Any,
     columns: Any,
-    transposed: Any,
 ) -> Any:
-    """Emit y[i] += Σ_k Σ_j values[place(k)][i, j] · x[column[k]·columns + j] for k in [start, end).
+    """Emit y[i] += Σ_k Σ_j values[k][i, j] · x[column[k]·columns + j] for k in [start, end).
 
-    ``y`` is a block row of ``rows`` rows, ``x`` the whole tile. A stored block is
-    [rows, columns] and place(k) is k; or, ``transposed``, [columns, rows] and place[k].
+    ``y`` is a block row of ``rows`` rows, ``x`` the whole tile; a stored block is
+    [rows, columns].
 
     Returns:
         The types, and what emits the code, as Numba asks.
     """
-    height, depth, swapped = _literals(rows, columns, transposed)
+    height, depth = _literals(rows, columns)
     group = max(n for n in range(1, REGISTERS + 1) if height % n == 0)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        _, y, x, width, column, values, place, start, end, *_ = arguments
+        _, y, x, width, column, values, start, end, *_ = arguments
         tile = _Tile(builder, kind.dtype)
         zero, one = tile.constant(0), tile.constant(1)
         vectors = builder.udiv(width, tile.constant(tile.lanes))
         for count, vector in tile.runs(zero, vectors, _halvings(min(8, REGISTERS // group))):
-            offset = builder.mul(vector, tile.constant(tile.lanes))
-            lanes = [builder.add(offset, tile.constant(v * tile.lanes)) for v in range(count)]
+            lane = builder.mul(vector, tile.constant(tile.lanes))
             with tile.counted(height // group) as which:
                 top = builder.mul(which, tile.constant(group))
                 numbers = [builder.add(top, tile.constant(i)) for i in range(group)]
-                above = [builder.mul(number, width) for number in numbers]
-                outputs = [[builder.add(row, lane) for lane in lanes] for row in above]
+                above = [builder.add(builder.mul(number, width), lane) for number in numbers]
+                outputs = [tile.beside(y, offset, count) for offset in above]
                 sums = tile.sums(group, count)
                 for output, total in _paired(outputs, sums):
-                    builder.store(tile.load(y, output), total)
+                    builder.store(tile.load(output), total)
                 with cgutils.for_range_slice(builder, start, end, one, intp=_I64) as (k, _):
-                    stored = tile.index(place, k) if swapped else k
-                    block = builder.mul(stored, tile.constant(height * depth))
+                    block = builder.mul(k, tile.constant(height * depth))
                     feature = builder.mul(tile.index(column, k), tile.constant(depth))
                     with tile.counted(depth) as j:
                         row = builder.mul(builder.add(feature, j), width)
-                        inputs = [tile.load(x, builder.add(row, lane)) for lane in lanes]
+                        beside = tile.beside(x, builder.add(row, lane), count)
+                        inputs = [tile.load(pointer) for pointer in beside]
                         for number, line in zip(numbers, sums, strict=True):
-                            within = (
-                                tile.at_2d(j, number, height)
-                                if swapped
-                                else tile.at_2d(number, j, depth)
-                            )
-                            weight = tile.splat(tile.number(values, builder.add(block, within)))
+                            before = builder.add(builder.mul(number, tile.constant(depth)), j)
+                            weight = tile.splat(tile.number(values, builder.add(block, before)))
                             for total, input_ in zip(line, inputs, strict=True):
                                 tile.add_product(total, weight, input_)
                 for output, total in _paired(outputs, sums):
-                    tile.store(builder.load(total), y, output)
+                    tile.store(builder.load(total), output)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 8, rows, columns, transposed), codegen
+    return types.void(kind, *[types.int64] * 7, rows, columns), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -262,9 +259,9 @@ def add_dots(
                     builder.store(tile.zero, total)
                 step, zero = tile.constant(tile.lanes), tile.constant(0)
                 with cgutils.for_range_slice(builder, zero, width, step, intp=_I64) as (b, _):
-                    left = [tile.load(g, builder.add(row, b)) for row in outputs]
+                    left = [tile.load(*tile.beside(g, builder.add(row, b), 1)) for row in outputs]
                     for j, row in enumerate(inputs):
-                        right = tile.load(x, builder.add(row, b))
+                        right = tile.load(*tile.beside(x, builder.add(row, b), 1))
                         for i in range(height):
                             tile.add_product(sums[i][j], left[i], right)
                 totals = [[builder.load(total) for total in line] for line in sums]
@@ -272,9 +269,9 @@ def add_dots(
                     place = builder.add(places[j], builder.mul(rows_[i], size))
                     for part in range(0, len(run), tile.lanes):
                         total = tile.across(run[part : part + tile.lanes])
-                        here = builder.add(place, tile.constant(part))
-                        earlier = tile.load(gradient, here, total.type)
-                        tile.store(builder.fadd(earlier, total), gradient, here)
+                        offset = builder.add(place, tile.constant(part))
+                        here = tile.at(gradient, offset, total.type, tile.size)
+                        tile.store(builder.fadd(tile.load(here), total), here)
         return context.get_dummy_value()
 
     return types.void(kind, *[types.int64] * 7, rows, columns), codegen
@@ -299,7 +296,7 @@ def _halvings(most: int) -> list[int]:
 def _together(block_height: int, block_width: int) -> list[int]:
     """Return how many columns to take together, the largest number first, 1 last."""
     if block_height == 1 or block_width == 1:
-        return [8, 4, 1] if block_height % 2 else [4, 1]
+        return _halvings(8 if block_height % 2 else 4)
     return _halvings(_power_within(block_width, 4))
 
 
