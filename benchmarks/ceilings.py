@@ -134,10 +134,12 @@ def _rows(column: Any, values: Any, x: Any, y: Any) -> Any:
                 width,
                 column.ctypes.data,
                 values.ctypes.data,
+                0,
                 row * stored,
                 (row + 1) * stored,
                 1,
                 1,
+                0,
             )
     return y
 

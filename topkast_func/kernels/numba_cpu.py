@@ -21,15 +21,12 @@ from topkast_func.kernels.threads import FAST, Kernel, compiled, in_parallel
 
 def forward(values: Tensor, x: Tensor, pattern: Pattern, features: int) -> Tensor:
     """Return W_A·x of tiles."""
-    return _sums(values, x, pattern.forward, features)
+    return _sums(values, x, pattern.forward, features, None)
 
 
 def input_gradient(values: Tensor, g: Tensor, pattern: Pattern, features: int) -> Tensor:
     """Return W_Aᵀ·g of tiles."""
-    transposed = values.index_select(0, pattern.places)
-    if transposed.ndim == 3:
-        transposed = transposed.transpose(1, 2)
-    return _sums(transposed, g, pattern.transposed, features)
+    return _sums(values, g, pattern.transposed, features, pattern.places)
 
 
 def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> Tensor:
@@ -41,10 +38,14 @@ def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> T
     return gradient
 
 
-def _sums(values: Tensor, x: Tensor, part: Compressed, features: int) -> Tensor:
+def _sums(
+    values: Tensor, x: Tensor, part: Compressed, features: int, places: Tensor | None
+) -> Tensor:
     y = x.new_empty(x.shape[0], features, x.shape[2])
-    arrays = (_array(tensor) for tensor in (part.pointers, part.columns, values, x, y))
-    in_parallel(partial(_rows_kernel, *block_of(values)), *arrays)
+    rows, columns = block_of(values) if places is None else block_of(values)[::-1]
+    index = (part.pointers, part.columns, part.columns if places is None else places)
+    arrays = (_array(tensor) for tensor in (*index, values, x, y))
+    in_parallel(partial(_rows_kernel, rows, columns, int(places is not None)), *arrays)
     return y
 
 
@@ -69,10 +70,12 @@ def _share(pointers: Any, panels: int, rows: int, part: int, parts: int) -> int:
 
 
 @lru_cache
-def _rows_kernel(rows: int, columns: int, threaded: bool) -> Kernel:
-    """Return ``kernel(parts, pointers, column, values, x, y)``."""
+def _rows_kernel(rows: int, columns: int, transposed: int, threaded: bool) -> Kernel:
+    """Return ``kernel(parts, pointers, column, place, values, x, y)``."""
 
-    def kernel(parts: int, pointers: Any, column: Any, values: Any, x: Any, y: Any) -> None:
+    def kernel(
+        parts: int, pointers: Any, column: Any, place: Any, values: Any, x: Any, y: Any
+    ) -> None:
         tiles, features, width = y.shape
         line, depth, height = width * x.itemsize, x.shape[1], features // rows
         panels = (len(pointers) - 1) // height
@@ -91,10 +94,12 @@ def _rows_kernel(rows: int, columns: int, threaded: bool) -> Kernel:
                             width,
                             column.ctypes.data,
                             values.ctypes.data,
+                            place.ctypes.data,
                             np.int64(pointers[segment]),
                             np.int64(pointers[segment + 1]),
                             rows,
                             columns,
+                            transposed,
                         )
 
     return compiled(kernel, threaded)

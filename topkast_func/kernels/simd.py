@@ -87,6 +87,10 @@ class _Tile:
     def number(self, base: Any, offset: Any) -> Any:
         return self.builder.load(self.at(base, offset, self.scalar, self.size))
 
+    def at_2d(self, row: Any, column: Any, columns: int) -> Any:
+        """Return the offset of [row, column] in a matrix."""
+        return self.builder.add(self.builder.mul(row, self.constant(columns)), column)
+
     def index(self, base: Any, offset: Any) -> Any:
         return self.builder.zext(self.builder.load(self.at(base, offset, _I32, 4)), _I64)
 
@@ -160,24 +164,26 @@ def add_rows(
     width: Any,
     column: Any,
     values: Any,
+    place: Any,
     start: Any,
     end: Any,
     rows: Any,
     columns: Any,
+    transposed: Any,
 ) -> Any:
-    """Emit y[i] += Σ_k Σ_j values[k][i, j] · x[column[k]·columns + j] for k in [start, end).
+    """Emit y[i] += Σ_k Σ_j values[place(k)][i, j] · x[column[k]·columns + j] for k in [start, end).
 
-    ``y`` is a block row of ``rows`` rows, ``x`` the whole tile; a stored block is
-    [rows, columns].
+    ``y`` is a block row of ``rows`` rows, ``x`` the whole tile. A stored block is
+    [rows, columns] and place(k) is k; or, ``transposed``, [columns, rows] and place[k].
 
     Returns:
         The types, and what emits the code, as Numba asks.
     """
-    height, depth = _literals(rows, columns)
+    height, depth, swapped = _literals(rows, columns, transposed)
     group = max(n for n in range(1, REGISTERS + 1) if height % n == 0)
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        _, y, x, width, column, values, start, end, *_ = arguments
+        _, y, x, width, column, values, place, start, end, *_ = arguments
         tile = _Tile(builder, kind.dtype)
         zero, one = tile.constant(0), tile.constant(1)
         vectors = builder.udiv(width, tile.constant(tile.lanes))
@@ -192,22 +198,27 @@ def add_rows(
                 for output, total in _paired(outputs, sums):
                     builder.store(tile.load(output), total)
                 with cgutils.for_range_slice(builder, start, end, one, intp=_I64) as (k, _):
-                    block = builder.mul(k, tile.constant(height * depth))
+                    stored = tile.index(place, k) if swapped else k
+                    block = builder.mul(stored, tile.constant(height * depth))
                     feature = builder.mul(tile.index(column, k), tile.constant(depth))
                     with tile.counted(depth) as j:
                         row = builder.mul(builder.add(feature, j), width)
                         beside = tile.beside(x, builder.add(row, lane), count)
                         inputs = [tile.load(pointer) for pointer in beside]
                         for number, line in zip(numbers, sums, strict=True):
-                            before = builder.add(builder.mul(number, tile.constant(depth)), j)
-                            weight = tile.splat(tile.number(values, builder.add(block, before)))
+                            within = (
+                                tile.at_2d(j, number, height)
+                                if swapped
+                                else tile.at_2d(number, j, depth)
+                            )
+                            weight = tile.splat(tile.number(values, builder.add(block, within)))
                             for total, input_ in zip(line, inputs, strict=True):
                                 tile.add_product(total, weight, input_)
                 for output, total in _paired(outputs, sums):
                     tile.store(builder.load(total), output)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 7, rows, columns), codegen
+    return types.void(kind, *[types.int64] * 8, rows, columns, transposed), codegen
 
 
 @intrinsic(prefer_literal=True)
