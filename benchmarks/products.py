@@ -101,7 +101,19 @@ def _check(
     expected: Callable[[Tensor], tuple[Tensor, Tensor]],
     output: Any,
 ) -> None:
-    found, reference = expected(matrix(output))
+    check_close(*expected(matrix(output)))
+
+
+def check_close(found: Tensor, reference: Tensor) -> None:
+    """Check that a product is what another way of computing it gives, but for rounding.
+
+    Args:
+        found: The product.
+        reference: The same, in the same shape.
+
+    Raises:
+        ArithmeticError: It differs by more than `ROUNDING` of the largest value.
+    """
     error = ((found - reference).abs().max() / reference.abs().max()).item()
     if not error < ROUNDING:
         raise ArithmeticError(f"the product is wrong by {error:.1e} of its largest value")

@@ -11,12 +11,12 @@ import topkast_func as tk
 from benchmarks import arms, choices, networks, reading, tables
 from benchmarks.evidence import report
 from benchmarks.evidence.settings import PLANS
+from benchmarks.multiplication import FORWARD, INPUT_GRADIENT, OURS, WEIGHT_GRADIENT
 from benchmarks.protocol import Case
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 NAMES = ("functional", "masks", "methods", "testing", "facade", "engines")
-PRODUCTS = ("forward", "input gradient", "weight gradient")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -88,19 +88,20 @@ def test_figures_of_anatomy_compilation_and_memory_are_those_measured() -> None:
 
 def test_figures_of_ceilings_and_products_are_those_measured() -> None:
     results = reading.load(ROOT / "benchmarks" / "results")
-    loops = results.of("ceilings", "first-level cache, one thread", "forward")
+    loops = results.of("ceilings", "first-level cache, one thread", FORWARD)
     loop = next(entry for entry in loops if entry.arm == "16 of 32")
+    speed = 2e-9 * loop.parameters["multiplications"] / (loop.median or math.inf)
     words = " ".join(README.split())
-    assert (
-        f"{2e-9 * loop.parameters['multiplications'] / (loop.median or 1):.0f} GFLOP/s on" in words
-    )
-    reached: dict[str, list[float]] = {"dense": [], "topkast 1×1": [], "blocks": []}
+    assert f"{speed:.0f} GFLOP/s on" in words
+    kinds = {"dense": "dense", "dense oneDNN": "dense", f"{OURS} 1×1": "single"}
+    kinds |= {f"{OURS} {side}×{side}": "blocks" for side in (4, 8, 16)}
+    tasks = {f"{product} 90%" for product in (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)}
+    reached: dict[str, list[float]] = {kind: [] for kind in kinds.values()}
     for entry in (e for case in results.cases("products") for e in results.of("products", case)):
-        kind = "blocks" if entry.arm in {f"topkast {n}×{n}" for n in (4, 8, 16)} else entry.arm
-        kind = "dense" if entry.arm == "dense oneDNN" else kind
-        if kind in reached and entry.task in {f"{product} 90%" for product in PRODUCTS}:
-            density = 1.0 if kind == "dense" else 1 - entry.parameters["sparsity"]
-            work = 2 * entry.parameters["side"] ** 2 * entry.parameters["batch"] * density
+        if entry.arm in kinds and entry.task in tasks:
+            kind, told = kinds[entry.arm], entry.parameters
+            density = 1.0 if kind == "dense" else 1 - told["sparsity"]
+            work = 2 * told["side"] ** 2 * told["batch"] * density
             reached[kind].append(1e-9 * work / (entry.median or math.inf))
     dense, single, blocks = (f"{min(s):.0f} to {max(s):.0f}" for s in reached.values())
     assert f"two threads reach {single} at 90 %, dense products {dense} (" in words
