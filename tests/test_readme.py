@@ -3,14 +3,17 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
 
 import pytest
 
 import topkast_func as tk
 from benchmarks import arms, choices, networks, reading, tables
 from benchmarks.evidence import report
-from benchmarks.evidence.settings import PLANS
+from benchmarks.evidence.settings import PLANS, TUNING_SEED, Setting
 from benchmarks.multiplication import FORWARD, INPUT_GRADIENT, OURS, WEIGHT_GRADIENT
 from benchmarks.protocol import Case
 
@@ -136,3 +139,26 @@ def test_tables_of_evidence_are_those_measured(task: str) -> None:
     runs, tuned = report.load(ROOT / "benchmarks" / "results", task)
     assert report.table(runs, tuned) in README
     assert not PLANS[task].ablations or report.ablation_table(runs, tuned) in README
+
+
+def test_figures_of_refreshing_at_every_step_are_those_measured() -> None:
+    runs, tuned = report.load(ROOT / "benchmarks" / "results", "text")
+    often = replace(tuned["topkast"], lr=1e-3, refresh_every=1, penalty_weight=0.0)
+    held_out = replace(often, seed=TUNING_SEED, validate=True, steps=0.25)
+
+    def found(setting: Setting) -> dict[str, Any]:
+        return dict(report.find(runs, setting) or {})
+
+    ours, dense = (
+        [found(replace(setting, seed=seed)) for seed in PLANS["text"].seeds]
+        for setting in (often, tuned["dense"])
+    )
+    scores = [run["score"] for run in ours]
+    times = [median(run["seconds"] for run in several) for several in (ours, dense)]
+    trials = [found(replace(held_out, refresh_every=n))["score"] for n in (1, 10, 100)]
+    words = " ".join(README.split())
+    assert f"reaches {mean(scores):.2f} ± {stdev(scores):.2f} bits" in words
+    assert (
+        f"{ours[0]['flops']:.2f}× the operations, but {times[0] / times[1]:.1f}× the time" in words
+    )
+    assert "gives {:.2f}, {:.2f} and {:.2f} bits".format(*trials) in words
