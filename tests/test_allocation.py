@@ -184,6 +184,10 @@ def test_densities_by_pattern_and_the_others_uniform() -> None:
             {"allocation": "erk", "forward_sparsity": {"a": 0.9}},
             "shares out one forward_sparsity, not a mapping",
         ),
+        (
+            {"allocation": "erk", "backward_sparsity": {"a": 0.8}},
+            "shares out one backward_sparsity, not a mapping",
+        ),
     ],
 )
 def test_bad_allocations_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -51,6 +51,7 @@ LAYERS = [
     "compact_weights",
     "state",
     "compilation",
+    "purity",
     "training",
     "checkpoint",
     "explain",

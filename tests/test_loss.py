@@ -18,7 +18,7 @@ from topkast_func import (
     sparse_forward,
 )
 from topkast_func.config import Penalty
-from topkast_func.testing import configs, weights
+from topkast_func.testing import MODERATE, configs, weights
 
 FORMS = get_args(Penalty)
 
@@ -27,7 +27,7 @@ def mse(apply: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.mse_loss(apply(batch[0]), batch[1])
 
 
-@given(weights(dtypes=(torch.float64,)), configs())
+@given(weights(dtypes=(torch.float64,), entries=MODERATE), configs())
 def test_value_and_gradient_equal_the_closed_form(theta: Tensor, config: TopKastConfig) -> None:
     params = {"weight": theta}
     masks = compute_masks(params, config)

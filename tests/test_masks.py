@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests import reference
 from topkast_func import Masks, TopKastConfig, compute_masks
-from topkast_func.testing import sides, sparsities, weights
+from topkast_func.testing import blocked, sparsities, weights
 from topkast_func.types import BlockNorm
 
 
@@ -39,15 +39,6 @@ def test_counts_are_exact_and_a_lies_in_b(theta: Tensor, one: float, other: floa
     assert int(masks.forward.sum()) == reference.count(forward, theta.numel())
     assert int(masks.backward.sum()) == reference.count(backward, theta.numel())
     assert not (masks.forward & ~masks.backward).any()
-
-
-@st.composite
-def blocked(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int]]:
-    block = (draw(sides(4)), draw(sides(4)))
-    grid = (draw(sides(4)), draw(sides(4)))
-    rest = draw(st.sampled_from([(), (2,), (3, 2)]))
-    shape = (block[0] * grid[0], block[1] * grid[1], *rest)
-    return draw(weights(st.just(shape), (torch.float64, torch.float32))), block
 
 
 @given(blocked(), sparsities(), sparsities(), st.sampled_from(["l2", "l1"]))

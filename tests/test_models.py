@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -259,6 +260,53 @@ def test_a_forward_pass_that_changes_a_parameter_is_refused_and_nothing_is_lost(
         with pytest.raises(ValueError, match=r"changes parameters \['layer.weight'\] in place"):
             step(state, torch.randn(3, 6))
     torch.testing.assert_close(tk.dense_params(state), before, rtol=0, atol=0)
+
+
+class ClampingInTraining(Clamping):
+    """Changes its bias, and in training mode alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.layer.bias.clamp_(-0.1, 0.1)
+        return self.layer(x)
+
+
+def test_a_change_of_mode_is_a_new_reason_to_see_whether_the_model_is_pure() -> None:
+    model, optimizer, x = ClampingInTraining().eval(), tk.sgd(0.1), torch.randn(3, 6)
+    state = tk.init_state(model, CONFIG, optimizer)
+    before = {n: t.clone() for n, t in tk.dense_params(state).items()}
+    step = tk.make_train_step(model, squared, CONFIG, optimizer, compile=False)
+    step(state, x)
+    model.train()
+    with pytest.raises(ValueError, match=r"changes parameters \['layer.bias'\] in place"):
+        step(state, x)
+    torch.testing.assert_close(tk.dense_params(state), before, rtol=0, atol=0)
+
+
+def test_a_forward_pass_that_changes_its_inputs_is_refused_and_they_stay() -> None:
+    model, optimizer = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 6)), tk.sgd(0.1)
+    step = tk.make_train_step(model, squared, CONFIG, optimizer, compile=False)
+    inputs = -torch.ones(3, 6)
+    with pytest.raises(ValueError, match="changes its inputs in place"):
+        step(tk.init_state(model, CONFIG, optimizer), inputs)
+    assert torch.equal(inputs, -torch.ones(3, 6))
+
+
+def test_a_weight_computed_from_others_is_not_computed_to_look_at_it() -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    optimizer = tk.sgd(0.1)
+    tk.init_state(nn.Sequential(layer, nn.Linear(6, 6)), CONFIG, optimizer)
+    tk.make_train_step(layer, squared, CONFIG, optimizer)
+    torch.testing.assert_close(dict(layer.named_buffers()), before, rtol=0, atol=0)
+
+
+def test_a_model_with_nothing_to_train_is_named() -> None:
+    frozen = nn.Linear(6, 6).requires_grad_(requires_grad=False)
+    for method in (tk.dense(), tk.topkast()):
+        with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+            tk.init_state(frozen, replace(CONFIG, method=method), tk.sgd(0.1))
 
 
 class Recurrent(nn.Module):

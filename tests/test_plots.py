@@ -134,11 +134,23 @@ REFRESHES = [
 
 
 def test_churn_draws_each_parameter_and_the_exploration_rate() -> None:
-    upper, lower = plots.churn(REFRESHES).axes
+    figure = plots.churn(REFRESHES)
+    upper, middle, lower = figure.axes
     curves = {line.get_label(): line.get_xydata() for line in upper.lines}
     np.testing.assert_array_equal(curves["a"], [[10, 0.3], [20, 0.2]])
     np.testing.assert_array_equal(curves["b"], [[10, 0.1], [20, 0.0]])
+    np.testing.assert_array_equal(middle.lines[0].get_xydata(), [[10, 0.75], [20, 0.5]])
     np.testing.assert_array_equal(lower.lines[0].get_xydata(), [[10, 0.2], [20, 0.4]])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_churn_of_many_parameters_leaves_room_for_its_curves() -> None:
+    exchanges = {f"encoder.layers.{i}.linear.weight": tk.Exchange(3, 2, 0.3) for i in range(60)}
+    figure = plots.churn([tk.Refresh(10, exchanges, 0.2), tk.Refresh(20, exchanges, 0.4)])
+    figure.draw_without_rendering()
+    assert all(axes.get_position().width * figure.get_figwidth() > 3 for axes in figure.axes)
+    colours = {str(line.get_color()) for line in figure.axes[0].lines}
+    assert len(colours) == len(exchanges)
 
 
 def test_losses_of_steps_need_no_validation() -> None:

@@ -64,6 +64,12 @@ def test_the_table_prints_as_text_and_as_html() -> None:
     assert "<td>25.0%</td>" in html
 
 
+def test_names_with_brackets_are_whole_as_text() -> None:
+    params = {"blocks[i].weight": torch.randn(8, 8), "[/a]": torch.randn(8)}
+    state = tk.init_state(params, tk.TopKastConfig(), tk.sgd(0.1))
+    assert all(name in repr(tk.summary(state)) for name in params)
+
+
 def test_names_are_escaped_in_html() -> None:
     state = tk.init_state({"<b>weight": torch.randn(4, 4)}, CONFIG, tk.sgd(0.1))
     assert "&lt;b&gt;weight" in tk.summary(state)._repr_html_()
@@ -208,16 +214,38 @@ def test_a_history_keeps_losses_and_what_refreshes_did() -> None:
     assert 0.25 <= rates[0] <= rates[1] <= rates[2] < 1
     assert rates[2] > 0.25
     assert history.refreshes[0].exchanges.keys() == tk.masks_of(state).keys()
+    assert history.refreshes[0].flops is None
+
+
+def test_a_history_counts_the_operations_of_each_stage() -> None:
+    model, optimizer = nn.Linear(20, 10), tk.sgd(0.1)
+    sparsities = tk.staged({0: 0.5, 4: 0.9})
+    config = tk.TopKastConfig(sparsities, sparsities, refresh_every=2)
+    state = tk.init_state(model, config, optimizer)
+    step = tk.make_train_step(model, mse, config, optimizer, compile=False)
+    history = tk.History(lambda state: tk.training_flops(model, state, torch.zeros(1, 20)))
+    tk.train(step, state, torch.ones(5, 3, 20), config, [history])
+    assert [r.flops.ratio for r in history.refreshes if r.flops] == pytest.approx([0.5, 0.1])
+
+
+def test_a_frozen_weight_has_no_gradient_to_count() -> None:
+    frozen = nn.Linear(10, 10).requires_grad_(requires_grad=False)
+    model = nn.Sequential(nn.Linear(10, 10), frozen)
+    state = tk.init_state(model, tk.TopKastConfig(0.9, 0.8), tk.sgd(0.1))
+    found = tk.training_flops(model, state, torch.zeros(4, 10))
+    assert found == (800 * (2 * 0.1 + 0.2) + 2 * 800, 3 * 800 + 2 * 800)
 
 
 def test_tensorboard_gets_losses_and_refreshes(tmp_path: Path) -> None:
-    logger = tk.TensorBoardLogger(tmp_path, every=2)
+    dense = tk.TrainingFlops(0.5, 1.0)
+    logger = tk.TensorBoardLogger(tmp_path, every=2, flops=lambda state: dense)
     trained(5, logger)
     logger.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [e.step for e in events.Scalars("loss/data_loss")] == [0, 2, 4]
     assert [e.step for e in events.Scalars("churn/3.weight")] == [2, 4]
+    assert [e.value for e in events.Scalars("flops/ratio")] == [0.5, 0.5]
     assert {"exploration_rate", "promoted/0.weight"} <= set(events.Tags()["scalars"])
 
 

@@ -12,6 +12,7 @@ import topkast_func as tk
 from topkast_func import TopKastConfig
 from topkast_func.testing import (
     DTYPES,
+    blocked,
     check_counts,
     check_largest,
     check_nested,
@@ -29,6 +30,23 @@ def test_weights_reach_ties_zeros_and_thin_shapes() -> None:
     find(weights(), lambda w: w.shape[0] == 1 and w.shape[1] > 3)
     find(weights(), lambda w: w.shape[1] == 1 and w.shape[0] > 3)
     find(weights(), lambda w: w.ndim == 4)
+
+
+def test_weights_reach_what_only_their_own_dtype_tells_apart() -> None:
+    doubles = weights(dtypes=(torch.float64,))
+    find(doubles, lambda w: w.unique().numel() > w.float().unique().numel())
+    singles = weights(dtypes=(torch.float32,))
+    find(singles, lambda w: w.abs().unique().numel() > w.square().unique().numel())
+
+
+def test_blocked_weights_are_divided_into_more_than_one_block() -> None:
+    find(blocked(), lambda drawn: all(n > side > 1 for n, side in zip(drawn[0].shape, drawn[1])))  # noqa: B905
+
+
+@given(blocked())
+def test_blocks_divide_their_weights(drawn: tuple[Tensor, tuple[int, int]]) -> None:
+    theta, (rows, columns) = drawn
+    assert theta.shape[0] % rows == theta.shape[1] % columns == 0
 
 
 def has_dtype(dtype: torch.dtype, theta: Tensor) -> bool:
@@ -101,6 +119,14 @@ def test_a_smaller_entry_in_place_of_a_larger_is_found(place: tuple[int, int]) -
     wrong["w"].forward[place] = True
     with pytest.raises(AssertionError, match="w: a smaller entry is in and a larger is not"):
         check_largest(wrong, PARAMS, CONFIG)
+
+
+def test_sets_of_another_shape_or_of_nan_are_no_largest() -> None:
+    wide = {"w": tk.Masks(*(torch.tensor([[True, False]]) for _ in range(2)))}
+    with pytest.raises(AssertionError, match=r"w: \(1, 2\)"):
+        check_largest(wide, PARAMS, CONFIG)
+    with pytest.raises(AssertionError, match="w holds NaN"):
+        check_largest(chosen(), {"w": PARAMS["w"].clone().fill_(math.nan)}, CONFIG)
 
 
 def test_a_block_that_is_in_by_a_part_is_found() -> None:

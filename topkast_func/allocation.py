@@ -35,9 +35,9 @@ def check_params(params: Params) -> None:
                 "is flattened to names with dots first"
             )
         if not leaf.is_floating_point():
+            kind = "freeze it" if leaf.is_complex() else "buffers do not belong among parameters"
             raise TypeError(
-                f"params[{name!r}] must have a floating-point dtype, got {leaf.dtype}; buffers "
-                "do not belong among the parameters"
+                f"params[{name!r}] must have a floating-point dtype, got {leaf.dtype}; {kind}"
             )
         if leaf.numel() == 0:
             raise ValueError(f"params[{name!r}] is empty: its shape is {tuple(leaf.shape)}")

@@ -107,6 +107,8 @@ class TopKastConfig:
             raise ValueError(
                 "an allocation other than 'uniform' shares out one forward_sparsity, not a mapping"
             )
+        if self.allocation == "erk" and isinstance(self.backward_sparsity, ByPattern):
+            raise ValueError("allocation='erk' shares out one backward_sparsity, not a mapping")
         if isinstance(self.allocation, ByPattern) and isinstance(self.forward_sparsity, Staged):
             raise ValueError(
                 "an allocation by pattern fixes densities: forward_sparsity must not be staged"

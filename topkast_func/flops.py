@@ -25,6 +25,8 @@ class TrainingFlops(NamedTuple):
     Attributes:
         sparse: 2 f(D) + f(D+M): forward pass and input gradient with A, weight gradient with B.
         dense: 3 f(1).
+
+    Of a frozen weight the gradient is left out of both.
     """
 
     sparse: float
@@ -39,10 +41,12 @@ class TrainingFlops(NamedTuple):
 def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any) -> TrainingFlops:
     """Count the operations of a training step, from one forward pass.
 
-    The backward pass counts as two products for every one of the forward pass; products without
-    a sparse weight (attention scores) are dense. The count follows from the densities alone: it
-    is no measure of time. Matrix products, convolutions and attention count, `nn.Bilinear` does
-    not. Nothing is written to, and the caller's random numbers stay as they are.
+    The backward pass counts as two products for every one of the forward pass, as one where the
+    weight is frozen; products without a sparse weight (attention scores) are dense, and so is the
+    product with a weight that the model computes from others (`weight_norm`). The count follows
+    from the densities alone: it is no measure of time. Matrix products, convolutions and
+    attention count, `nn.Bilinear` does not. Nothing is written to, and the caller's random
+    numbers stay as they are.
 
     Args:
         model: A module, or a pure function ``apply(params, *inputs)``.
@@ -73,9 +77,10 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
         name: 2 * float(masks.forward.double().mean()) + float(masks.backward.double().mean())
         for name, masks in masks_of(state).items()
     }
-    flops = counted.flops
-    sparse = sum(share.get(name, 3.0) * count for name, count in flops.items())
-    return TrainingFlops(round(sparse, 6), 3.0 * sum(flops.values()))
+    full = {name: 2.0 if name in state.frozen else 3.0 for name in counted.flops}
+    sparse = sum((full | share)[name] * count for name, count in counted.flops.items())
+    dense = sum(full[name] * count for name, count in counted.flops.items())
+    return TrainingFlops(round(sparse, 6), dense)
 
 
 @contextmanager

@@ -59,8 +59,9 @@ def kernel_layers(model: object) -> dict[str, nn.Linear]:
     """Return the linear layers of a module that kernels can compute, by name of their weight.
 
     These are layers with the forward pass of `torch.nn.Linear` whose weight is a parameter of no
-    other layer; one that is reached under several names goes by the first. Anything but a module
-    has none, and `torch.nn.MultiheadAttention` reads its projection's weight itself.
+    other layer, and none that is computed from others (`torch.nn.utils.parametrize`); one that is
+    reached under several names goes by the first. Anything but a module has none, and
+    `torch.nn.MultiheadAttention` reads its projection's weight itself.
     """
     if not isinstance(model, nn.Module):
         return {}
@@ -72,7 +73,7 @@ def kernel_layers(model: object) -> dict[str, nn.Linear]:
         and not isinstance(layer, NonDynamicallyQuantizableLinear)
         and "forward" not in vars(layer)
         and type(layer).forward is nn.Linear.forward
-        and uses[id(layer.weight)] == 1
+        and uses[id(layer._parameters.get("weight"))] == 1
     }
 
 

@@ -1,10 +1,11 @@
 """A loop over batches that tells others what happens: callbacks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from topkast_func.config import TopKastConfig
 from topkast_func.exchange import Exchange, exchanges, exploration_rate, explored
+from topkast_func.flops import TrainingFlops
 from topkast_func.state import TrainState, masks_of, refreshes_at
 from topkast_func.training import StepMetrics, TrainStep
 from topkast_func.types import Tensors
@@ -77,22 +78,29 @@ class Refresh(NamedTuple):
         step: Number of the step before which it was.
         exchanges: What it did, by parameter.
         exploration_rate: Share of the sparse weights that have ever been in A, fraction.
+        flops: Operations of a step with the new sets; None where the history does not count them.
     """
 
     step: int
     exchanges: dict[str, Exchange]
     exploration_rate: float
+    flops: TrainingFlops | None = None
 
 
 class History(Callback):
     """Keeps the losses of all steps, and what every refresh did.
+
+    Args:
+        flops: Counts the operations of a step, such as
+            ``lambda state: training_flops(model, state, inputs)``; None to leave them out.
 
     Attributes:
         losses: Loss of the data at each step.
         refreshes: What is known of each refresh.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flops: Callable[[TrainState], TrainingFlops] | None = None) -> None:
+        self._flops = flops
         self.losses: list[float] = []
         self.refreshes: list[Refresh] = []
         self._explored: Tensors = {}
@@ -106,4 +114,5 @@ class History(Callback):
         old, new = masks_of(before), masks_of(after)
         self._explored = explored(new, self._explored or explored(old))
         rate = exploration_rate(self._explored)
-        self.refreshes.append(Refresh(int(before.step), exchanges(old, new), rate))
+        flops = self._flops(after) if self._flops else None
+        self.refreshes.append(Refresh(int(before.step), exchanges(old, new), rate, flops))

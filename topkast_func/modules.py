@@ -105,6 +105,11 @@ def unset_buffers(model: object) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
+def modes(model: object) -> tuple[bool, ...]:
+    """Return of each part of a module whether it is in training mode; others have none."""
+    return tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else ()
+
+
 def tensors_of(model: object) -> Tensors:
     """Return the parameters and buffers of a module, by name; others have none."""
     if not isinstance(model, nn.Module):

@@ -1,5 +1,6 @@
 """Pictures of sets, their changes, losses and results; each returns a matplotlib Figure."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -11,6 +12,9 @@ from numpy.typing import ArrayLike
 
 from topkast_func.loop import Refresh
 from topkast_func.types import Masks
+
+LEGEND_ROWS, LEGEND_WIDTH = 24, 2.0
+"""Names in one column of a legend beside the axes, and its width in inches."""
 
 COLORS = {"Θ∖B: at rest": "#e8e6df", "B∖A: explored": "#f2a65a", "A: active": "#1f4e79"}
 
@@ -73,7 +77,11 @@ def losses(train: ArrayLike, validation: ArrayLike = (), xlabel: str = "epoch") 
 
 
 def churn(refreshes: Sequence[Refresh]) -> Figure:
-    """Draw over the steps how much of A each refresh exchanged, and how much was ever in A.
+    """Draw over the steps what the refreshes did.
+
+    Above, the share of A that each exchanged, a curve for each parameter, the first darkest;
+    in the middle, the share of all that entered A which came from B∖A; below, the share of the
+    weights that was ever in A.
 
     Args:
         refreshes: Those of a `History`.
@@ -81,18 +89,31 @@ def churn(refreshes: Sequence[Refresh]) -> Figure:
     Returns:
         The figure.
     """
-    figure, (upper, lower) = plt.subplots(2, sharex=True, layout="constrained")
     steps = [refresh.step for refresh in refreshes]
-    names = refreshes[0].exchanges if refreshes else ()
-    for name in names:
+    names = list(refreshes[0].exchanges) if refreshes else []
+    columns = math.ceil(len(names) / LEGEND_ROWS)
+    figure, (upper, middle, lower) = plt.subplots(
+        3, sharex=True, figsize=(6.4 + LEGEND_WIDTH * columns, 6.4), layout="constrained"
+    )
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(names)))
+    for name, shade in zip(names, shades, strict=True):
         exchanged = [refresh.exchanges[name].churn for refresh in refreshes]
-        upper.plot(steps, exchanged, label=name)
+        upper.plot(steps, exchanged, label=name, color=shade)
     if names:
-        upper.legend(fontsize="small")
-    upper.set(ylabel="share of A exchanged")
+        figure.legend(loc="outside right upper", fontsize="small", ncols=columns)
+    upper.set(ylabel="share of A exchanged", ylim=(0, None))
+    middle.plot(steps, [_promoted(refresh) for refresh in refreshes])
+    middle.set(ylabel="of these from B∖A", ylim=(0, 1.05))
     lower.plot(steps, [refresh.exploration_rate for refresh in refreshes])
-    lower.set(xlabel="step", ylabel="share ever in A", ylim=(0, 1))
+    lower.set(xlabel="step", ylabel="share ever in A", ylim=(0, 1.05))
     return figure
+
+
+def _promoted(refresh: Refresh) -> float:
+    """Return the share of what entered A that came from B∖A; NaN where nothing entered."""
+    entered = sum(exchange.entered for exchange in refresh.exchanges.values())
+    promoted = sum(exchange.promoted for exchange in refresh.exchanges.values())
+    return promoted / entered if entered else math.nan
 
 
 def densities(masks: Mapping[str, Masks]) -> Figure:
@@ -112,7 +133,7 @@ def densities(masks: Mapping[str, Masks]) -> Figure:
         axes.barh(places, shares, color=COLORS[color], label=label)
     axes.set(xlabel="density", xlim=(0, 1), yticks=places, yticklabels=list(masks))
     axes.invert_yaxis()
-    axes.legend()
+    figure.legend(loc="outside right upper")
     return figure
 
 
@@ -133,7 +154,7 @@ def accuracy(
     """
     figure, axes = plt.subplots(layout="constrained")
     for method, runs in results.items():
-        sparsities = sorted(runs)
+        sparsities = sorted(sparsity for sparsity in runs if len(runs[sparsity]))
         means = np.array([np.mean(runs[s]) for s in sparsities])
         below = means - [min(runs[s]) for s in sparsities]
         above = [max(runs[s]) for s in sparsities] - means

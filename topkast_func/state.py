@@ -77,8 +77,8 @@ def init_state(
 
     Raises:
         TypeError: A leaf is not a floating-point tensor, or ``optimizer`` is none of this library.
-        ValueError: A leaf is empty, the configuration does not fit, a tied weight is given
-            two sparsities, or ``theta_device`` is given for dense storage.
+        ValueError: There is nothing to train, a leaf is empty, the configuration does not fit,
+            a tied weight is given two sparsities, or ``theta_device`` is given for dense storage.
         NaNParameterError: A leaf holds NaN; a ValueError too.
     """
     if storage not in ("compact", "dense"):
@@ -88,6 +88,8 @@ def init_state(
     check_optimizer(optimizer)
     model = model_or_params
     params = trainable(model) if isinstance(model, nn.Module) else model
+    if not params:
+        raise ValueError("there is no parameter that requires a gradient")
     check_ties(model, config)
     masks = compute_masks(params, config, seed=check_count("seed", seed, 0))
     exponents: Tensors = {}
@@ -201,7 +203,8 @@ def forward_params(state: TrainState) -> Tensors:
         state: The state.
 
     Returns:
-        Tensors by name: α, then frozen parameters, then buffers.
+        Tensors by name: α, then frozen parameters, then buffers. ``load_state_dict`` passes over
+        buffers that are not persistent, `functional_call` does not.
     """
     return {**_powered(state, state.weights.forward()), **state.frozen, **state.buffers}
 
@@ -223,7 +226,7 @@ def check_ties(model: object, config: TopKastConfig) -> None:
             if isinstance(globs, tuple) and _matches(name, globs) and not _matches(own, globs):
                 raise ValueError(
                     f"{name!r} is tied to {own!r}, which {field}={globs} does not match: "
-                    f"name {own!r} too, or match no other name of it"
+                    f"name {own!r} in its place, or match neither"
                 )
         for field in ("forward_sparsity", "backward_sparsity", "allocation"):
             numbers = getattr(config, field)

@@ -61,10 +61,11 @@ class Summary:
     def __rich__(self) -> "Table":
         """Return the table for `rich`."""
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*HEAD)
         for cells in self._cells():
-            table.add_row(*cells)
+            table.add_row(*map(Text, cells))
         return table
 
     def __repr__(self) -> str:
@@ -106,7 +107,8 @@ def summary(state: TrainState, batch_size: int = 256, engine: EngineName = "auto
 
     Args:
         state: The state.
-        batch_size: Rows of activations that a layer sees at a time; see `explain`.
+        batch_size: Rows of activations that a layer sees at a time; see `explain`, also for
+            what engines are told of a state that was not made of a module.
         engine: What `make_train_step` is told.
 
     Returns:

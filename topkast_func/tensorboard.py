@@ -1,10 +1,12 @@
 """Losses and refreshes for TensorBoard, an optional extra."""
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 from topkast_func.checks import check_count
+from topkast_func.flops import TrainingFlops
 from topkast_func.loop import Callback, History
 from topkast_func.state import TrainState
 from topkast_func.training import StepMetrics
@@ -14,17 +16,25 @@ class TensorBoardLogger(Callback):
     """Writes what happens to TensorBoard.
 
     Losses go to ``loss/…``; for each refresh churn and promotions go to ``churn/NAME`` and
-    ``promoted/NAME``, the exploration rate to ``exploration_rate``.
+    ``promoted/NAME``, the exploration rate to ``exploration_rate``, and operations over those
+    of the dense model to ``flops/ratio``.
 
     Args:
         folder: Where the event files go.
         every: Steps between two losses that are written, at least 1.
+        flops: Counts the operations of a step; see `History`.
 
     Raises:
         ImportError: TensorBoard is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], every: int = 1) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        every: int = 1,
+        flops: Callable[[TrainState], TrainingFlops] | None = None,
+    ) -> None:
+        self.every = check_count("every", every, 1)
         try:
             module: Any = import_module("torch.utils.tensorboard")
         except ImportError as reason:
@@ -32,8 +42,7 @@ class TensorBoardLogger(Callback):
                 f"no TensorBoard ({reason}): pip install 'topkast_func[tensorboard]'"
             ) from reason
         self.writer = module.SummaryWriter(os.fspath(folder))
-        self.every = check_count("every", every, 1)
-        self._history = History()
+        self._history = History(flops)
 
     def on_step(self, state: TrainState, metrics: StepMetrics) -> None:
         """Write the losses."""
@@ -47,6 +56,8 @@ class TensorBoardLogger(Callback):
         self._history.on_refresh(before, after)
         refresh = self._history.refreshes[-1]
         self.writer.add_scalar("exploration_rate", refresh.exploration_rate, refresh.step)
+        if refresh.flops:
+            self.writer.add_scalar("flops/ratio", refresh.flops.ratio, refresh.step)
         for name, exchange in refresh.exchanges.items():
             self.writer.add_scalar(f"churn/{name}", exchange.churn, refresh.step)
             self.writer.add_scalar(f"promoted/{name}", exchange.promoted, refresh.step)

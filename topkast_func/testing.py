@@ -20,6 +20,9 @@ from topkast_func.types import Masks, Params
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+MODERATE = st.floats(-100, 100, width=16)
+"""Entries to compute with: none is so large or so small that a square is lost."""
+
 
 def sides(most: int = 8) -> st.SearchStrategy[int]:
     """Sizes of one axis, 1 drawn on purpose."""
@@ -38,18 +41,45 @@ def weights(
     draw: st.DrawFn,
     shape: st.SearchStrategy[tuple[int, ...]] | None = None,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
+    entries: st.SearchStrategy[float] | None = None,
 ) -> Tensor:
-    """Finite weights: values in {−1, 0, 1} (heavy ties), all equal, or any floats."""
+    """Finite weights: values in {−1, 0, 1} (heavy ties), all zero, or any of ``entries``.
+
+    Args:
+        draw: Given by Hypothesis.
+        shape: Shapes; None for those of `shapes`.
+        dtypes: Floating dtypes.
+        entries: Numbers such as `MODERATE`; None for every finite number of the dtype, the
+            largest and the smallest among them.
+
+    Returns:
+        A weight.
+    """
     size = draw(shapes() if shape is None else shape)
     dtype = draw(st.sampled_from(dtypes))
-    elements = draw(
-        st.sampled_from([
-            st.sampled_from([-1.0, 0.0, 1.0]),
-            st.just(0.0),
-            st.floats(-100, 100, width=16),
-        ])
-    )
+    most = torch.finfo(dtype).max
+    free = st.floats(-most, most) if entries is None else entries
+    elements = draw(st.sampled_from([st.sampled_from([-1.0, 0.0, 1.0]), st.just(0.0), free]))
     return torch.from_numpy(draw(hnp.arrays(np.float64, size, elements=elements))).to(dtype)
+
+
+@st.composite
+def blocked(
+    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> tuple[Tensor, tuple[int, int]]:
+    """Weights of `MODERATE` entries, each with a block shape (rows, columns) that divides it.
+
+    Args:
+        draw: Given by Hypothesis.
+        dtypes: Floating dtypes.
+
+    Returns:
+        The weight and the block shape.
+    """
+    block, grid = ((draw(sides(4)), draw(sides(4))) for _ in range(2))
+    rest = draw(st.sampled_from([(), (2,), (3, 2)]))
+    shape = (block[0] * grid[0], block[1] * grid[1], *rest)
+    return draw(weights(st.just(shape), dtypes, MODERATE)), block
 
 
 def sparsities() -> st.SearchStrategy[float]:
@@ -126,7 +156,7 @@ def check_counts(
 def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastConfig) -> None:
     """Check that no entry left out ranks before one that is in, ties by the lowest flat index.
 
-    Blocks must be in or out as a whole.
+    Blocks must be in or out as a whole. A weight that holds NaN has no such sets.
 
     Args:
         masks: Sets by name, of a method that ranks by magnitude.
@@ -138,8 +168,10 @@ def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastCon
     """
     for name, sets in masks.items():
         scores = magnitudes(name, params[name], config.block_shape, config.block_norm)
+        _require(not scores.isnan().any(), f"{name} holds NaN")
         ranking = scores.abs().flatten().sort(descending=True, stable=True).indices
         for mask in sets:
+            _require(mask.shape == params[name].shape, f"{name}: {tuple(mask.shape)}")
             whole = is_of_blocks(mask, config.block_shape)
             _require(whole, f"{name}: a block is in by a part of it")
             chosen = blocks(mask, config.block_shape).flatten()[ranking]

@@ -1,12 +1,10 @@
 """The stateless training step: state and batch in, state and metrics out."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import cache, partial
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value
@@ -16,9 +14,10 @@ from topkast_func.config import TopKastConfig
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.layers import StandIn, bound_to, kernel_layers, standing_in
 from topkast_func.loss import check_scalar
-from topkast_func.modules import bind, check_fit, tensors_of, ties, unset_buffers
+from topkast_func.modules import bind, check_fit, modes, tensors_of, ties
 from topkast_func.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.powerprop import theta_of
+from topkast_func.purity import check_pure, random_numbers_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.state import TrainState, forward_params, refresh, refreshes_at
 from topkast_func.types import LossFn, Model, Params, Tensors
@@ -55,13 +54,13 @@ def make_train_step(
 ) -> TrainStep:
     """Build ``train_step(state, batch) -> (state, metrics)``.
 
-    The step is pure: it writes to none of its arguments and not to the module; its first call
-    also runs the forward pass once on copies, to see that the model is pure. Before step t it
-    chooses A and B anew when ``config.refresh_every`` divides t > 0 or a sparsity changes, and
-    makes B the forward set at t = ``config.explore_until``. The update, momentum and weight
-    decay included, is restricted to B. The same state and batch give the same result, dropout
-    included: random numbers follow from the state's seed and step. There is one graph for each
-    stage of sparsities that change over time.
+    The step is pure: it writes to none of its arguments and not to the module. Its first call in
+    each mode of the module also runs the forward pass once on copies, to see that it is pure.
+    Before step t it chooses A and B anew when ``config.refresh_every`` divides t > 0 or a
+    sparsity changes, and makes B the forward set at t = ``config.explore_until``. The update,
+    momentum and weight decay included, is restricted to B. The same state and batch give the same
+    result, dropout included: random numbers follow from the state's seed and step. There is one
+    graph for each stage of sparsities that change over time.
 
     A loss that is NaN is returned as it is; θ then holds NaN, and a refresh that comes due
     keeps the sets and warns.
@@ -79,9 +78,9 @@ def make_train_step(
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
-        state is of another model or optimiser or the forward pass changes a parameter,
-        RuntimeError where the model breaks the graph, and whatever the model itself raises; the
-        caller's state is whole after any of these.
+        state is of another model or optimiser or the forward pass changes a parameter or its
+        inputs, RuntimeError where the model breaks the graph, and whatever the model itself
+        raises; the caller's state is whole after any of these.
 
     Raises:
         TypeError: The model or the loss function cannot be called, or the optimiser is none of
@@ -118,14 +117,13 @@ def make_train_step(
         return compiled(_gradients_of(model, loss_fn), compile)
 
     run_from(0)
-    tried = False
+    tried: set[tuple[bool, ...]] = set()
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
-        nonlocal tried
         check(state)
-        if not tried:
-            _check_pure(model, loss_fn, state, batch)
-            tried = True
+        if (mode := modes(model)) not in tried:
+            check_pure(model, loss_fn, state, batch)
+            tried.add(mode)
         state = _refreshed_when_due(state, config, lambda: gradients()(state, batch))
         patterns = state.weights.layers()
         kernels = {
@@ -134,7 +132,7 @@ def make_train_step(
             if name in patterns and "forward" not in vars(layer)
         }
         run = run_from(max(start for start in starts if start <= int(state.step)))
-        with _random_numbers_of(state), standing_in(kernels):
+        with random_numbers_of(state), standing_in(kernels):
             return run(tuple(kernels), state, batch, optimizer.learning_rate(state.optimizer.step))
 
     return train_step
@@ -157,7 +155,7 @@ def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any
     Raises:
         TypeError: The loss is no 0-d tensor.
     """
-    with _random_numbers_of(state):
+    with random_numbers_of(state):
         return _gradients_of(model, loss_fn)(state, batch)
 
 
@@ -252,35 +250,6 @@ def _check_of(
     return check
 
 
-def _check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> None:
-    """Try the forward pass on copies: a compiled step would write changes into the state.
-
-    Raises:
-        ValueError: It changes a parameter, gives a buffer another shape, or sets one that was
-            None. What else is wrong with it is for the step to say.
-    """
-    before, unset = forward_params(state), unset_buffers(model)
-    weights = {name: tensor.clone() for name, tensor in before.items()}
-    written = {name: weights.pop(name) for name in state.buffers}
-    with _random_numbers_of(state), suppress(Exception):
-        loss_fn(bind(model, ties(model), weights, {}, written), batch)
-    same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
-    if changed := [n for n, w in weights.items() if w._version or not same(w, before[n])]:
-        raise ValueError(
-            f"the forward pass changes parameters {changed} in place: use the result of the "
-            "change, or register what changes as a buffer"
-        )
-    if reshaped := [n for n, b in written.items() if b.shape != before[n].shape]:
-        raise ValueError(f"the forward pass gives buffers {reshaped} another shape")
-    found = unset_buffers(model)
-    if newly_set := [name for name in unset if name not in found]:
-        for module, key in (unset[name] for name in newly_set):
-            module._buffers[key] = None
-        raise ValueError(
-            f"the forward pass sets buffers {newly_set} that were None: register them as tensors"
-        )
-
-
 def _shapes(tensors: Params) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
@@ -293,22 +262,8 @@ def _refreshed_when_due(
     try:
         if not config.method.reads_gradient:
             return refresh(state, config)
-        with _random_numbers_of(state):
+        with random_numbers_of(state):
             return refresh(state, config, gradients())
     except NaNParameterError as reason:
         warnings.warn(f"no refresh before step {int(state.step)}: {reason}", stacklevel=3)
         return state
-
-
-@contextmanager
-def _random_numbers_of(state: TrainState) -> Iterator[None]:
-    """Draw the random numbers of this step, and leave the caller's generators as they are."""
-    device = next(iter(state.weights.values().values())).device
-    cuda = [device.index] if device.type == "cuda" else []
-    entropy = (int(state.seed), int(state.step))
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        for index in cuda:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield

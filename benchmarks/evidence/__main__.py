@@ -34,9 +34,11 @@ class Ledger:
         self.runs: list[dict[str, Any]] = kept["runs"]
 
     def add(self, setting: Setting, result: dict[str, Any]) -> None:
-        """Keep what a setting came to, and write the file."""
-        self.runs.append({"setting": setting.told(), **result})
-        about = circumstances(1, FULL)
+        """Keep what a setting came to, when and at which commit, and write the file."""
+        now = circumstances(1, FULL)
+        when = {key: now[key] for key in ("date", "commit")}
+        self.runs.append({"setting": setting.told(), **result, **when})
+        about = {key: now[key] for key in ("machine", "threads", "versions")}
         self.path.write_text(json.dumps({"about": about, "runs": self.runs}, indent=1) + "\n")
 
 

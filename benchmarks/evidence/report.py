@@ -56,7 +56,7 @@ def tuned(
     """
     sign = TASKS[task].sign
     chosen = {
-        method: max(settings, key=lambda setting: sign * _score(runs, setting))
+        method: max(settings, key=lambda setting: sign * score(runs, setting))
         for method, settings in trials(task, carried).items()
     }
     return {m: replace(s, validate=False, steps=1.0) for m, s in chosen.items()}
@@ -152,7 +152,19 @@ def find(runs: Runs, setting: Setting) -> Mapping[str, Any] | None:
     return next((run for run in runs if run["setting"] == told), None)
 
 
-def _score(runs: Runs, setting: Setting) -> float:
+def score(runs: Runs, setting: Setting) -> float:
+    """Return the score of a setting.
+
+    Args:
+        runs: What was run.
+        setting: One run of them.
+
+    Returns:
+        The score.
+
+    Raises:
+        ValueError: It was not run.
+    """
     run = find(runs, setting)
     if run is None:
         raise ValueError(f"{setting} was not run")

@@ -66,6 +66,7 @@ class _Watch(tk.Callback):
     def __init__(self, model: nn.Module, task: Task, state: tk.TrainState) -> None:
         self.model, self.inputs = model, task.sample
         self.flops, self.explored = 0.0, tk.explored(tk.masks_of(state))
+        self._known: dict[tuple[int, ...], float] = {}
         self._per_step = self._flops(state)
 
     def on_step(self, state: tk.TrainState, metrics: tk.StepMetrics) -> None:
@@ -76,7 +77,13 @@ class _Watch(tk.Callback):
         self._per_step = self._flops(after)
 
     def _flops(self, state: tk.TrainState) -> float:
-        return tk.training_flops(self.model, state, self.inputs).sparse
+        """Return the operations of a step; they are those of any state with as large sets."""
+        sets = (mask for masks in tk.masks_of(state).values() for mask in masks)
+        sizes = tuple(int(mask.count_nonzero()) for mask in sets)
+        if sizes not in self._known:
+            counted = tk.training_flops(self.model, state, self.inputs)
+            self._known[sizes] = counted.sparse
+        return self._known[sizes]
 
 
 def _rate(lr: float, warm_up: int, steps: int, step: Tensor) -> Tensor:

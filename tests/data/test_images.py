@@ -11,6 +11,8 @@ import torch
 
 from topkast_func.data import fashion_mnist
 
+CUT_OFF = gzip.compress(b"\x00\x00\x08\x01\x00", mtime=0)[:-9]
+
 
 def idx(array: npt.NDArray[np.uint8]) -> bytes:
     sizes = struct.pack(f">{array.ndim}I", *array.shape)
@@ -49,9 +51,6 @@ def test_what_is_no_idx_file_is_refused(folder: Path, content: bytes) -> None:
     (folder / "t10k-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte in .* is no whole IDX file"):
         fashion_mnist("test", folder)
-
-
-CUT_OFF = gzip.compress(b"\x00\x00\x08\x01\x00", mtime=0)[:-9]
 
 
 @pytest.mark.parametrize("content", [b"<html>", CUT_OFF])

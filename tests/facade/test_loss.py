@@ -82,7 +82,7 @@ def test_alpha_zero_is_the_bare_loss() -> None:
 
 
 @given(
-    testing.weights(testing.shapes(ndim=2), dtypes=(torch.float64,)),
+    testing.weights(testing.shapes(ndim=2), (torch.float64,), testing.MODERATE),
     st.tuples(testing.sparsities(), testing.sparsities()).map(sorted),
 )
 def test_penalty_and_its_gradient_are_those_of_the_formula(
