@@ -133,7 +133,7 @@ def densities(masks: Mapping[str, Masks]) -> Figure:
         axes.barh(places, shares, color=COLORS[color], label=label)
     axes.set(xlabel="density", xlim=(0, 1), yticks=places, yticklabels=list(masks))
     axes.invert_yaxis()
-    figure.legend(loc="outside right upper")
+    figure.legend(loc="outside upper right", ncols=2)
     return figure
 
 

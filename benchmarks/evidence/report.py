@@ -87,15 +87,16 @@ def table(runs: Runs, chosen: Mapping[str, Setting]) -> str:
         chosen: The tuned settings by method.
 
     Returns:
-        Markdown; behind each score the operations and the time of training over dense ones.
+        Markdown; behind each score the operations and, if dense runs were made on the same day,
+        the time of training over dense ones.
     """
     pairs = PLANS[chosen["dense"].task].pairs
-    dense = _seconds(_of(runs, chosen["dense"], *pairs[0]))
+    dense = _of(runs, chosen["dense"], *pairs[0])
     head = ("method", *(f"{100 * f:.0f} / {100 * b:.0f} %" for f, b in pairs))
     rows = []
     for method in METHODS:
         found = [_of(runs, chosen[method], *pair) for pair in pairs]
-        cells = [_cell(several, _seconds(several) / dense) if several else "" for several in found]
+        cells = [_cell(several, *_time(several, dense)) if several else "" for several in found]
         rows.append((method.replace("_", " "), *cells))
     return markdown(head, rows)
 
@@ -171,8 +172,12 @@ def score(runs: Runs, setting: Setting) -> float:
     return float(run["score"])
 
 
-def _seconds(several: Runs) -> float:
-    return float(statistics.median(run["seconds"] for run in several))
+def _time(several: Runs, dense: Runs) -> list[float]:
+    """Return the median time over that of the dense runs of the same days, if there are any."""
+    days = {run["date"] for run in several}
+    beside = [run for run in dense if run["date"] in days]
+    both = [[run["seconds"] for run in these] for these in (several, beside)]
+    return [statistics.median(both[0]) / statistics.median(both[1])] if beside else []
 
 
 def _cell(several: Runs, *ratios: float) -> str:

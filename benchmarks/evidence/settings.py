@@ -17,7 +17,7 @@ PAIRS = ((0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95))
 """Forward and backward sparsities; those that do not explore read the first."""
 
 FIRST = "mlp"
-"""Where every hyperparameter is chosen; the other tasks choose the learning rate alone anew."""
+"""Where every hyperparameter is chosen; the other tasks carry these choices on."""
 
 TUNING_SEED, RATES = 100, (1e-3, 3e-3)
 STOP = 0.75
@@ -32,6 +32,7 @@ class Plan(NamedTuple):
         tuned_at: The pair of the trials.
         seeds: Of the runs that are compared.
         trial_steps: Share of a run's steps that a trial has.
+        alternatives: By method, what is tried beside the choice that is carried on.
         ablations: Of Top-KAST at its tuned setting: what one field at a time is changed to.
     """
 
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     tuned_at: tuple[float, float]
     seeds: tuple[int, ...]
     trial_steps: float
+    alternatives: Mapping[str, Mapping[str, Any]]
     ablations: Mapping[str, tuple[Any, ...]]
 
 
@@ -48,6 +50,7 @@ PLANS = {
         PAIRS[1],
         (0, 1, 2),
         1.0,
+        {},
         {
             "refresh_every": (1, 10, 100, 1000),
             "backward": (0.0, 0.5, 0.8, 0.9),
@@ -56,18 +59,24 @@ PLANS = {
             "penalty": (None, "l1", "group_l2", "l2"),
         },
     ),
-    "cnn": Plan(PAIRS, PAIRS[1], (0, 1, 2), 1.0, {}),
+    "cnn": Plan(PAIRS, PAIRS[1], (0, 1, 2), 1.0, {}, {}),
     "text": Plan(
-        PAIRS[:1],
+        PAIRS,
         PAIRS[0],
         (0, 1),
         0.25,
         {
-            "backward": (0.5, 0.8),
-            "until": (0.1, None),
-            "refresh_every": (1, 100),
-            "penalty_weight": (0.0, 1e-4),
+            "topkast": {"refresh_every": 1, "penalty_weight": 0.0},
+            "random_backward": {"refresh_every": 1, "penalty_weight": 0.0},
+            "ste": {"refresh_every": 10},
+            "set": {"drop_fraction": 0.1},
+            "rigl": {"drop_fraction": 0.1},
+            "gmp": {"until": 0.5},
+            "static": {"weight_decay": 1e-4},
+            "dense": {"weight_decay": 1e-4},
+            SMALL: {"weight_decay": 1e-4},
         },
+        {},
     ),
 }
 
@@ -160,8 +169,9 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
 
     Args:
         task: Name of the task.
-        carried: What was chosen on another task, by method. Then only the learning rate is
-            chosen anew; without it there are six trials of each method's own hyperparameters.
+        carried: What was chosen on another task, by method. Then this and the alternatives of
+            the task are tried with two learning rates; without it there are six trials of each
+            method's own hyperparameters.
 
     Returns:
         The settings by method, at one sparsity and one seed.
@@ -179,9 +189,13 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
             validate=True,
             steps=plan.trial_steps,
         )
+        bases = [base, replace(base, **plan.alternatives.get(method, {}))]
         axes = {"lr": RATES} if carried else _axes(method)
-        values = product(*axes.values())
-        found[method] = [replace(base, **dict(zip(axes, v, strict=True))) for v in values]
+        settings = [
+            replace(base, **dict(zip(axes, values, strict=True)))
+            for base, values in product(bases, product(*axes.values()))
+        ]
+        found[method] = list(dict.fromkeys(settings))
     return found
 
 
