@@ -40,7 +40,11 @@ def test_weights_reach_what_only_their_own_dtype_tells_apart() -> None:
 
 
 def test_blocked_weights_are_divided_into_more_than_one_block() -> None:
-    find(blocked(), lambda drawn: all(n > side > 1 for n, side in zip(drawn[0].shape, drawn[1])))  # noqa: B905
+    def several(drawn: tuple[Tensor, tuple[int, int]]) -> bool:
+        theta, block = drawn
+        return all(n > side > 1 for n, side in zip(theta.shape[:2], block, strict=True))
+
+    find(blocked(), several)
 
 
 @given(blocked())

@@ -176,8 +176,11 @@ def _time(several: Runs, dense: Runs) -> list[float]:
     """Return the median time over that of the dense runs of the same days, if there are any."""
     days = {run["date"] for run in several}
     beside = [run for run in dense if run["date"] in days]
-    both = [[run["seconds"] for run in these] for these in (several, beside)]
-    return [statistics.median(both[0]) / statistics.median(both[1])] if beside else []
+    return [_seconds(several) / _seconds(beside)] if beside else []
+
+
+def _seconds(several: Runs) -> float:
+    return float(statistics.median(run["seconds"] for run in several))
 
 
 def _cell(several: Runs, *ratios: float) -> str:
