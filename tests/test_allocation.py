@@ -166,6 +166,18 @@ def test_erk_counts_blocks() -> None:
     assert all(count == int(count) for count in counts)
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (4,), (4, 6)])
+def test_erk_names_a_tensor_that_blocks_do_not_divide(shape: tuple[int, ...]) -> None:
+    config = TopKastConfig(0.75, 0.5, allocation="erk", block_shape=(4, 4))
+    with pytest.raises(ValueError, match=r"block_shape=\(4, 4\) does not divide params\['b'\]"):
+        shared({"a": (16, 16), "b": shape}, config)
+
+
+def test_erk_keeps_a_scalar_beside_full_tensors() -> None:
+    config = TopKastConfig(0.0, 0.0, allocation="erk")
+    assert shared({"a": (8, 8), "scale": ()}, config) == dict.fromkeys(("a", "scale"), (0.0, 0.0))
+
+
 def test_densities_by_pattern_and_the_others_uniform() -> None:
     config = TopKastConfig(0.9, 0.8, allocation={"a": 0.3, "b": 0.7})
     found = shared(dict.fromkeys("abc", (10, 10)), config)

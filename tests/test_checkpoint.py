@@ -584,6 +584,13 @@ def test_a_state_whose_exploration_ended_needs_a_configuration_that_ends_it(path
             tk.load(path, other)
 
 
+def test_a_state_that_explores_needs_a_configuration_that_has_not_ended_it(path: Path) -> None:
+    tk.save(_trained(_network(), MOMENTUM, CONFIG, 4), path)
+    tk.load(path, tk.TopKastConfig(0.75, 0.5, explore_until=4))
+    with pytest.raises(ValueError, match=r"has \(42, 85\) entries in A and B, .* asks \(42, 42\)"):
+        tk.load(path, tk.TopKastConfig(0.75, 0.5, explore_until=3))
+
+
 def test_every_problem_of_a_file_is_named_at_once(saved: Path) -> None:
     config = tk.TopKastConfig(0.8, 0.5)
     with pytest.raises(ValueError, match=r"entries in A and B.*missing.*optimiser slots"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.evidence import report, tasks, training
-from benchmarks.evidence.__main__ import Ledger
+from benchmarks.evidence.__main__ import RESULTS, Ledger
 from benchmarks.evidence.networks import cnn, decoder, mlp
 from benchmarks.evidence.settings import (
     METHODS,
@@ -32,6 +32,12 @@ def test_every_method_has_as_many_trials_on_held_out_data() -> None:
             assert len(set(settings)) == count
             assert {(s.task, s.method, s.validate) for s in settings} == {(task, method, True)}
             assert {setting.seed for setting in settings}.isdisjoint(PLANS[task].seeds)
+
+
+@pytest.mark.parametrize("task", PLANS)
+def test_what_was_chosen_leaves_every_method_as_many_trials(task: str) -> None:
+    found = trials(task, report.carried(RESULTS, task))
+    assert len({len(settings) for settings in found.values()}) == 1
 
 
 def test_what_was_chosen_on_another_task_is_carried_on() -> None:
@@ -140,6 +146,9 @@ def test_tables_and_figure_show_means_and_spread() -> None:
     assert "| dense | 90.20 ± 1.00 (0.25×, 1.00×) |  |" in table
     later = [{**run, "date": "2026-01-02"} if "rigl" in str(run) else run for run in runs]
     assert "| rigl | 88.20 ± 1.00 (0.25×) |" in report.table(later, TUNED)
+    slow = {"date": "2026-01-02", "seconds": 1e3}
+    mixed = [{**r, **slow} if "topkast" in str(r) and r["score"] < 89 else r for r in runs]
+    assert "| topkast | 88.20 ± 1.00 (0.25×, 0.25×) |" in report.table(mixed, TUNED)
     labels = report.figure(runs, TUNED).axes[0].get_legend_handles_labels()[1]
     assert {"topkast", "random backward", "dense"} <= set(labels)
     ablated = [

@@ -64,6 +64,13 @@ def test_each_tensor_has_its_own_density_and_dense_ones_have_no_penalty() -> Non
     torch.testing.assert_close(exploration_penalty(params, masks, config), torch.tensor(expected))
 
 
+def test_a_masked_parameter_without_a_sparsity_is_named() -> None:
+    params = {"a": torch.ones(2, 5), "b": torch.ones(2, 5)}
+    masks = compute_masks(params, TopKastConfig(0.8, 0.5, sparse="*"))
+    with pytest.raises(ValueError, match=r"gives \['b'\] no sparsity"):
+        exploration_penalty(params, masks, TopKastConfig({"a": 0.8}, 0.5))
+
+
 def test_half_precision_weights_are_summed_in_single_precision() -> None:
     params = {"weight": torch.ones(64, 64, dtype=torch.bfloat16)}
     config = TopKastConfig(0.0, 0.0, penalty="l1")

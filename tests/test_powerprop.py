@@ -119,6 +119,16 @@ def test_a_state_of_another_exponent_is_refused(tmp_path: Any) -> None:
     torch.testing.assert_close(tk.dense_params(loaded), tk.dense_params(powered), rtol=0, atol=0)
 
 
+def test_a_scalar_keeps_its_dtype(tmp_path: Any) -> None:
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.tensor(3.0))
+    config = replace(CONFIG, sparse="scale")
+    state = tk.init_state(model, config, tk.sgd(0.1))
+    torch.testing.assert_close(tk.dense_params(state)["scale"], torch.tensor(3.0))
+    tk.save(state, tmp_path / "state")
+    tk.load(tmp_path / "state", config, model)
+
+
 def test_an_exponent_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"powerprop must be in \[1.0, inf\), got 0.5"):
         tk.TopKastConfig(powerprop=0.5)

@@ -109,6 +109,15 @@ def test_figures_of_ceilings_and_products_are_those_measured() -> None:
     assert f"several times and reach {blocks}." in WORDS
 
 
+def test_figures_of_masks_are_those_measured() -> None:
+    results = reading.load(RESULTS)
+    copies, touched = (
+        results.ratio("refresh", "16.8 M entries", "call", ["masks 1×1"], [copy]) or 0.0
+        for copy in ("copy", "copy into place")
+    )
+    assert f"take as long as {copies:.1f} copies of the tensor, or {touched:.1f} into" in WORDS
+
+
 def test_figures_of_choices_are_those_measured() -> None:
     results = reading.load(RESULTS)
     cases = results.cases("choices")

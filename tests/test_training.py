@@ -179,6 +179,22 @@ def test_b_becomes_a_once_and_selection_stops(storage: str) -> None:
     assert torch.equal(theta[0][~kept["0.weight"].forward], theta[1][~kept["0.weight"].forward])
 
 
+def test_nothing_is_chosen_after_the_end_of_exploration() -> None:
+    config, optimizer, model = replace(CONFIG, explore_until=4), tk.sgd(0.5), network()
+    step = tk.make_train_step(model, mse, config, optimizer, compile=False)
+    state, history = tk.init_state(model, config, optimizer), tk.History()
+    tk.train(step, state, batches(10), config, [history])
+    assert [refresh.step for refresh in history.refreshes] == [3, 4]
+
+
+@every_storage
+def test_sets_are_not_chosen_anew_by_a_configuration_that_forgets_some(storage: Any) -> None:
+    state = tk.init_state(network(), CONFIG, tk.sgd(0.1), storage=storage)
+    forgetful = replace(CONFIG, forward_sparsity={"0.weight": 0.75})
+    with pytest.raises(ValueError, match=r"gives \['.*weight'\] no sparsity, which are sparse"):
+        tk.refresh(state, forgetful)
+
+
 @every_storage
 def test_exploration_can_end_before_it_begins(storage: str) -> None:
     states, _ = run(
@@ -419,7 +435,7 @@ def test_too_many_shapes_name_the_way_on() -> None:
         for n in range(2, 20):
             state, _ = train_step(state, (torch.randn(n, 6), torch.randn(n, 3)))
 
-    with pytest.raises(RuntimeError, match=r"more shapes of batches .* compile={'dynamic': True}"):
+    with pytest.raises(RuntimeError, match=r"more shapes of batches .* drop_last, raise that"):
         epoch(state)
 
 

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from topkast_func.checks import check_order
 from topkast_func.config import TopKastConfig
-from topkast_func.ranking import kept
+from topkast_func.ranking import check_blocks, kept
 from topkast_func.sparsity import Allocation, ByPattern, density
 from topkast_func.types import Params
 
@@ -92,7 +92,8 @@ def allocate(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[st
     Raises:
         TypeError: A leaf is not a floating-point tensor.
         ValueError: A leaf is empty, a pattern matches no name, two patterns disagree, or a
-            parameter has a forward but no backward sparsity, or one larger than it.
+            parameter has a forward but no backward sparsity, or one larger than it. With ERK, a
+            selected leaf is not divisible into blocks.
 
     Example:
         >>> import torch
@@ -139,6 +140,31 @@ def shared(
         asked |= _given(config.allocation, asked)
     found = {name: config.method.sparsities(both, step) for name, both in asked.items()}
     return _erdos_renyi(shapes, found, config) if config.allocation == "erk" else found
+
+
+def shared_among_all(
+    shapes: Mapping[str, Sequence[int]], config: TopKastConfig, step: int = 0
+) -> dict[str, Allocation]:
+    """Share the sparsity out among parameters that are sparse already; see `allocate`.
+
+    Args:
+        shapes: Their shapes by name.
+        config: The configuration.
+        step: Number of the step.
+
+    Returns:
+        The sparsities of them all by name.
+
+    Raises:
+        ValueError: The configuration gives one of them no sparsity, or see `allocate`.
+    """
+    found = shared(shapes, config, step)
+    if forgotten := [name for name in shapes if name not in found]:
+        raise ValueError(
+            f"the configuration gives {forgotten} no sparsity, which are sparse: it is not the "
+            "one that made the sets"
+        )
+    return found
 
 
 def given_sparsity(params: Params, config: TopKastConfig) -> list[str]:
@@ -212,9 +238,11 @@ def _given(densities: ByPattern, uniform: dict[str, Allocation]) -> dict[str, Al
 def _erdos_renyi(
     shapes: Mapping[str, Sequence[int]], uniform: dict[str, Allocation], config: TopKastConfig
 ) -> dict[str, Allocation]:
+    for name in uniform:
+        check_blocks(name, shapes[name], config.block_shape)
     size = math.prod(config.block_shape)
     units = {name: math.prod(shapes[name]) // size for name in uniform}
-    scores = {name: sum(shapes[name]) / math.prod(shapes[name]) for name in uniform}
+    scores = {name: sum(shapes[name] or (1,)) / math.prod(shapes[name]) for name in uniform}
     total, least = sum(units.values()), dict.fromkeys(uniform, 1)
     counts = []
     for sparsity in next(iter(uniform.values())):

@@ -241,12 +241,13 @@ def _count_problem(
     theta: Tensors, masks: Mapping[str, Masks], config: TopKastConfig, step: int
 ) -> str | None:
     rows, columns = config.block_shape
-    may_have_stopped = config.explore_until is not None and step >= config.explore_until
+    stopped = config.explore_until is not None and step >= config.explore_until
     for name, sparsity in allocate(theta, config, step=step).items():
         blocks = theta[name].numel() // (rows * columns)
-        expected = tuple(kept(s, blocks) * rows * columns for s in sparsity)
+        asked = (sparsity.forward, sparsity.forward if stopped else sparsity.backward)
+        expected = tuple(kept(s, blocks) * rows * columns for s in asked)
         found = tuple(int(mask.sum()) for mask in masks[name])
-        if found != expected and not (may_have_stopped and found == (expected[0], expected[0])):
+        if found != expected:
             return f"{name!r} has {found} entries in A and B, the configuration asks {expected}"
     return None
 

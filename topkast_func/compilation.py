@@ -30,7 +30,7 @@ BROKEN = (
 SHAPES = (
     "train_step has met more shapes of batches than torch.compile keeps graphs for "
     "(torch._dynamo.config.recompile_limit): give batches few shapes, by padding or drop_last, "
-    "or pass make_train_step(..., compile={'dynamic': True}) or compile=False"
+    "raise that limit, or pass make_train_step(..., compile=False)"
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.active import active_places
-from topkast_func.allocation import shared
+from topkast_func.allocation import shared_among_all
 from topkast_func.config import TopKastConfig
 from topkast_func.forward import AnySets, Indexed, at_alpha, check_sets
 from topkast_func.types import LossFn, Model, Params
@@ -110,7 +110,7 @@ def summed_penalty(
     total = torch.zeros((), device=device)
     if config.penalty is None or not config.method.explores:
         return total
-    for name, sparsity in shared(shapes, config, step).items():
+    for name, sparsity in shared_among_all(shapes, config, step).items():
         active, exploring = (t if t.dtype == torch.float64 else t.float() for t in parts(name))
         total = total + PENALTIES[config.penalty](active, exploring, sparsity.forward_density)
     return total

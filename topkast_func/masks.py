@@ -88,13 +88,16 @@ def masks_at(
     for name, sparsity in allocations.items():
         theta = params[name].detach()
         scores = magnitudes(name, theta, block, norm)
+        device = theta.device
         situation = Situation(
             name,
             scores,
             kept(sparsity.forward, scores.numel()),
             kept(sparsity.backward, scores.numel()),
-            active=blocks(old[name].forward, block) if old else None,
-            gradient=magnitudes(name, gradients[name], block, norm) if gradients else None,
+            active=blocks(old[name].forward.to(device), block) if old else None,
+            gradient=magnitudes(name, gradients[name].to(device), block, norm)
+            if gradients
+            else None,
             progress=min(1.0, step / config.explore_until) if config.explore_until else 0.0,
             generator=_generator(seed, step, name),
         )

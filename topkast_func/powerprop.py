@@ -18,7 +18,7 @@ def theta_of(phi: Tensor, exponent: float | Tensor) -> Tensor:
     """
     away = phi != 0
     power = torch.where(away, phi.abs(), 1.0).pow(exponent - 1)
-    return torch.where(away, phi * power, 0.0)
+    return torch.where(away, phi * power, 0.0).to(phi.dtype)
 
 
 def phi_of(theta: Tensor, exponent: float) -> Tensor:

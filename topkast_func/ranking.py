@@ -1,6 +1,7 @@
 """Rankings by magnitude: exact counts, ties to the lowest flat index, entries or blocks."""
 
 import math
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TypeAlias
 
@@ -31,9 +32,27 @@ def kept(sparsity: float, n: int) -> int:
         n: Entries there are.
 
     Returns:
-        max(1, floor((1 − sparsity)·n + 1/2)).
+        max(1, floor((1 − sparsity)·n + 1/2)), in double precision.
     """
     return max(1, math.floor(density(sparsity) * n + 0.5))
+
+
+def check_blocks(name: str, shape: Sequence[int], block_shape: tuple[int, int]) -> None:
+    """Check that blocks divide a parameter.
+
+    Args:
+        name: Name of the parameter, for errors.
+        shape: Its shape.
+        block_shape: (rows, columns) of a block; (1, 1) divides every shape.
+
+    Raises:
+        ValueError: The first two axes are not divisible into blocks.
+    """
+    sides = zip(shape, block_shape, strict=False)
+    if block_shape != (1, 1) and (len(shape) < 2 or any(n % side for n, side in sides)):
+        raise ValueError(
+            f"block_shape={block_shape} does not divide params[{name!r}] of shape {tuple(shape)}"
+        )
 
 
 def magnitudes(
@@ -57,12 +76,8 @@ def magnitudes(
     """
     if block_shape == (1, 1):
         return theta if theta.dtype == torch.float64 else theta.float()
+    check_blocks(name, theta.shape, block_shape)
     rows, columns = block_shape
-    if theta.ndim < 2 or theta.shape[0] % rows or theta.shape[1] % columns:
-        raise ValueError(
-            f"block_shape={block_shape} does not divide params[{name!r}] of shape "
-            f"{tuple(theta.shape)}"
-        )
     grid = (theta.shape[0] // rows, rows, theta.shape[1] // columns, columns)
     exponent = torch.frexp(theta.abs().max().double()).exponent.clamp(-1000, 1000)
     scaled = theta.double() * torch.pow(2.0, -exponent.double())  # exact, and no square overflows

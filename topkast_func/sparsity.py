@@ -173,5 +173,6 @@ def cubic_fractions(begin: int, end: int, stages: int) -> dict[int, float]:
     begin = check_count("begin", begin, 0)
     end = check_count("end", end, begin + 1)
     stages = check_count("stages", stages, 1)
-    starts = {math.ceil(begin + (end - begin) * i / stages): i / stages for i in range(stages + 1)}
+    changes = range(1, stages + 1)
+    starts = {math.ceil(begin + (end - begin) * i / stages): i / stages for i in changes}
     return {0: 0.0} | {step: 1.0 - (1.0 - way) ** 3 for step, way in starts.items()}

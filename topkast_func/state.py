@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from topkast_func.allocation import given_sparsity, shared
+from topkast_func.allocation import given_sparsity, shared_among_all
 from topkast_func.checks import check_count
 from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
@@ -131,7 +131,8 @@ def refresh(
         The state with its new sets.
 
     Raises:
-        ValueError: The method reads gradients and there are none.
+        ValueError: The method reads gradients and there are none, or the configuration gives a
+            sparse parameter no sparsity.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
     step, dense = int(state.step), state.weights.dense()
@@ -142,7 +143,7 @@ def refresh(
     else:
         theta, seed = _powered(state, dense), int(state.seed)
         shapes = {name: theta[name].shape for name in state.weights.sparse()}
-        allocations = shared(shapes, config, step)
+        allocations = shared_among_all(shapes, config, step)
         masks = masks_at(
             theta, allocations, config, step=step, seed=seed, old=old, gradients=gradients
         )
@@ -160,12 +161,13 @@ def refreshes_at(config: TopKastConfig, step: int) -> bool:
         step: Number t of the step, from 0.
 
     Returns:
-        True where t > 0 and ``refresh_every`` divides it, where B becomes A, and where a
-        sparsity changes.
+        True where t > 0 and ``refresh_every`` divides it, where a sparsity changes, and where B
+        becomes A; never after that.
     """
     every, until = config.refresh_every, config.explore_until
-    due = every is not None and step > 0 and step % every == 0
-    return due or step == until or step in config.starts()
+    if until is not None and step >= until:
+        return step == until
+    return (every is not None and step > 0 and step % every == 0) or step in config.starts()
 
 
 def dense_params(state: TrainState) -> Tensors:

@@ -192,7 +192,8 @@ def check_outside_untouched(before: TrainState, after: TrainState) -> None:
     """
     old, new = dense_params(before), dense_params(after)
     for name, sets in masks_of(before).items():
-        bits = [tensor[~sets.backward].view(torch.uint8) for tensor in (old[name], new[name])]
+        outside = ~sets.backward.to(old[name].device)
+        bits = [tensor[outside].view(torch.uint8) for tensor in (old[name], new[name])]
         moved = int((bits[0] != bits[1]).view(-1, old[name].itemsize).any(1).sum())
         _require(moved == 0, f"{name}: {moved} entries outside B have moved")
 

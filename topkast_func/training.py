@@ -113,8 +113,15 @@ def make_train_step(
         return compiled(_step_of(model, loss_fn, config, start, optimizer, stand_ins), compile)
 
     @cache
-    def gradients() -> Callable[[TrainState, Any], Tensors]:
+    def gradients_from(start: int) -> Callable[[TrainState, Any], Tensors]:
         return compiled(_gradients_of(model, loss_fn), compile)
+
+    def stage(step: int) -> int:
+        return max(start for start in starts if start <= step)
+
+    def gradients(state: TrainState, batch: Any) -> Tensors:
+        last = max(int(state.step) - 1, 0)
+        return gradients_from(stage(last))(state, batch)
 
     run_from(0)
     tried: set[tuple[bool, ...]] = set()
@@ -124,14 +131,14 @@ def make_train_step(
         if (mode := modes(model)) not in tried:
             check_pure(model, loss_fn, state, batch)
             tried.add(mode)
-        state = _refreshed_when_due(state, config, lambda: gradients()(state, batch))
+        state = _refreshed_when_due(state, config, lambda: gradients(state, batch))
         patterns = state.weights.layers()
         kernels = {
             name: stand_ins[name]
             for name, layer in layers.items()
             if name in patterns and "forward" not in vars(layer)
         }
-        run = run_from(max(start for start in starts if start <= int(state.step)))
+        run = run_from(stage(int(state.step)))
         with random_numbers_of(state), standing_in(kernels):
             return run(tuple(kernels), state, batch, optimizer.learning_rate(state.optimizer.step))
 

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,14 +173,13 @@ def score(runs: Runs, setting: Setting) -> float:
 
 
 def _time(several: Runs, dense: Runs) -> list[float]:
-    """Return the median time over that of the dense runs of the same days, if there are any."""
-    days = {run["date"] for run in several}
-    beside = [run for run in dense if run["date"] in days]
-    return [_seconds(several) / _seconds(beside)] if beside else []
+    """Return the median time over that of dense runs, of days that have both; none if none has."""
+    days = {run["date"] for run in several} & {run["date"] for run in dense}
+    return [_seconds(several, days) / _seconds(dense, days)] if days else []
 
 
-def _seconds(several: Runs) -> float:
-    return float(statistics.median(run["seconds"] for run in several))
+def _seconds(several: Runs, days: Set[str]) -> float:
+    return float(statistics.median(run["seconds"] for run in several if run["date"] in days))
 
 
 def _cell(several: Runs, *ratios: float) -> str:

@@ -63,7 +63,7 @@ PLANS = {
     "text": Plan(
         PAIRS,
         PAIRS[0],
-        (0, 1),
+        (0, 1, 2),
         0.25,
         {
             "topkast": {"refresh_every": 1, "penalty_weight": 0.0},
