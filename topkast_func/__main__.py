@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dense-twin",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="train the same network densely too",
+        help="train the same network at sparsity 0 too, with the same penalty",
     )
     parser.add_argument("--out", type=Path, help="folder for the results; runs/JOB if not given")
     return parser

@@ -33,7 +33,8 @@ class TopKastTrainer:
 
     Args:
         net: The network; it is moved to the device and trained in place.
-        loss: A `TopKastLoss`, or any loss ``(y_hat, y) -> scalar``.
+        loss: A `TopKastLoss`, or any loss ``(y_hat, y) -> scalar``, the mean over observations:
+            those of batches are weighed by their sizes.
         num_epochs: Most epochs to train, at least 1.
         print_info_every: Print the losses every so many epochs, at least 1.
         print_loss_history: Print all losses up to the best epoch in the end.
