@@ -247,7 +247,15 @@ class ClampingData(Clamping):
         return self.layer(x)
 
 
-@pytest.mark.parametrize("make", [Clamping, ClampingData])
+class ClampingAnew(Clamping):
+    """Puts another parameter in the place of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight = nn.Parameter(self.layer.weight.clamp(-0.1, 0.1))
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("make", [Clamping, ClampingData, ClampingAnew])
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_forward_pass_that_changes_a_parameter_is_refused_and_nothing_is_lost(
     compile: bool, make: type[nn.Module]
@@ -257,7 +265,7 @@ def test_a_forward_pass_that_changes_a_parameter_is_refused_and_nothing_is_lost(
     before = {n: t.clone() for n, t in tk.dense_params(state).items()}
     step = tk.make_train_step(model, squared, CONFIG, optimizer, compile=compile)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"changes parameters \['layer.weight'\] in place"):
+        with pytest.raises(ValueError, match=r"changes parameters \['layer.weight'\]"):
             step(state, torch.randn(3, 6))
     torch.testing.assert_close(tk.dense_params(state), before, rtol=0, atol=0)
 
@@ -279,7 +287,7 @@ def test_a_change_of_mode_is_a_new_reason_to_see_whether_the_model_is_pure() -> 
     step = tk.make_train_step(model, squared, CONFIG, optimizer, compile=False)
     step(state, x)
     model.train()
-    with pytest.raises(ValueError, match=r"changes parameters \['layer.bias'\] in place"):
+    with pytest.raises(ValueError, match=r"changes parameters \['layer.bias'\]"):
         step(state, x)
     torch.testing.assert_close(tk.dense_params(state), before, rtol=0, atol=0)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,4 +158,23 @@ def test_figures_of_refreshing_the_text_are_those_measured() -> None:
     assert row
     trials = [report.score(runs, replace(held_out, refresh_every=n)) for n in (1, 10, 100)]
     assert f"with what was chosen on images it reaches {row.group(1)} bits" in WORDS
-    assert "gives {:.2f}, {:.2f} and {:.2f} bits".format(*trials) in WORDS
+    higher = report.score(runs, replace(held_out, refresh_every=1, lr=3e-3))
+    told = "gives {:.2f}, {:.2f} and {:.2f} bits, and every step at 3·10⁻³ {:.2f}."
+    assert told.format(*trials, higher) in WORDS
+    chosen = replace(images, task="text", forward=0.8, backward=0.5)
+    others = (
+        replace(chosen, refresh_every=1),
+        replace(chosen, penalty_weight=0.0),
+        replace(chosen, backward=0.8),
+    )
+    for other in others:
+        scores = [report.score(runs, replace(other, seed=seed)) for seed in (0, 1)]
+        assert f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}" in WORDS
+
+
+def test_figures_of_the_other_learning_rate_of_set_are_those_measured() -> None:
+    runs, tuned = report.load(RESULTS, "mlp")
+    other = replace(tuned["set"], lr=3e-3)
+    found = report.scores(runs, other).values()
+    reached = ", ".join(f"{statistics.mean(s):.2f} ± {statistics.stdev(s):.2f}" for s in found)
+    assert f"the other gives {reached}" in WORDS

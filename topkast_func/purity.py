@@ -31,14 +31,19 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
     batch = tree_map_only(Tensor, torch.clone, batch)
     before, unset = forward_params(state), unset_buffers(model)
     weights = {name: tensor.clone() for name, tensor in before.items()}
-    written = {name: weights.pop(name) for name in state.buffers}
+    held = dict(weights)
     with random_numbers_of(state), suppress(Exception):
-        loss_fn(bind(model, ties(model), weights, {}, written), batch)
+        loss_fn(bind(model, ties(model), weights, {}, held), batch)
     same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
-    if changed := [n for n, w in weights.items() if w._version or not same(w, before[n])]:
+    written = {name: held.pop(name) for name in state.buffers}
+    if changed := [
+        name
+        for name, now in held.items()
+        if now is not weights[name] or now._version or not same(now, before[name])
+    ]:
         raise ValueError(
-            f"the forward pass changes parameters {changed} in place: use the result of the "
-            "change, or register what changes as a buffer"
+            f"the forward pass changes parameters {changed}: use the result of the change, or "
+            "register what changes as a buffer"
         )
     if any(leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)):
         raise ValueError("the forward pass or loss_fn changes its inputs in place: copy them first")
