@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -169,12 +168,12 @@ def test_figures_of_refreshing_the_text_are_those_measured() -> None:
     )
     for other in others:
         scores = [report.score(runs, replace(other, seed=seed)) for seed in (0, 1)]
-        assert f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}" in WORDS
+        assert report.mean_and_spread(scores) in WORDS
 
 
 def test_figures_of_the_other_learning_rate_of_set_are_those_measured() -> None:
     runs, tuned = report.load(RESULTS, "mlp")
     other = replace(tuned["set"], lr=3e-3)
     found = report.scores(runs, other).values()
-    reached = ", ".join(f"{statistics.mean(s):.2f} ± {statistics.stdev(s):.2f}" for s in found)
+    reached = ", ".join(map(report.mean_and_spread, found))
     assert f"the other gives {reached}" in WORDS

@@ -16,10 +16,9 @@ from topkast_func.allocation import allocate, given_sparsity
 from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
 from topkast_func.dense_weights import DenseWeights
-from topkast_func.masks import is_of_blocks
+from topkast_func.masks import counts, is_of_blocks
 from topkast_func.modules import check_names, frozen, trainable
 from topkast_func.optim import Optimizer, OptimizerState
-from topkast_func.ranking import kept
 from topkast_func.state import TrainState, Weights, dense_params, masks_of
 from topkast_func.types import Masks, Model, Tensors
 
@@ -240,12 +239,7 @@ def _sparsity_problem(state: TrainState, config: TopKastConfig) -> str | None:
 def _count_problem(
     theta: Tensors, masks: Mapping[str, Masks], config: TopKastConfig, step: int
 ) -> str | None:
-    rows, columns = config.block_shape
-    stopped = config.explore_until is not None and step >= config.explore_until
-    for name, sparsity in allocate(theta, config, step=step).items():
-        blocks = theta[name].numel() // (rows * columns)
-        asked = (sparsity.forward, sparsity.forward if stopped else sparsity.backward)
-        expected = tuple(kept(s, blocks) * rows * columns for s in asked)
+    for name, expected in counts(theta, config, step=step).items():
         found = tuple(int(mask.sum()) for mask in masks[name])
         if found != expected:
             return f"{name!r} has {found} entries in A and B, the configuration asks {expected}"

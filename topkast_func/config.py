@@ -135,6 +135,10 @@ class TopKastConfig:
         staged = {start for s in sparsities if isinstance(s, Staged) for start in s.steps}
         return tuple(sorted({*staged, *self.method.starts()} - {0}))
 
+    def settled(self, step: int) -> bool:
+        """Return whether B is A from a step on, and the sets stay."""
+        return self.explore_until is not None and step >= self.explore_until
+
     def sparsities(self, step: int) -> tuple[Fixed, Fixed]:
         """Return forward and backward sparsity of the stage that a step is in."""
         forward, backward = (

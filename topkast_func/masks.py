@@ -1,5 +1,6 @@
 """Choice of the forward set A and the backward set B of every parameter: exact counts."""
 
+import math
 from collections.abc import Mapping
 from zlib import crc32
 
@@ -54,6 +55,29 @@ def compute_masks(
         if name not in allocations and leaf.isnan().any():
             raise NaNParameterError(f"params[{name!r}] holds NaN")
     return masks_at(params, allocations, config, step=step, seed=seed)
+
+
+def counts(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[str, tuple[int, int]]:
+    """Return how many entries A and B have after the sets of a step were chosen.
+
+    Args:
+        params: Weights by name.
+        config: The configuration.
+        step: Number of the step: from ``explore_until`` on, B is A.
+
+    Returns:
+        |A| and |B| by name; dense parameters are absent.
+
+    Raises:
+        ValueError: See `allocate`.
+    """
+    size = math.prod(config.block_shape)
+    found = {}
+    for name, (forward, backward) in allocate(params, config, step=step).items():
+        asked = (forward, forward if config.settled(step) else backward)
+        units = params[name].numel() // size
+        found[name] = (kept(asked[0], units) * size, kept(asked[1], units) * size)
+    return found
 
 
 def masks_at(

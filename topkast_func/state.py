@@ -136,7 +136,7 @@ def refresh(
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
     step, dense = int(state.step), state.weights.dense()
-    stays = config.explore_until is not None and step >= config.explore_until
+    stays = config.settled(step)
     old = masks_of(state) if stays or config.method.reads_sets else {}
     if stays:
         masks = {n: Masks(m.forward, m.forward.clone()) for n, m in old.items()}
@@ -164,9 +164,9 @@ def refreshes_at(config: TopKastConfig, step: int) -> bool:
         True where t > 0 and ``refresh_every`` divides it, where a sparsity changes, and where B
         becomes A; never after that.
     """
-    every, until = config.refresh_every, config.explore_until
-    if until is not None and step >= until:
-        return step == until
+    if config.settled(step):
+        return step == config.explore_until
+    every = config.refresh_every
     return (every is not None and step > 0 and step % every == 0) or step in config.starts()
 
 

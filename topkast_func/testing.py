@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from topkast_func.allocation import allocate
 from topkast_func.config import TopKastConfig
-from topkast_func.masks import blocks, compute_masks, is_of_blocks
-from topkast_func.ranking import kept, magnitudes
+from topkast_func.masks import blocks, compute_masks, counts, is_of_blocks
+from topkast_func.ranking import magnitudes
 from topkast_func.state import TrainState, dense_params, masks_of
 from topkast_func.types import Masks, Params
 
@@ -140,16 +139,10 @@ def check_counts(
     Raises:
         AssertionError: They have not; the text names the parameter.
     """
-    until = config.explore_until
-    stays = until is not None and step >= until
-    allocations = allocate(params, config, step=step)
-    told = f"{[*masks]} are sparse, not {[*allocations]}"
-    _require(masks.keys() == allocations.keys(), told)
-    size = config.block_shape[0] * config.block_shape[1]
-    for name, sparsity in allocations.items():
+    asked = counts(params, config, step=step)
+    _require(masks.keys() == asked.keys(), f"{[*masks]} are sparse, not {[*asked]}")
+    for name, expected in asked.items():
         found = tuple(int(mask.sum()) for mask in masks[name])
-        asked = (sparsity.forward, sparsity.forward if stays else sparsity.backward)
-        expected = tuple(kept(s, params[name].numel() // size) * size for s in asked)
         _require(found == expected, f"{name}: {found} entries in A and B, not {expected}")
 
 

@@ -182,8 +182,13 @@ def _seconds(several: Runs, days: Set[str]) -> float:
     return float(statistics.median(run["seconds"] for run in several if run["date"] in days))
 
 
-def _cell(several: Runs, *ratios: float) -> str:
-    scores = [run["score"] for run in several]
+def mean_and_spread(scores: Sequence[float]) -> str:
+    """Return the mean of scores and, of several, their standard deviation, as tables show them."""
     deviation = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.2f}{deviation}"
+
+
+def _cell(several: Runs, *ratios: float) -> str:
+    scores = mean_and_spread([run["score"] for run in several])
     shown = (statistics.mean(run["flops"] for run in several), *ratios)
-    return f"{statistics.mean(scores):.2f}{deviation} ({', '.join(f'{r:.2f}×' for r in shown)})"
+    return f"{scores} ({', '.join(f'{r:.2f}×' for r in shown)})"
