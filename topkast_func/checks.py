@@ -46,6 +46,45 @@ def check_fraction(name: str, value: object) -> float:
     return number
 
 
+def check_share(name: str, value: object) -> float:
+    """Return ``value`` as a float if it is a real number in (0, 1].
+
+    Args:
+        name: What the number is called in the error.
+        value: The number to check.
+
+    Returns:
+        The number as a float.
+
+    Raises:
+        TypeError: ``value`` is not a real number (booleans and strings are not).
+        ValueError: ``value`` is NaN or outside (0, 1].
+    """
+    number = check_real(name, value, "(0, 1]")
+    if not 0.0 < number <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}")
+    return number
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> object:
+    """Return ``value`` if it is one of ``choices``.
+
+    Args:
+        name: What the value is called in the error.
+        value: The value to check.
+        choices: What it may be.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    return value
+
+
 def check_real(name: str, value: object, allowed: str) -> float:
     """Return ``value`` as a float if it is a real number.
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from topkast_func.checks import (
     check_block_shape,
+    check_choice,
     check_count,
     check_number,
     check_order,
-    check_real,
+    check_share,
 )
 from topkast_func.methods import Method, topkast
 from topkast_func.sparsity import ByPattern, Fixed, Sparsity, Staged
@@ -90,10 +91,10 @@ class TopKastConfig:
             "sparse": _selection(self.sparse),
             "refresh_every": _optional_count("refresh_every", self.refresh_every, 1),
             "explore_until": _optional_count("explore_until", self.explore_until, 0),
-            "penalty": _choice("penalty", self.penalty, (*get_args(Penalty), None)),
+            "penalty": check_choice("penalty", self.penalty, (*get_args(Penalty), None)),
             "penalty_weight": check_number("penalty_weight", self.penalty_weight, 0.0),
             "block_shape": check_block_shape("block_shape", self.block_shape),
-            "block_norm": _choice("block_norm", self.block_norm, get_args(BlockNorm)),
+            "block_norm": check_choice("block_norm", self.block_norm, get_args(BlockNorm)),
             "method": _method(self.method),
             "allocation": _allocation(self.allocation),
             "keep_dense": _globs("keep_dense", self.keep_dense),
@@ -161,9 +162,9 @@ def _sparsity(name: str, value: object) -> Fixed | Staged:
 
 def _allocation(value: object) -> object:
     if not isinstance(value, Mapping):
-        return _choice("allocation", value, get_args(Shares))
+        return check_choice("allocation", value, get_args(Shares))
     return ByPattern({
-        pattern: _density(f"allocation[{pattern!r}]", share)
+        pattern: check_share(f"allocation[{pattern!r}]", share)
         for pattern, share in _patterns("allocation", value).items()
     })
 
@@ -174,13 +175,6 @@ def _patterns(name: str, value: Mapping[Any, Any]) -> Mapping[str, object]:
     if not all(isinstance(pattern, str) for pattern in value):
         raise TypeError(f"the keys of {name} must be glob patterns, got {list(value)!r}")
     return value
-
-
-def _density(name: str, value: object) -> float:
-    number = check_real(name, value, "(0, 1]")
-    if not 0.0 < number <= 1.0:
-        raise ValueError(f"{name} must be a density in (0, 1], got {value!r}")
-    return number
 
 
 def _method(value: object) -> Method:
@@ -209,9 +203,3 @@ def _globs(name: str, value: object) -> tuple[str, ...]:
 
 def _optional_count(name: str, value: object, low: int) -> int | None:
     return None if value is None else check_count(name, value, low)
-
-
-def _choice(name: str, value: object, choices: tuple[object, ...]) -> object:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    return value

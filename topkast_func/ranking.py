@@ -163,6 +163,34 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
     return marked
 
 
+def exchanged_sets(
+    name: str, scores: Tensor, active: Tensor, forward: int, backward: int, fraction: float
+) -> Sets:
+    """Mark the largest magnitudes, of which the largest of the old A are to be.
+
+    Args:
+        name: Name of the parameter, for errors.
+        scores: float32 or float64, any shape.
+        active: 1_A as it is, bool, of the same shape.
+        forward: How many to mark first, at least 1.
+        backward: How many to mark second, at least as many.
+        fraction: Share of A that may go, in (0, 1]: max(1, floor(fraction·n + 1/2)) of the n
+            entries that A could keep.
+
+    Returns:
+        Two bool tensors of the shape of ``scores``, the first contained in the second.
+
+    Raises:
+        NaNParameterError: A score is NaN.
+    """
+    keep = min(int(active.sum()), forward)
+    exchanged = max(1, math.floor(fraction * keep + 0.5))
+    stay = largest_among(name, active, scores, max(0, keep - exchanged))
+    if scores.isnan().any():
+        raise NaNParameterError(f"params[{name!r}] holds NaN; its entries cannot be ranked")
+    return top_sets(name, torch.where(stay, torch.inf, scores), forward, backward)
+
+
 def drawn_among(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Mark candidates at random, each set of them being as likely as any other.
 

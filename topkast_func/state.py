@@ -11,6 +11,7 @@ from topkast_func.checks import check_count
 from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
 from topkast_func.dense_weights import DenseWeights
+from topkast_func.entry import entered
 from topkast_func.layers import kernel_layers
 from topkast_func.masks import compute_masks, masks_at
 from topkast_func.modules import buffers, frozen, ties, trainable
@@ -147,8 +148,8 @@ def refresh(
         masks = masks_at(
             theta, allocations, config, step=step, seed=seed, old=old, gradients=gradients
         )
-    if config.method.grows_from_zero and not state.exponents:
-        dense = dense | {n: _grown(dense[n], old[n], masks[n]) for n in masks}
+    if old and not stays:
+        dense = dense | {n: _entered(n, dense[n], old[n], masks[n], state, config) for n in masks}
     weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots)
     return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
 
@@ -252,9 +253,19 @@ def _powered(state: TrainState, weights: Tensors) -> Tensors:
     return weights | {name: theta_of(weights[name], a) for name, a in state.exponents.items()}
 
 
-def _grown(theta: Tensor, old: Masks, new: Masks) -> Tensor:
-    """Set to zero what newly enters A."""
-    return torch.where((new.forward & ~old.forward).to(theta.device), 0.0, theta)
+def _entered(
+    name: str, raw: Tensor, old: Masks, new: Masks, state: TrainState, config: TopKastConfig
+) -> Tensor:
+    return entered(
+        name,
+        raw,
+        old,
+        new,
+        config.method.enters_at,
+        block_shape=config.block_shape,
+        block_norm=config.block_norm,
+        exponent=float(state.exponents.get(name, 1.0)),
+    )
 
 
 def _copied(tensors: Params) -> Tensors:

@@ -1,13 +1,16 @@
-"""What a method of sparse training decides: the sparsities, and which entries A and B hold."""
+"""What a method of sparse training decides: the sparsities, the sets, and how a weight enters A."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from topkast_func.ranking import NaNParameterError, Sets, drawn_among
 from topkast_func.sparsity import Allocation
+
+Entry: TypeAlias = Literal["value", "zero", "threshold"]
+"""With what an entry that newly enters A starts: see `topkast`."""
 
 
 class Situation(NamedTuple):
@@ -43,16 +46,22 @@ class Method:
     Attributes:
         sparsifies: Whether any parameter is sparse at all.
         explores: Whether the backward sparsity is read, and the exploration penalty in place.
-        reads_sets: Whether new sets follow from the old ones.
         reads_gradient: Whether the sets follow the gradient of all weights.
-        grows_from_zero: Whether an entry that newly enters A starts at zero.
     """
 
     sparsifies: ClassVar[bool] = True
     explores: ClassVar[bool] = False
-    reads_sets: ClassVar[bool] = False
     reads_gradient: ClassVar[bool] = False
-    grows_from_zero: ClassVar[bool] = False
+
+    @property
+    def enters_at(self) -> Entry:
+        """With what an entry that newly enters A starts."""
+        return "value"
+
+    @property
+    def reads_sets(self) -> bool:
+        """Whether a refresh needs to know the old sets."""
+        return self.enters_at != "value"
 
     def sparsities(self, asked: Allocation, step: int) -> Allocation:
         """Return the sparsities of a parameter at a step, from those that it is allocated.
