@@ -99,8 +99,11 @@ class Setting:
         penalty: Form of the exploration penalty.
         penalty_weight: Its weight.
         refresh_every: Steps between refreshes.
+        entry: With what a weight starts that newly enters A; of the methods that explore.
+        exchange: Largest share of A that a refresh exchanges; of the methods that explore.
         drop_fraction: Of SET and RigL.
         until: Share of the run after which the sets stay, or at which pruning is done.
+        beta2: Of Adam; None for the task's own.
     """
 
     task: str
@@ -117,6 +120,9 @@ class Setting:
     refresh_every: int = 100
     drop_fraction: float = 0.3
     until: float | None = None
+    entry: Any = "value"
+    exchange: float | None = None
+    beta2: float | None = None
 
     def config(self, model: Any, steps: int) -> tk.TopKastConfig:
         """Return the configuration of the run.
@@ -149,6 +155,8 @@ class Setting:
         )
 
     def _method(self, end: int | None) -> tk.Method:
+        if self.method in {"topkast", "random_backward"}:
+            return getattr(tk, self.method)(self.entry, self.exchange)  # type: ignore[no-any-return]
         if self.method in {"set", "rigl"}:
             return getattr(tk, self.method)(self.drop_fraction)  # type: ignore[no-any-return]
         if self.method == "gmp":

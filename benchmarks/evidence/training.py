@@ -1,9 +1,10 @@
 """One run: train as a setting says, and score."""
 
 import math
+import statistics
 import time
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from topkast_func.state import Storage
 OFTEN = 10
 """Steps between refreshes below which indexing the sets anew costs more than dense storage."""
 
+RECENT = 5
+"""Steps before a refresh whose mean loss its shock is measured against."""
+
 
 def run(setting: Setting) -> dict[str, Any]:
     """Train and score.
@@ -28,7 +32,9 @@ def run(setting: Setting) -> dict[str, Any]:
     Returns:
         ``score`` of the last state, ``flops`` of training over those of the dense network
         (dense gradients at the refreshes of RigL left out), ``explored`` (share of the sparse
-        weights that were ever in A), ``parameters`` that the trained network uses, ``seconds``.
+        weights that were ever in A), ``parameters`` that the trained network uses, ``seconds``,
+        and ``shock``, median and largest: the loss of the first step after a refresh over the
+        mean of the five before; None where refreshes are closer than that.
     """
     start, task = time.perf_counter(), TASKS[setting.task]
     torch.manual_seed(setting.seed)
@@ -36,7 +42,8 @@ def run(setting: Setting) -> dict[str, Any]:
     steps = round(setting.steps * task.steps)
     config = setting.config(model, steps)
     rate = partial(_rate, setting.lr, task.warm_up, steps)
-    optimizer = tk.adam(rate, task.betas, weight_decay=setting.weight_decay)
+    betas = (task.betas[0], setting.beta2 or task.betas[1])
+    optimizer = tk.adam(rate, betas, weight_decay=setting.weight_decay)
     storage: Storage = "dense" if setting.refresh_every < OFTEN else "compact"
     state = tk.init_state(model, config, optimizer, storage=storage, seed=setting.seed)
     step = tk.make_train_step(model, loss_fn, config, optimizer)
@@ -52,6 +59,7 @@ def run(setting: Setting) -> dict[str, Any]:
         "explored": tk.exploration_rate(watch.explored) if watch.explored else None,
         "parameters": _used(state),
         "seconds": time.perf_counter() - start,
+        "shock": watch.shock(),
     }
 
 
@@ -61,20 +69,34 @@ def _at(model: nn.Module, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
 
 
 class _Watch(tk.Callback):
-    """Adds up operations, and keeps which weights were ever in A."""
+    """Adds up operations, and keeps the losses and which weights were ever in A."""
 
     def __init__(self, model: nn.Module, task: Task, state: tk.TrainState) -> None:
         self.model, self.inputs = model, task.sample
         self.flops, self.explored = 0.0, tk.explored(tk.masks_of(state))
+        self.losses: list[float] = []
+        self.refreshes: list[int] = []
         self._known: dict[tuple[int, ...], float] = {}
         self._per_step = self._flops(state)
 
     def on_step(self, state: tk.TrainState, metrics: tk.StepMetrics) -> None:
         self.flops += self._per_step
+        self.losses.append(float(metrics.data_loss))
 
     def on_refresh(self, before: tk.TrainState, after: tk.TrainState) -> None:
         self.explored = tk.explored(tk.masks_of(after), self.explored)
         self._per_step = self._flops(after)
+        self.refreshes.append(len(self.losses))
+
+    def shock(self) -> tuple[float, float] | None:
+        """Return by how much the loss is multiplied at a refresh, median and largest."""
+        nearest = min((b - a for a, b in pairwise((0, *self.refreshes))), default=0)
+        if nearest < RECENT:
+            return None
+        ratios = [
+            self.losses[t] / statistics.mean(self.losses[t - RECENT : t]) for t in self.refreshes
+        ]
+        return statistics.median(ratios), max(ratios)
 
     def _flops(self, state: tk.TrainState) -> float:
         """Return the operations of a step; they are those of any state with as large sets."""
