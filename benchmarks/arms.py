@@ -9,8 +9,8 @@ from torch.nn import functional
 import topkast_func as tk
 from benchmarks.networks import Problem
 from benchmarks.protocol import Parameters
-from topkast_func.active import split, where
 from topkast_func.kernels import EngineName, engines, pattern_of, sparse_linear
+from topkast_func.model.alpha import split
 
 OPTIMIZERS: dict[str, Callable[[float], tk.Optimizer]] = {
     "sgd": lambda lr: tk.sgd(lr, momentum=0.9),
@@ -94,7 +94,7 @@ def products(
         The products.
     """
     pattern = pattern_of(masks.forward, masks.backward, block_shape)
-    places = where(pattern, block_shape, weight.shape)
+    places = pattern.flat_index(block_shape, weight.shape)
     values = split(weight, places)
     (rows, columns), batch = weight.shape, len(x)
     raw, (pack, unpack) = engines.engine(engine), engines.layout(engine)

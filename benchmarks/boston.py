@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from topkast_func.config import TopKastConfig
-from topkast_func.job import train
-from topkast_func.plots import sets
-from topkast_func.state import masks_of
+from topkast_func.config.topkast_config import TopKastConfig
+from topkast_func.demo import train
+from topkast_func.report.plots import sets
+from topkast_func.training.state import masks_of
 
 HERE = Path(__file__).parent
 SEEDS, SPLITS = range(42, 47), range(5)

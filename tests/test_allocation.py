@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import topkast_func as tk
 from topkast_func import TopKastConfig
-from topkast_func.allocation import allocate, check_params, select, shared
+from topkast_func.config.allocation import allocate, shared
+from topkast_func.config.selection import check_params, select
 from topkast_func.ranking import kept
 from topkast_func.sparsity import Allocation
 from topkast_func.testing import sparsities
@@ -190,7 +191,7 @@ def test_densities_by_pattern_and_the_others_uniform() -> None:
     ("fields", "message"),
     [
         ({"allocation": "er"}, "allocation must be one of .*'uniform', 'erk'.*, got 'er'"),
-        ({"allocation": {"a": 0.0}}, r"allocation\['a'\] must be a density in \(0, 1\], got 0.0"),
+        ({"allocation": {"a": 0.0}}, r"allocation\['a'\] must be in \(0, 1\], got 0.0"),
         ({"allocation": {}}, "allocation must name at least one pattern"),
         (
             {"allocation": "erk", "forward_sparsity": {"a": 0.9}},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import topkast_func as tk
-from topkast_func.compact_weights import CompactWeights
+from topkast_func.storage.compact import CompactWeights
 
 CONFIG = tk.TopKastConfig(0.7, 0.4, refresh_every=2, penalty_weight=0.05)
 STEPS = 9

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import topkast_func as tk
-from topkast_func import compilation
+from topkast_func.training import compilation
 
 CONFIG, OPTIMIZER = tk.TopKastConfig(), tk.sgd(0.1)
 

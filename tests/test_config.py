@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import topkast_func as tk
 from topkast_func import TopKastConfig
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -14,7 +15,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"forward_sparsity": float("nan")}, ValueError, "forward_sparsity .* got nan"),
     ({"forward_sparsity": True}, TypeError, "forward_sparsity must be a number .* got True"),
     ({"forward_sparsity": "0.9"}, TypeError, "forward_sparsity must be a number .* got '0.9'"),
-    ({"backward_sparsity": None}, TypeError, "backward_sparsity must be a number"),
+    ({"backward_sparsity": "0.5"}, TypeError, "backward_sparsity must be a number"),
     ({"forward_sparsity": {"a": 2}}, ValueError, r"forward_sparsity\['a'\] must be in"),
     ({"forward_sparsity": {3: 0.9}}, TypeError, "the keys of forward_sparsity must be glob"),
     ({"forward_sparsity": {}}, ValueError, "forward_sparsity must name at least one pattern"),
@@ -78,3 +79,45 @@ def test_numpy_numbers_are_numbers() -> None:
     )
     assert (config.forward_sparsity, config.backward_sparsity) == (0.75, 0.5)
     assert (type(config.forward_sparsity), type(config.refresh_every)) == (float, int)
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (0.9, 0.8),
+        (0.5, 0.0),
+        (0.3, 0.0),
+        (0.95, 0.9),
+    ],
+)
+def test_b_is_twice_as_large_as_a_unless_it_is_given(forward: float, expected: float) -> None:
+    config = TopKastConfig(forward)
+    assert config.backward_sparsity is None
+    assert config.sparsities(0)[1] == pytest.approx(expected)
+
+
+def test_b_is_twice_as_large_as_a_by_pattern_and_over_time() -> None:
+    by_pattern = TopKastConfig({"a*": 0.9, "b*": 0.4}).sparsities(0)[1]
+    assert dict(by_pattern) == {"a*": pytest.approx(0.8), "b*": 0.0}  # type: ignore[arg-type]
+    staged = TopKastConfig(tk.staged({0: 0.5, 10: 0.75}))
+    assert [staged.sparsities(t)[1] for t in (0, 10)] == [0.0, 0.5]
+
+
+def test_refreshes_may_be_rarer_from_a_step_on() -> None:
+    schedule = TopKastConfig(refresh_every={0: 1, 5: 4, 14: None}).schedule
+    assert [t for t in range(30) if schedule.refreshes_at(t)] == [1, 2, 3, 4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("every", "error", "message"),
+    [
+        ({}, ValueError, "must say what holds from step 0 on"),
+        ({10: 1}, ValueError, "must say what holds from step 0 on"),
+        ({0: 0}, ValueError, r"refresh_every\[0\] must be at least 1, got 0"),
+        ({-1: 1, 0: 1}, ValueError, "a step of refresh_every must be at least 0"),
+        ({0: 1, "5": 2}, TypeError, "a step of refresh_every must be an integer"),
+    ],
+)
+def test_bad_intervals_are_refused(every: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        TopKastConfig(refresh_every=every)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.kernels.problems import Problem, integers, problem
-from topkast_func.layers import StandIn, bound_to, kernel_layers, standing_in
+from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing_in
 
 
 class Sub(nn.Linear):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import topkast_func as tk
-from topkast_func import job
+from topkast_func import demo
 from topkast_func.__main__ import main
 
 CONFIG = tk.TopKastConfig(
@@ -25,7 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "make_train_step", partial(tk.make_train_step, compile=False))
+    monkeypatch.setattr(demo, "make_train_step", partial(tk.make_train_step, compile=False))
 
 
 def _metrics(out: Path) -> dict[str, Any]:
@@ -43,15 +43,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of one run of three epochs, for tests that only read it."""
     out: Path = tmp_path_factory.mktemp("run") / "new" / "folder"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "make_train_step", partial(tk.make_train_step, compile=False))
+        patch.setattr(demo, "make_train_step", partial(tk.make_train_step, compile=False))
         main(["boston", "--epochs", "3", "--seed", "7", "--out", str(out)])
     return out
 
 
 @pytest.fixture
-def again(_eager: None) -> job.Run:
+def again(_eager: None) -> demo.Run:
     """The same run by hand."""
-    return job.train("boston", CONFIG, 3, 7, "again")
+    return demo.train("boston", CONFIG, 3, 7, "again")
 
 
 def test_it_writes_three_files_and_nothing_else(results: Path) -> None:
@@ -65,10 +65,10 @@ def test_the_loss_plot_is_a_png_with_something_drawn(results: Path) -> None:
     assert pixels.std() > 0.0
 
 
-def test_the_metrics_are_those_of_the_run(results: Path, again: job.Run) -> None:
+def test_the_metrics_are_those_of_the_run(results: Path, again: demo.Run) -> None:
     metrics = _metrics(results)
     assert metrics["options"] == {
-        "job": "boston",
+        "demo": "boston",
         "seed": 7,
         "epochs": 3,
         "forward_sparsity": 0.7,
@@ -89,17 +89,17 @@ def test_the_metrics_are_those_of_the_run(results: Path, again: job.Run) -> None
 @pytest.mark.usefixtures("_eager")
 def test_the_dense_twin_is_the_same_network_without_sparsity(results: Path) -> None:
     dense = tk.TopKastConfig(0.0, 0.0, refresh_every=10, penalty_weight=0.1)
-    run = job.train("boston", dense, 3, 7, "again")
+    run = demo.train("boston", dense, 3, 7, "again")
     errors = _metrics(results)["test_mse"]
     assert errors.keys() == {"sparse", "dense", "mean"}
     assert errors["dense"] == run.test_mse
     assert errors["dense"] != errors["sparse"]
 
 
-def test_the_saved_state_is_the_reported_one(results: Path, again: job.Run) -> None:
-    state = tk.load(results / "state.safetensors", CONFIG, job._network(13, 0), tk.sgd(0.1, 0.9))
+def test_the_saved_state_is_the_reported_one(results: Path, again: demo.Run) -> None:
+    state = tk.load(results / "state.safetensors", CONFIG, demo._network(13, 0), tk.sgd(0.1, 0.9))
     layers = _metrics(results)["layers"]
-    rows = [row._asdict() for row in tk.summary(state, job.BATCH_SIZE).rows]
+    rows = [row._asdict() for row in tk.summary(state, demo.BATCH_SIZE).rows]
     assert layers == json.loads(json.dumps(rows))
     for name, masks in tk.masks_of(state).items():
         layer = next(layer for layer in layers if layer["name"] == name)
@@ -126,7 +126,7 @@ def test_the_options_reach_the_training(tmp_path: Path) -> None:
     words = "synthetic --epochs 2 --forward-sparsity 0.9 --backward-sparsity 0.8 --seed 3"
     main([*words.split(), "--refresh-every", "4", "--no-dense-twin", "--out", str(tmp_path)])
     config = tk.TopKastConfig(0.9, 0.8, refresh_every=4, penalty_weight=0.1)
-    run = job.train("synthetic", config, 2, 3, "again")
+    run = demo.train("synthetic", config, 2, 3, "again")
     assert _metrics(tmp_path)["train_losses"] == run.train_losses
     assert tk.load(tmp_path / "state.safetensors", config).step == run.state.step
 
@@ -195,7 +195,7 @@ def test_a_run_that_diverges_still_writes_its_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: job"),
+        ("", "the following arguments are required: demo"),
         ("iris", "invalid choice: 'iris'"),
         ("boston --epochs 0", "epochs must be at least 1, got 0"),
         ("boston --epochs 1.5", "invalid int value: '1.5'"),

@@ -264,7 +264,7 @@ def test_a_drop_fraction_out_of_range_is_refused(make: Any, fraction: float) -> 
 
 def test_gmp_goes_from_dense_to_sparse_in_stages_by_magnitude() -> None:
     config = replace(BASE, method=tk.gmp(2, 6, stages=2))
-    assert config.starts() == (4, 6)
+    assert config.schedule.starts == (4, 6)
     path = states(config, 8)
     sparsity = {0: 0.0, 2: 0.0, 4: 0.75 * (1 - 0.5**3), 6: 0.75}
     for t, (before, after) in enumerate(pairwise(path)):

@@ -9,7 +9,8 @@ import torch
 from matplotlib.figure import Figure
 
 import topkast_func as tk
-from topkast_func import Masks, plots
+from topkast_func import Masks
+from topkast_func.report import plots
 
 FORWARD = torch.tensor([[True, False, False, False], [False, False, False, True]])
 BACKWARD = torch.tensor([[True, True, False, False], [False, True, True, True]])

@@ -58,7 +58,7 @@ def test_bad_cubics_are_named() -> None:
 def test_a_configuration_at_a_step_has_the_sparsities_of_its_stage() -> None:
     forward = tk.staged({0: 0.5, 10: 0.9})
     config = tk.TopKastConfig(forward, tk.staged({0: 0.25, 5: 0.5}))
-    assert config.starts() == (5, 10)
+    assert config.schedule.starts == (5, 10)
     assert [config.sparsities(t)[0] for t in (0, 9, 10)] == [0.5, 0.5, 0.9]
     assert [config.sparsities(t)[1] for t in (4, 5, 50)] == [0.25, 0.5, 0.5]
 

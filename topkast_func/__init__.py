@@ -3,17 +3,9 @@
 from importlib import import_module
 from types import ModuleType
 
-from topkast_func.allocation import allocate, first_weight, last_weight
-from topkast_func.checkpoint import load, save
-from topkast_func.config import TopKastConfig
-from topkast_func.exchange import Exchange, exchanges, exploration_rate, explored
-from topkast_func.explain import explain
-from topkast_func.export import to_sparse
+from topkast_func.config import TopKastConfig, allocate, first_weight, last_weight
 from topkast_func.facade import TopKastLinear, TopKastLoss, TopKastTrainer
-from topkast_func.flops import TrainingFlops, training_flops
-from topkast_func.forward import index_masks, sparse_forward
-from topkast_func.loop import Callback, History, Refresh, train
-from topkast_func.loss import exploration_penalty, penalized_loss
+from topkast_func.integrations.tensorboard import TensorBoardLogger
 from topkast_func.masks import compute_masks
 from topkast_func.methods import (
     Method,
@@ -26,9 +18,19 @@ from topkast_func.methods import (
     ste,
     topkast,
 )
-from topkast_func.optim import Optimizer, OptimizerState, adam, adamw, sgd
+from topkast_func.model.forward import index_masks, sparse_forward
+from topkast_func.report.exchange import Exchange, exchanges, exploration_rate, explored
+from topkast_func.report.explain import explain
+from topkast_func.report.export import to_sparse
+from topkast_func.report.flops import TrainingFlops, training_flops
+from topkast_func.report.history import History, Refresh
+from topkast_func.report.summary import Summary, summary
 from topkast_func.sparsity import Allocation, Staged, cubic, staged
-from topkast_func.state import (
+from topkast_func.training.checkpoint import load, save
+from topkast_func.training.loop import Callback, train
+from topkast_func.training.loss import exploration_penalty, penalized_loss
+from topkast_func.training.optim import Optimizer, OptimizerState, adam, adamw, sgd
+from topkast_func.training.state import (
     TrainState,
     dense_params,
     forward_params,
@@ -36,9 +38,7 @@ from topkast_func.state import (
     masks_of,
     refresh,
 )
-from topkast_func.summary import Summary, summary
-from topkast_func.tensorboard import TensorBoardLogger
-from topkast_func.training import StepMetrics, dense_gradients, make_train_step
+from topkast_func.training.step import StepMetrics, dense_gradients, make_train_step
 from topkast_func.types import Masks
 
 __all__ = [
@@ -104,6 +104,7 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     """Import `plots`, which needs matplotlib, and `testing`, which needs Hypothesis, when used."""
-    if name in ("plots", "testing"):
-        return import_module(f"topkast_func.{name}")
+    modules = {"plots": "topkast_func.report.plots", "testing": "topkast_func.testing"}
+    if name in modules:
+        return import_module(modules[name])
     raise AttributeError(f"module 'topkast_func' has no attribute {name!r}")

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from topkast_func import plots
-from topkast_func.checkpoint import save
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
-from topkast_func.job import BATCH_SIZE, JOBS, Run, train
-from topkast_func.summary import summary
+from topkast_func.demo import BATCH_SIZE, JOBS, Run, train
+from topkast_func.report.summary import summary
+from topkast_func.training.checkpoint import save
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

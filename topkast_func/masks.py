@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkast_func.allocation import allocate
 from topkast_func.config import TopKastConfig
+from topkast_func.config.allocation import allocate
 from topkast_func.methods import Situation
 from topkast_func.ranking import NaNParameterError, kept, magnitudes
 from topkast_func.sparsity import Allocation
@@ -74,7 +74,7 @@ def counts(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[str,
     size = math.prod(config.block_shape)
     found = {}
     for name, (forward, backward) in allocate(params, config, step=step).items():
-        asked = (forward, forward if config.settled(step) else backward)
+        asked = (forward, forward if config.schedule.settled(step) else backward)
         units = params[name].numel() // size
         found[name] = (kept(asked[0], units) * size, kept(asked[1], units) * size)
     return found

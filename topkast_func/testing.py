@@ -14,7 +14,7 @@ from torch import Tensor
 from topkast_func.config import TopKastConfig
 from topkast_func.masks import blocks, compute_masks, counts, is_of_blocks
 from topkast_func.ranking import magnitudes
-from topkast_func.state import TrainState, dense_params, masks_of
+from topkast_func.training.state import TrainState, dense_params, masks_of
 from topkast_func.types import Masks, Params
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

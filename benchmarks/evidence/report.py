@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.evidence.settings import FIRST, METHODS, PLANS, Setting, ablations, trials
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.tables import markdown
-from topkast_func import plots
+from topkast_func.report import plots
 
 Runs = Sequence[Mapping[str, Any]]
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 import topkast_func as tk
 from benchmarks.evidence.settings import SMALL, Setting
 from benchmarks.evidence.tasks import TASKS, Task, loss_fn
-from topkast_func.state import Storage
+from topkast_func.training.state import Storage
 
 OFTEN = 10
 """Steps between refreshes below which indexing the sets anew costs more than dense storage."""

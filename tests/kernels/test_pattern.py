@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tests.kernels.problems import Problem, integers, problem, problems
 from topkast_func.kernels import pattern, pattern_of
-from topkast_func.kernels.pattern import Compressed, block_of, flat
+from topkast_func.kernels.pattern import BlockRows, block_of, flat
 
 
-def counted(part: Compressed) -> int:
+def counted(part: BlockRows) -> int:
     return int(part.pointers[-1])
 
 

@@ -12,18 +12,19 @@ from torch.nn import functional
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from topkast_func.active import followed, sources, split, where
-from topkast_func.allocation import check_params
 from topkast_func.checks import check_count, check_number, check_order
+from topkast_func.config.selection import check_params
 from topkast_func.kernels.engines import EngineName, choose
 from topkast_func.kernels.linear import layer_of, sparse_linear
-from topkast_func.kernels.pattern import Compressed, Pattern, flat, flattened, nested, pattern_of
+from topkast_func.kernels.pattern import BlockRows, Pattern, flat, flattened, nested, pattern_of
+from topkast_func.model.alpha import split
 from topkast_func.ranking import kept, magnitudes, top_sets
+from topkast_func.storage.index import carry, old_slots
 
 Index = tuple[Tensor, ...]
 
 PATTERN = (
-    *(f"{part}_{field}" for part in Pattern._fields[:3] for field in Compressed._fields),
+    *(f"{part}_{field}" for part in Pattern._fields[:3] for field in BlockRows._fields),
     "places",
 )
 """Buffers of a layer that hold its pattern; a state dict has `POSITIONS` in their stead."""
@@ -147,7 +148,7 @@ class TopKastLinear(nn.Module):
     @property
     def positions(self) -> Tensor:
         """Where in the flat θ each of ``active_fwd_weights`` belongs, int64, [|B|]."""
-        return where(self.pattern, (1, 1), self.theta.shape)
+        return self.pattern.flat_index((1, 1), self.theta.shape)
 
     @property
     def positions_fwd(self) -> Tensor:
@@ -303,13 +304,13 @@ class TopKastLinear(nn.Module):
     def _choose(self, pattern: Pattern, optimizer: Optimizer | None) -> None:
         """Take over new sets; gradient and slots follow their weights."""
         parameter, old = self.active_fwd_weights, self.positions
-        new = where(pattern, (1, 1), self.theta.shape)
-        source = sources(old, new, self.theta.numel())
+        new = pattern.flat_index((1, 1), self.theta.shape)
+        source = old_slots(old, new, self.theta.numel())
         optimizers = {*_OPTIMIZERS, *([optimizer] if optimizer else [])}
         slots = [s for o in optimizers for s in o.state.get(parameter, {}).values()]
         for slot in (parameter.grad, *slots):
             if isinstance(slot, Tensor) and slot.shape == parameter.shape:
-                slot.copy_(followed(slot, source))
+                slot.copy_(carry(slot, source))
         for lbfgs in (o for o in optimizers if isinstance(o, LBFGS)):
             trained = (p for group in lbfgs.param_groups for p in group["params"])
             if any(p is parameter for p in trained) and not torch.equal(old, new):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from topkast_func.checks import check_fraction
 from topkast_func.facade.linear import TopKastLinear
-from topkast_func.loss import group_l2
+from topkast_func.penalty import group_l2
 from topkast_func.sparsity import density
 
 

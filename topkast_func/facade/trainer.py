@@ -213,7 +213,7 @@ class TopKastTrainer:
         Returns:
             The figure.
         """
-        from topkast_func import plots
+        from topkast_func.report import plots
 
         return plots.losses(self.losses_train, self.losses_validation)
 

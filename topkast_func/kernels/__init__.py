@@ -2,12 +2,12 @@
 
 from topkast_func.kernels.engines import ENGINES, Choice, EngineName, Layer, choose, engine
 from topkast_func.kernels.linear import sparse_linear
-from topkast_func.kernels.pattern import Compressed, Pattern, pattern_of
+from topkast_func.kernels.pattern import BlockRows, Pattern, pattern_of
 
 __all__ = [
     "ENGINES",
+    "BlockRows",
     "Choice",
-    "Compressed",
     "EngineName",
     "Layer",
     "Pattern",

@@ -14,7 +14,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from topkast_func.kernels.pattern import Compressed, Pattern, block_of
+from topkast_func.kernels.pattern import BlockRows, Pattern, block_of
 from topkast_func.kernels.simd import add_dots, add_rows
 from topkast_func.kernels.threads import FAST, Kernel, compiled, in_parallel
 
@@ -39,7 +39,7 @@ def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> T
 
 
 def _sums(
-    values: Tensor, x: Tensor, part: Compressed, features: int, places: Tensor | None
+    values: Tensor, x: Tensor, part: BlockRows, features: int, places: Tensor | None
 ) -> Tensor:
     y = x.new_empty(x.shape[0], features, x.shape[2])
     rows, columns = block_of(values) if places is None else block_of(values)[::-1]

@@ -19,7 +19,7 @@ PANEL = (128, 1024)
 """Fewest and most features of a panel: what fits the caches beside a tile."""
 
 
-class Compressed(NamedTuple):
+class BlockRows(NamedTuple):
     """Block rows of stored blocks, cut into panels of columns.
 
     Attributes:
@@ -45,10 +45,28 @@ class Pattern(NamedTuple):
         places: [blocks of A], int32: which value each block of ``transposed`` is.
     """
 
-    forward: Compressed
-    exploring: Compressed
-    transposed: Compressed
+    forward: BlockRows
+    exploring: BlockRows
+    transposed: BlockRows
     places: Tensor
+
+    @property
+    def active_count(self) -> int:
+        """How many of the values, or blocks of them, are those of A; they come first."""
+        return self.places.shape[0]
+
+    def flat_index(self, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
+        """Return where the values stand in the flat θ.
+
+        Args:
+            block: (r, c) of a block.
+            shape: Rows and columns of θ.
+
+        Returns:
+            int64, in the shape of the values; the number of entries of θ where a place is unused.
+        """
+        matrix = (shape[0], shape[1])
+        return torch.cat([flat(part, block, matrix) for part in (self.forward, self.exploring)])
 
 
 def pattern_of(
@@ -84,9 +102,9 @@ def pattern_of(
     order = np.argsort(_short(column, active.shape[1]), kind="stable")
     size = rows * columns
     pattern = Pattern(
-        _compressed(row, column, active.shape, size, columns, len(row)),
-        _compressed(ghost_row, ghost_column, active.shape, size, columns, exploring),
-        _compressed(column[order], row[order], active.shape[::-1], size, rows, len(row)),
+        _block_rows(row, column, active.shape, size, columns, len(row)),
+        _block_rows(ghost_row, ghost_column, active.shape, size, columns, exploring),
+        _block_rows(column[order], row[order], active.shape[::-1], size, rows, len(row)),
         _int32(order),
     )
     return nested([tensor.to(forward.device) for tensor in flattened(pattern)])
@@ -100,11 +118,11 @@ def flattened(pattern: Pattern) -> tuple[Tensor, ...]:
 
 def nested(tensors: Sequence[Tensor]) -> Pattern:
     """Return the pattern of its tensors."""
-    forward, exploring, transposed = (Compressed(*tensors[i : i + 2]) for i in (0, 2, 4))
+    forward, exploring, transposed = (BlockRows(*tensors[i : i + 2]) for i in (0, 2, 4))
     return Pattern(forward, exploring, transposed, tensors[6])
 
 
-def flat(part: Compressed, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+def flat(part: BlockRows, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """Return where the entries of the stored blocks stand in the flat matrix.
 
     Args:
@@ -135,14 +153,14 @@ def block_of(values: Tensor) -> tuple[int, int]:
     return (values.shape[1], values.shape[2]) if values.ndim == 3 else (1, 1)
 
 
-def _compressed(
+def _block_rows(
     row: npt.NDArray[np.intp],
     column: npt.NDArray[np.intp],
     shape: tuple[int, ...],
     size: int,
     width: int,
     places: int | None,
-) -> Compressed:
+) -> BlockRows:
     """Compress the rows of sorted blocks of ``size`` entries, ``width`` of them in a row."""
     count = max(len(row), places or 0)
     density = count / math.prod(shape)
@@ -152,7 +170,7 @@ def _compressed(
     np.cumsum(np.bincount(segment, minlength=shape[0] * panels), out=pointers[1:])
     columns = np.zeros(count, np.int64)
     columns[: len(column)] = column
-    return Compressed(_int32(pointers), _int32(columns))
+    return BlockRows(_int32(pointers), _int32(columns))
 
 
 def _panels(columns: int, width: int, features: float) -> int:

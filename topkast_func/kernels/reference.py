@@ -5,7 +5,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from topkast_func.kernels.pattern import Compressed, Pattern, block_of, flat
+from topkast_func.kernels.pattern import BlockRows, Pattern, block_of, flat
 
 Entries: TypeAlias = tuple[Tensor, Tensor]
 """Row and column of every stored entry, int64, in the shape of the values."""
@@ -39,7 +39,7 @@ def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> T
     return torch.cat(pieces).to(values.dtype)
 
 
-def entries(part: Compressed, values: Tensor, shape: tuple[int, int]) -> Entries:
+def entries(part: BlockRows, values: Tensor, shape: tuple[int, int]) -> Entries:
     """Return where the entries of the stored blocks stand.
 
     Args:

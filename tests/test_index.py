@@ -6,24 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.kernels.problems import Problem, problem, problems
-from topkast_func import active
-from topkast_func.active import (
+from topkast_func.model.alpha import alpha, merge, split
+from topkast_func.storage import index
+from topkast_func.storage.index import (
+    Index,
     Positions,
-    Sets,
-    active_places,
-    alpha,
-    anew,
-    followed,
-    merge,
+    carry,
+    old_slots,
     positions_of,
-    sources,
-    split,
-    where,
+    reindex,
 )
 from topkast_func.types import Masks
 
 
-def sets_of(given: Problem, kind: str) -> tuple[Sets, tuple[int, int]]:
+def sets_of(given: Problem, kind: str) -> tuple[Index, tuple[int, int]]:
     """The sets as a pattern of blocks, or as positions of entries."""
     if kind == "pattern":
         return given.pattern, given.block
@@ -36,7 +32,7 @@ every_kind = st.sampled_from(["pattern", "positions"])
 @given(problems(), every_kind)
 def test_merge_is_the_inverse_of_split_on_b(given: Problem, kind: str) -> None:
     sets, block = sets_of(given, kind)
-    places = where(sets, block, given.theta.shape)
+    places = sets.flat_index(block, given.theta.shape)
     values = split(given.theta, places)
     assert values.shape == places.shape
     if kind == "pattern":
@@ -51,13 +47,14 @@ def test_merge_is_the_inverse_of_split_on_b(given: Problem, kind: str) -> None:
 @given(problems(), every_kind)
 def test_unused_places_hold_zero_and_reach_nothing(given: Problem, kind: str) -> None:
     sets, block = sets_of(given, kind)
-    frozen = anew(sets, Masks(given.forward, given.forward), block)
+    frozen = reindex(sets, Masks(given.forward, given.forward), block)
     assert (
-        where(frozen, block, given.theta.shape).shape == where(sets, block, given.theta.shape).shape
+        frozen.flat_index(block, given.theta.shape).shape
+        == sets.flat_index(block, given.theta.shape).shape
     )
-    places = where(frozen, block, given.theta.shape)
+    places = frozen.flat_index(block, given.theta.shape)
     values = split(given.theta, places)
-    active = active_places(frozen)
+    active = frozen.active_count
     assert not values[active:].any()
     merged = merge(torch.full_like(values, 9.0), given.theta, places)
     assert torch.equal(merged, torch.where(given.forward, 9.0, given.theta))
@@ -66,9 +63,9 @@ def test_unused_places_hold_zero_and_reach_nothing(given: Problem, kind: str) ->
 @given(problems(), every_kind)
 def test_alpha_has_the_gradient_of_the_identity_on_b(given: Problem, kind: str) -> None:
     sets, block = sets_of(given, kind)
-    places = where(sets, block, given.theta.shape)
+    places = sets.flat_index(block, given.theta.shape)
     values = split(given.theta, places).requires_grad_()
-    found = alpha(values, sets, given.theta.shape)
+    found = alpha(values, places, sets.active_count, given.theta.shape)
     assert torch.equal(found.detach(), given.alpha)
     weight = torch.arange(1.0, given.theta.numel() + 1, dtype=given.theta.dtype)
     (gradient,) = torch.autograd.grad((found.flatten() * weight).sum(), values)
@@ -89,12 +86,12 @@ def test_a_slot_follows_its_weight(given: Problem, seed: int, kind: str) -> None
     )
     after = Masks(ranks < active, ranks < chosen)
     sets, block = sets_of(given, kind)
-    new = anew(sets, after, block)
-    places = [where(s, block, given.theta.shape) for s in (sets, new)]
+    new = reindex(sets, after, block)
+    places = [s.flat_index(block, given.theta.shape) for s in (sets, new)]
     assert places[0].shape == places[1].shape
     dense = torch.arange(1.0, given.theta.numel() + 1).view(given.theta.shape) * given.backward
-    source = sources(places[0], places[1], given.theta.numel())
-    moved = followed(split(dense, places[0]), source)
+    source = old_slots(places[0], places[1], given.theta.numel())
+    moved = carry(split(dense, places[0]), source)
     assert torch.equal(moved, split(dense * after.backward, places[1]))
 
 
@@ -115,22 +112,22 @@ def test_positions_of_a_weight_of_any_axes(shape: tuple[int, ...]) -> None:
     backward = torch.rand(shape) < 0.6
     masks = Masks(backward & (torch.rand(shape) < 0.5), backward)
     sets = positions_of(masks)
-    places = where(sets, (1, 1), theta.shape)
+    places = sets.flat_index((1, 1), theta.shape)
     values = split(theta, places)
     assert torch.equal(values, torch.cat([theta[masks.forward], theta[backward & ~masks.forward]]))
-    assert torch.equal(alpha(values, sets, theta.shape), theta * masks.forward)
+    assert torch.equal(alpha(values, places, sets.active_count, theta.shape), theta * masks.forward)
     assert torch.equal(merge(values, torch.zeros(shape), places), theta * backward)
 
 
 def test_an_unused_place_comes_from_nowhere() -> None:
     old, new = torch.tensor([4, 1, 6, 6]), torch.tensor([1, 5, 6, 4])
-    assert sources(old, new, 6).tolist() == [1, -1, -1, 0]
+    assert old_slots(old, new, 6).tolist() == [1, -1, -1, 0]
 
 
 def test_more_values_than_int32_counts_have_wider_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = torch.tensor([4, 1, 6, 6]), torch.tensor([1, 5, 6, 4])
-    narrow = sources(old, new, 6)
-    monkeypatch.setattr(active, "INDEX_LIMIT", 3)
-    wide = sources(old, new, 6)
+    narrow = old_slots(old, new, 6)
+    monkeypatch.setattr(index, "INDEX_LIMIT", 3)
+    wide = old_slots(old, new, 6)
     assert (narrow.dtype, wide.dtype) == (torch.int32, torch.int64)
     assert torch.equal(narrow.long(), wide)

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from topkast_func.active import alpha, split, straight_through, where
 from topkast_func.checks import check_block_shape
 from topkast_func.kernels.pattern import Pattern, pattern_of
-from topkast_func.layers import StandIn, bound_to, kernel_layers, standing_in
 from topkast_func.masks import is_of_blocks
-from topkast_func.modules import bind, buffers, check_names, frozen, ties
+from topkast_func.model.alpha import alpha, split, straight_through
+from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing_in
+from topkast_func.model.modules import bind, buffers, check_names, frozen, ties
 from topkast_func.types import Masks, Model, Params
 
 
@@ -30,7 +30,7 @@ class Indexed(NamedTuple):
 
     def split(self, theta: Tensor) -> Tensor:
         """Gather the values of B from θ, A first: [|B|] or [blocks, r, c]."""
-        return split(theta, where(self.pattern, self.block_shape, theta.shape))
+        return split(theta, self.pattern.flat_index(self.block_shape, theta.shape))
 
 
 AnySets: TypeAlias = Masks | Indexed
@@ -105,7 +105,8 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
 def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tensor:
     """Return α of a weight, from its values where its sets are indexed."""
     if isinstance(sets, Indexed) and values is not None:
-        return alpha(values, sets.pattern, theta.shape)
+        index = sets.pattern.flat_index(sets.block_shape, theta.shape)
+        return alpha(values, index, sets.pattern.active_count, theta.shape)
     return straight_through(theta, sets) if isinstance(sets, Masks) else theta
 
 

@@ -6,10 +6,11 @@ from importlib import import_module
 from typing import Any
 
 from topkast_func.checks import check_count
-from topkast_func.flops import TrainingFlops
-from topkast_func.loop import Callback, History
-from topkast_func.state import TrainState
-from topkast_func.training import StepMetrics
+from topkast_func.report.flops import TrainingFlops
+from topkast_func.report.history import History
+from topkast_func.training.loop import Callback
+from topkast_func.training.state import TrainState
+from topkast_func.training.step import StepMetrics
 
 
 class TensorBoardLogger(Callback):

@@ -1,4 +1,4 @@
-"""The main job: the split, the choice of the epoch, the numbers it reports."""
+"""The main demo: the split, the choice of the epoch, the numbers it reports."""
 
 from functools import partial
 
@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch.utils.data import random_split
 
 import topkast_func as tk
-from topkast_func import job
+from topkast_func import demo
 from topkast_func.data import BostonHousing
 
 CONFIG = tk.TopKastConfig(
@@ -20,30 +20,30 @@ EPOCHS = 7
 
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "make_train_step", partial(tk.make_train_step, compile=False))
+    monkeypatch.setattr(demo, "make_train_step", partial(tk.make_train_step, compile=False))
 
 
-def _run(epochs: int = EPOCHS, seed: int = 42, name: str = "boston") -> job.Run:
-    return job.train(name, CONFIG, epochs, seed, "test")
+def _run(epochs: int = EPOCHS, seed: int = 42, name: str = "boston") -> demo.Run:
+    return demo.train(name, CONFIG, epochs, seed, "test")
 
 
 @pytest.fixture(scope="module")
-def run() -> job.Run:
+def run() -> demo.Run:
     """One run, for tests that only read it; its last epoch is not its best."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "make_train_step", partial(tk.make_train_step, compile=False))
+        patch.setattr(demo, "make_train_step", partial(tk.make_train_step, compile=False))
         return _run()
 
 
 def _parts() -> list[tuple[Tensor, Tensor]]:
-    """Training, validation and test rows of Boston as the job splits them."""
-    generator = torch.Generator().manual_seed(job.SPLIT_SEED)
+    """Training, validation and test rows of Boston as the demo splits them."""
+    generator = torch.Generator().manual_seed(demo.SPLIT_SEED)
     parts = random_split(BostonHousing(standardize=True), (0.7, 0.2, 0.1), generator)
     return [part[:] for part in parts]
 
 
 def _mean_squared_error(alpha: dict[str, Tensor], rows: tuple[Tensor, Tensor]) -> float:
-    """The network of the job written out: two hidden layers with a ReLU each."""
+    """The network of the demo written out: two hidden layers with a ReLU each."""
     features, target = rows
     hidden = (features @ alpha["0.weight"].T + alpha["0.bias"]).relu()
     hidden = (hidden @ alpha["2.weight"].T + alpha["2.bias"]).relu()
@@ -52,29 +52,29 @@ def _mean_squared_error(alpha: dict[str, Tensor], rows: tuple[Tensor, Tensor]) -
 
 
 def test_there_is_a_job_for_each_data_set() -> None:
-    assert set(job.JOBS) == {"boston", "synthetic"}
-    assert torch.equal(job.JOBS["boston"]()[:][0], BostonHousing(standardize=True).features)
-    assert job.JOBS["synthetic"]()[:][0].shape == (1024, 2)
+    assert set(demo.JOBS) == {"boston", "synthetic"}
+    assert torch.equal(demo.JOBS["boston"]()[:][0], BostonHousing(standardize=True).features)
+    assert demo.JOBS["synthetic"]()[:][0].shape == (1024, 2)
 
 
-def test_the_run_reports_a_loss_for_each_epoch(run: job.Run) -> None:
+def test_the_run_reports_a_loss_for_each_epoch(run: demo.Run) -> None:
     assert len(run.train_losses) == len(run.validation_losses) == EPOCHS
     assert run.train_losses[-1] < 0.2 * run.train_losses[0]
     assert run.seconds > 0.0
 
 
-def test_the_state_is_that_of_the_lowest_validation_loss(run: job.Run) -> None:
+def test_the_state_is_that_of_the_lowest_validation_loss(run: demo.Run) -> None:
     lowest = min(run.validation_losses)
     assert run.validation_losses[-1] > lowest
     assert run.best_epoch == run.validation_losses.index(lowest)
     alpha = tk.forward_params(run.state)
     _, validation, _ = _parts()
     assert_close(_mean_squared_error(alpha, validation), lowest, rtol=1e-5, atol=0)
-    steps_per_epoch = len(_parts()[0][1]) // job.BATCH_SIZE
+    steps_per_epoch = len(_parts()[0][1]) // demo.BATCH_SIZE
     assert int(run.state.step) == (run.best_epoch + 1) * steps_per_epoch
 
 
-def test_the_test_error_is_that_of_the_forward_weights_on_the_held_out_rows(run: job.Run) -> None:
+def test_the_test_error_is_that_of_the_forward_weights_on_the_held_out_rows(run: demo.Run) -> None:
     training, _, test = _parts()
     assert len(test[1]) == 50
     error = _mean_squared_error(tk.forward_params(run.state), test)
@@ -96,14 +96,14 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
 
 
 def test_the_seed_sets_the_order_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = job._network
-    monkeypatch.setattr(job, "_network", lambda features, seed: network(features, 0))
+    network = demo._network
+    monkeypatch.setattr(demo, "_network", lambda features, seed: network(features, 0))
     first, again, other = _run(1, seed=1), _run(1, seed=1), _run(1, seed=2)
     assert first.train_losses == again.train_losses != other.train_losses
 
 
 def test_the_seed_sets_the_weights() -> None:
-    first, again, other = (job._network(13, seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (demo._network(13, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
@@ -114,7 +114,7 @@ def test_the_run_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_state_can_be_trained_further_with_the_configuration(run: job.Run) -> None:
+def test_the_state_can_be_trained_further_with_the_configuration(run: demo.Run) -> None:
     state = run.state
     assert list(tk.masks_of(state)) == ["0.weight", "2.weight", "4.weight"]
     assert int(tk.refresh(state, CONFIG).step) == int(state.step)
@@ -128,9 +128,9 @@ def test_the_synthetic_job_approaches_the_variance_of_its_noise() -> None:
 
 def test_tied_epochs_agree_on_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a learning rate of 0 all epochs tie: the first is reported, and its state."""
-    monkeypatch.setattr(job, "sgd", lambda lr, momentum: tk.sgd(lr=0.0))
+    monkeypatch.setattr(demo, "sgd", lambda lr, momentum: tk.sgd(lr=0.0))
     run = _run(3)
     assert len(set(run.validation_losses)) == 1
     assert run.best_epoch == 0
-    steps_per_epoch = len(_parts()[0][1]) // job.BATCH_SIZE
+    steps_per_epoch = len(_parts()[0][1]) // demo.BATCH_SIZE
     assert int(run.state.step) == (run.best_epoch + 1) * steps_per_epoch

@@ -3,7 +3,7 @@
 from topkast_func.checks import check_count
 from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.kernels.linear import layer_of
-from topkast_func.state import TrainState
+from topkast_func.training.state import TrainState
 
 
 def explain(

@@ -1,74 +1,15 @@
-"""Which parameters are sparse, and how sparse each of them is."""
+"""How sparse each parameter is."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from glob import escape
 from typing import Any
 
-from torch import Tensor
-from torch.nn import Parameter
-
 from topkast_func.checks import check_order
-from topkast_func.config import TopKastConfig
+from topkast_func.config.selection import check_params, matched_by, select
+from topkast_func.config.topkast_config import TopKastConfig
 from topkast_func.ranking import check_blocks, kept
 from topkast_func.sparsity import Allocation, ByPattern, density
 from topkast_func.types import Params
-
-
-def check_params(params: Params) -> None:
-    """Check that every leaf is a floating-point tensor with at least one entry.
-
-    Args:
-        params: The parameter tree.
-
-    Raises:
-        TypeError: The tree is not a mapping, or a leaf is not a floating-point tensor.
-        ValueError: A leaf is empty.
-    """
-    if not isinstance(params, Mapping):
-        raise TypeError(f"params must map names to tensors, got {type(params).__name__}")
-    for name, leaf in params.items():
-        if not isinstance(leaf, Tensor):
-            raise TypeError(
-                f"params[{name!r}] must be a tensor, got {type(leaf).__name__}; a nested tree "
-                "is flattened to names with dots first"
-            )
-        if not leaf.is_floating_point():
-            kind = "freeze it" if leaf.is_complex() else "buffers do not belong among parameters"
-            raise TypeError(
-                f"params[{name!r}] must have a floating-point dtype, got {leaf.dtype}; {kind}"
-            )
-        if leaf.numel() == 0:
-            raise ValueError(f"params[{name!r}] is empty: its shape is {tuple(leaf.shape)}")
-
-
-def select(params: Params, config: TopKastConfig) -> list[str]:
-    """Name the parameters that are to be sparse, in the order of ``params``.
-
-    Args:
-        params: The parameter tree.
-        config: The configuration: ``sparse`` and ``keep_dense``.
-
-    Returns:
-        Names of the selected parameters, at least one.
-
-    Raises:
-        ValueError: A pattern, the predicate or the default rule selects no parameter.
-    """
-    sparse = config.sparse
-    if sparse is None:
-        chosen = [name for name, leaf in params.items() if _by_default(name, leaf, config)]
-    elif callable(sparse):
-        chosen = [name for name, leaf in params.items() if sparse(name, leaf)]
-    else:
-        chosen = _matching("sparse", sparse, params)
-    dense = _matching("keep_dense", config.keep_dense, params)
-    chosen = [name for name in chosen if name not in dense]
-    if not chosen:
-        told = f"sparse={sparse!r}" + (f" less keep_dense={config.keep_dense!r}" if dense else "")
-        raise ValueError(f"{told} selects no parameter; there are: {_listed(params)}")
-    return chosen
 
 
 def allocate(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[str, Allocation]:
@@ -183,49 +124,6 @@ def given_sparsity(params: Params, config: TopKastConfig) -> list[str]:
     return list(_by_name("forward_sparsity", config.sparsities(0)[0], select(params, config)))
 
 
-def first_weight(params: Params) -> str:
-    """Return the name of the first parameter of two or more dimensions named ``…weight``.
-
-    For ``keep_dense``: where the name has characters that a glob pattern reads otherwise, they
-    are escaped. Names come in the order in which a module defines them; frozen parameters of a
-    module are passed over.
-
-    Args:
-        params: Weights by name.
-
-    Returns:
-        The name, as a pattern that matches it alone.
-
-    Raises:
-        TypeError: ``params`` is no mapping.
-        ValueError: There is none.
-    """
-    return _weights(params)[0]
-
-
-def last_weight(params: Params) -> str:
-    """Return the name of the last such parameter; see `first_weight`."""
-    return _weights(params)[-1]
-
-
-def _weights(params: Params) -> list[str]:
-    check_params(params)
-    trained = {n: p for n, p in params.items() if not isinstance(p, Parameter) or p.requires_grad}
-    names = [escape(name) for name, leaf in trained.items() if _is_weight(name, leaf)]
-    if not names:
-        raise ValueError(f"no parameter is a weight; there are: {_listed(params)}")
-    return names
-
-
-def _is_weight(name: str, leaf: Tensor) -> bool:
-    return name.endswith("weight") and leaf.ndim >= 2
-
-
-def _by_default(name: str, leaf: Tensor, config: TopKastConfig) -> bool:
-    sides = enumerate(config.block_shape)
-    return _is_weight(name, leaf) and all(leaf.shape[i] % side == 0 for i, side in sides)
-
-
 def _given(densities: ByPattern, uniform: dict[str, Allocation]) -> dict[str, Allocation]:
     found = {}
     for name, forward in _by_name("allocation", densities, uniform).items():
@@ -282,26 +180,9 @@ def _by_name(field: str, sparsity: Any, names: Iterable[str]) -> dict[str, float
         return dict.fromkeys(names, sparsity)
     found: dict[str, float] = {}
     for glob, value in sparsity.items():
-        for name in _some(field, glob, sparsity.matching(glob, names), names):
+        for name in matched_by(field, glob, sparsity.matching(glob, names), names):
             if found.setdefault(name, value) != value:
                 raise ValueError(
                     f"{field} gives {name!r} both {found[name]} and {value} (pattern {glob!r})"
                 )
     return found
-
-
-def _matching(field: str, globs: Iterable[str], params: Params) -> list[str]:
-    by_glob = {glob: [name for name in params if fnmatchcase(name, glob)] for glob in globs}
-    matched = {name for glob in globs for name in _some(field, glob, by_glob[glob], params)}
-    return [name for name in params if name in matched]
-
-
-def _some(field: str, glob: str, matched: list[str], names: Iterable[str]) -> list[str]:
-    if not matched:
-        kind = "parameter" if field in ("sparse", "keep_dense") else "selected parameter"
-        raise ValueError(f"{field}: {glob!r} matches no {kind}; there are: {_listed(names)}")
-    return matched
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value
 
-from topkast_func.compilation import compiled
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.engines import EngineName, check_engine
-from topkast_func.layers import StandIn, bound_to, kernel_layers, standing_in
-from topkast_func.loss import check_scalar
-from topkast_func.modules import bind, check_fit, modes, tensors_of, ties
-from topkast_func.optim import Optimizer, OptimizerState, check_optimizer
+from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing_in
+from topkast_func.model.modules import bind, check_fit, modes, tensors_of, ties
 from topkast_func.powerprop import theta_of
-from topkast_func.purity import check_pure, random_numbers_of
 from topkast_func.ranking import NaNParameterError
-from topkast_func.state import TrainState, forward_params, refresh, refreshes_at
+from topkast_func.training.compilation import compiled
+from topkast_func.training.loss import check_scalar
+from topkast_func.training.optim import Optimizer, OptimizerState, check_optimizer
+from topkast_func.training.purity import check_pure, random_numbers_of
+from topkast_func.training.state import TrainState, forward_params, refresh
 from topkast_func.types import LossFn, Model, Params, Tensors
 
 
@@ -106,7 +106,7 @@ def make_train_step(
     layers = kernel_layers(model)
     stand_ins = {name: StandIn(layer, engine) for name, layer in layers.items()}
     check = _check_of(model, config, optimizer)
-    starts = (0, *config.starts())
+    schedule = config.schedule
 
     @cache
     def run_from(start: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -116,12 +116,9 @@ def make_train_step(
     def gradients_from(start: int) -> Callable[[TrainState, Any], Tensors]:
         return compiled(_gradients_of(model, loss_fn), compile)
 
-    def stage(step: int) -> int:
-        return max(start for start in starts if start <= step)
-
     def gradients(state: TrainState, batch: Any) -> Tensors:
         last = max(int(state.step) - 1, 0)
-        return gradients_from(stage(last))(state, batch)
+        return gradients_from(schedule.stage(last))(state, batch)
 
     run_from(0)
     tried: set[tuple[bool, ...]] = set()
@@ -138,7 +135,7 @@ def make_train_step(
             for name, layer in layers.items()
             if name in patterns and "forward" not in vars(layer)
         }
-        run = run_from(stage(int(state.step)))
+        run = run_from(schedule.stage(int(state.step)))
         with random_numbers_of(state), standing_in(kernels):
             return run(tuple(kernels), state, batch, optimizer.learning_rate(state.optimizer.step))
 
@@ -264,7 +261,7 @@ def _shapes(tensors: Params) -> dict[str, torch.Size]:
 def _refreshed_when_due(
     state: TrainState, config: TopKastConfig, gradients: Callable[[], Tensors]
 ) -> TrainState:
-    if not refreshes_at(config, int(state.step)):
+    if not config.schedule.refreshes_at(int(state.step)):
         return state
     try:
         if not config.method.reads_gradient:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from topkast_func.explain import choices
 from topkast_func.kernels.engines import EngineName
-from topkast_func.state import TrainState, masks_of
+from topkast_func.report.explain import choices
+from topkast_func.training.state import TrainState, masks_of
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
-from topkast_func.loop import Refresh
+from topkast_func.report.history import Refresh
 from topkast_func.types import Masks
 
 LEGEND_ROWS, LEGEND_WIDTH = 24, 2.0

@@ -14,8 +14,9 @@ from topkast_func.checks import (
     check_order,
     check_share,
 )
+from topkast_func.config.schedule import Schedule, check_refresh_every
 from topkast_func.methods import Method, topkast
-from topkast_func.sparsity import ByPattern, Fixed, Sparsity, Staged
+from topkast_func.sparsity import ByPattern, Fixed, Sparsity, Staged, density
 from topkast_func.types import BlockNorm
 
 Penalty: TypeAlias = Literal["l2", "l1", "group_l2"]
@@ -35,12 +36,14 @@ class TopKastConfig:
     Args:
         forward_sparsity: 1 − D, the fraction that is zero in the forward pass, in [0, 1).
         backward_sparsity: 1 − (D + M), the fraction that gets no update, in
-            [0, forward_sparsity]; read by the methods that explore only.
+            [0, forward_sparsity]; None lets B be twice as large as A, 1 − min(1, 2·D). Read by the
+            methods that explore only.
         sparse: Which parameters are sparse: None for every floating parameter of at least
             two dimensions whose name ends in ``weight`` and which the blocks divide; a glob
             pattern or several; or a predicate ``(name, tensor) -> bool``.
         refresh_every: N, steps between two choices of the sets, at least 1; None never
-            chooses anew by itself.
+            chooses anew by itself. A mapping such as ``{0: 1, 2000: 1000}`` says it by the step
+            from which on it holds.
         explore_until: Step before which B becomes A and the sets stay, at least 0; None
             explores for ever.
         penalty: Form of the exploration penalty, see `exploration_penalty`; None for none.
@@ -70,9 +73,9 @@ class TopKastConfig:
     """
 
     forward_sparsity: Sparsity = 0.9
-    backward_sparsity: Sparsity = 0.8
+    backward_sparsity: Sparsity | None = None
     sparse: str | Sequence[str] | Predicate | None = None
-    refresh_every: int | None = 100
+    refresh_every: int | Mapping[int, int | None] | None = 100
     explore_until: int | None = None
     penalty: Penalty | None = "l2"
     penalty_weight: float = 1e-4
@@ -87,9 +90,11 @@ class TopKastConfig:
         """Check every field and store it in its hashable form."""
         checked: dict[str, Any] = {
             "forward_sparsity": _sparsity("forward_sparsity", self.forward_sparsity),
-            "backward_sparsity": _sparsity("backward_sparsity", self.backward_sparsity),
+            "backward_sparsity": None
+            if self.backward_sparsity is None
+            else _sparsity("backward_sparsity", self.backward_sparsity),
             "sparse": _selection(self.sparse),
-            "refresh_every": _optional_count("refresh_every", self.refresh_every, 1),
+            "refresh_every": check_refresh_every(self.refresh_every),
             "explore_until": _optional_count("explore_until", self.explore_until, 0),
             "penalty": check_choice("penalty", self.penalty, (*get_args(Penalty), None)),
             "penalty_weight": check_number("penalty_weight", self.penalty_weight, 0.0),
@@ -116,7 +121,7 @@ class TopKastConfig:
             )
 
     def _check_over_time(self) -> None:
-        starts, until = self.starts(), self.explore_until
+        starts, until = self.schedule.starts, self.explore_until
         if until is not None and starts and starts[-1] >= until:
             raise ValueError(
                 f"a sparsity changes at step {starts[-1]}, but from explore_until={until} on the "
@@ -130,15 +135,13 @@ class TopKastConfig:
                 name = f"backward_sparsity at step {step}" if starts else "backward_sparsity"
                 check_order(forward, backward, name=name)
 
-    def starts(self) -> tuple[int, ...]:
-        """Return the steps after 0 at which a sparsity changes, ascending."""
+    @property
+    def schedule(self) -> Schedule:
+        """When the sets change."""
         sparsities = (self.forward_sparsity, self.backward_sparsity)
         staged = {start for s in sparsities if isinstance(s, Staged) for start in s.steps}
-        return tuple(sorted({*staged, *self.method.starts()} - {0}))
-
-    def settled(self, step: int) -> bool:
-        """Return whether B is A from a step on, and the sets stay."""
-        return self.explore_until is not None and step >= self.explore_until
+        starts = tuple(sorted({*staged, *self.method.starts()} - {0}))
+        return Schedule(self.refresh_every, self.explore_until, starts)  # type: ignore[arg-type]
 
     def sparsities(self, step: int) -> tuple[Fixed, Fixed]:
         """Return forward and backward sparsity of the stage that a step is in."""
@@ -146,7 +149,18 @@ class TopKastConfig:
             s.at(step) if isinstance(s, Staged) else s
             for s in (self.forward_sparsity, self.backward_sparsity)
         )
-        return forward, backward  # type: ignore[return-value]
+        return forward, _derived(forward) if backward is None else backward  # type: ignore[return-value]
+
+
+def _derived(forward: Any) -> Fixed:
+    """Return the backward sparsity at which B is twice as large as A, or everything."""
+    if isinstance(forward, ByPattern):
+        return ByPattern({pattern: _doubled(sparsity) for pattern, sparsity in forward.items()})
+    return _doubled(forward)
+
+
+def _doubled(sparsity: float) -> float:
+    return 1.0 - min(1.0, 2.0 * density(sparsity))
 
 
 def _sparsity(name: str, value: object) -> Fixed | Staged:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.checks import check_count
-from topkast_func.state import TrainState, forward_params, masks_of
+from topkast_func.training.state import TrainState, forward_params, masks_of
 
 
 def to_sparse(

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from topkast_func.state import TrainState, forward_params, masks_of
+from topkast_func.training.state import TrainState, forward_params, masks_of
 from topkast_func.types import Model
 
 

@@ -7,22 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topkast_func.active import (
-    Positions,
-    Sets,
-    active_places,
-    alpha,
-    anew,
-    followed,
-    merge,
-    positions_of,
-    sources,
-    split,
-    where,
-)
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern, block_of, pattern_of
-from topkast_func.loss import summed_penalty
+from topkast_func.model.alpha import alpha, merge, split
+from topkast_func.penalty import summed_penalty
+from topkast_func.storage.index import Index, Positions, carry, old_slots, positions_of, reindex
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -53,7 +42,9 @@ class CompactWeights(NamedTuple):
     def alpha(self, values: Tensors) -> Tensors:
         """Return what the model computes with; see `DenseWeights.alpha`."""
         return {
-            name: alpha(value, self.sets(name), self.theta[name].shape)
+            name: alpha(
+                value, self._where(name), self.sets(name).active_count, self.theta[name].shape
+            )
             if name in self.theta
             else value
             for name, value in values.items()
@@ -71,11 +62,11 @@ class CompactWeights(NamedTuple):
         """Return the shape of every parameter."""
         return {n: self.theta.get(n, value).shape for n, value in self.held.items()}
 
-    def sets(self, name: str) -> Sets:
+    def sets(self, name: str) -> Index:
         """Return the sets of a sparse parameter."""
         return self.patterns[name] if name in self.patterns else self.positions[name]
 
-    def stands(self, name: str) -> Sets | None:
+    def stands(self, name: str) -> Index | None:
         """Return what says where the values of a parameter stand; None for a dense one."""
         return self.sets(name) if name in self.theta else None
 
@@ -83,7 +74,7 @@ class CompactWeights(NamedTuple):
         """Return the exploration penalty of ``values``; see `exploration_penalty`."""
 
         def parts(name: str) -> tuple[Tensor, Tensor]:
-            count = active_places(self.sets(name))
+            count = self.sets(name).active_count
             return values[name][:count], values[name][count:]
 
         shapes = {name: theta.shape for name, theta in self.theta.items()}
@@ -124,25 +115,25 @@ class CompactWeights(NamedTuple):
         for name, merged in theta.items():
             value = self.held[name]
             here = Masks(*(mask.to(value.device) for mask in masks[name]))
-            sets = anew(self.sets(name), here, block_of(value))
-            new = where(sets, block_of(value), merged.shape)
+            sets = reindex(self.sets(name), here, block_of(value))
+            new = sets.flat_index(block_of(value), merged.shape)
             held[name] = split(merged, new.to(merged.device)).to(value.device)
-            moved[name] = sources(self._where(name), new, merged.numel())
+            moved[name] = old_slots(self._where(name), new, merged.numel())
             if isinstance(sets, Pattern):
                 patterns[name] = sets
             else:
                 positions[name] = sets
         return CompactWeights(held, patterns, positions, theta), {
-            kind: {n: followed(slot, moved[n]) if n in moved else slot for n, slot in tree.items()}
+            kind: {n: carry(slot, moved[n]) if n in moved else slot for n, slot in tree.items()}
             for kind, tree in slots.items()
         }
 
     def _where(self, name: str) -> Tensor:
-        return where(self.sets(name), block_of(self.held[name]), self.theta[name].shape)
+        return self.sets(name).flat_index(block_of(self.held[name]), self.theta[name].shape)
 
     def _masks(self, name: str) -> Masks:
         places, size = self._where(name), self.theta[name].numel()
-        active = active_places(self.sets(name))
+        active = self.sets(name).active_count
         masks = []
         for chosen in (places[:active], places):
             mask = torch.zeros(size + 1, dtype=torch.bool, device=places.device)
@@ -191,7 +182,7 @@ def compact(
     )
     for name, dense in theta.items():
         block = block_shape if name in layers else (1, 1)
-        places = where(weights.sets(name), block, dense.shape).to(dense.device)
+        places = weights.sets(name).flat_index(block, dense.shape).to(dense.device)
         held[name] = split(dense, places).to(params[name].device)
     return weights
 

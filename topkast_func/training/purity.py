@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from topkast_func.modules import bind, ties, unset_buffers
-from topkast_func.state import TrainState, forward_params
+from topkast_func.model.modules import bind, ties, unset_buffers
+from topkast_func.training.state import TrainState, forward_params
 from topkast_func.types import LossFn, Model
 
 

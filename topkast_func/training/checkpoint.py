@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from topkast_func.allocation import allocate, given_sparsity
-from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
-from topkast_func.dense_weights import DenseWeights
+from topkast_func.config.allocation import allocate, given_sparsity
 from topkast_func.masks import counts, is_of_blocks
-from topkast_func.modules import check_names, frozen, trainable
-from topkast_func.optim import Optimizer, OptimizerState
-from topkast_func.state import TrainState, Weights, dense_params, masks_of
+from topkast_func.model.modules import check_names, frozen, trainable
+from topkast_func.storage.compact import CompactWeights, compact
+from topkast_func.storage.dense import DenseWeights
+from topkast_func.training.optim import Optimizer, OptimizerState
+from topkast_func.training.state import TrainState, Weights, dense_params, masks_of
 from topkast_func.types import Masks, Model, Tensors
 
 FORMAT, VERSION = "topkast_func state", 3

@@ -1,49 +1,15 @@
 """The exploration penalty, and the loss that carries it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from topkast_func.active import active_places
-from topkast_func.allocation import shared_among_all
 from topkast_func.config import TopKastConfig
-from topkast_func.forward import AnySets, Indexed, at_alpha, check_sets
+from topkast_func.model.forward import AnySets, Indexed, at_alpha, check_sets
+from topkast_func.penalty import masked_parts, summed_penalty
 from topkast_func.types import LossFn, Model, Params
-
-
-def l2(active: Tensor, exploring: Tensor, density: float) -> Tensor:
-    """Return ½ (Σ_A θ² + Σ_{B∖A} θ² / D) of one tensor.
-
-    Args:
-        active: θ on A, zero or absent elsewhere.
-        exploring: θ on B∖A, zero or absent elsewhere.
-        density: D, fraction in (0, 1].
-
-    Returns:
-        The penalty, 0-d.
-    """
-    return 0.5 * (active.square().sum() + exploring.square().sum() / density)
-
-
-def l1(active: Tensor, exploring: Tensor, density: float) -> Tensor:
-    """Return Σ_A abs(θ) + Σ_{B∖A} abs(θ) / D of one tensor; see `l2` for the arguments."""
-    return active.abs().sum() + exploring.abs().sum() / density
-
-
-def group_l2(active: Tensor, exploring: Tensor, density: float) -> Tensor:
-    """Return ‖θ_A‖₂ + ‖θ_{B∖A}‖₂ / D of one tensor; see `l2` for the arguments."""
-    norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
-    return norm(active) + norm(exploring) / density
-
-
-PENALTIES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "l2": l2,
-    "l1": l1,
-    "group_l2": group_l2,
-}
 
 
 def exploration_penalty(
@@ -85,45 +51,13 @@ def exploration_penalty(
     return summed_penalty(shapes, parts, config, device, step)
 
 
-def summed_penalty(
-    shapes: Mapping[str, torch.Size],
-    parts: Callable[[str], tuple[Tensor, Tensor]],
-    config: TopKastConfig,
-    device: torch.device,
-    step: int = 0,
-) -> Tensor:
-    """Sum the penalty over sparse tensors, however they are stored; see `exploration_penalty`.
-
-    Args:
-        shapes: Shapes of the sparse tensors by name.
-        parts: ``parts(name)`` to θ on A and θ on B∖A, zero or absent elsewhere.
-        config: Form of the penalty and densities.
-        device: Where the sum is made.
-        step: Number of the step.
-
-    Returns:
-        The penalty, 0-d.
-
-    Raises:
-        ValueError: The configuration gives a sparse tensor no sparsity.
-    """
-    total = torch.zeros((), device=device)
-    if config.penalty is None or not config.method.explores:
-        return total
-    for name, sparsity in shared_among_all(shapes, config, step).items():
-        active, exploring = (t if t.dtype == torch.float64 else t.float() for t in parts(name))
-        total = total + PENALTIES[config.penalty](active, exploring, sparsity.forward_density)
-    return total
-
-
 def _parts(params: Params, masks: Mapping[str, AnySets], name: str) -> tuple[Tensor, Tensor]:
     """Return θ on A and θ on B∖A, zero or absent elsewhere."""
     theta, sets = params[name], masks[name]
     if isinstance(sets, Indexed):
-        values, count = sets.split(theta), active_places(sets.pattern)
+        values, count = sets.split(theta), sets.pattern.active_count
         return values[:count], values[count:]
-    active = torch.where(sets.forward, theta, 0.0)
-    return active, torch.where(sets.backward & ~sets.forward, theta, 0.0)
+    return masked_parts(theta, sets)
 
 
 def penalized_loss(

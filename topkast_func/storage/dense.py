@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topkast_func.active import straight_through_all
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern
-from topkast_func.loss import exploration_penalty
+from topkast_func.model.alpha import straight_through_all
+from topkast_func.penalty import masked_parts, summed_penalty
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -68,7 +68,13 @@ class DenseWeights(NamedTuple):
 
     def penalty(self, values: Tensors, config: TopKastConfig, step: int) -> Tensor:
         """Return the exploration penalty of ``values``; see `exploration_penalty`."""
-        return exploration_penalty(values, self.sets, config, step=step)
+
+        def parts(name: str) -> tuple[Tensor, Tensor]:
+            return masked_parts(values[name], self.sets[name])
+
+        shapes = {name: self.theta[name].shape for name in self.sets}
+        device = next(iter(values.values())).device
+        return summed_penalty(shapes, parts, config, device, step)
 
     def moved(self, updates: Tensors) -> "DenseWeights":
         """Add ``updates`` on B, leaving every other entry as it is, bit for bit."""

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from topkast_func.config import TopKastConfig
 from topkast_func.data import BostonHousing, SyntheticDataset
-from topkast_func.optim import sgd
-from topkast_func.state import TrainState, forward_params, init_state
-from topkast_func.training import make_train_step
+from topkast_func.training.optim import sgd
+from topkast_func.training.state import TrainState, forward_params, init_state
+from topkast_func.training.step import make_train_step
 
 JOBS: dict[str, Callable[[], TensorDataset]] = {
     "boston": lambda: BostonHousing(standardize=True),

@@ -6,18 +6,18 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from topkast_func.allocation import given_sparsity, shared_among_all
 from topkast_func.checks import check_count
-from topkast_func.compact_weights import CompactWeights, compact
 from topkast_func.config import TopKastConfig
-from topkast_func.dense_weights import DenseWeights
+from topkast_func.config.allocation import given_sparsity, shared_among_all
 from topkast_func.entry import entered
-from topkast_func.layers import kernel_layers
 from topkast_func.masks import compute_masks, masks_at
-from topkast_func.modules import buffers, frozen, ties, trainable
-from topkast_func.optim import Optimizer, OptimizerState, check_optimizer
+from topkast_func.model.layers import kernel_layers
+from topkast_func.model.modules import buffers, frozen, ties, trainable
 from topkast_func.powerprop import phi_of, theta_of
 from topkast_func.sparsity import ByPattern
+from topkast_func.storage.compact import CompactWeights, compact
+from topkast_func.storage.dense import DenseWeights
+from topkast_func.training.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.types import Masks, Params, Tensors
 
 Weights: TypeAlias = CompactWeights | DenseWeights
@@ -137,7 +137,7 @@ def refresh(
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
     step, dense = int(state.step), state.weights.dense()
-    stays = config.settled(step)
+    stays = config.schedule.settled(step)
     old = masks_of(state) if stays or config.method.reads_sets else {}
     if stays:
         masks = {n: Masks(m.forward, m.forward.clone()) for n, m in old.items()}
@@ -152,23 +152,6 @@ def refresh(
         dense = dense | {n: _entered(n, dense[n], old[n], masks[n], state, config) for n in masks}
     weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots)
     return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
-
-
-def refreshes_at(config: TopKastConfig, step: int) -> bool:
-    """Return whether `train_step` chooses the sets anew before a step.
-
-    Args:
-        config: The configuration.
-        step: Number t of the step, from 0.
-
-    Returns:
-        True where t > 0 and ``refresh_every`` divides it, where a sparsity changes, and where B
-        becomes A; never after that.
-    """
-    if config.settled(step):
-        return step == config.explore_until
-    every = config.refresh_every
-    return (every is not None and step > 0 and step % every == 0) or step in config.starts()
 
 
 def dense_params(state: TrainState) -> Tensors:

@@ -1,0 +1,79 @@
+"""The forms of the exploration penalty, summed over tensors however they are stored."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from topkast_func.config import TopKastConfig
+from topkast_func.config.allocation import shared_among_all
+from topkast_func.types import Masks
+
+
+def l2(active: Tensor, exploring: Tensor, density: float) -> Tensor:
+    """Return ½ (Σ_A θ² + Σ_{B∖A} θ² / D) of one tensor.
+
+    Args:
+        active: θ on A, zero or absent elsewhere.
+        exploring: θ on B∖A, zero or absent elsewhere.
+        density: D, fraction in (0, 1].
+
+    Returns:
+        The penalty, 0-d.
+    """
+    return 0.5 * (active.square().sum() + exploring.square().sum() / density)
+
+
+def l1(active: Tensor, exploring: Tensor, density: float) -> Tensor:
+    """Return Σ_A abs(θ) + Σ_{B∖A} abs(θ) / D of one tensor; see `l2` for the arguments."""
+    return active.abs().sum() + exploring.abs().sum() / density
+
+
+def group_l2(active: Tensor, exploring: Tensor, density: float) -> Tensor:
+    """Return ‖θ_A‖₂ + ‖θ_{B∖A}‖₂ / D of one tensor; see `l2` for the arguments."""
+    norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
+    return norm(active) + norm(exploring) / density
+
+
+PENALTIES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "l2": l2,
+    "l1": l1,
+    "group_l2": group_l2,
+}
+
+
+def summed_penalty(
+    shapes: Mapping[str, torch.Size],
+    parts: Callable[[str], tuple[Tensor, Tensor]],
+    config: TopKastConfig,
+    device: torch.device,
+    step: int = 0,
+) -> Tensor:
+    """Sum the penalty over sparse tensors, however they are stored; see `exploration_penalty`.
+
+    Args:
+        shapes: Shapes of the sparse tensors by name.
+        parts: ``parts(name)`` to θ on A and θ on B∖A, zero or absent elsewhere.
+        config: Form of the penalty and densities.
+        device: Where the sum is made.
+        step: Number of the step.
+
+    Returns:
+        The penalty, 0-d.
+
+    Raises:
+        ValueError: The configuration gives a sparse tensor no sparsity.
+    """
+    total = torch.zeros((), device=device)
+    if config.penalty is None or not config.method.explores:
+        return total
+    for name, sparsity in shared_among_all(shapes, config, step).items():
+        active, exploring = (t if t.dtype == torch.float64 else t.float() for t in parts(name))
+        total = total + PENALTIES[config.penalty](active, exploring, sparsity.forward_density)
+    return total
+
+
+def masked_parts(theta: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+    """Return θ on A and θ on B∖A, zero elsewhere."""
+    active = torch.where(masks.forward, theta, 0.0)
+    return active, torch.where(masks.backward & ~masks.forward, theta, 0.0)

@@ -1,0 +1,95 @@
+"""Where the values of B stand in θ, and what follows a weight when that changes."""
+
+import math
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topkast_func.kernels.pattern import INDEX_LIMIT, Pattern, pattern_of
+from topkast_func.types import Masks
+
+
+class Positions(NamedTuple):
+    """The two disjoint sets of a weight that no kernel computes, as flat indices into θ.
+
+    Attributes:
+        forward: A, int64, [|A|], ascending.
+        exploring: B∖A, int64, ascending; the number of entries of θ where a place is unused.
+    """
+
+    forward: Tensor
+    exploring: Tensor
+
+    @property
+    def active_count(self) -> int:
+        """How many of the values are those of A; they come first."""
+        return self.forward.shape[0]
+
+    def flat_index(self, block: tuple[int, int], shape: torch.Size) -> Tensor:
+        """Return where the values stand in the flat θ; see `Pattern.flat_index`."""
+        return torch.cat(self)
+
+
+Index: TypeAlias = Pattern | Positions
+"""A and B∖A of a weight: a pattern, of entries or blocks, where a kernel computes it."""
+
+
+def positions_of(masks: Masks, exploring: int | None = None) -> Positions:
+    """Return the positions of the sets.
+
+    Args:
+        masks: The sets.
+        exploring: Places to keep for B∖A at the least; None for as many as it has entries.
+
+    Returns:
+        The positions, on the device of the masks.
+    """
+    active, ghosts = (
+        torch.from_numpy(np.flatnonzero(mask.cpu().numpy())).to(mask.device)
+        for mask in (masks.forward, masks.backward & ~masks.forward)
+    )
+    spare = max(0, (exploring or 0) - len(ghosts))
+    unused = ghosts.new_full((spare,), masks.forward.numel())
+    return Positions(active, torch.cat((ghosts, unused)))
+
+
+def reindex(old: Index, masks: Masks, block: tuple[int, int]) -> Index:
+    """Return the index of ``masks``, in tensors of the shapes of ``old`` if A is as large."""
+    same = int(masks.forward.sum()) == old.active_count * math.prod(block)
+    if isinstance(old, Positions):
+        return positions_of(masks, old.exploring.shape[0] if same else None)
+    return pattern_of(*masks, block, old.exploring.columns.shape[0] if same else None)
+
+
+def old_slots(old: Tensor, new: Tensor, size: int) -> Tensor:
+    """Return where the values come from at a refresh.
+
+    Args:
+        old: Where the values stood in the flat θ.
+        new: Where they stand now.
+        size: Entries of θ.
+
+    Returns:
+        For each value the flat index of its old place, in the shape of ``new``; −1 for what
+        was not in B and where a place is unused.
+    """
+    dtype = torch.int32 if old.numel() <= INDEX_LIMIT else torch.int64
+    place = old.new_full((size + 1,), -1, dtype=dtype)
+    place[old.flatten()] = torch.arange(old.numel(), dtype=dtype, device=old.device)
+    place[size] = -1
+    return place[new]
+
+
+def carry(slot: Tensor, source: Tensor) -> Tensor:
+    """Let an optimiser slot follow its weights; zero for what was not in B.
+
+    Args:
+        slot: One number per value.
+        source: What `old_slots` returns.
+
+    Returns:
+        The slot, in the shape of ``source``.
+    """
+    return torch.where(source >= 0, slot.flatten()[source.clamp(min=0)], 0.0)
