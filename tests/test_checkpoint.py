@@ -34,7 +34,12 @@ MOMENTUM = OPTIMIZERS["momentum"]
 
 def _flat(state: tk.TrainState) -> Named:
     """Name every tensor of a state, in the order in which the state has them."""
-    named: Named = [("step", state.step), ("seed", state.seed), ("t", state.optimizer.step)]
+    named: Named = [
+        ("step", state.step),
+        ("seed", state.seed),
+        ("sets", state.mask_seed),
+        ("t", state.optimizer.step),
+    ]
     trees: dict[str, dict[str, Tensor]] = {
         "theta": tk.dense_params(state),
         "A": {name: masks.forward for name, masks in tk.masks_of(state).items()},

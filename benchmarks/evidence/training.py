@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,14 +13,11 @@ from torch.func import functional_call
 
 import topkast_func as tk
 from benchmarks.evidence.settings import SMALL, Setting
-from benchmarks.evidence.tasks import TASKS, Task, loss_fn
+from benchmarks.evidence.tasks import TASKS, Batch, Task, loss_fn
 from topkast_func.training.state import Storage
 
 OFTEN = 10
 """Steps between refreshes below which indexing the sets anew costs more than dense storage."""
-
-RECENT = 5
-"""Steps before a refresh whose mean loss its shock is measured against."""
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -33,8 +30,8 @@ def run(setting: Setting) -> dict[str, Any]:
         ``score`` of the last state, ``flops`` of training over those of the dense network
         (dense gradients at the refreshes of RigL left out), ``explored`` (share of the sparse
         weights that were ever in A), ``parameters`` that the trained network uses, ``seconds``,
-        and ``shock``, median and largest: the loss of the first step after a refresh over the
-        mean of the five before; None where refreshes are closer than that.
+        and ``shock``, median and largest over the refreshes: the loss of the batch at hand with
+        the new sets over that with the old ones; None where the sets are drawn anew too often.
     """
     start, task = time.perf_counter(), TASKS[setting.task]
     torch.manual_seed(setting.seed)
@@ -48,8 +45,8 @@ def run(setting: Setting) -> dict[str, Any]:
     state = tk.init_state(model, config, optimizer, storage=storage, seed=setting.seed)
     step = tk.make_train_step(model, loss_fn, config, optimizer)
     batches = islice(task.batches(setting.validate, setting.seed), steps)
-    watch = _Watch(model, task, state)
-    state = tk.train(step, state, batches, config, [watch])
+    watch = _Watch(model, task, state, often=setting.refresh_every < OFTEN)
+    state = tk.train(step, state, map(watch.seen, batches), config, [watch])
     with torch.no_grad():
         apply = partial(_at, model, tk.forward_params(state))
         score = task.score(apply, setting.validate)
@@ -59,7 +56,7 @@ def run(setting: Setting) -> dict[str, Any]:
         "explored": tk.exploration_rate(watch.explored) if watch.explored else None,
         "parameters": _used(state),
         "seconds": time.perf_counter() - start,
-        "shock": watch.shock(),
+        "shock": (statistics.median(watch.shocks), max(watch.shocks)) if watch.shocks else None,
     }
 
 
@@ -69,34 +66,35 @@ def _at(model: nn.Module, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
 
 
 class _Watch(tk.Callback):
-    """Adds up operations, and keeps the losses and which weights were ever in A."""
+    """Adds up operations, and keeps the shocks and which weights were ever in A."""
 
-    def __init__(self, model: nn.Module, task: Task, state: tk.TrainState) -> None:
-        self.model, self.inputs = model, task.sample
+    def __init__(self, model: nn.Module, task: Task, state: tk.TrainState, often: bool) -> None:
+        self.model, self.inputs, self.often = model, task.sample, often
         self.flops, self.explored = 0.0, tk.explored(tk.masks_of(state))
-        self.losses: list[float] = []
-        self.refreshes: list[int] = []
+        self.shocks: list[float] = []
+        self._batch: Any = None
+        self._loss: float | None = None
         self._known: dict[tuple[int, ...], float] = {}
         self._per_step = self._flops(state)
 
     def on_step(self, state: tk.TrainState, metrics: tk.StepMetrics) -> None:
         self.flops += self._per_step
-        self.losses.append(float(metrics.data_loss))
+        if self._loss is not None:
+            self.shocks.append(float(metrics.data_loss) / self._loss)
+            self._loss = None
 
     def on_refresh(self, before: tk.TrainState, after: tk.TrainState) -> None:
         self.explored = tk.explored(tk.masks_of(after), self.explored)
         self._per_step = self._flops(after)
-        self.refreshes.append(len(self.losses))
+        if not self.often:
+            with torch.no_grad():
+                apply = partial(_at, self.model, tk.forward_params(before))
+                self._loss = float(loss_fn(apply, self._batch))
 
-    def shock(self) -> tuple[float, float] | None:
-        """Return by how much the loss is multiplied at a refresh, median and largest."""
-        nearest = min((b - a for a, b in pairwise((0, *self.refreshes))), default=0)
-        if nearest < RECENT:
-            return None
-        ratios = [
-            self.losses[t] / statistics.mean(self.losses[t - RECENT : t]) for t in self.refreshes
-        ]
-        return statistics.median(ratios), max(ratios)
+    def seen(self, batch: Batch) -> Batch:
+        """Keep a batch, and hand it on."""
+        self._batch = batch
+        return batch
 
     def _flops(self, state: tk.TrainState) -> float:
         """Return the operations of a step; they are those of any state with as large sets."""

@@ -149,7 +149,7 @@ def index_masks(
         if not isinstance(sets, Masks):
             raise TypeError(f"masks[{name!r}] must be Masks, got {type(sets).__name__}")
         if name in layers:
-            _check_masks(name, sets, layers[name].weight.shape)
+            check_weight_sets(name, sets, layers[name].weight.shape)
         if name in layers and not all(is_of_blocks(mask, block_shape) for mask in sets):
             raise ValueError(f"the sets of {name!r} are not made of blocks of {block_shape}")
     return {
@@ -178,10 +178,21 @@ def check_sets(model: Model, params: Params, masks: Mapping[str, AnySets]) -> No
     if unknown := [name for name in masks if name not in params]:
         raise ValueError(f"masks of unknown parameters: {unknown}")
     for name, sets in masks.items():
-        _check_masks(name, sets, params[name].shape)
+        check_weight_sets(name, sets, params[name].shape)
 
 
-def _check_masks(name: str, sets: AnySets, shape: torch.Size) -> None:
+def check_weight_sets(name: str, sets: AnySets, shape: torch.Size) -> None:
+    """Check the type and the shape of the sets of one weight.
+
+    Args:
+        name: Name of the weight, for errors.
+        sets: Its sets.
+        shape: Its shape.
+
+    Raises:
+        TypeError: The sets are neither `Masks` of bool nor indexed.
+        ValueError: They have another shape.
+    """
     if isinstance(sets, Indexed):
         if sets.shape != tuple(shape):
             raise ValueError(

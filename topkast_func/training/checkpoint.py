@@ -29,12 +29,12 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
     """Write a state to a safetensors file.
 
     The file appears whole or not at all: a process killed while saving leaves what was at
-    ``path``. Tensors are named ``step``, ``seed``, ``optimizer_step``, ``theta/NAME``,
-    ``forward/NAME``, ``backward/NAME``, ``buffers/NAME``, ``frozen/NAME``, ``exponents/NAME`` and
-    ``slots/KIND/NAME``, θ being φ where it has an exponent; the entry ``topkast_func`` of the
-    metadata is a JSON object with the format, its version, the order of the tensors, the storage
-    and, where that is compact, the names of the weights that kernels compute and the shapes of the
-    values, places of B that are unused included.
+    ``path``. Tensors are named ``step``, ``seed``, ``mask_seed``, ``optimizer_step``,
+    ``theta/NAME``, ``forward/NAME``, ``backward/NAME``, ``buffers/NAME``, ``frozen/NAME``,
+    ``exponents/NAME`` and ``slots/KIND/NAME``, θ being φ where it has an exponent; the entry
+    ``topkast_func`` of the metadata is a JSON object with the format, its version, the order of
+    the tensors, the storage and, where that is compact, the names of the weights that kernels
+    compute and the shapes of the values, places of B that are unused included.
 
     Args:
         state: The state, on any device.
@@ -111,6 +111,7 @@ def _flat(state: TrainState) -> Iterator[tuple[str, Tensor]]:
     masks = masks_of(state)
     yield "step", state.step
     yield "seed", state.seed
+    yield "mask_seed", state.mask_seed
     yield "optimizer_step", state.optimizer.step
     trees: dict[str, Mapping[str, Tensor]] = {
         "theta": state.weights.dense(),
@@ -145,6 +146,7 @@ def _state(
     return TrainState(
         step=tensors["step"].cpu(),
         seed=tensors["seed"].cpu(),
+        mask_seed=tensors["mask_seed"].cpu(),
         weights=weights,
         buffers=tree("buffers/"),
         frozen=tree("frozen/"),

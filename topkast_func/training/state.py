@@ -1,5 +1,6 @@
 """The state of training: what it holds, how it starts, and its refresh."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -17,6 +18,7 @@ from topkast_func.powerprop import phi_of, theta_of
 from topkast_func.sparsity import ByPattern
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
+from topkast_func.training.agreement import check_masks
 from topkast_func.training.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.types import Masks, Params, Tensors
 
@@ -32,6 +34,7 @@ class TrainState(NamedTuple):
     Attributes:
         step: Number t of the next step, int64, 0-d, on the CPU.
         seed: Seed of the random numbers that the model draws, int64, 0-d, on the CPU.
+        mask_seed: Seed of the sets that a method draws, int64, 0-d, on the CPU.
         weights: θ and its sets, in the form of the storage; read them with `dense_params`,
             `forward_params` and `masks_of`.
         buffers: Buffers of the module by name, such as BatchNorm statistics.
@@ -43,6 +46,7 @@ class TrainState(NamedTuple):
 
     step: Tensor
     seed: Tensor
+    mask_seed: Tensor
     weights: Weights
     buffers: Tensors
     frozen: Tensors
@@ -58,6 +62,8 @@ def init_state(
     storage: Storage = "compact",
     theta_device: torch.device | str | None = None,
     seed: int = 0,
+    mask_seed: int | None = None,
+    masks: Mapping[str, Masks] | None = None,
 ) -> TrainState:
     """Start training: copy the weights, choose A and B, make zero slots.
 
@@ -70,16 +76,20 @@ def init_state(
             θ and masks. The trajectories agree to rounding.
         theta_device: Where θ rests between refreshes in compact storage, such as "cpu"; None
             for the device of the weights.
-        seed: Seed of the random numbers that the model draws (dropout) and of the methods that
-            draw sets, at least 0.
+        seed: Seed of the random numbers that the model draws (dropout), at least 0.
+        mask_seed: Seed of the methods that draw sets, at least 0; None for ``seed``.
+        masks: Sets to start from (a lottery ticket, SNIP) in place of those that the method would
+            choose, by the name of each sparse parameter; a refresh goes on from them.
 
     Returns:
         The state before step 0. It shares no memory with the arguments.
 
     Raises:
-        TypeError: A leaf is not a floating-point tensor, or ``optimizer`` is none of this library.
+        TypeError: A leaf is not a floating-point tensor, ``optimizer`` is none of this library, or
+            ``masks`` are not `Masks` of bool.
         ValueError: There is nothing to train, a leaf is empty, the configuration does not fit,
-            a tied weight is given two sparsities, or ``theta_device`` is given for dense storage.
+            a tied weight is given two sparsities, ``masks`` are not what the configuration asks
+            for, or ``theta_device`` is given for dense storage.
         NaNParameterError: A leaf holds NaN; a ValueError too.
     """
     if storage not in ("compact", "dense"):
@@ -92,7 +102,13 @@ def init_state(
     if not params:
         raise ValueError("there is no parameter that requires a gradient")
     check_ties(model, config)
-    masks = compute_masks(params, config, seed=check_count("seed", seed, 0))
+    seed = check_count("seed", seed, 0)
+    mask_seed = seed if mask_seed is None else check_count("mask_seed", mask_seed, 0)
+    if masks is None:
+        masks = compute_masks(params, config, seed=mask_seed)
+    else:
+        check_masks(params, masks, config)
+        masks = {n: Masks(*(m.to(params[n].device, copy=True) for m in masks[n])) for n in masks}
     exponents: Tensors = {}
     if config.powerprop > 1.0:
         names = given_sparsity(params, config)
@@ -108,6 +124,7 @@ def init_state(
     return TrainState(
         step=torch.zeros((), dtype=torch.int64),
         seed=torch.tensor(seed % 2**63),
+        mask_seed=torch.tensor(mask_seed % 2**63),
         weights=weights,
         buffers=buffers(model),
         frozen=_copied(frozen(model)),
@@ -142,7 +159,7 @@ def refresh(
     if stays:
         masks = {n: Masks(m.forward, m.forward.clone()) for n, m in old.items()}
     else:
-        theta, seed = _powered(state, dense), int(state.seed)
+        theta, seed = _powered(state, dense), int(state.mask_seed)
         shapes = {name: theta[name].shape for name in state.weights.sparse()}
         allocations = shared_among_all(shapes, config, step)
         masks = masks_at(

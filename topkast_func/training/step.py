@@ -216,6 +216,7 @@ def _step_of(
             after = TrainState(
                 step=state.step + 1,
                 seed=state.seed,
+                mask_seed=state.mask_seed,
                 weights=weights.moved(updates),
                 buffers=written,
                 frozen=state.frozen,

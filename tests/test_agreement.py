@@ -1,0 +1,110 @@
+"""What a state, its sets and its configuration must agree in."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import topkast_func as tk
+from tests.storage import STORAGES
+from tests.test_methods import batch, mse, network
+
+CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=2)
+WEIGHTS = ("0.weight", "2.weight")
+
+
+def given(**changes: Any) -> dict[str, tk.Masks]:
+    """Return sets of the sizes that `CONFIG` asks for, which magnitude would not choose."""
+    sets = {}
+    for name, weight in network().named_parameters():
+        if name in WEIGHTS:
+            rank = torch.arange(weight.numel()).view(weight.shape)
+            sets[name] = tk.Masks(rank < weight.numel() // 4, rank < weight.numel() // 2)
+    return sets | changes
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_training_starts_from_the_sets_that_are_given(storage: Any) -> None:
+    model, optimizer, masks = network(), tk.sgd(0.1), given()
+    state = tk.init_state(model, CONFIG, optimizer, storage=storage, masks=masks)
+    for name, found in tk.masks_of(state).items():
+        for mask, expected in zip(found, masks[name], strict=True):
+            assert torch.equal(mask, expected)
+            assert mask.data_ptr() != expected.data_ptr()
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
+    after, _ = train_step(state, batch(0))
+    moved = tk.dense_params(after)["0.weight"] != tk.dense_params(state)["0.weight"]
+    assert moved.any()
+    assert not (moved & ~masks["0.weight"].backward).any()
+
+
+def test_a_ticket_of_sizes_of_its_own_is_given_by_its_densities() -> None:
+    ticket = torch.zeros(12, 8, dtype=torch.bool)
+    ticket[0] = True
+    config = replace(
+        CONFIG,
+        method=tk.static(),
+        sparse="0.weight",
+        allocation={"0.weight": float(ticket.float().mean())},
+    )
+    masks = {"0.weight": tk.Masks(ticket, ticket)}
+    state = tk.init_state(network(), config, tk.sgd(0.1), masks=masks)
+    kept = tk.masks_of(tk.refresh(state._replace(step=torch.tensor(2)), config))
+    assert torch.equal(kept["0.weight"].forward, ticket)
+
+
+def bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
+    first = given()["0.weight"]
+    return {
+        "missing": ({"0.weight": first}, ValueError, r"missing \['2.weight'\], unknown \[\]"),
+        "unknown": (given(x=first), ValueError, r"missing \[\], unknown \['x'\]"),
+        "shape": (
+            given(**{"0.weight": tk.Masks(first.forward[:4], first.backward[:4])}),
+            ValueError,
+            r"masks\['0.weight'\] have shape \(4, 8\), the parameter \(12, 8\)",
+        ),
+        "type": (given(**{"0.weight": first.forward}), TypeError, r"must be Masks"),
+        "dtype": (
+            given(**{"0.weight": tk.Masks(first.forward.float(), first.backward)}),
+            TypeError,
+            "must be of torch.bool",
+        ),
+        "order": (
+            given(**{"0.weight": tk.Masks(first.forward.flip(0), first.backward)}),
+            ValueError,
+            "the forward mask is not part of the backward mask",
+        ),
+        "counts": (
+            given(**{"0.weight": tk.Masks(first.backward, first.backward)}),
+            ValueError,
+            r"masks\['0.weight'\] have \(48, 48\) entries .* asks for \(24, 48\)",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", bad().values(), ids=bad().keys())
+def test_sets_that_do_not_fit_are_refused(case: Any) -> None:
+    masks, error, message = case
+    with pytest.raises(error, match=message):
+        tk.init_state(network(), CONFIG, tk.sgd(0.1), masks=masks)
+
+
+def test_sets_that_are_not_of_blocks_are_refused() -> None:
+    config = replace(CONFIG, block_shape=(2, 2))
+    masks = given(**{"0.weight": tk.Masks(*(m.flip(0) for m in given()["0.weight"]))})
+    masks["2.weight"] = tk.Masks(*(m.roll(1) for m in masks["2.weight"]))
+    with pytest.raises(ValueError, match=r"are not made of blocks of \(2, 2\)"):
+        tk.init_state(network(), config, tk.sgd(0.1), masks=masks)
+
+
+def test_sets_are_drawn_by_a_seed_of_their_own() -> None:
+    config = replace(CONFIG, method=tk.random_backward())
+
+    def sets(**seeds: Any) -> torch.Tensor:
+        state = tk.init_state(network(), config, tk.sgd(0.1), **seeds)
+        return tk.masks_of(tk.refresh(state, config))["0.weight"].backward
+
+    assert torch.equal(sets(seed=1, mask_seed=5), sets(seed=2, mask_seed=5))
+    assert not torch.equal(sets(seed=1, mask_seed=5), sets(seed=1, mask_seed=6))
+    assert torch.equal(sets(seed=3), sets(seed=3, mask_seed=3))
