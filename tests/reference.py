@@ -1,7 +1,7 @@
 """Slow oracles in NumPy float64 with plain loops, each from the equation it cites."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 
 import numpy as np
@@ -16,12 +16,25 @@ def count(sparsity: float, n: int) -> int:
     return max(1, math.floor((1.0 - sparsity) * n + 0.5))
 
 
+def tie_key(index: int) -> int:
+    """Return the first output of splitmix64 seeded with the index (Vigna's splitmix64.c)."""
+    z = (index + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+def ranked(scores: Array, places: Iterable[int]) -> list[int]:
+    """Flat indices in the order of (−abs(score), key)."""
+    flat = np.abs(scores).ravel()
+    return sorted(places, key=lambda i: (-flat[i], tie_key(i)))
+
+
 def top_mask(theta: Array, sparsity: float) -> Mask:
-    """Largest magnitudes first, ties to the lowest flat index."""
-    flat = np.abs(theta).ravel()
-    ranking = sorted(range(flat.size), key=lambda i: (-flat[i], i))
-    mask = np.zeros(flat.size, bool)
-    mask[ranking[: count(sparsity, flat.size)]] = True
+    """Largest magnitudes first, ties in the order of their key."""
+    ranking = ranked(theta, range(theta.size))
+    mask = np.zeros(theta.size, bool)
+    mask[ranking[: count(sparsity, theta.size)]] = True
     return mask.reshape(theta.shape)
 
 

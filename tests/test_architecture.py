@@ -13,6 +13,7 @@ PACKAGES = [
     "types",
     "checks",
     "sparsity",
+    "tiebreak",
     "kernels",
     "ranking",
     "methods",

@@ -61,17 +61,39 @@ def test_l1_and_l2_rank_blocks_differently() -> None:
     assert by_l1.forward.tolist() == [[False, False, True, True]]
 
 
-def test_ties_go_to_the_lowest_flat_index() -> None:
+def test_ties_go_in_the_order_of_their_keys() -> None:
+    """The flat indices 0 to 5 in the order of their keys are 3, 5, 4, 1, 2, 0."""
     theta = torch.tensor([[1.0, -2.0, 2.0], [2.0, -1.0, 1.0]])
     masks = masks_of(theta, forward=0.7, backward=0.4)
-    assert masks.forward.tolist() == [[False, True, True], [False, False, False]]
-    assert masks.backward.tolist() == [[True, True, True], [True, False, False]]
+    assert masks.forward.tolist() == [[False, True, False], [True, False, False]]
+    assert masks.backward.tolist() == [[False, True, True], [True, False, True]]
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5], ids=["zero", "constant"])
+def test_the_sets_of_a_constant_weight_are_spread_over_its_rows_and_columns(value: float) -> None:
+    """By the lowest flat index, B was the first 13 rows, whole, and no other."""
+    for mask in masks_of(torch.full((64, 64), value), forward=0.9, backward=0.8):
+        share = int(mask.sum()) / 64
+        for axis in (0, 1):
+            counts = mask.sum(axis)
+            assert int(counts.min()) >= 1
+            assert int(counts.max()) < 2.5 * share
+            assert float(counts.float().std()) < 0.6 * share
+
+
+@pytest.mark.parametrize("block", [(2, 2), (1, 4)])
+def test_tied_blocks_go_in_the_order_of_the_keys_of_the_grid(block: tuple[int, int]) -> None:
+    masks = masks_of(torch.ones(8, 16, 3), 0.75, 0.5, block_shape=block)
+    grid = np.ones((8 // block[0], 16 // block[1], 3))
+    for mask, sparsity in zip(masks, (0.75, 0.5), strict=True):
+        found = mask[:: block[0], :: block[1]]
+        np.testing.assert_array_equal(found, reference.top_mask(grid, sparsity))
 
 
 def test_a_transposed_weight_is_ranked_by_its_own_rows() -> None:
     theta = torch.ones(2, 3).T
     assert not theta.is_contiguous()
-    assert masks_of(theta, 0.5, 0.5).forward.tolist() == [[True, True], [True, False], [False] * 2]
+    assert masks_of(theta, 0.5, 0.5).forward.tolist() == [[False] * 2, [False, True], [True, True]]
 
 
 def test_more_entries_than_torch_quantile_takes() -> None:

@@ -184,10 +184,10 @@ def test_random_sets_are_drawn_evenly_over_the_tensor(rows: int, columns: int, s
 
 
 def expected_survivors(values: Any, active: Any, fraction: float) -> Any:
-    """Keep of A the largest, ties to the lowest flat index, in plain loops."""
+    """Keep of A the largest, ties in the order of their keys, in plain loops."""
     places = [i for i in range(values.size) if active.flat[i]]
     gone = min(int(fraction * len(places)), values.size - len(places))
-    ranked = sorted(places, key=lambda i: (-abs(values.flat[i]), i))
+    ranked = reference.ranked(values, places)
     stay = np.zeros(values.shape, bool)
     stay.flat[ranked[: len(places) - gone]] = True
     return stay
@@ -224,7 +224,7 @@ def test_rigl_grows_where_the_dense_gradient_is_largest_and_from_zero() -> None:
         stay = expected_survivors(values, masks.forward.numpy(), 0.5)
         candidates = np.where(stay, 0.0, np.abs(dense.numpy()) + 1e-12)
         count = int(masks.forward.sum()) - int(stay.sum())
-        ranking = sorted(range(stay.size), key=lambda i: (-candidates.flat[i], i))[:count]
+        ranking = reference.ranked(candidates, range(stay.size))[:count]
         expected = stay.copy()
         expected.flat[ranking] = True
         new = tk.masks_of(after)[name]

@@ -129,6 +129,22 @@ def test_a_scalar_keeps_its_dtype(tmp_path: Any) -> None:
     tk.load(tmp_path / "state", config, model)
 
 
+@pytest.mark.parametrize("method", [tk.topkast(), tk.static(), tk.dense()])
+def test_a_weight_that_is_zero_everywhere_and_could_not_move_is_refused(method: tk.Method) -> None:
+    model = network()
+    nn.init.zeros_(model.get_parameter("2.weight"))
+    config = replace(CONFIG, method=method)
+    told = r"params\['2.weight'\] is zero everywhere .* powerprop=2.0 .* keep_dense, or .* be 1"
+    with pytest.raises(ValueError, match=told):
+        tk.init_state(model, config, tk.sgd(0.1))
+    for way_on in (replace(config, keep_dense="2.weight"), replace(config, powerprop=1.0)):
+        state = tk.init_state(model, way_on, tk.sgd(0.1))
+        after, _ = tk.make_train_step(model, mse, way_on, tk.sgd(0.1), compile=False)(
+            state, batch(0)
+        )
+        assert tk.dense_params(after)["2.weight"].any()
+
+
 def test_an_exponent_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"powerprop must be in \[1.0, inf\), got 0.5"):
         tk.TopKastConfig(powerprop=0.5)

@@ -128,6 +128,20 @@ def test_one_step_equals_the_oracle() -> None:
 # At a refresh a slot follows its weight; an entry that newly enters B starts at zero.
 
 
+@pytest.mark.parametrize(("value", "storage"), [(0.0, "compact"), (0.25, "dense")])
+def test_a_layer_of_one_value_learns_in_all_its_rows(value: float, storage: Any) -> None:
+    model = nn.Linear(16, 10)
+    nn.init.constant_(model.weight, value)
+    config, optimizer = tk.TopKastConfig(0.9, 0.8, refresh_every=20), tk.sgd(0.1)
+    state = tk.init_state(model, config, optimizer, storage=storage)
+    train_step = tk.make_train_step(model, mse, config, optimizer, compile=False)
+    x, target = torch.randn(32, 16), torch.randn(10, 16)
+    for _ in range(200):
+        state, _ = train_step(state, (x, x @ target.T))
+    moved = tk.dense_params(state)["weight"] != value
+    assert moved.any(1).all()
+
+
 @every_storage
 @pytest.mark.parametrize("make", [OPTIMIZERS["momentum"], OPTIMIZERS["adam"]])
 def test_slots_follow_their_weights_and_newcomers_start_at_zero(

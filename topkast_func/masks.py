@@ -22,9 +22,9 @@ def compute_masks(
     """Choose A and B of every sparse parameter, as training would start with them.
 
     Of n entries (or blocks) at sparsity s, k = max(1, floor((1 − s)·n + 1/2)) are kept. In
-    Top-KAST these are the largest in magnitude (or block norm), ties going to the lowest flat
-    index, and one ranking gives both sets, so A ⊆ B (NeurIPS 2020, section 2: top-K per tensor).
-    They follow from the values alone.
+    Top-KAST these are the largest in magnitude (or block norm), ties going in the order of
+    `tie_key`, a fixed hash of the flat index, so evenly over the tensor. One ranking gives both
+    sets, so A ⊆ B (NeurIPS 2020, section 2: top-K per tensor). They follow from the values alone.
 
     Args:
         params: Weights by name, floating point of any dtype and device.
@@ -48,7 +48,7 @@ def compute_masks(
         >>> config = TopKastConfig(forward_sparsity=0.75, backward_sparsity=0.5)
         >>> masks = compute_masks({"weight": torch.tensor([[3.0, -1.0], [-2.0, 2.0]])}, config)
         >>> masks["weight"].forward.int().tolist(), masks["weight"].backward.int().tolist()
-        ([[1, 0], [0, 0]], [[1, 0], [1, 0]])
+        ([[1, 0], [0, 0]], [[1, 0], [0, 1]])
     """
     allocations = allocate(params, config, step=step)
     for name, leaf in params.items():

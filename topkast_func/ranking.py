@@ -1,4 +1,4 @@
-"""Rankings by magnitude: exact counts, ties to the lowest flat index, entries or blocks."""
+"""Rankings by magnitude: exact counts, ties in the order of a hash, entries or blocks."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from topkast_func.kernels.engines import installed
 from topkast_func.sparsity import density
+from topkast_func.tiebreak import tie_key
 from topkast_func.types import BlockNorm
 
 Sets: TypeAlias = tuple[Tensor, Tensor]
@@ -87,7 +88,7 @@ def magnitudes(
 
 
 def top_sets(name: str, scores: Tensor, forward: int, backward: int) -> Sets:
-    """Mark the largest magnitudes, ties going to the lowest flat index.
+    """Mark the largest magnitudes, ties going in the order of `tie_key`.
 
     Args:
         name: Name of the parameter, for errors.
@@ -101,49 +102,12 @@ def top_sets(name: str, scores: Tensor, forward: int, backward: int) -> Sets:
     Raises:
         NaNParameterError: A score is NaN.
     """
-    scores = scores.contiguous()
-    many = scores.device.type == "cpu" and scores.numel() >= MANY and installed("numba")
-    ranked = _marked_by_bits if many else _marked_by_rank
-    marks = ranked(scores, forward, backward)
-    if marks is None:
-        raise NaNParameterError(f"params[{name!r}] holds NaN; its entries cannot be ranked")
-    return marks
-
-
-def _marked_by_bits(scores: Tensor, forward: int, backward: int) -> Sets | None:
-    selection = import_module("topkast_func.kernels.selection")
-    marks = selection.top_marks(scores.flatten().numpy(), forward, backward)
-    return marks and tuple(torch.from_numpy(mask).view(scores.shape) for mask in marks)
-
-
-def _marked_by_rank(scores: Tensor, forward: int, backward: int) -> Sets | None:
-    magnitudes = scores.abs()
-    largest = _largest(magnitudes.flatten(), backward)
-    if largest.isnan().any():
-        return None
-    return _mark(magnitudes, _largest(largest, forward)), _mark(magnitudes, largest)
-
-
-def _largest(scores: Tensor, k: int) -> Tensor:
-    """Return the k largest of 1-D scores, NaN counting as largest, in no order."""
-    if scores.device.type != "cpu":
-        return scores.topk(k, sorted=False).values
-    n = scores.numel()
-    return torch.from_numpy(np.partition(scores.numpy(), n - k)[n - k :])
-
-
-def _mark(scores: Tensor, largest: Tensor) -> Tensor:
-    """Mark as many scores as there are ``largest``, dropping the last of the tied lowest."""
-    threshold = largest.min()
-    mask = scores >= threshold
-    if excess := int(mask.count_nonzero()) - largest.numel():
-        ties = (scores == threshold).flatten().nonzero().squeeze(1)
-        mask.view(-1)[ties[-excess:]] = False
-    return mask
+    first, second = _top(name, scores.flatten(), None, forward, backward)
+    return first.view(scores.shape), second.view(scores.shape)
 
 
 def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> Tensor:
-    """Mark the candidates of largest magnitude, ties going to the lowest flat index.
+    """Mark the candidates of largest magnitude, ties going in the order of `tie_key`.
 
     Args:
         name: Name of the parameter, for errors.
@@ -157,10 +121,59 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
     Raises:
         NaNParameterError: The score of a candidate is NaN.
     """
-    marked = torch.zeros_like(candidates)
+    marked = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
     if count:
-        marked[candidates] = top_sets(name, scores[candidates], count, count)[0]
-    return marked
+        places = candidates.flatten().nonzero().squeeze(1)
+        marked[places] = _top(name, scores.flatten()[places], places, count, count)[0]
+    return marked.view(candidates.shape)
+
+
+def _top(name: str, scores: Tensor, places: Tensor | None, forward: int, backward: int) -> Sets:
+    """Mark the largest of 1-D scores, which stand at ``places`` (all of them at None)."""
+    many = scores.device.type == "cpu" and scores.numel() >= MANY and installed("numba")
+    marks = (_top_by_bits if many else _top_by_values)(scores, places, forward, backward)
+    if marks is None:
+        raise NaNParameterError(f"params[{name!r}] holds NaN; its entries cannot be ranked")
+    return marks
+
+
+def _top_by_bits(scores: Tensor, places: Tensor | None, forward: int, backward: int) -> Sets | None:
+    selection = import_module("topkast_func.kernels.selection")
+    where = None if places is None else places.numpy()
+    marks = selection.top_marks(scores.numpy(), forward, backward, where)
+    return marks and tuple(map(torch.from_numpy, marks))
+
+
+def _top_by_values(
+    scores: Tensor, places: Tensor | None, forward: int, backward: int
+) -> Sets | None:
+    magnitudes = scores.abs()
+    largest = _largest(magnitudes, backward)
+    if largest.isnan().any():
+        return None
+    return (
+        _mark(magnitudes, places, _largest(largest, forward)),
+        _mark(magnitudes, places, largest),
+    )
+
+
+def _largest(numbers: Tensor, k: int) -> Tensor:
+    """Return the k largest of 1-D numbers, NaN counting as largest, in no order."""
+    if numbers.device.type != "cpu":
+        return numbers.topk(k, sorted=False).values
+    n = numbers.numel()
+    return torch.from_numpy(np.partition(numbers.numpy(), n - k)[n - k :])
+
+
+def _mark(magnitudes: Tensor, places: Tensor | None, largest: Tensor) -> Tensor:
+    """Mark as many magnitudes as there are ``largest``, dropping the last of the tied lowest."""
+    threshold = largest.min()
+    mask = magnitudes >= threshold
+    if excess := int(mask.count_nonzero()) - largest.numel():
+        tied = (magnitudes == threshold).nonzero().squeeze(1)
+        keys = tie_key(tied if places is None else places[tied])
+        mask[tied[keys >= _largest(keys, excess).min()]] = False
+    return mask
 
 
 def exchanged_sets(

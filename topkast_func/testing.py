@@ -14,6 +14,7 @@ from torch import Tensor
 from topkast_func.config import TopKastConfig
 from topkast_func.masks import blocks, compute_masks, counts, is_of_blocks
 from topkast_func.ranking import magnitudes
+from topkast_func.tiebreak import tie_key as tie_key
 from topkast_func.training.state import TrainState, dense_params, masks_of
 from topkast_func.types import Masks, Params
 
@@ -147,7 +148,7 @@ def check_counts(
 
 
 def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastConfig) -> None:
-    """Check that no entry left out ranks before one that is in, ties by the lowest flat index.
+    """Check that no entry left out ranks before one that is in, ties by their `tie_key`.
 
     Blocks must be in or out as a whole. A weight that holds NaN has no such sets.
 
@@ -162,14 +163,16 @@ def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastCon
     for name, sets in masks.items():
         scores = magnitudes(name, params[name], config.block_shape, config.block_norm)
         _require(not scores.isnan().any(), f"{name} holds NaN")
-        ranking = scores.abs().flatten().sort(descending=True, stable=True).indices
+        by_key = tie_key(torch.arange(scores.numel(), device=scores.device)).argsort()
+        ranked = scores.abs().flatten()[by_key].sort(descending=True, stable=True).indices
+        ranking = by_key[ranked]
         for mask in sets:
             _require(mask.shape == params[name].shape, f"{name}: {tuple(mask.shape)}")
             whole = is_of_blocks(mask, config.block_shape)
             _require(whole, f"{name}: a block is in by a part of it")
             chosen = blocks(mask, config.block_shape).flatten()[ranking]
             count = int(chosen.sum())
-            told = f"{name}: a smaller entry is in and a larger is not"
+            told = f"{name}: an entry is in and one that ranks before it is not"
             _require(bool(chosen[:count].all()), told)
 
 

@@ -61,7 +61,8 @@ class TopKastConfig:
         keep_dense: Glob pattern, or several, of parameters that stay dense after all; see
             `first_weight` and `last_weight`.
         powerprop: Exponent a ≥ 1 of powerpropagation: what is trained is φ, with
-            θ = φ·abs(φ)^(a−1) (Schwarz et al., NeurIPS 2021); 1 for θ itself.
+            θ = φ·abs(φ)^(a−1) (Schwarz et al., NeurIPS 2021); 1 for θ itself. A zero
+            has no gradient then, so a weight of zeros alone is refused.
 
     Raises:
         TypeError: A field has the wrong type; booleans and strings are not numbers.

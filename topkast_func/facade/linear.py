@@ -185,7 +185,7 @@ class TopKastLinear(nn.Module):
 
         Returns:
             Indices of the max(1, floor((1 − p)·n + 1/2)) largest of the n entries, as
-            `torch.where` gives them; ties go to the lowest flat index.
+            `torch.where` gives them; ties go in the order of `tie_key`.
 
         Raises:
             TypeError: The matrix or ``p`` has the wrong type.

@@ -14,7 +14,7 @@ from topkast_func.entry import entered
 from topkast_func.masks import compute_masks, masks_at
 from topkast_func.model.layers import kernel_layers
 from topkast_func.model.modules import buffers, frozen, ties, trainable
-from topkast_func.powerprop import phi_of, theta_of
+from topkast_func.powerprop import check_moves, phi_of, theta_of
 from topkast_func.sparsity import ByPattern
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
@@ -89,7 +89,8 @@ def init_state(
             ``masks`` are not `Masks` of bool.
         ValueError: There is nothing to train, a leaf is empty, the configuration does not fit,
             a tied weight is given two sparsities, ``masks`` are not what the configuration asks
-            for, or ``theta_device`` is given for dense storage.
+            for, ``theta_device`` is given for dense storage, or a parameter that is to be trained
+            by powerpropagation is zero everywhere.
         NaNParameterError: A leaf holds NaN; a ValueError too.
     """
     if storage not in ("compact", "dense"):
@@ -112,6 +113,8 @@ def init_state(
     exponents: Tensors = {}
     if config.powerprop > 1.0:
         names = given_sparsity(params, config)
+        for name in names:
+            check_moves(name, params[name], config.powerprop)
         exponents = {n: torch.tensor(config.powerprop, dtype=torch.float64) for n in names}
         params = {**params, **{n: phi_of(params[n].detach(), config.powerprop) for n in names}}
     weights: Weights

@@ -1,0 +1,89 @@
+"""The largest by their bits: the same with any number of threads, and far from small."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests import reference
+from topkast_func.kernels.selection import top_marks
+from topkast_func.tiebreak import tie_key
+
+SIZE = 70_001
+
+
+@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def numbers(kind: str) -> NDArray[np.float64]:
+    drawn = np.random.default_rng(0).standard_normal(SIZE)
+    return {
+        "continuous": drawn,
+        "half": drawn.astype(np.float16).astype(float),
+        "signs": np.sign(np.round(drawn)),
+        "zeros": 0 * drawn,
+        "few": np.where(drawn > 2, drawn, 0),
+    }[kind]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("among", [False, True], ids=["all", "among others"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["continuous", "half", "signs", "zeros", "few"])
+def test_marks_equal_those_of_a_sort(kind: str, dtype: type, among: bool) -> None:
+    """Sorted by (−abs(number), key); the smaller mask ends among ties, and the larger."""
+    given: NDArray[Any] = numbers(kind).astype(dtype)
+    places = np.sort(np.random.default_rng(1).permutation(3 * SIZE)[:SIZE])
+    order = np.lexsort((tie_key(places if among else np.arange(SIZE)), -np.abs(given)))
+    for counts in ((1, SIZE), (SIZE // 10, SIZE // 5), (300, 300), (SIZE - 1, SIZE)):
+        found = top_marks(given, *counts, places if among else None)
+        assert found is not None
+        for mask, count in zip(found, counts, strict=True):
+            np.testing.assert_array_equal(np.flatnonzero(mask), np.sort(order[:count]))
+
+
+def place_of(key: int) -> int:
+    """Invert `reference.tie_key`, step by step."""
+    z = key ^ key >> 31 ^ key >> 62
+    z = z * pow(0x94D049BB133111EB, -1, 2**64) % 2**64
+    z = z ^ z >> 27 ^ z >> 54
+    z = z * pow(0xBF58476D1CE4E5B9, -1, 2**64) % 2**64
+    z = z ^ z >> 30 ^ z >> 60
+    return (z - 0x9E3779B97F4A7C15) % 2**64
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("base", [0, 2**16 - 20, 2**63, 2**64 - 40])
+def test_keys_that_differ_in_their_last_bits_alone_are_told_apart(base: int) -> None:
+    placed = {place_of(key): key for key in range(base, base + 40)}
+    assert all(reference.tie_key(place) == key for place, key in placed.items())
+    places = [place for place in placed if place < 2**63]
+    assert len(places) > 9
+    for count in range(1, len(places) + 1):
+        marks = top_marks(np.zeros(len(places), np.float32), count, count, np.array(places))
+        assert marks is not None
+        first = sorted(places, key=placed.__getitem__)[:count]
+        assert {place for place, mark in zip(places, marks[0], strict=True) if mark} == {*first}
+
+
+@pytest.mark.usefixtures("threads")
+def test_fewer_numbers_than_threads() -> None:
+    marks = top_marks(np.zeros(2, np.float32), 1, 2)
+    assert marks is not None
+    assert [mask.tolist() for mask in marks] == [[False, True], [True, True]]
+
+
+def test_nan_has_no_marks_and_infinity_has() -> None:
+    given = np.array([1.0, np.inf, -np.inf, np.nan], np.float32)
+    assert top_marks(given, 1, 1) is None
+    marks = top_marks(given[:3], 2, 3)
+    assert marks is not None
+    assert marks[0].tolist() == [False, True, True]

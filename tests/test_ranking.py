@@ -1,0 +1,120 @@
+"""One ranking, whichever way it is computed: by bits, by values, as on a device."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import reference
+from topkast_func import ranking
+from topkast_func.ranking import NaNParameterError, largest_among, magnitudes, top_sets
+from topkast_func.testing import blocked, weights
+from topkast_func.types import BlockNorm
+
+NEVER = 2**62
+
+
+def on_a_device(numbers: Tensor, k: int) -> Tensor:
+    return numbers.topk(k, sorted=False).values
+
+
+WAYS: dict[str, tuple[int, Callable[[Tensor, int], Tensor]]] = {
+    "bits": (1, ranking._largest),
+    "values": (NEVER, ranking._largest),
+    "device": (NEVER, on_a_device),
+}
+
+
+@pytest.fixture(autouse=True, params=WAYS)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank every tensor in one way."""
+    many, largest = WAYS[request.param]
+    monkeypatch.setattr(ranking, "MANY", many)
+    monkeypatch.setattr(ranking, "_largest", largest)
+
+
+def fractions() -> st.SearchStrategy[list[float]]:
+    return st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted)
+
+
+def marked(scores: Tensor, places: Iterable[int], count: int) -> reference.Mask:
+    mask = np.zeros(scores.numel(), bool)
+    mask[reference.ranked(scores.double().numpy(), places)[:count]] = True
+    return mask.reshape(scores.shape)
+
+
+@given(weights(), fractions())
+def test_sets_equal_the_oracle(theta: Tensor, shares: list[float]) -> None:
+    scores = magnitudes("w", theta, (1, 1), "l2")
+    forward, backward = (1 + int(share * (theta.numel() - 1)) for share in shares)
+    for mask, count in zip(
+        top_sets("w", scores, forward, backward), (forward, backward), strict=True
+    ):
+        assert mask.dtype == torch.bool
+        np.testing.assert_array_equal(mask, marked(theta, range(theta.numel()), count))
+
+
+@given(blocked(), fractions(), st.sampled_from(["l2", "l1"]))
+def test_sets_of_blocks_equal_the_oracle(
+    drawn: tuple[Tensor, tuple[int, int]], shares: list[float], norm: BlockNorm
+) -> None:
+    theta, block = drawn
+    scores = magnitudes("w", theta, block, norm)
+    forward, backward = (1 + int(share * (scores.numel() - 1)) for share in shares)
+    for mask, count in zip(
+        top_sets("w", scores, forward, backward), (forward, backward), strict=True
+    ):
+        np.testing.assert_array_equal(mask, marked(scores, range(scores.numel()), count))
+
+
+@given(weights(), st.data())
+def test_ties_among_candidates_go_by_their_place_in_the_whole_tensor(
+    theta: Tensor, data: st.DataObject
+) -> None:
+    scores, n = magnitudes("w", theta, (1, 1), "l2"), theta.numel()
+    candidates = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    places = candidates.nonzero()[0]
+    count = data.draw(st.integers(0, len(places)))
+    shaped = torch.from_numpy(candidates).view(theta.shape)
+    found = largest_among("w", shaped, scores, count)
+    assert found.dtype == torch.bool
+    np.testing.assert_array_equal(found, marked(theta, map(int, places), count))
+
+
+def test_the_place_among_candidates_does_not_decide() -> None:
+    """Of the flat indices 0 to 5 the keys are in the order 3, 5, 4, 1, 2, 0; of 2, 0 here."""
+    candidates = torch.tensor([[True, False, True], [False, False, False]])
+    found = largest_among("w", candidates, torch.zeros(2, 3), 1)
+    assert found.flatten().nonzero().tolist() == [[2]]
+
+
+def test_scores_and_candidates_of_any_strides() -> None:
+    scores = torch.tensor([[1.0, 1.0, 0.0], [2.0, 1.0, 1.0]]).T
+    candidates = (scores > 0).T.contiguous().T
+    assert not scores.is_contiguous()
+    expected = marked(scores.contiguous(), range(6), 3)
+    np.testing.assert_array_equal(top_sets("w", scores, 3, 3)[0], expected)
+    np.testing.assert_array_equal(largest_among("w", candidates, scores, 3), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zeros_of_both_signs_are_tied_and_infinity_ranks_first(dtype: torch.dtype) -> None:
+    scores = torch.tensor([0.0, -0.0, 0.0, -0.0, -torch.inf, 5e-324], dtype=dtype)
+    for count in range(1, 7):
+        np.testing.assert_array_equal(
+            top_sets("w", scores, 1, count)[1], marked(scores, range(6), count)
+        )
+
+
+def test_nan_is_named_where_it_could_be_chosen() -> None:
+    scores = torch.tensor([1.0, torch.nan, torch.inf])
+    with pytest.raises(NaNParameterError, match=r"params\['w'\] holds NaN"):
+        top_sets("w", scores, 1, 1)
+    among = largest_among("w", torch.tensor([True, False, True]), scores, 1)
+    assert among.tolist() == [False, False, True]
+    with pytest.raises(NaNParameterError, match=r"params\['w'\] holds NaN"):
+        largest_among("w", torch.tensor([True, True, True]), scores, 1)
