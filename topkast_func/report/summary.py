@@ -156,7 +156,7 @@ def _frozen(name: str, tensor: Tensor) -> Row:
 
 
 def _bytes(state: TrainState, name: str) -> int:
-    slots = [tree[name] for tree in state.optimizer.slots.values()]
+    slots = [tree[name] for tree in state.optimizer.slots.values() if name in tree]
     trained = (state.weights.values()[name], state.weights.stands(name), slots)
     return sum(leaf.nbytes for leaf in tree_leaves(trained) if isinstance(leaf, Tensor))
 

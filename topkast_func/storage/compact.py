@@ -123,9 +123,13 @@ class CompactWeights(NamedTuple):
                 patterns[name] = sets
             else:
                 positions[name] = sets
+
+        def carried(name: str, slot: Tensor) -> Tensor:
+            follows = name in moved and slot.shape == self.held[name].shape
+            return carry(slot, moved[name]) if follows else slot
+
         return CompactWeights(held, patterns, positions, theta), {
-            kind: {n: carry(slot, moved[n]) if n in moved else slot for n, slot in tree.items()}
-            for kind, tree in slots.items()
+            k: {n: carried(n, slot) for n, slot in tree.items()} for k, tree in slots.items()
         }
 
     def _where(self, name: str) -> Tensor:

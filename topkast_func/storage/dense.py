@@ -87,21 +87,21 @@ class DenseWeights(NamedTuple):
         return DenseWeights(theta, self.sets)
 
     def restricted(self, slots: dict[str, Tensors]) -> dict[str, Tensors]:
-        """Set optimiser slots to zero outside B."""
-        return {
-            kind: {
-                name: torch.where(self.sets[name].backward, slot, 0.0)
-                if name in self.sets
-                else slot
-                for name, slot in tree.items()
-            }
-            for kind, tree in slots.items()
-        }
+        """Set optimiser slots to zero outside B; those of another shape than θ stay as they are."""
+
+        def within(name: str, slot: Tensor) -> Tensor:
+            if name not in self.sets or slot.shape != self.theta[name].shape:
+                return slot
+            return torch.where(self.sets[name].backward, slot, slot.new_zeros(()))
+
+        return {k: {n: within(n, slot) for n, slot in tree.items()} for k, tree in slots.items()}
 
     def chosen(
         self, dense: Params, masks: Mapping[str, Masks], slots: dict[str, Tensors]
     ) -> tuple["DenseWeights", dict[str, Tensors]]:
         """Take over new sets; a slot follows its weight where that stays in B, else is zero.
+
+        Slots of another shape than the values, such as one number per row, stay as they are.
 
         Args:
             dense: What `dense` returns, of which the sets were chosen.

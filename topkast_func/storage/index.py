@@ -92,4 +92,4 @@ def carry(slot: Tensor, source: Tensor) -> Tensor:
     Returns:
         The slot, in the shape of ``source``.
     """
-    return torch.where(source >= 0, slot.flatten()[source.clamp(min=0)], 0.0)
+    return torch.where(source >= 0, slot.flatten()[source.clamp(min=0)], slot.new_zeros(()))
