@@ -139,7 +139,7 @@ def test_every_dtype_name_and_shape_comes_back_in_order(
 ) -> None:
     theta = {
         "z/last.weight": torch.randn(4, 6, dtype=torch.bfloat16),
-        "slots/momentum/weight": torch.randn(3, 4, dtype=torch.float16),
+        "slots/sgd.momentum/weight": torch.randn(3, 4, dtype=torch.float16),
         "a.b/c.weight": torch.randn(2, 3, 3, dtype=torch.float64),
         "/": torch.randn(5),
         "": torch.randn(1, 2),
@@ -204,8 +204,8 @@ def test_the_file_is_plain_safetensors_with_a_json_header(path: Path) -> None:
         assert set(header["tensors"]) == set(file.keys())
         theta = file.get_tensor("theta/0.weight")
         assert torch.equal(theta, tk.dense_params(state)["0.weight"])
-        slot = file.get_tensor("slots/momentum/0.weight")
-        assert torch.equal(slot, state.optimizer.slots["momentum"]["0.weight"])
+        slot = file.get_tensor("slots/sgd.momentum/0.weight")
+        assert torch.equal(slot, state.optimizer.slots["sgd.momentum"]["0.weight"])
 
 
 def test_a_loaded_state_does_not_change_with_the_file(path: Path) -> None:
@@ -299,8 +299,8 @@ def test_a_file_of_version_1_is_a_state_in_dense_storage(path: Path) -> None:
         **theta,
         "forward/weight": masks.forward,
         "backward/weight": masks.backward,
-        "slots/momentum/weight": torch.randn(4, 13) * masks.backward,
-        "slots/momentum/bias": torch.randn(4),
+        "slots/sgd.momentum/weight": torch.randn(4, 13) * masks.backward,
+        "slots/sgd.momentum/bias": torch.randn(4),
     }
     header = {"format": "topkast_func state", "version": 1, "tensors": list(tensors)}
     safetensors.torch.save_file(tensors, path, {"topkast_func": json.dumps(header)})
@@ -309,8 +309,8 @@ def test_a_file_of_version_1_is_a_state_in_dense_storage(path: Path) -> None:
     assert type(loaded.weights) is type(state.weights)
     for name, parameter in model.named_parameters():
         assert torch.equal(tk.dense_params(loaded)[name], parameter)
-        slot = loaded.optimizer.slots["momentum"][name]
-        assert torch.equal(slot, tensors[f"slots/momentum/{name}"])
+        slot = loaded.optimizer.slots["sgd.momentum"][name]
+        assert torch.equal(slot, tensors[f"slots/sgd.momentum/{name}"])
     assert torch.equal(tk.masks_of(loaded)["weight"].forward, masks.forward)
     step = tk.make_train_step(model, _square, CONFIG, MOMENTUM, compile=False)
     after, _ = step(loaded, _batches(1)[0])
@@ -537,15 +537,15 @@ def test_the_state_of_another_model_is_refused(
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (OPTIMIZERS["sgd"], r"missing \[\], unknown \['momentum'\]"),
-        (OPTIMIZERS["adam"], r"missing \['exp_avg', 'exp_avg_sq'\], unknown \['momentum'\]"),
-        (OPTIMIZERS["adamw"], r"missing \['exp_avg', 'exp_avg_sq'\], unknown \['momentum'\]"),
+        (OPTIMIZERS["sgd"], r"sgd\(.*\) are \[\]"),
+        (OPTIMIZERS["adam"], r"adam\(.*\) are \['adam.exp_avg', 'adam.exp_avg_sq'\]"),
+        (OPTIMIZERS["adamw"], r"adamw\(.*\) are \['adamw.exp_avg', 'adamw.exp_avg_sq'\]"),
     ],
 )
 def test_the_state_of_another_optimizer_is_refused(
     saved: Path, optimizer: tk.Optimizer, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"another state: optimiser slots: {message}"):
+    with pytest.raises(ValueError, match=rf"slots are \['sgd.momentum'\], those of {message}"):
         tk.load(saved, CONFIG, optimizer=optimizer)
 
 
@@ -598,7 +598,7 @@ def test_a_state_that_explores_needs_a_configuration_that_has_not_ended_it(path:
 
 def test_every_problem_of_a_file_is_named_at_once(saved: Path) -> None:
     config = tk.TopKastConfig(0.8, 0.5)
-    with pytest.raises(ValueError, match=r"entries in A and B.*missing.*optimiser slots"):
+    with pytest.raises(ValueError, match=r"entries in A and B.*missing.*slots are"):
         tk.load(saved, config, _deeper(), OPTIMIZERS["adam"])
 
 
@@ -654,12 +654,14 @@ def test_slots_that_do_not_fit_the_values_are_refused(saved: Path) -> None:
     header = _header(saved)
     del header["storage"], header["layers"], header["values"]
     _rewrite(saved, json.dumps(header))
-    with pytest.raises(ValueError, match=r"slot 'momentum' of '0\.weight' has shape"):
-        tk.load(saved, CONFIG)
+    with pytest.raises(ValueError, match=r"slot 'sgd.momentum' of '0\.weight' has shape"):
+        tk.load(saved, CONFIG, optimizer=MOMENTUM)
     tensors = safetensors.torch.load_file(saved)
-    names = {name: name.replace("momentum/0.weight", "momentum/9.weight") for name in tensors}
+    names = {
+        name: name.replace("sgd.momentum/0.weight", "sgd.momentum/9.weight") for name in tensors
+    }
     header["tensors"] = list(names.values())
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
     safetensors.torch.save_file(renamed, saved, {"topkast_func": json.dumps(header)})
-    with pytest.raises(ValueError, match=r"slots 'momentum': missing \['0\.weight'\]"):
+    with pytest.raises(ValueError, match=r"slots 'sgd.momentum' are of \['9\.weight'\]"):
         tk.load(saved, CONFIG)

@@ -1,16 +1,19 @@
 """Optimisers against torch.optim, their learning rates, purity and errors."""
 
 import math
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import topkast_func as tk
+from tests.optimizers import EVERY
 from tests.storage import STORAGES
 
 Tree: TypeAlias = dict[str, Tensor]
@@ -18,7 +21,8 @@ Reference: TypeAlias = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 STEPS = 50
 TENTH = torch.tensor(0.1, dtype=torch.float64)
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, *HALVES)
 
 SGD = [
     {"momentum": 0.0},
@@ -43,9 +47,15 @@ OPTIMIZERS = {
     "momentum": tk.sgd(lr=0.1, momentum=0.9),
     "adam": tk.adam(lr=0.1),
     "adamw": tk.adamw(lr=0.1),
+    "lion": tk.lion(lr=0.1),
 }
-MOMENTS = {"exp_avg", "exp_avg_sq"}
-KINDS = {"sgd": set[str](), "momentum": {"momentum"}, "adam": MOMENTS, "adamw": MOMENTS}
+KINDS = {
+    "sgd": set[str](),
+    "momentum": {"sgd.momentum"},
+    "adam": {"adam.exp_avg", "adam.exp_avg_sq"},
+    "adamw": {"adamw.exp_avg", "adamw.exp_avg_sq"},
+    "lion": {"lion.exp_avg"},
+}
 
 
 def _weights() -> Tree:
@@ -151,14 +161,14 @@ def test_the_trained_state_moves_as_torch_optim_moves_a_dense_model(
 @pytest.mark.parametrize(
     "lr", [0.1, TENTH, lambda step: 0.1, lambda step: TENTH], ids=["float", "0-d", "f", "f to 0-d"]
 )
-@pytest.mark.parametrize("make", [tk.sgd, tk.adam, tk.adamw])
+@pytest.mark.parametrize("make", [tk.sgd, tk.adam, tk.adamw, tk.lion])
 def test_every_form_of_a_constant_learning_rate_gives_the_same_updates(
     make: Callable[..., tk.Optimizer], lr: Any
 ) -> None:
     _assert_equal(_updates(make(lr), 3), _updates(make(lr=0.1), 3))
 
 
-@pytest.mark.parametrize("make", [tk.sgd, tk.adam, tk.adamw])
+@pytest.mark.parametrize("make", [tk.sgd, tk.adam, tk.adamw, tk.lion])
 def test_a_learning_rate_tensor_is_read_anew_at_each_step(
     make: Callable[..., tk.Optimizer],
 ) -> None:
@@ -247,7 +257,7 @@ def test_the_learning_rate_of_a_call_replaces_the_schedule() -> None:
 
 @pytest.mark.parametrize("lr", [0.25, torch.tensor(0.25), lambda step: 0.25, lambda step: step / 4])
 def test_learning_rate_is_a_0d_tensor(lr: Any) -> None:
-    rate = tk.sgd(lr).learning_rate(torch.tensor(1))
+    rate: Any = tk.sgd(lr).learning_rate(torch.tensor(1))
     assert rate.shape == ()
     assert float(rate) == 0.25
 
@@ -285,9 +295,10 @@ def test_init_makes_zero_slots_like_the_parameters(name: str) -> None:
     for tree in state.slots.values():
         assert list(tree) == list(theta)
         for leaf, slot in tree.items():
-            assert slot.dtype == theta[leaf].dtype
+            assert slot.dtype == {"half": torch.float32, "double": torch.float64}[leaf]
             assert not slot.requires_grad
-            assert torch.equal(slot, torch.zeros_like(theta[leaf]))
+            assert torch.equal(slot, torch.zeros_like(slot))
+            assert slot.shape == theta[leaf].shape
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
@@ -299,12 +310,14 @@ def test_updates_and_slots_keep_dtype_and_shape(
     theta = {"leaf": torch.ones(shape, dtype=dtype)}
     gradients = {"leaf": torch.ones(shape, dtype=dtype)}
     updates, state = optimizer.update(gradients, optimizer.init(theta), theta)
-    for leaf in (updates["leaf"], *(tree["leaf"] for tree in state.slots.values())):
-        assert (leaf.dtype, leaf.shape) == (dtype, shape)
+    assert (updates["leaf"].dtype, updates["leaf"].shape) == (dtype, shape)
+    for tree in state.slots.values():
+        assert tree["leaf"].shape == shape
+        assert tree["leaf"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert updates["leaf"].abs().min() > 0.0
 
 
-@pytest.mark.parametrize("make", [tk.sgd, tk.adam, tk.adamw])
+@pytest.mark.parametrize("make", [tk.sgd, tk.adam, tk.adamw, tk.lion])
 @pytest.mark.parametrize(
     ("lr", "error", "message"),
     [
@@ -374,3 +387,184 @@ def test_betas_that_are_no_pair_are_refused_by_name(
 ) -> None:
     with pytest.raises((TypeError, ValueError), match="betas"):
         make(betas=betas)
+
+
+def test_lion_is_what_its_paper_prints() -> None:
+    """Chen et al. (2023), algorithm 2, in NumPy, on gradients whose signs change."""
+    beta1, beta2, eta, decay = 0.9, 0.99, 0.01, 0.1
+    generator = np.random.default_rng(0)
+    theta, momentum = generator.normal(size=5), np.zeros(5)
+    ours = {"w": torch.from_numpy(theta.copy())}
+    optimizer = tk.lion(eta, (beta1, beta2), decay)
+    state, signs = optimizer.init(ours), []
+    for _ in range(30):
+        gradient = generator.normal(size=5)
+        interpolated = beta1 * momentum + (1.0 - beta1) * gradient
+        theta = theta - eta * (np.sign(interpolated) + decay * theta)
+        momentum = beta2 * momentum + (1.0 - beta2) * gradient
+        signs.append(np.sign(interpolated))
+        updates, state = optimizer.update({"w": torch.from_numpy(gradient)}, state, ours)
+        ours = {"w": ours["w"] + updates["w"]}
+        assert_close(ours["w"], torch.from_numpy(theta))
+        assert_close(state.slots["lion.exp_avg"]["w"], torch.from_numpy(momentum))
+    assert np.ptp(signs, axis=0).all()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda: tk.sgd(0.05, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)),
+        (lambda: tk.adam(0.05), lambda p: torch.optim.Adam(p, lr=0.05)),
+        (lambda: tk.adamw(0.05), lambda p: torch.optim.AdamW(p, lr=0.05)),
+    ],
+)
+def test_a_complex_parameter_moves_as_torch_optim_moves_it(
+    ours: Callable[[], tk.Optimizer], theirs: Reference
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw() -> Tensor:
+        return torch.randn(3, 2, generator=generator, dtype=torch.complex128)
+
+    theta, optimizer = {"w": draw()}, ours()
+    reference = theta["w"].clone()
+    state, other = optimizer.init(theta), theirs([reference])
+    for _ in range(20):
+        reference.grad = draw()
+        updates, state = optimizer.update({"w": reference.grad}, state, theta)
+        assert updates["w"].imag.abs().min() > 0.0
+        theta = {"w": theta["w"] + updates["w"]}
+        other.step()
+        assert_close(theta["w"], reference)
+
+
+# --- half precision ----------------------------------------------------------------------
+
+HALF_STEPS = 200
+FOLLOWED = 8
+"""Roundings of the loss by which a run in half precision may be off: θ is rounded at each step."""
+
+
+def _tokens() -> nn.Module:
+    """The row of a token that never comes, and a unit that is never active, have no gradient."""
+    torch.manual_seed(0)
+    hidden = nn.Linear(6, 16)
+    with torch.no_grad():
+        hidden.bias[0] = -20.0
+    return nn.Sequential(nn.Embedding(8, 6), hidden, nn.ReLU(), nn.Linear(16, 3))
+
+
+def _losses(optimizer: tk.Optimizer, storage: Any, dtype: torch.dtype) -> Tensor:
+    model = _tokens().to(dtype)
+    tokens = torch.randint(0, 7, (64,))
+    target = (torch.randn(64, 3) + tokens[:, None] / 4).to(dtype)
+    config = tk.TopKastConfig(0.5, 0.2, refresh_every=None)
+    mse = lambda apply, batch: (apply(batch[0]) - batch[1]).square().mean()  # noqa: E731
+    step = tk.make_train_step(model, mse, config, optimizer, compile=False)
+    state, losses = tk.init_state(model, config, optimizer, storage=storage), []
+    for _ in range(HALF_STEPS):
+        state, metrics = step(state, (tokens, target))
+        losses.append(metrics.loss.float())
+    moved = tk.dense_params(state)
+    assert all(theta.isfinite().all() and theta.dtype == dtype for theta in moved.values())
+    assert not torch.equal(moved["1.weight"], model.state_dict()["1.weight"])
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize(
+    ("name", "storage"), [*((name, "compact") for name in EVERY), ("adamw", "dense")]
+)
+def test_a_run_in_float16_follows_that_in_float32(name: str, storage: Any) -> None:
+    expected = _losses(EVERY[name], storage, torch.float32)
+    assert expected[-1] < 0.9 * expected[0]
+    found = _losses(EVERY[name], storage, torch.float16)
+    assert_close(found, expected, rtol=FOLLOWED * torch.finfo(torch.float16).eps, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("optimizer", EVERY.values(), ids=EVERY)
+def test_an_update_of_half_precision_is_that_of_float32_rounded_once(
+    optimizer: tk.Optimizer, dtype: torch.dtype
+) -> None:
+    """Gradients reach from the smallest number of float16 to 1, zero among them."""
+    generator = torch.Generator().manual_seed(4)
+    theta = {n: torch.randn(9, generator=generator).to(dtype) for n in ("0.weight", "bias", "w")}
+    wide = {name: tensor.float() for name, tensor in theta.items()}
+    state, exact = optimizer.init(theta), optimizer.init(wide)
+    for _ in range(6):
+        powers = torch.tensor([
+            0.0,
+            2.0**-24,
+            2.0**-14,
+            2.0**-7,
+            1.0,
+            -1.0,
+            -(2.0**-10),
+            0.5,
+            -0.25,
+        ])
+        grads = {name: (powers * torch.rand(9, generator=generator)).to(dtype) for name in theta}
+        updates, state = optimizer.update(grads, state, theta)
+        expected, exact = optimizer.update({n: g.float() for n, g in grads.items()}, exact, wide)
+        assert all(torch.equal(updates[n], expected[n].to(dtype)) for n in theta)
+        assert all(updates[name].dtype == dtype for name in theta)
+        for kind, tree in exact.slots.items():
+            assert all(torch.equal(state.slots[kind][n], slot) for n, slot in tree.items())
+
+
+# --- as values -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", EVERY.values(), ids=EVERY)
+def test_an_optimizer_pickles_hashes_and_compares(optimizer: tk.Optimizer) -> None:
+    copy = pickle.loads(pickle.dumps(optimizer))
+    assert copy == optimizer
+    assert hash(copy) == hash(optimizer)
+    theta = _weights() | {"0.weight": torch.ones(3, dtype=torch.float64)}
+    gradients = {name: torch.ones_like(leaf) for name, leaf in theta.items()}
+    one, _ = optimizer.update(gradients, optimizer.init(theta), theta)
+    other, _ = copy.update(gradients, copy.init(theta), theta)
+    assert all(torch.equal(one[name], other[name]) for name in theta)
+    assert [name for name, another in EVERY.items() if another == optimizer] == [
+        name for name, another in EVERY.items() if another is optimizer
+    ]
+
+
+def test_optimizers_of_other_numbers_or_names_differ() -> None:
+    different = [
+        tk.sgd(0.1),
+        tk.sgd(0.2),
+        tk.sgd(0.1, momentum=0.5),
+        tk.adam(0.1),
+        tk.adamw(0.1, weight_decay=0.0),
+        tk.adam(0.1, eps=1e-6),
+        tk.partition({"w*": tk.sgd(0.1), "*": tk.sgd(0.1)}),
+        tk.partition({"*": tk.sgd(0.1), "w*": tk.sgd(0.1)}),
+        tk.multi_steps(tk.sgd(0.1), 2),
+        tk.multi_steps(tk.sgd(0.1), 3),
+    ]
+    assert len(set(different)) == len(different)
+    assert tk.adam(1e-3) == tk.adam()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "text"),
+    [
+        (tk.sgd(0.1), "sgd(lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.0)"),
+        (tk.adam(), "adam(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.0)"),
+        (tk.adamw(), "adamw(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01)"),
+        (tk.lion(), "lion(lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0)"),
+        (
+            tk.multi_steps(tk.chain(tk.clip_by_global_norm(1), tk.lion()), 4),
+            "multi_steps(chain(clip_by_global_norm(1.0), lion(lr=0.0001, betas=(0.9, 0.99), "
+            "weight_decay=0.0)), every=4)",
+        ),
+        (
+            tk.partition({"*": tk.lion()}),
+            "partition({'*': lion(lr=0.0001, betas=(0.9, 0.99), weight_decay=0.0)})",
+        ),
+    ],
+)
+def test_an_optimizer_prints_as_the_call_that_makes_it(optimizer: tk.Optimizer, text: str) -> None:
+    assert repr(optimizer) == text
+    assert eval(text, {**vars(tk)}) == optimizer

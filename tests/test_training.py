@@ -701,13 +701,15 @@ def test_no_warning_in_an_ordinary_run() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "kind"),
     [
-        (torch.optim.SGD([torch.zeros(1)], lr=0.1), "SGD"),
-        (tk.sgd, "sgd"),
-        (None, "NoneType"),
+        (torch.optim.SGD([torch.zeros(1)], lr=0.1), "SGD, which moves the parameters of a module"),
+        (tk.sgd, r"sgd: call it, sgd\(...\)"),
+        (None, "NoneType$"),
     ],
 )
 def test_an_optimizer_that_is_none_of_the_library_is_named(optimizer: Any, kind: str) -> None:
-    message = rf"optimizer must be what sgd\(\), adam\(\) or adamw\(\) returns, got {kind}"
+    message = (
+        rf"optimizer must be what sgd\(\), adam\(\), adamw\(\) or lion\(\) returns, got {kind}"
+    )
     with pytest.raises(TypeError, match=message):
         tk.init_state(nn.Linear(4, 4), CONFIG, optimizer)
     with pytest.raises(TypeError, match=message):

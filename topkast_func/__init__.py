@@ -29,7 +29,13 @@ from topkast_func.sparsity import Allocation, Staged, cubic, staged
 from topkast_func.training.checkpoint import load, save
 from topkast_func.training.loop import Callback, train
 from topkast_func.training.loss import exploration_penalty, penalized_loss
-from topkast_func.training.optim import Optimizer, OptimizerState, adam, adamw, sgd
+from topkast_func.training.optim import adam, adamw, lion, sgd
+from topkast_func.training.optim_parts import (
+    chain,
+    clip_by_global_norm,
+    multi_steps,
+    partition,
+)
 from topkast_func.training.state import (
     TrainState,
     dense_params,
@@ -39,6 +45,7 @@ from topkast_func.training.state import (
     refresh,
 )
 from topkast_func.training.step import StepMetrics, dense_gradients, make_train_step
+from topkast_func.training.transformation import Optimizer, OptimizerState, Transformation
 from topkast_func.types import Masks
 
 __all__ = [
@@ -61,9 +68,12 @@ __all__ = [
     "TopKastTrainer",
     "TrainState",
     "TrainingFlops",
+    "Transformation",
     "adam",
     "adamw",
     "allocate",
+    "chain",
+    "clip_by_global_norm",
     "compute_masks",
     "cubic",
     "dense",
@@ -80,9 +90,12 @@ __all__ = [
     "index_masks",
     "init_state",
     "last_weight",
+    "lion",
     "load",
     "make_train_step",
     "masks_of",
+    "multi_steps",
+    "partition",
     "penalized_loss",
     "random_backward",
     "refresh",

@@ -18,8 +18,8 @@ from topkast_func.masks import counts, is_of_blocks
 from topkast_func.model.modules import check_names, frozen, trainable
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
-from topkast_func.training.optim import Optimizer, OptimizerState
 from topkast_func.training.state import TrainState, Weights, dense_params, masks_of
+from topkast_func.training.transformation import Optimizer, OptimizerState, slot_problem
 from topkast_func.types import Masks, Model, Tensors
 
 FORMAT, VERSION = "topkast_func state", 3
@@ -142,7 +142,8 @@ def _state(
     if header.get("storage") == "compact":
         stored = {name: shape[0] for name, shape in header.get("values", {}).items()}
         weights = compact(theta, masks, header["layers"], block_shape, theta_device, stored)
-        slots = {kind: _within(slots[kind], weights.held) for kind in slots}
+        if "values" not in header:
+            slots = {kind: _within(slots[kind], weights.held) for kind in slots}
     return TrainState(
         step=tensors["step"].cpu(),
         seed=tensors["seed"].cpu(),
@@ -214,12 +215,8 @@ def _block_problem(
 def _slot_problem(state: TrainState) -> str | None:
     values = state.weights.values()
     for kind, slots in state.optimizer.slots.items():
-        if problem := _difference(f"slots {kind!r}", slots, values):
-            return problem
-        for name in state.weights.sparse():
-            found, expected = tuple(slots[name].shape), tuple(values[name].shape)
-            if found not in ((), expected):
-                return f"slot {kind!r} of {name!r} has shape {found}, the values {expected}"
+        if unknown := [name for name in slots if name not in values]:
+            return f"slots {kind!r} are of {unknown}, which are no parameters"
     return None
 
 
@@ -268,8 +265,7 @@ def _model_problem(state: TrainState, model: Model) -> str | None:
 
 
 def _optimizer_problem(state: TrainState, optimizer: Optimizer) -> str | None:
-    expected = optimizer.init({}).slots
-    return _difference("optimiser slots", state.optimizer.slots, expected)
+    return slot_problem(state.optimizer.slots, state.weights.values(), optimizer)
 
 
 def _difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str | None:

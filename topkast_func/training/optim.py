@@ -1,59 +1,125 @@
-"""Gradient descent as pure functions: sgd, adam, adamw."""
+"""Gradient descent as pure functions: sgd, adam, adamw, lion."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from topkast_func.checks import check_number
+from topkast_func.training.learning_rates import LearningRate, RateOf
+from topkast_func.training.transformation import Given, Optimizer, OptimizerState, starting, wide
 from topkast_func.types import Params, Tensors
 
-Schedule: TypeAlias = Callable[[Tensor], Tensor | float]
-LearningRate: TypeAlias = float | Tensor | Schedule
-Rule: TypeAlias = Callable[[Tensor, Tensor, Tensors, Tensor], tuple[Tensor, Tensors]]
-"""``rule(grad, theta, slots, t)`` to the descent direction and the new slots, t from 1."""
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """How one parameter is moved."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the optimiser."""
+        return type(self).__name__.lower()
+
+    @property
+    @abstractmethod
+    def slots(self) -> tuple[str, ...]:
+        """Names of what is remembered, of the shape of the parameter, zero at the start."""
+
+    @abstractmethod
+    def __call__(
+        self, grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor
+    ) -> tuple[Tensor, Tensors]:
+        """Return the descent direction and the new slots; t is counted from 1."""
 
 
-class OptimizerState(NamedTuple):
-    """What an optimiser remembers.
+@dataclass(frozen=True)
+class SGD(Rule):
+    """The rule of `sgd`."""
 
-    Attributes:
-        step: Updates made so far, int64, 0-d, on the CPU.
-        slots: For each kind of slot a tree with one tensor per parameter, of its shape.
-    """
+    momentum: float
+    nesterov: bool
+    weight_decay: float
 
-    step: Tensor
-    slots: dict[str, Tensors]
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The velocity, where there is momentum."""
+        return ("momentum",) if self.momentum else ()
 
-
-class Optimizer(NamedTuple):
-    """A pair of pure functions, and the schedule between them.
-
-    Attributes:
-        init: ``init(params)`` to an `OptimizerState` with zero slots.
-        update: ``update(grads, state, params, lr=None)`` to (updates, state); the updates are
-            to be added to the parameters. ``lr`` None takes ``learning_rate(state.step)``.
-        learning_rate: ``learning_rate(step)`` to the 0-d learning rate of that update.
-    """
-
-    init: Callable[[Params], OptimizerState]
-    update: Callable[..., tuple[Tensors, OptimizerState]]
-    learning_rate: Callable[[Tensor], Tensor]
+    def __call__(
+        self, grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor
+    ) -> tuple[Tensor, Tensors]:
+        """See `sgd`."""
+        grad = grad + self.weight_decay * theta
+        if not slots:
+            return grad, {}
+        velocity = self.momentum * slots["momentum"] + grad
+        ahead = grad + self.momentum * velocity if self.nesterov else velocity
+        return ahead, {"momentum": velocity}
 
 
-def check_optimizer(optimizer: object) -> None:
-    """Check that an optimiser is a pair of pure functions.
+@dataclass(frozen=True)
+class Adam(Rule):
+    """The rule of `adam`."""
 
-    Args:
-        optimizer: What is to be one.
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
 
-    Raises:
-        TypeError: It is not.
-    """
-    if not isinstance(optimizer, Optimizer):
-        kind = getattr(optimizer, "__name__", type(optimizer).__name__)
-        raise TypeError(f"optimizer must be what sgd(), adam() or adamw() returns, got {kind}")
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The first and the second moment."""
+        return "exp_avg", "exp_avg_sq"
+
+    def __call__(
+        self, grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor
+    ) -> tuple[Tensor, Tensors]:
+        """See `adam`."""
+        return self.corrected(grad + self.weight_decay * theta, slots, t)
+
+    def corrected(self, grad: Tensor, slots: Tensors, t: Tensor) -> tuple[Tensor, Tensors]:
+        """Return m̂ / (√v̂ + ε) and the new moments."""
+        beta1, beta2 = self.betas
+        mean = torch.lerp(slots["exp_avg"], grad, 1.0 - beta1)
+        square = beta2 * slots["exp_avg_sq"] + (1.0 - beta2) * grad * grad
+        mean_correction, square_correction = 1.0 - beta1**t, 1.0 - beta2**t
+        denominator = square.sqrt() / square_correction.sqrt() + self.eps
+        return mean / mean_correction / denominator, {"exp_avg": mean, "exp_avg_sq": square}
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """The rule of `adamw`."""
+
+    def __call__(
+        self, grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor
+    ) -> tuple[Tensor, Tensors]:
+        """See `adamw`."""
+        step, slots = self.corrected(grad, slots, t)
+        return step + self.weight_decay * theta, slots
+
+
+@dataclass(frozen=True)
+class Lion(Rule):
+    """The rule of `lion`."""
+
+    betas: tuple[float, float]
+    weight_decay: float
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The first moment."""
+        return ("exp_avg",)
+
+    def __call__(
+        self, grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor
+    ) -> tuple[Tensor, Tensors]:
+        """See `lion`."""
+        beta1, beta2 = self.betas
+        mean = slots["exp_avg"]
+        step = torch.lerp(mean, grad, 1.0 - beta1).sign()
+        return step + self.weight_decay * theta, {"exp_avg": torch.lerp(mean, grad, 1.0 - beta2)}
 
 
 def sgd(
@@ -79,15 +145,7 @@ def sgd(
     weight_decay = check_number("weight_decay", weight_decay, 0.0)
     if nesterov and momentum == 0.0:
         raise ValueError("nesterov needs momentum above 0, got 0.0")
-
-    def rule(grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor) -> tuple[Tensor, Tensors]:
-        grad = grad + weight_decay * theta
-        if not slots:
-            return grad, {}
-        velocity = momentum * slots["momentum"] + grad
-        return (grad + momentum * velocity if nesterov else velocity), {"momentum": velocity}
-
-    return _optimizer(lr, ("momentum",) if momentum else (), rule)
+    return _optimizer(lr, SGD(momentum, bool(nesterov), weight_decay))
 
 
 def adam(
@@ -115,12 +173,7 @@ def adam(
         ValueError: A number is out of range.
     """
     weight_decay = check_number("weight_decay", weight_decay, 0.0)
-    direction = _adam_rule(betas, eps)
-
-    def rule(grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor) -> tuple[Tensor, Tensors]:
-        return direction(grad + weight_decay * theta, theta, slots, t)
-
-    return _optimizer(lr, ("exp_avg", "exp_avg_sq"), rule)
+    return _optimizer(lr, Adam(_betas(betas), check_number("eps", eps, 0.0), weight_decay))
 
 
 def adamw(
@@ -148,62 +201,85 @@ def adamw(
         ValueError: A number is out of range.
     """
     weight_decay = check_number("weight_decay", weight_decay, 0.0)
-    direction = _adam_rule(betas, eps)
-
-    def rule(grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor) -> tuple[Tensor, Tensors]:
-        step, slots = direction(grad, theta, slots, t)
-        return step + weight_decay * theta, slots
-
-    return _optimizer(lr, ("exp_avg", "exp_avg_sq"), rule)
+    return _optimizer(lr, AdamW(_betas(betas), check_number("eps", eps, 0.0), weight_decay))
 
 
-def _adam_rule(betas: tuple[float, float], eps: float) -> Rule:
+def lion(
+    lr: LearningRate = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+) -> Optimizer:
+    """Lion (Chen et al., 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2).
+
+    θ ← θ − η (sign(β₁ m + (1 − β₁) g) + λ_w θ), then m ← β₂ m + (1 − β₂) g. Every entry of B
+    moves by η at each step, so that η is to be 3 to 10 times smaller than for `adamw`, and
+    λ_w as many times larger (section 5 there).
+
+    Args:
+        lr: Learning rate η, see `adam`.
+        betas: β₁ of the direction and β₂ of what is remembered, fractions in [0, 1).
+        weight_decay: λ_w, at least 0, decoupled as in `adamw`.
+
+    Returns:
+        The optimiser.
+
+    Raises:
+        TypeError: A number is not a number.
+        ValueError: A number is out of range.
+    """
+    weight_decay = check_number("weight_decay", weight_decay, 0.0)
+    return _optimizer(lr, Lion(_betas(betas), weight_decay))
+
+
+def _betas(betas: tuple[float, float]) -> tuple[float, float]:
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of fractions in [0, 1), got {betas!r}")
-    beta1, beta2 = (check_number(f"betas[{i}]", betas[i], 0.0, 1.0) for i in range(2))
-    eps = check_number("eps", eps, 0.0)
-
-    def rule(grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor) -> tuple[Tensor, Tensors]:
-        mean = torch.lerp(slots["exp_avg"], grad, 1.0 - beta1)
-        square = beta2 * slots["exp_avg_sq"] + (1.0 - beta2) * grad * grad
-        mean_correction, square_correction = 1.0 - beta1**t, 1.0 - beta2**t
-        denominator = square.sqrt() / square_correction.sqrt() + eps
-        return mean / mean_correction / denominator, {"exp_avg": mean, "exp_avg_sq": square}
-
-    return rule
+    first, second = (check_number(f"betas[{i}]", betas[i], 0.0, 1.0) for i in range(2))
+    return first, second
 
 
-def _optimizer(lr: LearningRate, kinds: tuple[str, ...], rule: Rule) -> Optimizer:
-    learning_rate = _schedule(lr)
-
-    def init(params: Params) -> OptimizerState:
-        zeros = {k: {n: torch.zeros_like(p.detach()) for n, p in params.items()} for k in kinds}
-        return OptimizerState(torch.zeros((), dtype=torch.int64), zeros)
-
-    def update(
-        grads: Params, state: OptimizerState, params: Params, lr: Tensor | None = None
-    ) -> tuple[Tensors, OptimizerState]:
-        rate = learning_rate(state.step) if lr is None else lr
-        t = (state.step + 1).double()
-        updates: Tensors = {}
-        slots: dict[str, Tensors] = {kind: {} for kind in kinds}
-        for name, theta in params.items():
-            held = {kind: state.slots[kind][name] for kind in kinds}
-            direction, held = rule(grads[name], theta, held, t)
-            updates[name] = (-rate * direction).to(theta.dtype)
-            for kind in kinds:
-                slots[kind][name] = held[kind]
-        return updates, OptimizerState(state.step + 1, slots)
-
-    return Optimizer(init, update, learning_rate)
+def _optimizer(lr: LearningRate, rule: Rule) -> Optimizer:
+    rate = RateOf(lr)
+    numbers = "".join(f", {f.name}={getattr(rule, f.name)!r}" for f in fields(rule))
+    return Optimizer(
+        Given(_start, rule),
+        Given(_descend, (rule, rate)),
+        rate,
+        elementwise=True,
+        name=f"{rule.kind}(lr={rate}{numbers})",
+    )
 
 
-def _schedule(lr: LearningRate) -> Callable[[Tensor], Tensor]:
-    if callable(lr):
-        return lambda step: torch.as_tensor(lr(step), dtype=torch.float64)
-    if isinstance(lr, Tensor):
-        if lr.ndim != 0:
-            raise ValueError(f"lr must be a 0-d tensor, got shape {tuple(lr.shape)}")
-        return lambda step: lr
-    constant = torch.tensor(check_number("lr", lr, 0.0), dtype=torch.float64)
-    return lambda step: constant
+def _start(rule: Rule, params: Params) -> OptimizerState:
+    real = {name: _real(theta.detach()) for name, theta in params.items()}
+    return starting({
+        f"{rule.kind}.{slot}": {name: torch.zeros_like(theta) for name, theta in real.items()}
+        for slot in rule.slots
+    })
+
+
+def _descend(
+    given: tuple[Rule, RateOf],
+    grads: Params,
+    state: OptimizerState,
+    params: Params,
+    lr: Tensor | None = None,
+) -> tuple[Tensors, OptimizerState]:
+    rule, rate = given
+    lr = rate(state.step) if lr is None else lr
+    t = (state.step + 1).double()
+    updates: Tensors = {}
+    slots: dict[str, Tensors] = {f"{rule.kind}.{slot}": {} for slot in rule.slots}
+    for name, theta in params.items():
+        held = {slot: state.slots[f"{rule.kind}.{slot}"][name] for slot in rule.slots}
+        direction, held = rule(_real(grads[name]), _real(theta), held, t)
+        update = -lr * direction
+        updates[name] = (torch.view_as_complex(update) if theta.is_complex() else update).to(
+            theta.dtype
+        )
+        for slot in rule.slots:
+            slots[f"{rule.kind}.{slot}"][name] = held[slot]
+    return updates, OptimizerState(state.step + 1, slots)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is computed with: wide, a complex number as two real ones."""
+    return torch.view_as_real(wide(tensor)) if tensor.is_complex() else wide(tensor)

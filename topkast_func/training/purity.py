@@ -63,14 +63,14 @@ def random_numbers_of(state: TrainState) -> Iterator[None]:
     """Draw the random numbers of a step, and leave the caller's generators as they are.
 
     Args:
-        state: The state; its seed and step decide.
+        state: The state; its seed, its step and the calls of its optimiser decide.
 
     Yields:
         Nothing.
     """
     device = next(iter(state.weights.values().values())).device
     cuda = [device.index] if device.type == "cuda" else []
-    entropy = (int(state.seed), int(state.step))
+    entropy = (int(state.seed), int(state.step), int(state.optimizer.step))
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)

@@ -19,7 +19,7 @@ from topkast_func.sparsity import ByPattern
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
 from topkast_func.training.agreement import check_masks
-from topkast_func.training.optim import Optimizer, OptimizerState, check_optimizer
+from topkast_func.training.transformation import Optimizer, OptimizerState, check_optimizer
 from topkast_func.types import Masks, Params, Tensors
 
 Weights: TypeAlias = CompactWeights | DenseWeights
@@ -32,7 +32,8 @@ class TrainState(NamedTuple):
     """All that the next step needs, as tensors.
 
     Attributes:
-        step: Number t of the next step, int64, 0-d, on the CPU.
+        step: Number t of the next update, int64, 0-d, on the CPU. Where the optimiser accumulates
+            gradients it stays until they have made one; see `multi_steps`.
         seed: Seed of the random numbers that the model draws, int64, 0-d, on the CPU.
         mask_seed: Seed of the sets that a method draws, int64, 0-d, on the CPU.
         weights: θ and its sets, in the form of the storage; read them with `dense_params`,
@@ -89,8 +90,9 @@ def init_state(
             ``masks`` are not `Masks` of bool.
         ValueError: There is nothing to train, a leaf is empty, the configuration does not fit,
             a tied weight is given two sparsities, ``masks`` are not what the configuration asks
-            for, ``theta_device`` is given for dense storage, or a parameter that is to be trained
-            by powerpropagation is zero everywhere.
+            for, ``theta_device`` is given for dense storage, compact storage is asked for an
+            optimiser that is not elementwise, or a parameter that is to be trained by
+            powerpropagation is zero everywhere.
         NaNParameterError: A leaf holds NaN; a ValueError too.
     """
     if storage not in ("compact", "dense"):
@@ -98,6 +100,11 @@ def init_state(
     if storage == "dense" and theta_device is not None:
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
     check_optimizer(optimizer)
+    if storage == "compact" and not optimizer.elementwise:
+        raise ValueError(
+            f"{optimizer} may need the shapes of weights, and compact storage keeps the entries of "
+            "B in one row: pass storage='dense', or make it with elementwise=True if it does not"
+        )
     model = model_or_params
     params = trainable(model) if isinstance(model, nn.Module) else model
     if not params:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value
+from torch.utils._pytree import tree_map
 
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.engines import EngineName, check_engine
@@ -16,10 +17,11 @@ from topkast_func.model.modules import bind, check_fit, modes, tensors_of, ties
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.training.compilation import compiled
+from topkast_func.training.learning_rates import Rate
 from topkast_func.training.loss import check_scalar
-from topkast_func.training.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.training.purity import check_pure, random_numbers_of
 from topkast_func.training.state import TrainState, forward_params, refresh
+from topkast_func.training.transformation import Optimizer, OptimizerState, check_optimizer
 from topkast_func.types import LossFn, Model, Params, Tensors
 
 
@@ -128,7 +130,8 @@ def make_train_step(
         if (mode := modes(model)) not in tried:
             check_pure(model, loss_fn, state, batch)
             tried.add(mode)
-        state = _refreshed_when_due(state, config, lambda: gradients(state, batch))
+        if int(state.optimizer.step) % optimizer.every == 0:
+            state = _refreshed_when_due(state, config, lambda: gradients(state, batch))
         patterns = state.weights.layers()
         kernels = {
             name: stand_ins[name]
@@ -137,7 +140,8 @@ def make_train_step(
         }
         run = run_from(schedule.stage(int(state.step)))
         with random_numbers_of(state), standing_in(kernels):
-            return run(tuple(kernels), state, batch, optimizer.learning_rate(state.optimizer.step))
+            rate = optimizer.learning_rate(state.optimizer.step)
+            return run(tuple(kernels), state, batch, tree_map(lambda lr: lr.reshape(1), rate))
 
     return train_step
 
@@ -189,11 +193,15 @@ def _step_of(
     optimizer: Optimizer,
     stand_ins: Mapping[str, StandIn],
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Return the step of a stage, without its refresh: a pure function of tensors."""
+    """Return the step of a stage, without its refresh: a pure function of tensors.
+
+    It takes learning rates of one dimension: torch.compile makes a symbol of a 0-d float64 that
+    is given to a graph, and then traces everything twice.
+    """
     tied = ties(model)
 
     def step(
-        kernels: tuple[str, ...], state: TrainState, batch: Any, lr: Tensor
+        kernels: tuple[str, ...], state: TrainState, batch: Any, lr: Rate
     ) -> tuple[TrainState, StepMetrics]:
         weights = state.weights
 
@@ -212,9 +220,10 @@ def _step_of(
         with torch.no_grad():
             differentiate = grad_and_value(objective, has_aux=True)
             grads, (loss, (data_loss, penalty, written)) = differentiate(weights.values())
-            updates, moved = optimizer.update(grads, state.optimizer, weights.values(), lr)
+            rate = tree_map(lambda given: given.reshape(()), lr)
+            updates, moved = optimizer.update(grads, state.optimizer, weights.values(), rate)
             after = TrainState(
-                step=state.step + 1,
+                step=state.step + (moved.step % optimizer.every == 0),
                 seed=state.seed,
                 mask_seed=state.mask_seed,
                 weights=weights.moved(updates),

@@ -1,0 +1,241 @@
+"""Optimisers of one's own, and what is asked of all."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils._pytree import tree_flatten
+
+import topkast_func as tk
+from tests.own_optimizers import factored, normalized
+from tests.storage import STORAGES
+from topkast_func.training.transformation import slot_problem, wide
+
+Tree = dict[str, Tensor]
+
+CONFIG = tk.TopKastConfig(0.7, 0.4, refresh_every=2)
+OWN = {"0-d": normalized(0.02), "(1,)": normalized(0.02, (1,)), "rows": factored(0.02)}
+CASES = [
+    ("0-d", "compact"),
+    ("0-d", "dense"),
+    ("(1,)", "compact"),
+    ("(1,)", "dense"),
+    ("rows", "dense"),
+]
+every_case = pytest.mark.parametrize(("name", "storage"), CASES)
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.05)
+    return model
+
+
+def _batches(n: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(columns: int) -> Tensor:
+        return torch.randn(8, columns, generator=generator).double()
+
+    return [(draw(6), draw(4)) for _ in range(n)]
+
+
+def _mse(apply: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (apply(batch[0]) - batch[1]).square().mean()
+
+
+def _run(
+    optimizer: tk.Optimizer,
+    batches: list[tuple[Tensor, Tensor]],
+    storage: Any,
+    compile: Any = False,
+    start: tk.TrainState | None = None,
+) -> list[tk.TrainState]:
+    model = _network()
+    step = tk.make_train_step(model, _mse, CONFIG, optimizer, compile=compile)
+    states = [start or tk.init_state(model, CONFIG, optimizer, storage=storage)]
+    for batch in batches:
+        states.append(step(states[-1], batch)[0])
+    return states
+
+
+def _same(one: Any, other: Any) -> bool:
+    leaves = zip(tree_flatten(one)[0], tree_flatten(other)[0], strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in leaves)
+
+
+@every_case
+def test_slots_of_other_shapes_stay_as_they_are_at_a_refresh(name: str, storage: Any) -> None:
+    before = _run(OWN[name], _batches(2), storage)[-1]
+    after = tk.refresh(before, CONFIG)
+    assert not _same(tk.masks_of(before), tk.masks_of(after))
+    assert all(slot.all() for tree in before.optimizer.slots.values() for slot in tree.values())
+    assert _same(after.optimizer, before.optimizer)
+
+
+@every_case
+def test_a_run_with_them_goes_on_from_a_file_bit_for_bit(
+    name: str, storage: Any, tmp_path: Path
+) -> None:
+    whole = _run(OWN[name], _batches(6), storage)
+    tk.save(whole[3], tmp_path / "state")
+    loaded = tk.load(tmp_path / "state", CONFIG, _network(), OWN[name])
+    assert _same(loaded.optimizer, whole[3].optimizer)
+    assert _same(_run(OWN[name], _batches(6)[3:], storage, start=loaded)[-1], whole[-1])
+
+
+@every_case
+def test_compiled_with_them_equals_eager(name: str, storage: Any) -> None:
+    eager = _run(OWN[name], _batches(5), storage)
+    compiled = _run(OWN[name], _batches(5), storage, {"backend": "aot_eager"})
+    for one, other in zip(eager, compiled, strict=True):
+        assert_close(tk.dense_params(one), tk.dense_params(other))
+        assert_close(one.optimizer, other.optimizer)
+    for before, after in itertools.pairwise(compiled):
+        for weight, masks in tk.masks_of(after).items():
+            old, new = tk.dense_params(before)[weight], tk.dense_params(after)[weight]
+            assert torch.equal(old[~masks.backward], new[~masks.backward])
+            assert (old != new)[masks.backward & ~masks.forward].any()
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_both_storages_keep_the_same_number_of_a_parameter(shape: tuple[int, ...]) -> None:
+    compact, dense = (
+        _run(normalized(0.02, shape), _batches(5), storage)[-1] for storage in STORAGES
+    )
+    for kept, other in zip(
+        compact.optimizer.slots["largest"].values(),
+        dense.optimizer.slots["largest"].values(),
+        strict=True,
+    ):
+        assert kept.shape == shape
+        assert_close(kept, other)
+
+
+def test_slots_of_any_dtype_follow_their_weights() -> None:
+    """An int8 stays one; what newly enters B starts at zero."""
+    optimizer = tk.sgd(0.5, momentum=0.9)
+    for storage in STORAGES:
+        state = _run(optimizer, _batches(2), storage)[-1]
+        moments = state.optimizer.slots["sgd.momentum"]
+        counts = {name: slot.ne(0).to(torch.int8) for name, slot in moments.items()}
+        counted = state._replace(optimizer=state.optimizer._replace(slots={"age": counts}))
+        after = tk.refresh(counted, CONFIG).optimizer.slots["age"]
+        entered = 0
+        for name, masks in tk.masks_of(state).items():
+            now = tk.masks_of(tk.refresh(counted, CONFIG))[name]
+            stays = int((masks.backward & now.backward).sum())
+            assert after[name].dtype == torch.int8
+            assert int(after[name].sum()) == stays
+            entered += int(now.backward.sum()) - stays
+        assert entered > 0
+
+
+# --- who sees the shape of a weight ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        factored(0.1),
+        tk.multi_steps(factored(0.1), 2),
+        tk.chain(tk.clip_by_global_norm(1.0), factored(0.1)),
+        tk.partition({"*bias": tk.sgd(0.1), "*": factored(0.1)}),
+    ],
+)
+def test_an_optimizer_that_needs_shapes_is_refused_by_name_in_compact_storage(
+    optimizer: tk.Optimizer,
+) -> None:
+    assert "factored(lr=0.1)" in repr(optimizer)
+    message = re.escape(f"{optimizer} may need the shapes of weights") + ".*storage='dense'"
+    with pytest.raises(ValueError, match=message):
+        tk.init_state(_network(), CONFIG, optimizer)
+    state = tk.init_state(_network(), CONFIG, optimizer, storage="dense")
+    assert state.optimizer.slots["row"]["0.weight"].shape == (8,)
+    assert state.optimizer.slots["column"]["0.weight"].shape == (6,)
+
+
+def test_factored_moments_are_those_of_the_paper() -> None:
+    """Shazeer and Stern (2018), algorithm 1: R and C of the squares, R C over the sum of R."""
+    optimizer = factored(0.5, decay=0.0)
+    gradient = torch.tensor([[1.0, 2.0, 3.0], [0.5, 1.5, 4.0]], dtype=torch.float64)
+    theta = {"w": torch.zeros(2, 3, dtype=torch.float64)}
+    state = optimizer.init(theta)
+    updates, state = optimizer.update({"w": gradient}, state, theta, torch.tensor(0.5))
+    square = gradient.square()
+    moment = square.sum(1, keepdim=True) * square.sum(0) / square.sum()
+    assert_close(updates["w"], -0.5 * gradient / moment.sqrt())
+
+
+# --- what an optimiser makes of parameters ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "computed"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_updates_are_computed_in_float32_at_the_least(
+    dtype: torch.dtype, computed: torch.dtype
+) -> None:
+    tensor = torch.ones(2, dtype=dtype)
+    assert wide(tensor).dtype == computed
+    assert (wide(tensor) is tensor) == (dtype == computed)
+
+
+VALUES = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "message"),
+    [
+        (tk.adam(), tk.adamw(), "slots are ['adam.exp_avg', 'adam.exp_avg_sq'], those of adamw("),
+        (tk.adamw(), tk.multi_steps(tk.adamw(), 2), "'multi_steps(2).gradient'"),
+        (
+            tk.multi_steps(tk.adamw(), 2),
+            tk.multi_steps(tk.adamw(), 3),
+            "slots are ['adamw.exp_avg', 'adamw.exp_avg_sq', 'multi_steps(2).gradient'], those of",
+        ),
+        (
+            tk.lion(),
+            tk.partition({"b": tk.sgd(0.1), "*": tk.lion()}),
+            "slots 'lion.exp_avg' are of ['a', 'b'], by partition(",
+        ),
+        (
+            normalized(0.1),
+            normalized(0.1, (1,)),
+            "slot 'largest' of 'a' has shape () and torch.float64, by normalized(",
+        ),
+    ],
+)
+def test_slots_of_another_optimizer_are_told(
+    made: tk.Optimizer, asked: tk.Optimizer, message: str
+) -> None:
+    problem = slot_problem(made.init(VALUES).slots, VALUES, asked)
+    assert message in str(problem)
+    assert slot_problem(made.init(VALUES).slots, VALUES, made) is None
+
+
+def test_slots_of_another_shape_or_dtype_are_told() -> None:
+    slots = tk.lion().init(VALUES).slots
+    for other in (torch.zeros(5), torch.zeros(4, dtype=torch.float16)):
+        tree = {"lion.exp_avg": {**slots["lion.exp_avg"], "b": other}}
+        assert "slot 'lion.exp_avg' of 'b' has shape" in str(slot_problem(tree, VALUES, tk.lion()))
+
+
+def test_an_optimizer_without_a_name_prints_its_kind() -> None:
+    nameless = tk.Optimizer(tk.sgd(0.1).init, tk.sgd(0.1).update, tk.sgd(0.1).learning_rate)
+    assert repr(nameless) == "Optimizer(...)"
+    assert nameless != tk.sgd(0.1)

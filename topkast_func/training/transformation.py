@@ -1,0 +1,172 @@
+"""What an optimiser is: pure functions from gradients to updates, and what it remembers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from topkast_func.training.learning_rates import Rate
+from topkast_func.types import Params, Tensors
+
+
+class OptimizerState(NamedTuple):
+    """What an optimiser remembers.
+
+    Attributes:
+        step: Calls of ``update`` so far, int64, 0-d, on the CPU.
+        slots: For each kind of slot, such as ``adamw.exp_avg``, a tensor by the name of each
+            parameter that has one. A slot of the shape of the parameter's values follows its
+            weights at a refresh and is zero outside B; a slot of any other shape (0-d, one entry
+            per row) stays as it is.
+    """
+
+    step: Tensor
+    slots: dict[str, Tensors]
+
+
+@dataclass(frozen=True, repr=False)
+class Transformation:
+    """A pair of pure functions from updates to updates, as in optax: a part of `chain`.
+
+    Attributes:
+        init: ``init(params)`` to the `OptimizerState` before the first update. It has the same
+            kinds of slots for any parameters, none of them included.
+        update: ``update(updates, state, params)`` to (updates, state). Nothing is written to.
+        elementwise: Whether it asks no more of a parameter than its entries, in any arrangement.
+            What needs to know rows and columns trains in dense storage alone: compact storage
+            keeps the entries of B in one row.
+        name: How it prints.
+    """
+
+    init: Callable[[Params], OptimizerState]
+    update: Callable[..., tuple[Tensors, OptimizerState]]
+    elementwise: bool = field(default=False, kw_only=True)
+    name: str = field(default="", kw_only=True)
+
+    def __repr__(self) -> str:
+        """Print the name, or the kind where there is none."""
+        return self.name or f"{type(self).__name__}(...)"
+
+
+@dataclass(frozen=True, repr=False)
+class Optimizer(Transformation):
+    """A pair of pure functions from gradients to updates, and the schedule between them.
+
+    Two are equal where they are made of equal functions and numbers; those of this library can
+    be hashed and pickled, where their schedules can.
+
+    Attributes:
+        init: See `Transformation`.
+        update: ``update(grads, state, params, lr=None)`` to (updates, state); the updates are
+            to be added to the parameters. ``lr`` None takes ``learning_rate(state.step)``.
+        learning_rate: ``learning_rate(step)`` to the learning rate of that call, 0-d.
+        every: How many calls make one update of the parameters; see `multi_steps`.
+
+    Example:
+        >>> def init(params):
+        ...     return OptimizerState(torch.zeros((), dtype=torch.int64), {})
+        >>> def update(grads, state, params, lr=None):
+        ...     updates = {name: -0.1 * grad.sign() for name, grad in grads.items()}
+        ...     return updates, OptimizerState(state.step + 1, {})
+        >>> tenth = lambda step: torch.tensor(0.1)
+        >>> Optimizer(init, update, tenth, elementwise=True, name="sign_descent")
+        sign_descent
+    """
+
+    learning_rate: Callable[[Tensor], Rate]
+    every: int = field(default=1, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A function whose first argument is given: a partial that is equal where its parts are.
+
+    Attributes:
+        function: The function.
+        first: Its first argument.
+    """
+
+    function: Callable[..., Any]
+    first: Any
+
+    def __call__(self, *others: Any, **named: Any) -> Any:
+        """Call the function."""
+        return self.function(self.first, *others, **named)
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Check that an optimiser is one of this library, or made as its are.
+
+    Args:
+        optimizer: What is to be one.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if isinstance(optimizer, Optimizer):
+        return
+    if isinstance(optimizer, Transformation):
+        raise TypeError(f"{optimizer} is a part of an optimiser: chain({optimizer}, adamw(lr))")
+    name = getattr(optimizer, "__name__", type(optimizer).__name__)
+    hint = ""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        hint = ", which moves the parameters of a module, where a state has weights of its own"
+    elif callable(optimizer):
+        hint = f": call it, {name}(...)"
+    raise TypeError(
+        f"optimizer must be what sgd(), adam(), adamw() or lion() returns, got {name}{hint}"
+    )
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in the precision that updates are computed in, float32 at the least.
+
+    Args:
+        tensor: Of any floating dtype.
+
+    Returns:
+        It, in float32 where it was of half precision, else as it was.
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def starting(slots: dict[str, Tensors]) -> OptimizerState:
+    """Return the state before the first update.
+
+    Args:
+        slots: What is remembered at the start.
+
+    Returns:
+        The state.
+    """
+    return OptimizerState(torch.zeros((), dtype=torch.int64, device="cpu"), slots)
+
+
+def slot_problem(slots: dict[str, Tensors], values: Params, optimizer: Optimizer) -> str | None:
+    """Say what of the slots is not as an optimiser makes them.
+
+    Args:
+        slots: By kind and name.
+        values: What is updated.
+        optimizer: The optimiser.
+
+    Returns:
+        The first difference, or None.
+    """
+    shapes = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
+    expected = optimizer.init(shapes).slots
+    if slots.keys() != expected.keys():
+        return f"slots are {sorted(slots)}, those of {optimizer} are {sorted(expected)}"
+    for kind, tree in expected.items():
+        if slots[kind].keys() != tree.keys():
+            return f"slots {kind!r} are of {sorted(slots[kind])}, by {optimizer} of {sorted(tree)}"
+        for name, slot in tree.items():
+            found = slots[kind][name]
+            if (found.shape, found.dtype) != (slot.shape, slot.dtype):
+                return (
+                    f"slot {kind!r} of {name!r} has shape {tuple(found.shape)} and {found.dtype}, "
+                    f"by {optimizer} {tuple(slot.shape)} and {slot.dtype}"
+                )
+    return None
