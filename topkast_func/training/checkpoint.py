@@ -33,8 +33,8 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
     ``theta/NAME``, ``forward/NAME``, ``backward/NAME``, ``buffers/NAME``, ``frozen/NAME``,
     ``exponents/NAME`` and ``slots/KIND/NAME``, θ being φ where it has an exponent; the entry
     ``topkast_func`` of the metadata is a JSON object with the format, its version, the order of
-    the tensors, the storage and, where that is compact, the names of the weights that kernels
-    compute and the shapes of the values, places of B that are unused included.
+    the tensors, the kinds of slots, the storage and, where that is compact, the names of the
+    weights that kernels compute and the shapes of the values, places of B that are unused included.
 
     Args:
         state: The state, on any device.
@@ -45,6 +45,7 @@ def save(state: TrainState, path: str | os.PathLike[str]) -> None:
         for name, tensor in _flat(state)
     }
     header = {"format": FORMAT, "version": VERSION, "tensors": list(tensors)}
+    header |= {"slots": list(state.optimizer.slots)}
     if isinstance(state.weights, CompactWeights):
         held = {name: list(state.weights.held[name].shape) for name in state.weights.theta}
         header |= {"storage": "compact", "layers": list(state.weights.patterns), "values": held}
@@ -135,7 +136,7 @@ def _state(
 ) -> TrainState:
     tree = partial(_tree, tensors)
     masks = _masks(tensors)
-    kinds = dict.fromkeys(key.split("/")[0] for key in tree("slots/"))
+    kinds = header.get("slots", dict.fromkeys(key.split("/")[0] for key in tree("slots/")))
     slots = {kind: tree(f"slots/{kind}/") for kind in kinds}
     theta = tree("theta/")
     weights: Weights = DenseWeights(theta, masks)

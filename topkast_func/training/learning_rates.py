@@ -31,7 +31,7 @@ class RateOf:
     def __post_init__(self) -> None:
         """Check what can be checked before the first step."""
         if not callable(self.given):
-            _checked("lr", self.given)
+            _checked(self.given, "lr")
 
     def __call__(self, step: Tensor) -> Tensor:
         """Return the learning rate of a step.
@@ -47,9 +47,12 @@ class RateOf:
             TypeError: It is no number.
             ValueError: It is not 0-d, not finite, or below 0.
         """
-        if not callable(self.given):
-            return _checked("lr", self.given, step)
-        return _checked("lr", self.given(step), step).to(torch.float64)
+        if not callable(self.given) and not isinstance(self.given, Tensor):
+            return _checked(self.given, "lr")
+        name = "lr" if torch.compiler.is_compiling() else f"lr at step {int(step)}"
+        if isinstance(self.given, Tensor):
+            return _checked(self.given, name)
+        return _checked(self.given(step), name).to(torch.float64)
 
     def __eq__(self, other: object) -> bool:
         """Compare what is given; tensors, which may change, as objects."""
@@ -66,17 +69,13 @@ class RateOf:
         return getattr(self.given, "__name__", repr(self.given))
 
 
-def _checked(name: str, rate: Any, step: Tensor | None = None) -> Tensor:
-    """Return the rate as a tensor; ``step``, where there is one, is named in errors."""
-    tracing = torch.compiler.is_compiling()
-    if step is not None and not tracing:
-        name = f"{name} at step {int(step)}"
+def _checked(rate: Any, name: str) -> Tensor:
     if not isinstance(rate, Tensor):
         return torch.tensor(check_number(name, rate, 0.0), dtype=torch.float64, device="cpu")
     if rate.ndim != 0:
         raise ValueError(f"{name} must be a 0-d tensor, got shape {tuple(rate.shape)}")
     if rate.dtype == torch.bool or rate.is_complex():
         raise TypeError(f"{name} must be a real number, got a tensor of {rate.dtype}")
-    if rate.device.type == "cpu" and not tracing:
+    if rate.device.type == "cpu" and not torch.compiler.is_compiling():
         check_number(name, rate.item(), 0.0)
     return rate

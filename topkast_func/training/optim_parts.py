@@ -157,8 +157,8 @@ def multi_steps(optimizer: Optimizer, every: int) -> Optimizer:
 def partition(groups: Mapping[str, Optimizer]) -> Optimizer:
     """Give groups of parameters an optimiser each.
 
-    A parameter belongs to the first pattern that matches its name; end with ``"*"`` for all
-    others. `clip_by_global_norm` within a group clips by the norm of that group, and before
+    A parameter belongs to the first pattern that matches its name; end with ``"*"`` for the
+    others, if any. `clip_by_global_norm` within a group clips by the norm of that group, and before
     `partition` in a chain by that of all.
 
     Args:
@@ -295,7 +295,7 @@ def _grouped(groups: tuple[Group, ...], names: Iterable[str]) -> dict[str, list[
 
 def _start_groups(groups: tuple[Group, ...], params: Params) -> OptimizerState:
     named = _grouped(groups, params)
-    if params and (idle := [glob for glob, names in named.items() if not names]):
+    if params and (idle := [glob for glob, names in named.items() if not names and glob != "*"]):
         raise ValueError(
             f"patterns {idle} of partition match no parameter that none before them matches; "
             f"there are: {', '.join(params)}"
