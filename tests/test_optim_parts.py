@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,17 @@ def test_a_part_after_the_optimizer_is_given_its_updates() -> None:
     assert_close(updates, {name: scale * update for name, update in free.items()})
 
 
+def test_a_chain_returns_updates_of_the_dtype_of_the_parameters() -> None:
+    theta = {"w": torch.ones(3, dtype=torch.float16)}
+    for parts in (
+        (tk.clip_by_global_norm(1.0), tk.adam()),
+        (tk.adam(), tk.clip_by_global_norm(1.0)),
+    ):
+        optimizer = tk.chain(*parts)
+        updates, _ = optimizer.update(theta, optimizer.init(theta), theta)
+        assert updates["w"].dtype == torch.float16
+
+
 def test_a_chain_has_the_slots_and_the_rate_of_its_optimizer() -> None:
     optimizer = tk.chain(tk.clip_by_global_norm(1.0), tk.adamw(halving))
     assert _same(optimizer.init(_weights()), tk.adamw().init(_weights()))
@@ -334,9 +346,12 @@ def test_between_updates_nothing_moves_but_what_is_gathered(storage: Any) -> Non
         assert all(gradient.any() != moved for gradient in gathered.values())
 
 
+@pytest.mark.parametrize("method", [tk.topkast(), tk.set(0.3), tk.rigl(0.3)])
 @every_storage
-def test_a_refresh_comes_before_the_first_batch_of_an_update(storage: Any) -> None:
-    states = _run(tk.multi_steps(tk.sgd(0.5), QUARTERS), _batches(17), storage)
+def test_a_refresh_comes_before_the_first_batch_of_an_update(storage: Any, method: Any) -> None:
+    """And before no other: another exchange of SET or RigL would change the sets again."""
+    config = replace(CONFIG, method=method)
+    states = _run(tk.multi_steps(tk.sgd(0.5), QUARTERS), _batches(17), storage, config)
     changed = [
         call
         for call, (before, after) in enumerate(itertools.pairwise(states))
