@@ -4,6 +4,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map
 
 import topkast_func as tk
 from tests.optimizers import EVERY
@@ -436,6 +438,28 @@ def test_a_complex_parameter_moves_as_torch_optim_moves_it(
         theta = {"w": theta["w"] + updates["w"]}
         other.step()
         assert_close(theta["w"], reference)
+
+
+@pytest.mark.parametrize("optimizer", EVERY.values(), ids=EVERY)
+def test_an_ensemble_moves_under_vmap_as_each_of_its_members(optimizer: tk.Optimizer) -> None:
+    generator = torch.Generator().manual_seed(5)
+    draw = partial(torch.randn, 3, 4, generator=generator, dtype=torch.float64)
+    names = ("0.weight", "bias", "w")
+    theta, batches = {n: draw() for n in names}, [{n: draw() for n in names} for _ in range(3)]
+
+    def member(tree: Any, i: int) -> Any:
+        return tree_map(lambda leaf: leaf[i], tree)
+
+    starts = [optimizer.init(member(theta, i)) for i in range(3)]
+    state = tree_map(lambda *leaves: torch.stack(leaves), *starts)
+    for t, grads in enumerate(batches):
+        rate = optimizer.learning_rate(torch.tensor(t))
+        update = partial(optimizer.update, lr=rate)
+        updates, state = torch.func.vmap(update)(grads, state, theta)
+        for i in range(3):
+            alone, starts[i] = update(member(grads, i), starts[i], member(theta, i))
+            assert_close(member(updates, i), alone)
+            assert_close(member(state, i), starts[i])
 
 
 # --- half precision ----------------------------------------------------------------------

@@ -67,12 +67,14 @@ class Optimizer(Transformation):
     Example:
         >>> def init(params):
         ...     return OptimizerState(torch.zeros((), dtype=torch.int64), {})
-        >>> def update(grads, state, params, lr=None):
-        ...     updates = {name: -0.1 * grad.sign() for name, grad in grads.items()}
+        >>> def update(grads, state, params, lr):
+        ...     updates = {name: -lr * grad.sign() for name, grad in grads.items()}
         ...     return updates, OptimizerState(state.step + 1, {})
         >>> tenth = lambda step: torch.tensor(0.1)
-        >>> Optimizer(init, update, tenth, elementwise=True, name="sign_descent")
-        sign_descent
+        >>> signs = Optimizer(init, update, tenth, elementwise=True, name="signs")
+        >>> gradients = {"weight": torch.tensor([2.0, -3.0])}
+        >>> signs.update(gradients, signs.init({}), gradients, signs.learning_rate(0))[0]
+        {'weight': tensor([-0.1000,  0.1000])}
     """
 
     learning_rate: Callable[[Tensor], Rate]
