@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topkast_func.training.learning_rates import Rate
+from topkast_func.training.optim.rates import Rate
 from topkast_func.types import Params, Tensors
 
 
@@ -144,6 +144,20 @@ def starting(slots: dict[str, Tensors]) -> OptimizerState:
         The state.
     """
     return OptimizerState(torch.zeros((), dtype=torch.int64, device="cpu"), slots)
+
+
+def check_distinct(what: str, kinds: list[str]) -> None:
+    """Check that the parts of an optimiser have slots of their own.
+
+    Args:
+        what: What they are parts of.
+        kinds: The kinds of slots of them all.
+
+    Raises:
+        ValueError: Two are the same.
+    """
+    if repeated := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+        raise ValueError(f"two parts of {what} have slots {repeated}: give one of them other names")
 
 
 def slot_problem(slots: dict[str, Tensors], values: Params, optimizer: Optimizer) -> str | None:
