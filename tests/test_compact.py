@@ -436,7 +436,7 @@ def test_layers_reached_in_odd_ways_train_as_in_dense_storage(make: Any) -> None
 
 @pytest.mark.parametrize("densities", [(0.5, 0.2), (0.9, 0.8)])
 def test_a_refresh_takes_another_configuration(densities: tuple[float, float]) -> None:
-    other = tk.TopKastConfig(*densities)
+    other = tk.TopKastConfig(*densities, method=tk.topkast("value", exchange=None))
     state = tk.init_state(network(), CONFIG, tk.adam())
     after = tk.refresh(state, other)
     expected = tk.compute_masks(tk.dense_params(state), other)

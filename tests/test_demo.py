@@ -13,7 +13,11 @@ from topkast_func import demo
 from topkast_func.data import BostonHousing
 
 CONFIG = tk.TopKastConfig(
-    forward_sparsity=0.7, backward_sparsity=0.5, refresh_every=10, penalty_weight=0.1
+    forward_sparsity=0.7,
+    backward_sparsity=0.5,
+    refresh_every=10,
+    penalty_weight=0.1,
+    method=tk.topkast("value", None),
 )
 EPOCHS = 7
 

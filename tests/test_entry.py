@@ -18,11 +18,12 @@ from topkast_func.powerprop import phi_of, theta_of
 from topkast_func.ranking import exchanged_sets
 from topkast_func.testing import check_counts, check_nested, check_outside_untouched
 
-BASE = tk.TopKastConfig(0.75, 0.5, refresh_every=2, penalty=None)
+PAPER = tk.topkast("value", exchange=None)
+BASE = tk.TopKastConfig(0.75, 0.5, refresh_every=2, penalty=None, method=PAPER)
 FORMS = {
-    "zero": tk.topkast(entry="zero"),
-    "threshold": tk.topkast(entry="threshold"),
-    "exchange": tk.topkast(exchange=0.2),
+    "zero": tk.topkast(exchange=None),
+    "threshold": tk.topkast("threshold", exchange=None),
+    "exchange": tk.topkast("value", exchange=0.2),
     "zero, exchange": tk.topkast(entry="zero", exchange=0.2),
     "random, zero": tk.random_backward(entry="zero", exchange=0.2),
 }
@@ -87,7 +88,7 @@ def test_compiled_equals_eager(method: tk.Method, storage: str) -> None:
 def test_the_entry_from_zero_changes_alpha_only_where_a_weight_leaves(
     storage: str, block: Any
 ) -> None:
-    config = replace(BASE, method=tk.topkast(entry="zero"), block_shape=block)
+    config = replace(BASE, method=tk.topkast(exchange=None), block_shape=block)
     before = drifted(config, storage)
     after = tk.refresh(before, config)
     for name, new in tk.masks_of(after).items():
@@ -103,7 +104,7 @@ def test_the_entry_from_zero_changes_alpha_only_where_a_weight_leaves(
 def test_the_sets_do_not_depend_on_the_entry() -> None:
     before = drifted(BASE)
     for entry in ("zero", "threshold"):
-        config = replace(BASE, method=tk.topkast(entry=entry))
+        config = replace(BASE, method=tk.topkast(entry, exchange=None))
         for name, masks in tk.masks_of(tk.refresh(before, config)).items():
             for mask, other in zip(masks, tk.masks_of(tk.refresh(before, BASE))[name], strict=True):
                 assert torch.equal(mask, other)
@@ -192,7 +193,7 @@ def test_at_most_a_share_of_a_is_exchanged(case: Any, fraction: float) -> None:
 
 
 def test_without_a_bound_the_exchange_is_that_of_the_paper() -> None:
-    whole = replace(BASE, method=tk.topkast(exchange=1.0))
+    whole = replace(BASE, method=tk.topkast("value", exchange=1.0))
     before = drifted(BASE)
     for name, masks in tk.masks_of(tk.refresh(before, whole)).items():
         for mask, other in zip(masks, tk.masks_of(tk.refresh(before, BASE))[name], strict=True):

@@ -68,7 +68,7 @@ def test_the_loss_plot_is_a_png_with_something_drawn(results: Path) -> None:
 def test_the_metrics_are_those_of_the_run(results: Path, again: demo.Run) -> None:
     metrics = _metrics(results)
     assert metrics["options"] == {
-        "demo": "boston",
+        "job": "boston",
         "seed": 7,
         "epochs": 3,
         "forward_sparsity": 0.7,
@@ -195,7 +195,7 @@ def test_a_run_that_diverges_still_writes_its_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: demo"),
+        ("", "the following arguments are required: job"),
         ("iris", "invalid choice: 'iris'"),
         ("boston --epochs 0", "epochs must be at least 1, got 0"),
         ("boston --epochs 1.5", "invalid int value: '1.5'"),

@@ -17,7 +17,8 @@ import topkast_func as tk
 from tests import reference
 from tests.storage import STORAGES, dense_slots
 
-CONFIG = tk.TopKastConfig(forward_sparsity=0.7, backward_sparsity=0.4, refresh_every=3)
+PAPER = tk.topkast("value", exchange=None)
+CONFIG = tk.TopKastConfig(0.7, 0.4, refresh_every=3, method=PAPER)
 OPTIMIZERS = {
     "sgd": lambda: tk.sgd(0.5),
     "momentum": lambda: tk.sgd(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),

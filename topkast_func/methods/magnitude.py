@@ -27,8 +27,8 @@ class TopKast(Magnitude):
         exchange: Largest fraction of A that a refresh exchanges; None for no bound.
     """
 
-    entry: Entry = "value"
-    exchange: float | None = None
+    entry: Entry = "zero"
+    exchange: float | None = 0.05
     explores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -120,13 +120,13 @@ class Dense(Method):
     sparsifies: ClassVar[bool] = False
 
 
-def topkast(entry: Entry = "value", exchange: float | None = None) -> Method:
+def topkast(entry: Entry = "zero", exchange: float | None = 0.05) -> Method:
     """Choose A and B by magnitude (Jayakumar et al., "Top-KAST", NeurIPS 2020).
 
-    ``topkast(entry="value")`` is the method of the paper. The other options are this
-    library's own, for optimisers such as Adam, which move a weight of B∖A by about the learning
-    rate a step whatever its gradient: many weights then enter A at once, each much too large,
-    and the loss jumps. What an entry i that newly enters A starts with:
+    ``topkast("value", exchange=None)`` is the method of the paper. The defaults are this
+    library's own: Adam moves a weight of B∖A by about the learning rate a step whatever its
+    gradient, many such weights then enter A at once, each much too large, and the loss jumps.
+    What an entry i that newly enters A starts with:
 
     - ``"value"``: θ_i as it is.
     - ``"zero"``: 0. The refresh then leaves the network as it is but for what leaves A, as in
@@ -140,7 +140,7 @@ def topkast(entry: Entry = "value", exchange: float | None = None) -> Method:
     Under powerpropagation an entry at 0 would never move, so ``"zero"`` is ``"threshold"`` there.
 
     Args:
-        entry: "value", "zero" or "threshold".
+        entry: "zero", "threshold" or "value".
         exchange: f, fraction in (0, 1]; None for no bound.
 
     Returns:
@@ -149,6 +149,9 @@ def topkast(entry: Entry = "value", exchange: float | None = None) -> Method:
     Raises:
         TypeError: ``exchange`` is no number.
         ValueError: An option is out of range.
+
+    Departures:
+        The paper exchanges as much of A as magnitude says, and a weight enters with its value.
     """
     return TopKast(entry, exchange)
 

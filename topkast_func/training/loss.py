@@ -38,6 +38,7 @@ def exploration_penalty(
         The paper prints one norm and calls it L2; the three readings in use are offered.
 
     Example:
+        >>> import torch
         >>> from topkast_func.types import Masks
         >>> theta = {"weight": torch.tensor([[3.0, 1.0]])}
         >>> masks = {"weight": Masks(torch.tensor([[True, False]]), torch.tensor([[True, True]]))}
