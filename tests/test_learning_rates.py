@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import topkast_func as tk
 from tests.optimizers import halving
-from topkast_func.training.learning_rates import RateOf
+from topkast_func.training.optim.rates import RateOf
 
 BAD: list[tuple[Any, type[Exception], str]] = [
     (math.nan, ValueError, "must be in [0.0, inf), got nan"),

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 import topkast_func as tk
 from tests.own_optimizers import factored, normalized
 from tests.storage import STORAGES
-from topkast_func.training.transformation import slot_problem, wide
+from topkast_func.training.optim.transformation import slot_problem, wide
 
 Tree = dict[str, Tensor]
 

@@ -29,12 +29,18 @@ from topkast_func.sparsity import Allocation, Staged, cubic, staged
 from topkast_func.training.checkpoint import load, save
 from topkast_func.training.loop import Callback, train
 from topkast_func.training.loss import exploration_penalty, penalized_loss
-from topkast_func.training.optim import adam, adamw, lion, sgd
-from topkast_func.training.optim_parts import (
+from topkast_func.training.optim import (
+    Optimizer,
+    OptimizerState,
+    Transformation,
+    adam,
+    adamw,
     chain,
     clip_by_global_norm,
+    lion,
     multi_steps,
     partition,
+    sgd,
 )
 from topkast_func.training.state import (
     TrainState,
@@ -45,7 +51,6 @@ from topkast_func.training.state import (
     refresh,
 )
 from topkast_func.training.step import StepMetrics, dense_gradients, make_train_step
-from topkast_func.training.transformation import Optimizer, OptimizerState, Transformation
 from topkast_func.types import Masks
 
 __all__ = [

@@ -18,8 +18,8 @@ from topkast_func.masks import counts, is_of_blocks
 from topkast_func.model.modules import check_names, frozen, trainable
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
+from topkast_func.training.optim import Optimizer, OptimizerState, slot_problem
 from topkast_func.training.state import TrainState, Weights, dense_params, masks_of
-from topkast_func.training.transformation import Optimizer, OptimizerState, slot_problem
 from topkast_func.types import Masks, Model, Tensors
 
 FORMAT, VERSION = "topkast_func state", 3

@@ -19,7 +19,7 @@ from topkast_func.sparsity import ByPattern
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
 from topkast_func.training.agreement import check_masks
-from topkast_func.training.transformation import Optimizer, OptimizerState, check_optimizer
+from topkast_func.training.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.types import Masks, Params, Tensors
 
 Weights: TypeAlias = CompactWeights | DenseWeights

@@ -17,11 +17,10 @@ from topkast_func.model.modules import bind, check_fit, modes, tensors_of, ties
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.training.compilation import compiled
-from topkast_func.training.learning_rates import Rate
 from topkast_func.training.loss import check_scalar
+from topkast_func.training.optim import Optimizer, OptimizerState, Rate, check_optimizer
 from topkast_func.training.purity import check_pure, random_numbers_of
 from topkast_func.training.state import TrainState, forward_params, refresh
-from topkast_func.training.transformation import Optimizer, OptimizerState, check_optimizer
 from topkast_func.types import LossFn, Model, Params, Tensors
 
 

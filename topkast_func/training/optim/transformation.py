@@ -146,6 +146,20 @@ def starting(slots: dict[str, Tensors]) -> OptimizerState:
     return OptimizerState(torch.zeros((), dtype=torch.int64, device="cpu"), slots)
 
 
+def check_distinct(what: str, kinds: list[str]) -> None:
+    """Check that the parts of an optimiser have slots of their own.
+
+    Args:
+        what: What they are parts of.
+        kinds: The kinds of slots of them all.
+
+    Raises:
+        ValueError: Two are the same.
+    """
+    if repeated := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+        raise ValueError(f"two parts of {what} have slots {repeated}: give one of them other names")
+
+
 def slot_problem(slots: dict[str, Tensors], values: Params, optimizer: Optimizer) -> str | None:
     """Say what of the slots is not as an optimiser makes them.
 

@@ -1,0 +1,34 @@
+"""Optimisers: pure functions from gradients to updates, and what they are put together from.
+
+Knows nothing of states, sets or storages but the names and values that are updated.
+"""
+
+from topkast_func.training.optim.accumulation import multi_steps
+from topkast_func.training.optim.chains import chain, clip_by_global_norm
+from topkast_func.training.optim.descent import adam, adamw, lion, sgd
+from topkast_func.training.optim.groups import partition
+from topkast_func.training.optim.rates import Rate
+from topkast_func.training.optim.transformation import (
+    Optimizer,
+    OptimizerState,
+    Transformation,
+    check_optimizer,
+    slot_problem,
+)
+
+__all__ = [
+    "Optimizer",
+    "OptimizerState",
+    "Rate",
+    "Transformation",
+    "adam",
+    "adamw",
+    "chain",
+    "check_optimizer",
+    "clip_by_global_norm",
+    "lion",
+    "multi_steps",
+    "partition",
+    "sgd",
+    "slot_problem",
+]
