@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topkast_func.training.learning_rates import Rate
+from topkast_func.training.optim.rates import Rate
 from topkast_func.types import Params, Tensors
 
 
