@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, jacrev, jvp, vmap
 
 from tests.kernels.problems import Problem, integers, problem
 from topkast_func.kernels import ENGINES, pattern_of, sparse_linear
@@ -218,6 +218,8 @@ def test_a_second_derivative_is_refused(engine: str, which: int) -> None:
 
     with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
         grad(once, argnums=which)(*case.leaves)
+    with pytest.raises(RuntimeError, match="jvp"):
+        jvp(once, case.leaves, case.leaves)
     leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
     loss = case.loss(*leaves)
     (first,) = torch.autograd.grad(loss, leaves[which], create_graph=True)

@@ -1,24 +1,15 @@
-"""A sparse linear layer as a function: right under autograd, torch.func and torch.compile.
-
-The products are plain operators, opaque to tracing, with fake kernels; one
-`torch.autograd.Function` around them gives the gradient. It is hidden from Dynamo, which
-would drop its backward under a compiled `torch.func.grad`.
-"""
+"""A sparse linear layer as a function: right under autograd, torch.func and torch.compile."""
 
 import math
 import operator
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake, register_vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from topkast_func.kernels.engines import EngineName, Layer, choose, layout
-from topkast_func.kernels.engines import engine as engine_of
-from topkast_func.kernels.pattern import Pattern, block_of, flattened, nested
+from topkast_func.kernels.operators import product
+from topkast_func.kernels.pattern import Pattern, block_of, flattened
 
 
 def sparse_linear(
@@ -69,7 +60,7 @@ def sparse_linear(
     name = _chosen(engine, *layer)
     pack, unpack = layout(name)
     packed = pack(x.reshape(batch, x.shape[-1]))
-    y = unpack(_product(name, out_features, values, packed, *flattened(pattern)), batch)
+    y = unpack(product(name, values, packed, flattened(pattern), out_features), batch)
     y = y.reshape(*x.shape[:-1], out_features)
     y = y if bias is None else y + bias
     cast = autocast and y.dtype == torch.float32
@@ -104,130 +95,10 @@ def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: in
     )
 
 
-@torch.compiler.assume_constant_result
 def _chosen(name: EngineName, *layer: Any) -> str:
+    """Choose an engine; while Dynamo traces, by a function that it takes for a constant."""
+    if torch.compiler.is_dynamo_compiling():
+        from topkast_func.kernels.tracing import chosen  # its mark loads Dynamo: a second
+
+        return chosen(name, *layer)
     return choose(name, Layer(*layer)).engine
-
-
-class _Product(torch.autograd.Function):
-    """W_A·x with its gradients, all in the layout of an engine."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(name: str, features: int, values: Tensor, x: Tensor, *index: Tensor) -> Tensor:
-        return _OPS.forward(name, values, x, index, features)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.engine, _, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        values, x, *index = ctx.saved_tensors
-        g = g.contiguous()
-        for_values = for_x = None
-        if ctx.needs_input_grad[2]:
-            for_values = _Gradient.apply("weight_gradient", ctx.engine, values, g, x, *index)
-        if ctx.needs_input_grad[3]:
-            for_x = _Gradient.apply("input_gradient", ctx.engine, values, g, x, *index)
-        return None, None, for_values, for_x, *[None] * len(index)
-
-
-class _Gradient(torch.autograd.Function):
-    """A gradient of the product, which refuses to be differentiated again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(which: str, name: str, values: Tensor, g: Tensor, x: Tensor, *index: Tensor) -> Any:
-        if which == "weight_gradient":
-            return _OPS.weight_gradient(name, g, x, index, values)
-        return _OPS.input_gradient(name, values, g, index, x.shape[1])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing: there is no second derivative."""
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise NotImplementedError(
-            "a sparse product cannot be differentiated twice; storage='dense' can be"
-        )
-
-
-@torch.compiler.allow_in_graph
-def _product(name: str, features: int, *tensors: Tensor) -> Tensor:
-    product: Tensor = _Product.apply(name, features, *tensors)
-    return product
-
-
-_LIBRARY = Library("topkast_func", "DEF")
-_OPS = torch.ops.topkast_func
-
-
-def _define(schema: str, compute: Callable[..., Tensor], fake: Callable[..., Tensor]) -> None:
-    """Define an operator for every device, with its fake kernel and its batching."""
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
-    register_fake(f"topkast_func::{name}", fake, lib=_LIBRARY)
-    register_vmap(f"topkast_func::{name}", partial(_batched, name), lib=_LIBRARY)
-
-
-def _batched(name: str, info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
-    """Fold a batch of activations alone into one call; else run the calls one by one."""
-    product = getattr(_OPS, name)
-    leaves, tree = tree_flatten(arguments)
-    dims = tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
-    batched = [i for i, dim in enumerate(dims) if dim is not None]
-    if batched == [_ACTIVATIONS] and name != "weight_gradient":
-        leaves[_ACTIVATIONS] = leaves[_ACTIVATIONS].movedim(dims[_ACTIVATIONS], 0).flatten(0, 1)
-        folded = product(*tree_unflatten(leaves, tree))
-        return folded.unflatten(0, (info.batch_size, -1)), 0
-    results = []
-    for call in range(info.batch_size):
-        one = [leaves[i].select(dims[i], call) if i in batched else x for i, x in enumerate(leaves)]
-        results.append(product(*tree_unflatten(one, tree)))
-    return torch.stack(results), 0
-
-
-_ACTIVATIONS = 2
-"""Place of the activations among the arguments of a product."""
-
-
-def _forward(name: str, values: Tensor, x: Tensor, index: list[Tensor], features: int) -> Tensor:
-    return engine_of(name).forward(values.detach(), x.detach(), nested(index), features)
-
-
-def _input_gradient(
-    name: str, values: Tensor, g: Tensor, index: list[Tensor], features: int
-) -> Tensor:
-    return engine_of(name).input_gradient(values.detach(), g.detach(), nested(index), features)
-
-
-def _weight_gradient(
-    name: str, g: Tensor, x: Tensor, index: list[Tensor], values: Tensor
-) -> Tensor:
-    return engine_of(name).weight_gradient(g.detach(), x.detach(), nested(index), values.detach())
-
-
-def _like_activations(
-    name: str, values: Tensor, x: Tensor, index: list[Tensor], features: int
-) -> Tensor:
-    return x.new_empty(x.shape[0], features, *x.shape[2:])
-
-
-def _like_values(name: str, g: Tensor, x: Tensor, index: list[Tensor], values: Tensor) -> Tensor:
-    return values.new_empty(values.shape)
-
-
-_PRODUCT = "(str engine, Tensor values, Tensor x, Tensor[] index, int features) -> Tensor"
-_define(f"forward{_PRODUCT}", _forward, _like_activations)
-_define(f"input_gradient{_PRODUCT}", _input_gradient, _like_activations)
-_define(
-    "weight_gradient(str engine, Tensor g, Tensor x, Tensor[] index, Tensor values) -> Tensor",
-    _weight_gradient,
-    _like_values,
-)

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from topkast_func.kernels.library import define
+
 INDEX_LIMIT = 2**31 - 1
 """Most entries that int32 indices can count."""
 
@@ -65,8 +67,9 @@ class Pattern(NamedTuple):
         Returns:
             int64, in the shape of the values; the number of entries of θ where a place is unused.
         """
-        matrix = (shape[0], shape[1])
-        return torch.cat([flat(part, block, matrix) for part in (self.forward, self.exploring)])
+        parts = [*self.forward, *self.exploring]
+        result: Tensor = _FLAT_INDEX(parts, block, (shape[0], shape[1]))
+        return result
 
 
 def pattern_of(
@@ -146,6 +149,24 @@ def flat(part: BlockRows, block: tuple[int, int], shape: tuple[int, int]) -> Ten
         corner = corner[:, None, None] + down[:, None] * shape[1] + across
         row = row[:, None, None]
     return torch.where(row < rows, corner, shape[0] * shape[1])
+
+
+def _flat_index(parts: list[Tensor], block: list[int], shape: list[int]) -> Tensor:
+    (rows, columns), (height, width) = shape, block
+    active, exploring = BlockRows(*parts[:2]), BlockRows(*parts[2:])
+    found = [flat(part, (height, width), (rows, columns)) for part in (active, exploring)]
+    return torch.cat(found)
+
+
+def _like_flat_index(parts: list[Tensor], block: list[int], shape: list[int]) -> Tensor:
+    count = parts[1].shape[0] + parts[3].shape[0]
+    sides = [] if block == [1, 1] else block
+    return parts[0].new_empty((count, *sides), dtype=torch.int64)
+
+
+_FLAT_INDEX = define(
+    "flat_index(Tensor[] parts, int[] block, int[] shape) -> Tensor", _flat_index, _like_flat_index
+)
 
 
 def block_of(values: Tensor) -> tuple[int, int]:

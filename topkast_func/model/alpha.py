@@ -1,11 +1,13 @@
 """α, what the forward pass computes with: from θ and masks, or from the values of B."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from topkast_func.kernels.library import Gradient, define
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -41,8 +43,10 @@ def merge(values: Tensor, theta: Tensor, index: Tensor) -> Tensor:
     return merged
 
 
-def alpha(values: Tensor, index: Tensor, active_count: int, shape: torch.Size) -> Tensor:
+def alpha(values: Tensor, index: Tensor, active_count: int, shape: Sequence[int]) -> Tensor:
     """Return α with the gradient of the identity on B.
+
+    It is one operator: a layer on the kernels does not read its α, and one call is easily left out.
 
     Args:
         values: The values, those of A first.
@@ -53,10 +57,36 @@ def alpha(values: Tensor, index: Tensor, active_count: int, shape: torch.Size) -
     Returns:
         α: the values on A, exactly 0 elsewhere.
     """
-    exploring = values[active_count:]
-    seen = torch.cat((values[:active_count], exploring - exploring.detach()))
-    with_spare = values.new_zeros(math.prod(shape) + 1)
-    return with_spare.index_put((index,), seen)[:-1].view(shape)
+    result: Tensor = _ALPHA(values, index, active_count, shape)
+    return result
+
+
+class _Alpha(Gradient):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return None, split(g, *ctx.saved_tensors), None, None, None
+
+
+def _compute(values: Tensor, index: Tensor, active_count: int, shape: list[int]) -> Tensor:
+    dense = values.new_zeros(math.prod(shape))
+    dense[index[:active_count]] = values.detach()[:active_count]
+    return dense.view(shape)
+
+
+def _fake(values: Tensor, index: Tensor, active_count: int, shape: list[int]) -> Tensor:
+    return values.new_empty(shape)
+
+
+_ALPHA = define(
+    "alpha(Tensor values, Tensor index, int active_count, int[] shape) -> Tensor",
+    _compute,
+    _fake,
+    _Alpha,
+)
 
 
 def straight_through(theta: Tensor, masks: Masks) -> Tensor:

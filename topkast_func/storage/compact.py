@@ -74,8 +74,10 @@ class CompactWeights(NamedTuple):
         """Return the exploration penalty of ``values``; see `exploration_penalty`."""
 
         def parts(name: str) -> tuple[Tensor, Tensor]:
-            count = self.sets(name).active_count
-            return values[name][:count], values[name][count:]
+            value = values[name]
+            place = torch.arange(value.shape[0], device=value.device)
+            active = (place < self.sets(name).active_count).view(-1, *[1] * (value.ndim - 1))
+            return torch.where(active, value, 0.0), torch.where(active, 0.0, value)
 
         shapes = {name: theta.shape for name, theta in self.theta.items()}
         device = next(iter(values.values())).device

@@ -1,0 +1,94 @@
+"""Operators of this package, opaque to whatever traces them, each with a gradient of its own.
+
+The gradient is a kernel of the operator itself. `torch.compile` keeps the call as it stands,
+where it would inline a `torch.autograd.Function` and, under a compiled `torch.func.grad`, drop
+its backward without a word.
+"""
+
+import inspect
+import sys
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
+from torch.library import Library, register_fake, register_vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+_LIBRARY = Library("topkast_func", "DEF")
+
+
+class Gradient(_SingleLevelFunction):
+    """The gradient of an operator; its parts get the operator first, then its arguments.
+
+    A `torch.autograd.Function` but for its base: the dispatcher calls it once for each level of
+    autograd and `torch.func`, where a Function would find its way through them by itself.
+    """
+
+    @staticmethod
+    def forward(operator: Any, *arguments: Any) -> Any:
+        """Call the operator one level down, where it is recorded again if that asks for it."""
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+
+def define(
+    schema: str,
+    compute: Callable[..., Tensor],
+    fake: Callable[..., Tensor],
+    gradient: type[Gradient] | None = None,
+    batched: Callable[..., tuple[Tensor, int]] | None = None,
+) -> Any:
+    """Define an operator for every device.
+
+    Its overload is named after the code of the module that has ``compute``: graphs that torch
+    caches on disk hold the gradient that was there when they were traced.
+
+    Args:
+        schema: Its name, arguments and result, as torch writes them.
+        compute: Computes it, of tensors that autograd does not follow.
+        fake: Returns an empty tensor like its result.
+        gradient: Its gradient; None for integers.
+        batched: ``batched(operator, info, in_dims, *arguments)`` is its `torch.vmap`, see
+            `torch.library.register_vmap`; None for as many calls as there are samples.
+
+    Returns:
+        The operator.
+    """
+    name, arguments = schema.split("(", 1)
+    code = inspect.getsource(sys.modules[compute.__module__]).encode()
+    overload = f"v{zlib.crc32(code):x}"
+    _LIBRARY.define(f"{name}.{overload}({arguments}")
+    operator = getattr(getattr(torch.ops.topkast_func, name), overload)
+    _LIBRARY.impl(operator, compute, "CompositeExplicitAutograd")
+    if gradient:
+        _LIBRARY.impl(operator, partial(_record, gradient, operator), "Autograd")
+    register_fake(operator, fake, lib=_LIBRARY)
+    register_vmap(operator, partial(batched or one_by_one, operator), lib=_LIBRARY)
+    return operator
+
+
+def _record(gradient: Any, operator: Any, *arguments: Any) -> Tensor:
+    with enable_single_level_autograd_function():
+        result: Tensor = gradient.apply(operator, *arguments)
+    return result
+
+
+def one_by_one(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+    """Batch an operator by as many calls as there are samples."""
+    leaves, tree = tree_flatten(arguments)
+    dims = tree_flatten(in_dims, is_leaf=lambda dim: dim is None)[0]
+    samples = [
+        [
+            leaf if dim is None else leaf.select(dim, i)
+            for leaf, dim in zip(leaves, dims, strict=True)
+        ]
+        for i in range(info.batch_size)
+    ]
+    return torch.stack([operator(*tree_unflatten(sample, tree)) for sample in samples]), 0
