@@ -1,8 +1,9 @@
 """Networks with every kind of layer, and what to feed them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -52,17 +53,17 @@ class Recurrent(nn.Module):
 class Case(NamedTuple):
     """A network, its input, and which of its parameters are sparse."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[[], Any]
     inputs: Callable[[], Tensor]
     config: tk.TopKastConfig = CONFIG
 
 
-def perceptron() -> nn.Module:
+def perceptron() -> Any:
     """Return linear layers, which kernels compute."""
     return nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5))
 
 
-def convolutional() -> nn.Module:
+def convolutional() -> Any:
     """Return convolutions and a linear layer, with a normalisation between them."""
     return nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4)
@@ -84,3 +85,5 @@ CASES = {
         tk.TopKastConfig(0.75, 0.5, refresh_every=3, sparse="rnn.weight_*"),
     ),
 }
+
+each_case = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))

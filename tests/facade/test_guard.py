@@ -188,8 +188,9 @@ def test_a_run_resumed_at_any_time_equals_the_uninterrupted_one(make: Make, step
     file.seek(0)
     other = _layer()
     resumed = make(other.parameters())
-    for one, state in zip((other, resumed), torch.load(file), strict=True):
-        one.load_state_dict(state)
+    states = torch.load(file)
+    other.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
     batches += _batches(6)
     train(layer, optimizer, steps)
     train(other, resumed, steps)
@@ -211,9 +212,9 @@ def test_lbfgs_trains_through_refreshes_and_resumes() -> None:
             return loss
 
         before, rest = layer.weight.detach().clone(), ~layer.masks.backward
-        loss = optimizer.step(closure).item()  # type: ignore[arg-type,union-attr]
+        loss: Any = optimizer.step(closure)  # type: ignore[arg-type]
         assert torch.equal(layer.weight[rest], before[rest])
-        return loss
+        return float(loss.detach())
 
     first = step(layer, optimizer)
     _swap(layer)

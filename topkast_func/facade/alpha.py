@@ -8,7 +8,7 @@ from torch import Tensor
 from topkast_func.bits import unpacked
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def alpha(theta: Tensor, sets: Tensor) -> Tensor:
     """Return α = θ·1_A, whose gradient is kept on B (Top-KAST, NeurIPS 2020, section 2.2).
 
@@ -39,12 +39,12 @@ class _Alpha(torch.autograd.Function):
         ctx.save_for_forward(bits)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         (bits,) = ctx.saved_tensors
         g = g if g.layout == torch.strided else g.to_dense()  # of an embedding with sparse=True
         return torch.where(unpacked(bits, g.shape), g, 0.0), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         (bits,) = ctx.saved_tensors
         return torch.where(unpacked(bits, tangent.shape), tangent, 0.0)

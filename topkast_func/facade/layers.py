@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from topkast_func.checks import check_count, check_number, check_order
 from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import check_params
+from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import (
     SparseLayer,
     SparseLinear,
@@ -15,7 +16,7 @@ from topkast_func.facade.sparse_layer import (
     plain_twin,
     sparse_attribute,
 )
-from topkast_func.facade.sparse_weight import Rule, weights_of
+from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.ranking import kept, magnitudes, top_sets
 from topkast_func.sparsity import Allocation
@@ -52,6 +53,7 @@ class TopKastLayer(SparseLayer):
     """
 
     weight = sparse_attribute("weight")
+    weight_sets: Tensor
 
     def _start(self, p_forward: float, p_backward: float, engine: EngineName = "auto") -> None:
         self.p_forward, self.p_backward, self.engine = p_forward, p_backward, engine
@@ -64,7 +66,8 @@ class TopKastLayer(SparseLayer):
         allocation = check_sparsities(self.p_forward, self.p_backward)
         config = TopKastConfig(*allocation, sparse="weight")
         counts = frozenset({(kept(allocation.forward, size), kept(allocation.backward, size))})
-        return Rule("weight", config, allocation, counts, engine=self.engine)
+        matrix = isinstance(self, SparseLinear)
+        return Rule("weight", config, allocation, counts, matrix=matrix, engine=self.engine)
 
     def forward(self, inputs: Tensor, sparse: bool = True) -> Any:
         """Apply the layer.
@@ -81,7 +84,7 @@ class TopKastLayer(SparseLayer):
 
     def reset_parameters(self) -> None:
         """Draw θ and the bias as the plain layer does; choose A and B."""
-        super().reset_parameters()
+        self._plain.reset_parameters(self)
         if weights_of(self):
             self.update_active_param_set()
 
@@ -101,7 +104,7 @@ class TopKastLayer(SparseLayer):
     def reset_justbwd_weights(self) -> None:
         """Do nothing: the parameter is up to date. For loops that were written for the seed."""
 
-    def make_plain(self) -> None:
+    def _make_plain(self) -> None:
         """Become a layer of the plain class, whose weight is α."""
         hooks = self._forward_pre_hooks
         for number in [n for n, hook in hooks.items() if hook is _keep_off_fused_paths]:
@@ -109,7 +112,7 @@ class TopKastLayer(SparseLayer):
         for name in ("p_forward", "p_backward", "engine"):
             delattr(self, name)
         self._parameters["weight"].__class__ = nn.Parameter
-        super().make_plain()
+        super()._make_plain()
 
     @staticmethod
     def compute_mask(matrix: Tensor, p: float) -> Index:

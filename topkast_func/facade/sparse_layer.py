@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watch
-from topkast_func.facade.sparse_weight import KEPT, Rule, SparseWeight, readable, weights_of
+from topkast_func.facade.rule import Rule
+from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
 from topkast_func.kernels.linear import sparse_linear
 from topkast_func.types import Masks
 
@@ -60,7 +62,7 @@ def sparse_attribute(key: str) -> property:
 class SparseLayer(nn.Module):
     """Mixed into the class of a module, whose weights it lets be sparse."""
 
-    _plain: ClassVar[type[nn.Module]]
+    _plain: ClassVar[Any]
     """The class of the module without sparse weights."""
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -69,7 +71,7 @@ class SparseLayer(nn.Module):
             return super().forward(*inputs, **options)
 
     @torch.no_grad()
-    def make_plain(self) -> None:
+    def _make_plain(self) -> None:
         """Become a module of the plain class, whose weights are α."""
         for weight in weights_of(self).values():
             theta = weight.theta(self)
@@ -80,13 +82,14 @@ class SparseLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the module, and how sparse its weights are."""
-        weights = weights_of(self).values()
-        told = [f"{w.key}_sparsity={tuple(round(s, 4) for s in w.rule.allocation)}" for w in weights]
-        return ", ".join(part for part in (super().extra_repr(), *told) if part)
+        told = [super().extra_repr()]
+        for key, weight in weights_of(self).items():
+            told.append(f"{key}_sparsity={tuple(round(s, 4) for s in weight.rule.allocation)}")
+        return ", ".join(filter(None, told))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Come out of a pickle or a copy, maybe as the first sparse layer of a process."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for weight in weights_of(self).values():
             watch(self)
             weight.look(self)
@@ -95,7 +98,7 @@ class SparseLayer(nn.Module):
         before = [(weight, weight.sets(self)) for weight in weights_of(self).values()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for weight, sets in before:
-            weight.moved(self, sets)
+            weight.move(self, sets)
         return self
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
@@ -107,10 +110,12 @@ class SparseLayer(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
         """Load θ and its sets; those that are missing are chosen from the θ that is loaded."""
-        *_, missing, _, errors = arguments
+        missing, errors = arguments[2], arguments[4]
         weights = weights_of(self).values()
         found = {weight: f"{prefix}{weight.buffer}" for weight in weights}
-        misfits = [weight.misfit(self, state_dict.get(name), name) for weight, name in found.items()]
+        misfits = [
+            weight.misfit(self, state_dict.get(name), name) for weight, name in found.items()
+        ]
         if any(misfits):
             errors.extend(filter(None, misfits))
             return
@@ -136,14 +141,14 @@ class SparseLinear(SparseLayer):
         """Compute with α, on the kernels or densely."""
         weight = weights_of(self)["weight"]
         derived = weight.derived(self)
-        if derived is None or derived.index is None or weight.probe is not None:
+        if derived is None or derived.kernel is None or weight.probe is not None:
             return super().forward(input)
         with ForwardPass():
             bias: Any = self.bias
-        theta, index = weight.theta(self), derived.index
+        theta, kernel = weight.theta(self), derived.kernel
         shape = (theta.shape[0], theta.shape[1])
         return sparse_linear(
-            input, index.values(theta), index.pattern, shape, bias, weight.rule.engine
+            input, kernel.values(theta), kernel.pattern, shape, bias, weight.rule.engine
         )
 
 
@@ -156,14 +161,19 @@ def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = No
         rule: How its sets are chosen.
         masks: The sets to begin with; None to have them chosen.
     """
-    weight = SparseWeight(key, rule, matrix=key == "weight" and isinstance(layer, SparseLinear))
+    weight = SparseWeight(key, rule)
     weight.start(layer, masks)
     vars(layer)[KEPT] = {**weights_of(layer), key: weight}
     watch(layer)
 
 
+def on_kernels(plain: type[nn.Module]) -> bool:
+    """Return whether modules of a class compute as `torch.nn.Linear`, which kernels can too."""
+    return plain.forward is nn.Linear.forward and plain is not NonDynamicallyQuantizableLinear
+
+
 @cache
-def sparse_class(plain: type[nn.Module], keys: tuple[str, ...]) -> type[SparseLayer]:
+def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
     """Return the subclass of a class whose modules have sparse weights.
 
     Args:
@@ -173,8 +183,7 @@ def sparse_class(plain: type[nn.Module], keys: tuple[str, ...]) -> type[SparseLa
     Returns:
         The class, always the same for the same arguments.
     """
-    linear = plain.forward is nn.Linear.forward and plain is not NonDynamicallyQuantizableLinear
-    mixed = SparseLinear if linear and "weight" in keys else SparseLayer
+    mixed = SparseLinear if on_kernels(plain) and "weight" in keys else SparseLayer
 
     @wraps(plain.forward)
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
@@ -192,15 +201,16 @@ def sparse_class(plain: type[nn.Module], keys: tuple[str, ...]) -> type[SparseLa
     return type(plain.__name__, (mixed, plain), {**members, **named, **own})
 
 
-def _blank(plain: type[nn.Module], keys: tuple[str, ...]) -> nn.Module:
+def _blank(plain: Any, keys: tuple[str, ...]) -> nn.Module:
     """Make a module to be filled from a pickle."""
-    made = sparse_class(plain, keys)
-    return made.__new__(made)
+    made: Any = sparse_class(plain, keys)
+    blank: nn.Module = made.__new__(made)
+    return blank
 
 
 def plain_twin(layer: SparseLayer) -> nn.Module:
     """Return a layer of the plain class that computes with all of θ, without a gradient for it."""
-    twin = layer._plain.__new__(layer._plain)
+    twin: nn.Module = layer._plain.__new__(layer._plain)
     detached = {n: None if p is None else p.detach() for n, p in layer._parameters.items()}
     vars(twin).update(vars(layer), _parameters=detached)
     return twin

@@ -1,83 +1,22 @@
 """One sparse weight of a layer: θ in an ordinary parameter, and beside it the bits of A and B.
 
-The bits are the truth. What is derived from them for the kernels is a cache, made anew
-wherever they have changed: by a refresh, by `load_state_dict`, by a broadcast to other processes.
+The bits are the truth. What the kernels read is a cache, made anew wherever they have changed:
+by a refresh, by `load_state_dict`, by a broadcast from another process.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from topkast_func.bits import packed, unpacked
-from topkast_func.config import TopKastConfig
+from topkast_func.bits import packed
 from topkast_func.facade.alpha import alpha
-from topkast_func.kernels.engines import Choice, EngineName, Layer, choose
-from topkast_func.kernels.pattern import Pattern, pattern_of
+from topkast_func.facade.derived import Derived, counts_of, derive, masks_in, readable
+from topkast_func.facade.rule import Rule
+from topkast_func.kernels.engines import Choice
 from topkast_func.masks import masks_at
 from topkast_func.methods.magnitude import Magnitude
-from topkast_func.sparsity import Allocation
 from topkast_func.types import Masks
-
-BATCH = 256
-"""Rows of activations for which it is decided whether kernels compute a layer."""
-
-
-class Rule(NamedTuple):
-    """How the sets of a weight are chosen.
-
-    Attributes:
-        name: Name of the weight in the model.
-        config: The configuration; which parameters it selects is not read.
-        allocation: The sparsities in force.
-        counts: |A| and |B| of every stage of the configuration.
-        step: Number of the step that comes next.
-        seed: Seed of the methods that draw.
-        engine: Who computes the products, where kernels can.
-    """
-
-    name: str
-    config: TopKastConfig
-    allocation: Allocation
-    counts: frozenset[tuple[int, int]]
-    step: int = 0
-    seed: int = 0
-    engine: EngineName = "auto"
-
-
-class Indexed(NamedTuple):
-    """Sets for the kernels.
-
-    Attributes:
-        pattern: The sets.
-        places: Where the values of the pattern stand in the flat θ, int64, in their shape.
-    """
-
-    pattern: Pattern
-    places: Tensor
-
-    def values(self, theta: Tensor) -> Tensor:
-        """Gather the values of B from θ, A first."""
-        return theta.flatten().gather(0, self.places.flatten()).view(self.places.shape)
-
-
-class Derived(NamedTuple):
-    """What was found in the bits, or made of them.
-
-    Attributes:
-        sets: The buffer of the bits.
-        version: How often it had been written to; None where that is not counted.
-        content: A copy of what it held; on the host it is compared with, at every look.
-        whole: Whether it held sets of a size that the rule knows.
-        index: The sets for the kernels, where these compute the layer.
-    """
-
-    sets: Tensor
-    version: int | None
-    content: Tensor
-    whole: bool
-    index: Indexed | None = None
 
 
 class SparseWeight:
@@ -87,7 +26,6 @@ class SparseWeight:
         key: Name of the weight in its layer; its bits, uint8, [2, ⌈n/8⌉], are the buffer
             ``<key>_sets``.
         rule: How its sets are chosen.
-        matrix: Whether it is the weight of a linear layer, which kernels can compute.
 
     Attributes:
         probe: Zeros of the shape of θ, whose gradient is that of the loss at α with respect to
@@ -95,15 +33,15 @@ class SparseWeight:
         steps: Steps of optimisers that had a gradient of it.
     """
 
-    def __init__(self, key: str, rule: Rule, matrix: bool = False) -> None:
-        self.key, self.rule, self.matrix = key, rule, matrix
+    def __init__(self, key: str, rule: Rule) -> None:
+        self.key, self.rule = key, rule
         self.probe: Tensor | None = None
         self.steps = 0
         self._derived: Derived | None = None
 
-    def __reduce__(self) -> tuple[type["SparseWeight"], tuple[str, Rule, bool]]:
+    def __reduce__(self) -> tuple[type["SparseWeight"], tuple[str, Rule]]:
         """Leave behind what is derived."""
-        return SparseWeight, (self.key, self.rule, self.matrix)
+        return SparseWeight, (self.key, self.rule)
 
     @property
     def buffer(self) -> str:
@@ -121,15 +59,20 @@ class SparseWeight:
     def masks(self, layer: nn.Module) -> Masks:
         """Return the sets; they are chosen if there are none yet."""
         self.derived(layer)
-        return _masks(self.sets(layer), self.theta(layer).shape)
+        return masks_in(self.sets(layer), self.theta(layer).shape)
 
     def alpha(self, layer: nn.Module) -> Tensor:
         """Return α, with a gradient that reaches B."""
         self.derived(layer)
-        found = alpha(self.theta(layer), self.sets(layer))
+        found: Tensor = alpha(self.theta(layer), self.sets(layer))
         return found if self.probe is None else found + self.probe
 
-    def start(self, layer: nn.Module, masks: Masks | None = None) -> None:
+    def choice(self, layer: nn.Module) -> Choice:
+        """Return who computes with the weight, and why."""
+        forward, backward = self.masks(layer)
+        return self.rule.choice(self.theta(layer), int(forward.sum()), int(backward.sum()))
+
+    def start(self, layer: nn.Module, masks: Masks | None) -> None:
         """Begin with the masks, or with sets chosen from θ, which may be without data as yet."""
         theta = self.theta(layer)
         bits = theta.new_zeros((2, -(-theta.numel() // 8)), dtype=torch.uint8)
@@ -156,9 +99,10 @@ class SparseWeight:
         Raises:
             NaNParameterError: θ holds NaN; nothing has changed.
         """
-        name, config, allocation, _, step, seed, _ = self.rule
-        params, allocations = {name: self.theta(layer)}, {name: allocation}
-        self.hold(layer, masks_at(params, allocations, config, step=step, seed=seed)[name])
+        rule, theta = self.rule, {self.rule.name: self.theta(layer)}
+        allocations = {rule.name: rule.allocation}
+        masks = masks_at(theta, allocations, rule.config, step=rule.step, seed=rule.seed)
+        self.hold(layer, masks[rule.name])
 
     def derived(self, layer: nn.Module) -> Derived | None:
         """Return what is derived from the bits as they are now; sets are chosen if there are none.
@@ -177,7 +121,7 @@ class SparseWeight:
             if torch.compiler.is_compiling() or not readable(sets):
                 return None
             known = self.look(layer)
-        elif not torch.compiler.is_compiling() and _changed(known):
+        elif not torch.compiler.is_compiling() and known.outdated:
             known = self.look(layer)
         if not known.whole and not sets.is_meta:
             self._mend(layer, known)
@@ -185,20 +129,11 @@ class SparseWeight:
 
     def look(self, layer: nn.Module) -> Derived:
         """Look at the bits, and make anew what depends on them."""
-        sets, known = self.sets(layer), self._derived
-        if not readable(sets):
-            found = Derived(sets, None, sets, whole=False)
-        elif known is not None and _equal(known.content, sets):
-            found = known._replace(sets=sets, version=_version(sets))
-        else:
-            masks = _masks(sets, self.theta(layer).shape)
-            whole = counts_of(masks) in self.rule.counts
-            index = self._index(masks, self.theta(layer)) if whole else None
-            found = Derived(sets, _version(sets), sets.clone(), whole, index)
+        found = derive(self.sets(layer), self.theta(layer), self.rule, self._derived)
         self._derived = found
         return found
 
-    def moved(self, layer: nn.Module, before: Tensor) -> None:
+    def move(self, layer: nn.Module, before: Tensor) -> None:
         """Follow θ to another device, and let nothing else happen to the bits.
 
         Args:
@@ -231,13 +166,14 @@ class SparseWeight:
             return None
         if bits.dtype != torch.uint8:
             return f"{name} must be torch.uint8, got {bits.dtype}"
-        counts = counts_of(_masks(bits, self.theta(layer).shape))
+        counts = counts_of(masks_in(bits, self.theta(layer).shape))
         if counts in self.rule.counts:
             return None
         known = " or ".join(map(str, sorted(self.rule.counts)))
         return (
-            f"{name} has |A|, |B| = {counts or 'A outside B'}, this layer {known}: the checkpoint is "
-            "of another sparsity; without that key the sets are chosen from its weight"
+            f"{name} has |A|, |B| = {counts or 'A outside B'}, this layer {known}: the "
+            "checkpoint is of another sparsity; without that key the sets are chosen from its "
+            "weight"
         )
 
     def _mend(self, layer: nn.Module, known: Derived) -> None:
@@ -254,71 +190,12 @@ class SparseWeight:
             )
         self.choose(layer)
 
-    def choice(self, layer: nn.Module) -> Choice:
-        """Return who computes with the weight, and why."""
-        return self._choice(self.masks(layer), self.theta(layer))
 
-    def _choice(self, masks: Masks, theta: Tensor) -> Choice:
-        counts = counts_of(masks)
-        if not self.matrix or counts is None:
-            return Choice("dense", ALPHA)
-        rows, columns = theta.shape
-        dtype, device, block = theta.dtype, theta.device.type, self.rule.config.block_shape
-        layer = Layer(rows, columns, *counts, block, BATCH, dtype, device)
-        return choose(self.rule.engine, layer)
-
-    def _index(self, masks: Masks, theta: Tensor) -> Indexed | None:
-        """Index the sets, unless the weight is computed with densely."""
-        if self._choice(masks, theta).engine == "dense":
-            return None
-        block = self.rule.config.block_shape
-        pattern = pattern_of(*masks, block)
-        return Indexed(pattern, pattern.flat_index(block, theta.shape))
-
-
-ALPHA = "with all of α: not the weight of a plain nn.Linear"
+KEPT = "_sparse_weights"
+"""Attribute of a layer that holds what `weights_of` returns."""
 
 
 def weights_of(module: nn.Module) -> Mapping[str, SparseWeight]:
     """Return what a module keeps for its sparse weights, by their names in it."""
     found: Mapping[str, SparseWeight] = vars(module).get(KEPT, {})
     return found
-
-
-KEPT = "_sparse_weights"
-"""Attribute of a layer that holds what `weights_of` returns."""
-
-
-def counts_of(masks: Masks) -> tuple[int, int] | None:
-    """Return |A| and |B|; None where A is no part of B."""
-    forward, backward = masks
-    nested = not (forward & ~backward).any()
-    return (int(forward.sum()), int(backward.sum())) if nested else None
-
-
-def readable(tensor: Tensor) -> bool:
-    """Return whether Python can look at the numbers of a tensor."""
-    return (
-        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-        and not tensor.is_meta
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
-
-
-def _masks(sets: Tensor, shape: torch.Size) -> Masks:
-    return Masks(unpacked(sets[0], shape), unpacked(sets[1], shape))
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _changed(known: Derived) -> bool:
-    """Return whether a buffer has been written to, or on a device may have been."""
-    if known.sets.device.type == "cpu":
-        return not _equal(known.content, known.sets)
-    return known.version is None or known.version != _version(known.sets)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and readable(a) and torch.equal(a, b)

@@ -11,9 +11,11 @@ from torch import Tensor, distributed, nn
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig, allocate
 from topkast_func.config.allocation import shared_among_all
+from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import release, steps_made
-from topkast_func.facade.sparse_layer import SparseLayer, make_sparse, sparse_class
-from topkast_func.facade.sparse_weight import Rule, SparseWeight, readable, weights_of
+from topkast_func.facade.rule import Rule
+from topkast_func.facade.sparse_layer import SparseLayer, make_sparse, on_kernels, sparse_class
+from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.masks import compute_masks, counts
 from topkast_func.model.modules import trainable
@@ -61,7 +63,7 @@ class Sparsifier:
         self.model, self.config, self.seed, self.steps = model, config, seed, 0
         self._reached, self._optimized, self._others = False, 0, steps_made()
         for theta in self._theta().values():
-            theta.register_post_accumulate_grad_hook(self._note_backward)
+            theta.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
         if config.schedule.refreshes_at(0):
             self.refresh()
         self._ask_for_gradients()
@@ -182,7 +184,9 @@ class Sparsifier:
     def _ask_for_gradients(self) -> None:
         """Let the next step give the gradient of every entry, if a refresh is to read it then."""
         method, by_hand = self.config.method, self.config.refresh_every is None
-        asked = method.reads_gradient and (by_hand or self.config.schedule.refreshes_at(self.steps + 1))
+        asked = method.reads_gradient and (
+            by_hand or self.config.schedule.refreshes_at(self.steps + 1)
+        )
         for owners in self._owners().values():
             theta = owners[0][1].theta(owners[0][0])
             probe = torch.zeros_like(theta, requires_grad=True) if asked else None
@@ -288,13 +292,12 @@ def sparsify(
         check_masks(params, masks, config)
     elif all(map(readable, params.values())):
         masks = compute_masks(params, config, seed=seed)
-    names = {id(params[name]): name for name in rules}
-    for module in list(model.modules()):
-        own = {key: names[id(p)] for key, p in module._parameters.items() if id(p) in names}
-        if any(id(parameter) in names for parameter in module.parameters()):
-            module.__class__ = sparse_class(type(module), tuple(own))
-        for key, name in own.items():
-            make_sparse(module, key, rules[name], masks[name] if masks else None)
+    plan = _plan(model, params, rules)
+    for module, own in plan:
+        plain: Any = type(module)
+        module.__class__ = sparse_class(plain, tuple(own))
+        for key, rule in own.items():
+            make_sparse(module, key, rule, masks[rule.name] if masks else None)
     return Sparsifier(model, config, seed)
 
 
@@ -315,7 +318,7 @@ def densify(model: Module) -> Module:
         raise ValueError("model has no sparse weights: sparsify was never called on it")
     for layer in layers:
         release(layer)
-        layer.make_plain()
+        layer._make_plain()
     return model
 
 
@@ -342,18 +345,37 @@ def _checked(model: nn.Module, config: TopKastConfig) -> Params:
     return params
 
 
-def _rules(
-    params: Params, config: TopKastConfig, engine: EngineName, seed: int
-) -> dict[str, Rule]:
+def _rules(params: Params, config: TopKastConfig, engine: EngineName, seed: int) -> dict[str, Rule]:
     ends = () if config.explore_until is None else (config.explore_until,)
     stages = [counts(params, config, step=step) for step in (0, *config.schedule.starts, *ends)]
     alone = replace(config, sparse=None, keep_dense=())
     return {
         name: Rule(
-            name, alone, allocation, frozenset(stage[name] for stage in stages), 0, seed, engine
+            name,
+            alone,
+            allocation,
+            frozenset(stage[name] for stage in stages),
+            seed=seed,
+            engine=engine,
         )
         for name, allocation in allocate(params, config).items()
     }
+
+
+def _plan(
+    model: nn.Module, params: Params, rules: Mapping[str, Rule]
+) -> list[tuple[nn.Module, dict[str, Rule]]]:
+    """Return the modules to be changed, with the rules of the weights of their own."""
+    found = {id(params[name]): rule for name, rule in rules.items()}
+    plan = []
+    for module in model.modules():
+        own = {key: found[id(p)] for key, p in module._parameters.items() if id(p) in found}
+        if "weight" in own and on_kernels(type(module)):
+            own["weight"] = rule = own["weight"]._replace(matrix=True)
+            rule.choice(params[rule.name], *next(iter(rule.counts)))
+        if any(id(parameter) in found for parameter in module.parameters()):
+            plan.append((module, own))
+    return plan
 
 
 def _row(
