@@ -14,6 +14,7 @@ PACKAGES = [
     "checks",
     "sparsity",
     "tiebreak",
+    "bits",
     "kernels",
     "ranking",
     "methods",
@@ -72,7 +73,7 @@ def test_imports_point_one_way(path: Path) -> None:
 def test_an_import_that_points_back_is_seen() -> None:
     assert imported("from topkast_func.training.step import x") == {"training"}
     assert imported("def f():\n    from topkast_func import report") == {"report"}
-    assert imported("import topkast_func.facade.linear") == {"facade"}
+    assert imported("import topkast_func.facade.layers") == {"facade"}
     assert imported("from topkast_func import TopKastConfig") == {""}
 
 

@@ -4,7 +4,18 @@ from importlib import import_module
 from types import ModuleType
 
 from topkast_func.config import TopKastConfig, allocate, first_weight, last_weight
-from topkast_func.facade import TopKastLinear, TopKastLoss, TopKastTrainer
+from topkast_func.facade import (
+    Sparsifier,
+    TopKastConv1d,
+    TopKastConv2d,
+    TopKastConv3d,
+    TopKastEmbedding,
+    TopKastLinear,
+    TopKastLoss,
+    TopKastTrainer,
+    densify,
+    sparsify,
+)
 from topkast_func.integrations.tensorboard import TensorBoardLogger
 from topkast_func.masks import compute_masks
 from topkast_func.methods import (
@@ -63,11 +74,16 @@ __all__ = [
     "Optimizer",
     "OptimizerState",
     "Refresh",
+    "Sparsifier",
     "Staged",
     "StepMetrics",
     "Summary",
     "TensorBoardLogger",
     "TopKastConfig",
+    "TopKastConv1d",
+    "TopKastConv2d",
+    "TopKastConv3d",
+    "TopKastEmbedding",
     "TopKastLinear",
     "TopKastLoss",
     "TopKastTrainer",
@@ -84,6 +100,7 @@ __all__ = [
     "dense",
     "dense_gradients",
     "dense_params",
+    "densify",
     "exchanges",
     "explain",
     "exploration_penalty",
@@ -109,6 +126,7 @@ __all__ = [
     "set",
     "sgd",
     "sparse_forward",
+    "sparsify",
     "staged",
     "static",
     "ste",

@@ -61,9 +61,7 @@ def _sparse(net: nn.Module) -> list[TopKastLinear]:
 
 
 def _alpha(layer: TopKastLinear) -> Tensor:
-    alpha = torch.zeros_like(layer.theta)
-    alpha[layer.idx_fwd] = layer.weight[layer.idx_fwd]
-    return alpha
+    return torch.where(layer.masks.forward, layer.weight.detach(), 0.0)
 
 
 def _pair(data: "Dataset[Any] | Subset[Any]") -> tuple[Tensor, Tensor]:
@@ -98,9 +96,9 @@ def _refreshes(monkeypatch: pytest.MonkeyPatch, trainer: TopKastTrainer) -> list
     epochs: list[int] = []
     choose = TopKastLinear.update_active_param_set
 
-    def noting(layer: TopKastLinear, optimizer: Optimizer | None = None) -> None:
+    def noting(layer: TopKastLinear) -> None:
         epochs.append(len(trainer.losses_train))
-        choose(layer, optimizer)
+        choose(layer)
 
     monkeypatch.setattr(TopKastLinear, "update_active_param_set", noting)
     return epochs
@@ -213,21 +211,21 @@ def test_slots_follow_their_weight_in_the_trainer() -> None:
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def note(*_: Any) -> None:
-        momentum, gradient = torch.zeros(2, 32)
-        momentum[net.positions] = optimizer.state[net.active_fwd_weights]["momentum_buffer"]
-        gradient[net.positions] = net.active_fwd_weights.grad
-        seen.append((net.positions.clone(), momentum, gradient))
+        assert net.weight.grad is not None
+        momentum = optimizer.state[net.weight]["momentum_buffer"]
+        seen.append((net.masks.backward, momentum.clone(), net.weight.grad.clone()))
 
     optimizer.register_step_post_hook(note)
     trainer.optimizer = _climb_after(5, optimizer)
     trainer.train()
-    for (_, before, _), (b, after, gradient) in pairwise(seen):
-        torch.testing.assert_close(after[b], 0.9 * before[b] + gradient[b])
-    assert len({frozenset(positions.tolist()) for positions, *_ in seen}) > 2
-    last, momentum, _ = seen[-1]
-    assert set(last.tolist()) != set(net.positions.tolist())  # the best network's B is another
-    slot = optimizer.state[net.active_fwd_weights]["momentum_buffer"]
-    assert torch.equal(slot, momentum[net.positions])
+    for (old, before, _), (new, after, gradient) in pairwise(seen):
+        kept = torch.where(old, before, 0.0)
+        torch.testing.assert_close(after[new], (0.9 * kept + gradient)[new])
+    assert len({tuple(inside.flatten().tolist()) for inside, *_ in seen}) > 2
+    last = seen[-1][0]
+    assert not torch.equal(last, net.masks.backward)  # the best network's B is another
+    slot = optimizer.state[net.weight]["momentum_buffer"]
+    assert torch.equal(slot, torch.where(last, seen[-1][1], 0.0))
 
 
 def test_classification_targets_stay_class_indices() -> None:
@@ -552,6 +550,10 @@ def test_the_seeds_example_on_standardized_features_is_near_a_dense_network() ->
     [
         ({"data": None}, r"data is missing: pass a data set of pairs \(features, target\)"),
         ({"optimizer": None}, r"optimizer is missing: pass one built from net\.parameters\(\)"),
+        (
+            {"optimizer": SGD(nn.Linear(4, 1).parameters(), lr=0.1)},
+            r"the optimizer holds no parameter of net: build it from net\.parameters\(\)",
+        ),
         ({"train_val_test_split": (0.7, 0.2)}, r"sum 1, got \(0\.7, 0\.2\)"),
         ({"train_val_test_split": (0.7, 0.2, 0.2)}, r"sum 1, got \(0\.7, 0\.2, 0\.2\)"),
         ({"train_val_test_split": (1.0,)}, r"must be 2 or 3 fractions of sum 1, got \(1\.0,\)"),
@@ -656,7 +658,7 @@ def test_a_step_to_nan_at_the_end_of_an_epoch_ends_training_with_the_best_networ
     def spoil(*_: Any) -> None:
         if next(counter) == 8:  # the last of the second epoch: its training loss is still finite
             with torch.no_grad():
-                _sparse(net)[0].active_fwd_weights.fill_(math.nan)
+                _sparse(net)[0].weight.fill_(math.nan)
 
     optimizer.register_step_post_hook(spoil)
     trainer = _trainer(net, optimizer=optimizer, num_epochs=6, num_epochs_explore=6)

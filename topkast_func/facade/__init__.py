@@ -1,7 +1,25 @@
-"""The seed's classes: a layer, a loss and a trainer that keep their own state."""
+"""Layers, a loss and a trainer that keep their own state: the seed's classes, and their like."""
 
-from topkast_func.facade.linear import TopKastLinear
+from topkast_func.facade.layers import (
+    TopKastConv1d,
+    TopKastConv2d,
+    TopKastConv3d,
+    TopKastEmbedding,
+    TopKastLinear,
+)
 from topkast_func.facade.loss import TopKastLoss
+from topkast_func.facade.sparsify import Sparsifier, densify, sparsify
 from topkast_func.facade.trainer import TopKastTrainer
 
-__all__ = ["TopKastLinear", "TopKastLoss", "TopKastTrainer"]
+__all__ = [
+    "Sparsifier",
+    "TopKastConv1d",
+    "TopKastConv2d",
+    "TopKastConv3d",
+    "TopKastEmbedding",
+    "TopKastLinear",
+    "TopKastLoss",
+    "TopKastTrainer",
+    "densify",
+    "sparsify",
+]

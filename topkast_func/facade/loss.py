@@ -7,16 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from topkast_func.checks import check_fraction
-from topkast_func.facade.linear import TopKastLinear
-from topkast_func.penalty import group_l2
-from topkast_func.sparsity import density
+from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.penalty import group_l2, masked_parts
 
 
 class TopKastLoss(nn.Module):
     """loss(ŷ, y) + alpha · Σ over layers of the norm of their weights.
 
-    A `TopKastLinear` counts with ‖θ_A‖₂ + ‖θ_{B∖A}‖₂ / D (`group_l2`), every other module that
-    has a parameter ``weight`` with its plain norm.
+    A sparse weight counts with ‖θ_A‖₂ + ‖θ_{B∖A}‖₂ / D (`group_l2`), every other parameter
+    ``weight`` of a module with its plain norm.
 
     Args:
         loss: A loss class such as `torch.nn.MSELoss`, which is called without arguments, or a
@@ -36,6 +35,7 @@ class TopKastLoss(nn.Module):
         The seed sees direct children only.
 
     Example:
+        >>> from topkast_func import TopKastLinear
         >>> net = nn.Sequential(TopKastLinear(4, 1, 0.5, 0.25))
         >>> TopKastLoss(nn.MSELoss, net, alpha=0.1)(net(torch.ones(2, 4)), torch.zeros(2, 1)).shape
         torch.Size([])
@@ -79,7 +79,12 @@ class TopKastLoss(nn.Module):
 
 
 def _norms(module: nn.Module) -> list[Tensor]:
-    if isinstance(module, TopKastLinear):
-        return [group_l2(*module.parts(), density(module.p_forward))]
-    weight = module._parameters.get("weight")
-    return [] if weight is None else [torch.linalg.vector_norm(weight)]
+    weights = weights_of(module)
+    norms = [_norm_of(module, weight) for weight in weights.values()]
+    dense = None if "weight" in weights else module._parameters.get("weight")
+    return norms if dense is None else [*norms, torch.linalg.vector_norm(dense)]
+
+
+def _norm_of(layer: nn.Module, weight: SparseWeight) -> Tensor:
+    parts = masked_parts(weight.theta(layer), weight.masks(layer))
+    return group_l2(*parts, weight.rule.allocation.forward_density)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_
 from tqdm.auto import tqdm
 
 from topkast_func.checks import check_count, check_number
-from topkast_func.facade.linear import TopKastLinear
+from topkast_func.facade.layers import TopKastLayer
 from topkast_func.facade.loss import TopKastLoss
 from topkast_func.ranking import NaNParameterError
 
@@ -62,8 +62,8 @@ class TopKastTrainer:
 
     Raises:
         TypeError: A number is no number, or the optimiser no `torch.optim.Optimizer`.
-        ValueError: Data or optimiser are missing, the split does not sum to 1 or leaves no
-            training data, or a number is out of range.
+        ValueError: Data or optimiser are missing, the optimiser is one of another network, the
+            split does not sum to 1 or leaves no training data, or a number is out of range.
 
     Departures:
         The seed's losses carry the penalty, and its training loss is divided by the batch
@@ -120,6 +120,7 @@ class TopKastTrainer:
         )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.net = net.to(self.device)
+        _check_trains(optimizer, self.net)
         self.loss = loss
         self.data_loss = loss.loss if isinstance(loss, TopKastLoss) else loss
         self.optimizer = optimizer
@@ -220,7 +221,7 @@ class TopKastTrainer:
     def _refresh_when_due(self, epoch: int) -> None:
         if epoch < self.num_epochs_explore or epoch % self.update_every == 0:
             for layer in _sparse_layers(self.net):
-                layer.update_active_param_set(self.optimizer)
+                layer.update_active_param_set()
 
     def _train_epoch(self) -> float:
         self.net.train()
@@ -271,17 +272,22 @@ class TopKastTrainer:
             self.best_net = copy.deepcopy(self.net)
 
     def _restore_best(self) -> None:
-        if self.best_net is None:
-            return
-        for layer, best in zip(
-            _sparse_layers(self.net), _sparse_layers(self.best_net), strict=True
-        ):
-            layer.arrange(best.positions, self.optimizer)
-        self.net.load_state_dict(self.best_net.state_dict())
+        if self.best_net is not None:
+            self.net.load_state_dict(self.best_net.state_dict())
 
 
-def _sparse_layers(net: nn.Module) -> list[TopKastLinear]:
-    return [module for module in net.modules() if isinstance(module, TopKastLinear)]
+def _sparse_layers(net: nn.Module) -> list[TopKastLayer]:
+    return [module for module in net.modules() if isinstance(module, TopKastLayer)]
+
+
+def _check_trains(optimizer: Optimizer, net: nn.Module) -> None:
+    """Check that an optimiser was made for a network."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in net.parameters()):
+        raise ValueError(
+            "the optimizer holds no parameter of net: build it from net.parameters(), of the very "
+            "net that is trained"
+        )
 
 
 def _or(value: int | None, default: int, name: str, low: int) -> int:

@@ -1,6 +1,6 @@
 """The state of training: what it holds, how it starts, and its refresh."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -163,22 +163,73 @@ def refresh(
             sparse parameter no sparsity.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
-    step, dense = int(state.step), state.weights.dense()
-    stays = config.schedule.settled(step)
-    old = masks_of(state) if stays or config.method.reads_sets else {}
-    if stays:
-        masks = {n: Masks(m.forward, m.forward.clone()) for n, m in old.items()}
-    else:
-        theta, seed = _powered(state, dense), int(state.mask_seed)
-        shapes = {name: theta[name].shape for name in state.weights.sparse()}
-        allocations = shared_among_all(shapes, config, step)
-        masks = masks_at(
-            theta, allocations, config, step=step, seed=seed, old=old, gradients=gradients
-        )
-    if old and not stays:
-        dense = dense | {n: _entered(n, dense[n], old[n], masks[n], state, config) for n in masks}
+    dense, masks = chosen_anew(
+        state.weights.dense(),
+        state.weights.sparse(),
+        lambda: masks_of(state),
+        config,
+        step=int(state.step),
+        seed=int(state.mask_seed),
+        exponents=state.exponents,
+        gradients=gradients,
+    )
     weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots)
     return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
+
+
+def chosen_anew(
+    raw: Tensors,
+    names: Iterable[str],
+    sets: Callable[[], Mapping[str, Masks]],
+    config: TopKastConfig,
+    *,
+    step: int,
+    seed: int,
+    exponents: Params | None = None,
+    gradients: Params | None = None,
+) -> tuple[Tensors, dict[str, Masks]]:
+    """Choose the sets of a step, and give what newly enters A its start; see `refresh`.
+
+    Args:
+        raw: θ by name, or φ where it is trained.
+        names: Names of the sparse parameters.
+        sets: ``sets()`` to the sets as they are; called only where the new ones depend on them.
+        config: The configuration.
+        step: Number of the step.
+        seed: Seed of the methods that draw.
+        exponents: Exponents of powerpropagation by name; none where θ itself is trained.
+        gradients: Gradients of the loss at α by name, for the methods that read them.
+
+    Returns:
+        ``raw`` with what entered A as it starts, and the new sets.
+
+    Raises:
+        ValueError: See `refresh`.
+        NaNParameterError: See `refresh`; a ValueError too.
+    """
+    exponents = exponents or {}
+    stays = config.schedule.settled(step)
+    old = sets() if stays or config.method.reads_sets else {}
+    if stays:
+        return raw, {name: Masks(m.forward, m.forward.clone()) for name, m in old.items()}
+    theta = _powered(raw, exponents)
+    allocations = shared_among_all({name: theta[name].shape for name in names}, config, step)
+    new = masks_at(theta, allocations, config, step=step, seed=seed, old=old, gradients=gradients)
+    if old:
+        raw = raw | {
+            name: entered(
+                name,
+                raw[name],
+                old[name],
+                new[name],
+                config.method.enters_at,
+                block_shape=config.block_shape,
+                block_norm=config.block_norm,
+                exponent=float(exponents.get(name, 1.0)),
+            )
+            for name in new
+        }
+    return raw, new
 
 
 def dense_params(state: TrainState) -> Tensors:
@@ -191,7 +242,7 @@ def dense_params(state: TrainState) -> Tensors:
         θ; in dense storage the tensors of the state, not copies; in compact storage the sparse
         parameters are put together, on ``theta_device``.
     """
-    return _powered(state, state.weights.dense())
+    return _powered(state.weights.dense(), state.exponents)
 
 
 def masks_of(state: TrainState) -> dict[str, Masks]:
@@ -219,7 +270,7 @@ def forward_params(state: TrainState) -> Tensors:
         Tensors by name: α, then frozen parameters, then buffers. ``load_state_dict`` passes over
         buffers that are not persistent, `functional_call` does not.
     """
-    return {**_powered(state, state.weights.forward()), **state.frozen, **state.buffers}
+    return {**_powered(state.weights.forward(), state.exponents), **state.frozen, **state.buffers}
 
 
 def check_ties(model: object, config: TopKastConfig) -> None:
@@ -258,24 +309,9 @@ def _matches(name: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def _powered(state: TrainState, weights: Tensors) -> Tensors:
-    """Return θ of φ, where the state trains φ."""
-    return weights | {name: theta_of(weights[name], a) for name, a in state.exponents.items()}
-
-
-def _entered(
-    name: str, raw: Tensor, old: Masks, new: Masks, state: TrainState, config: TopKastConfig
-) -> Tensor:
-    return entered(
-        name,
-        raw,
-        old,
-        new,
-        config.method.enters_at,
-        block_shape=config.block_shape,
-        block_norm=config.block_norm,
-        exponent=float(state.exponents.get(name, 1.0)),
-    )
+def _powered(raw: Tensors, exponents: Params) -> Tensors:
+    """Return θ of φ, where φ is trained."""
+    return raw | {name: theta_of(raw[name], a) for name, a in exponents.items()}
 
 
 def _copied(tensors: Params) -> Tensors:

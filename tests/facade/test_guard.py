@@ -1,0 +1,262 @@
+"""Any optimiser of `torch.optim`: outside B nothing moves, and what enters B has empty slots."""
+
+import copy
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, mse_loss
+from torch.optim import Optimizer
+
+from tests import reference
+from topkast_func import TopKastLinear
+
+Make = Callable[[Iterable[Tensor]], Optimizer]
+Batch = tuple[Tensor, Tensor]
+
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": partial(torch.optim.SGD, lr=1.5),
+    "momentum": partial(torch.optim.SGD, lr=0.5, momentum=0.9, weight_decay=0.01),
+    "nesterov": partial(torch.optim.SGD, lr=0.5, momentum=0.9, nesterov=True),
+    "sgd_fused": partial(torch.optim.SGD, lr=0.5, momentum=0.9, weight_decay=0.01, fused=True),
+    "adam": partial(torch.optim.Adam, lr=0.05, weight_decay=0.1),
+    "amsgrad": partial(torch.optim.Adam, lr=0.05, amsgrad=True, foreach=False),
+    "adamw": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1),
+    "adamw_foreach": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1, foreach=True),
+    "adamw_fused": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1, fused=True),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.05, momentum=0.5, centered=True),
+    "adagrad": partial(torch.optim.Adagrad, lr=0.1),
+    "adadelta": partial(torch.optim.Adadelta, lr=30.0),
+    "adamax": partial(torch.optim.Adamax, lr=0.05),
+    "nadam": partial(torch.optim.NAdam, lr=0.05),
+    "radam": partial(torch.optim.RAdam, lr=0.5),
+    "rprop": partial(torch.optim.Rprop, lr=0.05),
+    "asgd": partial(torch.optim.ASGD, lr=1.5),
+}
+
+
+def _layer(**options: Any) -> TopKastLinear:
+    return TopKastLinear(6, 5, 0.6, 0.3, **options)
+
+
+def _batches(count: int, dtype: torch.dtype = torch.float32) -> list[Batch]:
+    return [(torch.randn(7, 6, dtype=dtype), torch.randn(7, 5, dtype=dtype)) for _ in range(count)]
+
+
+def _step(layer: nn.Module, optimizer: Optimizer, batch: Batch) -> None:
+    optimizer.zero_grad()
+    mse_loss(layer(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+def _dense_run(
+    theta: Tensor, make: Make, batches: list[Batch], refresh_at: set[int]
+) -> list[Tensor]:
+    """Oracle: θ and its slots dense, both put back to rest outside B after every step."""
+    theta = nn.Parameter(theta.detach().clone())
+    optimizer = make([theta])
+    trajectory, entered = [theta.detach().clone()], 0
+    backward = torch.ones_like(theta, dtype=torch.bool)
+    for t, (inputs, target) in enumerate(batches):
+        if t == 0 or t in refresh_at:
+            before, (forward, backward) = backward, _oracle_masks(theta)
+            entered += int((backward & ~before).sum())
+            _clear(optimizer, theta, ~backward)
+        alpha = torch.where(forward, theta.detach(), 0.0).requires_grad_()
+        (gradient,) = torch.autograd.grad(mse_loss(linear(inputs, alpha), target), alpha)
+        theta.grad = torch.where(backward, gradient, 0.0)
+        optimizer.step()
+        _clear(optimizer, theta, ~backward)
+        theta.data = torch.where(backward, theta.data, trajectory[-1])
+        trajectory.append(theta.detach().clone())
+    assert entered > 2
+    return trajectory
+
+
+def _oracle_masks(theta: Tensor) -> tuple[Tensor, Tensor]:
+    weights = theta.detach().numpy()
+    forward, backward = (reference.top_mask(weights, sparsity) for sparsity in (0.6, 0.3))
+    return torch.from_numpy(forward), torch.from_numpy(backward)
+
+
+def _clear(optimizer: Optimizer, theta: Tensor, rest: Tensor) -> None:
+    for slot in optimizer.state[theta].values():
+        if isinstance(slot, Tensor) and slot.shape == theta.shape:
+            slot[rest] = 0.0
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_training_with_any_optimizer_equals_a_dense_oracle_through_refreshes(make: Make) -> None:
+    layer = _layer(bias=False, dtype=torch.float64)
+    batches = _batches(12, torch.float64)
+    expected = _dense_run(layer.weight, make, batches, {3, 6, 9})
+    optimizer, parameter = make(layer.parameters()), layer.weight
+    found = [parameter.detach().clone()]
+    for t, batch in enumerate(batches):
+        if t in {3, 6, 9}:
+            layer.update_active_param_set()
+        _step(layer, optimizer, batch)
+        found.append(parameter.detach().clone())
+        rest = ~layer.masks.backward
+        assert rest.any()
+        assert torch.equal(found[t + 1][rest], found[t][rest])
+    assert layer.weight is parameter
+    for t in range(len(batches)):
+        torch.testing.assert_close(found[t + 1] - found[t], expected[t + 1] - expected[t])
+        assert not torch.equal(found[t + 1], found[t])
+
+
+def test_a_decay_that_would_move_all_of_theta_is_what_the_guard_undoes() -> None:
+    theta = nn.Parameter(torch.ones(4))
+    theta.grad = torch.zeros(4)
+    for name in ("momentum", "adam", "adamw", "adamw_fused"):
+        before = theta.detach().clone()
+        OPTIMIZERS[name]([theta]).step()
+        assert not (theta == before).any()
+
+
+def _swap(layer: TopKastLinear) -> None:
+    """Bring C into A and a part of A out of B."""
+    layer.weight = torch.where(layer.masks.backward, layer.weight, 5.0)
+
+
+def test_defect_02_slots_stay_with_their_weight_and_new_entries_start_at_zero() -> None:
+    layer = _layer()
+    optimizer = torch.optim.Adam(layer.parameters(), weight_decay=0.1)
+    for batch in _batches(3):
+        _step(layer, optimizer, batch)
+    slots, old = optimizer.state[layer.weight], layer.masks.backward
+    before = {name: slots[name].clone() for name in ("exp_avg", "exp_avg_sq")}
+    _swap(layer)
+    layer.update_active_param_set()
+    new = layer.masks.backward
+    assert (new & ~old).sum() == 9
+    for name, slot in before.items():
+        assert torch.equal(slots[name], slot)
+        assert slot[old].all()
+        assert not slot[~old].any()
+    _step(layer, optimizer, _batches(1)[0])
+    assert not slots["exp_avg"][old & ~new].any()
+    assert slots["exp_avg"][new].all()
+
+
+def test_defect_01_an_optimizer_goes_on_training_after_a_refresh() -> None:
+    layer = _layer()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer.update_active_param_set()
+    before = layer.weight.detach().clone()
+    _step(layer, optimizer, _batches(1)[0])
+    assert torch.equal(layer.weight != before, layer.masks.backward)
+
+
+def test_an_optimizer_may_have_groups_other_parameters_and_an_unused_layer() -> None:
+    layer, unused, dense = _layer(), _layer(), nn.Linear(5, 5)
+    groups = [
+        {"params": [layer.bias, *dense.parameters()], "weight_decay": 0.0},
+        {"params": [layer.weight, *unused.parameters()], "weight_decay": 0.5},
+    ]
+    before = [p.detach().clone() for p in (layer.weight, unused.weight, dense.weight)]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    for batch in _batches(2):
+        _step(nn.Sequential(layer, dense), optimizer, batch)
+    assert torch.equal(layer.weight != before[0], layer.masks.backward)
+    assert torch.equal(unused.weight, before[1])
+    assert (dense.weight != before[2]).all()
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_run_resumed_at_any_time_equals_the_uninterrupted_one(make: Make, steps: int) -> None:
+    def train(layer: TopKastLinear, optimizer: Optimizer, first: int) -> None:
+        for t, batch in enumerate(batches[first:], first):
+            if t and t % 4 == 0:
+                layer.update_active_param_set()
+            _step(layer, optimizer, batch)
+
+    batches, layer = _batches(steps), _layer()
+    optimizer = make(layer.parameters())
+    train(layer, optimizer, 0)
+    file = io.BytesIO()
+    torch.save((layer.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    other = _layer()
+    resumed = make(other.parameters())
+    states = torch.load(file)
+    other.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    batches += _batches(6)
+    train(layer, optimizer, steps)
+    train(other, resumed, steps)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_lbfgs_trains_through_refreshes_and_resumes() -> None:
+    torch.manual_seed(4)
+    layer, batch = _layer(), _batches(1)[0]
+    make = partial(torch.optim.LBFGS, lr=0.5, max_iter=4)
+    optimizer = make(layer.parameters())
+
+    def step(layer: TopKastLinear, optimizer: Optimizer) -> float:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = mse_loss(layer(batch[0]), batch[1])
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        before, rest = layer.weight.detach().clone(), ~layer.masks.backward
+        loss: Any = optimizer.step(closure)  # type: ignore[arg-type]
+        assert torch.equal(layer.weight[rest], before[rest])
+        return float(loss.detach())
+
+    first = step(layer, optimizer)
+    _swap(layer)
+    layer.update_active_param_set()
+    jumped = step(layer, optimizer)
+    assert optimizer.state[layer.weight]["n_iter"] <= 4  # its history began anew
+    other = _layer()
+    resumed = make(other.parameters())
+    other.load_state_dict(layer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, its in ((layer, optimizer), (other, resumed)):
+        losses = [step(one, its) for _ in range(4)]
+        one.update_active_param_set()
+        losses += [step(one, its) for _ in range(4)]
+        assert losses[-1] < min(first, jumped)
+    assert torch.equal(other.weight, layer.weight)
+
+
+def test_a_compiled_step_of_the_optimizer_is_guarded() -> None:
+    torch.compiler.reset()
+    layer = _layer()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for batch in _batches(3):
+        before = layer.weight.detach().clone()
+        mse_loss(layer(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+        step()
+        assert torch.equal(layer.weight != before, layer.masks.backward)
+        layer.update_active_param_set()
+
+
+FRESH = """
+import sys, torch
+layer = torch.load(sys.argv[1], weights_only=False)
+optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+before = layer.weight.detach().clone()
+layer(torch.randn(4, 6)).square().sum().backward()
+optimizer.step()
+assert torch.equal(layer.weight != before, layer.masks.backward)
+"""
+
+
+def test_a_layer_that_comes_out_of_a_file_is_guarded_in_a_fresh_process(tmp_path: Path) -> None:
+    torch.save(_layer(), tmp_path / "layer.pt")
+    subprocess.run([sys.executable, "-c", FRESH, tmp_path / "layer.pt"], check=True)

@@ -1,0 +1,56 @@
+"""DistributedDataParallel over sparse modules: two processes, one network."""
+
+from pathlib import Path
+
+import torch
+from torch import distributed, multiprocessing, nn
+
+import topkast_func as tk
+
+
+def _equal(tensors: dict[str, torch.Tensor]) -> bool:
+    """Return whether all processes have the same tensors."""
+    flat = torch.cat([t.detach().flatten().double() for t in tensors.values()])
+    others = [torch.empty_like(flat) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(others, flat)
+    return all(torch.equal(flat, other) for other in others)
+
+
+def _train(rank: int, method: tk.Method) -> None:
+    torch.manual_seed(rank)  # other weights and sets, until the process of rank 0 sends its own
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    handle = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5, refresh_every=2, method=method))
+    assert not _equal(dict(model.named_parameters()))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    alone = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    twin = tk.sparsify(alone, handle.config)
+    alone.load_state_dict(model.state_dict())
+    runs = [(wrapped, handle), (alone, twin)]
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.1) for m, _ in runs]
+    torch.manual_seed(7)
+    inputs, refreshes = torch.randn(7, 8, 16), 0
+    for batch in inputs:
+        halves = (batch[4 * rank : 4 * rank + 4], batch)
+        for (network, sparsifier), optimizer, x in zip(runs, optimizers, halves, strict=True):
+            optimizer.zero_grad()
+            (network(x).square().mean() + sparsifier.penalty()).backward()
+            optimizer.step()
+            refreshes += sparsifier.step()
+        assert _equal(model.state_dict())
+        if not method.reads_gradient:
+            torch.testing.assert_close(model.state_dict(), alone.state_dict())
+    assert refreshes == 6
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    for method in (tk.topkast(), tk.rigl()):
+        _train(rank, method)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_two_processes_train_the_network_of_one(tmp_path: Path) -> None:
+    multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]

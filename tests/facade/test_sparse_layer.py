@@ -1,0 +1,607 @@
+"""What people do with modules works with sparse ones, whatever kind of layer they are made of."""
+
+import copy
+import io
+import math
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+import topkast_func as tk
+from tests.facade.networks import CASES, CONFIG, Case, each_case, perceptron
+from tests.reference import count
+from topkast_func.bits import unpacked
+
+
+def _sparse(case: Case) -> tuple[Any, tk.Sparsifier]:
+    model = case.make()
+    return model, tk.sparsify(model, case.config)
+
+
+def _loss(model: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+    return (model(inputs) - 1.0).square().mean()
+
+
+def _gradients(model: Callable[..., Tensor], parameters: Any, inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(_loss(model, inputs), list(parameters)))
+
+
+def _train(model: nn.Module, sparsifier: tk.Sparsifier, steps: int, inputs: Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        _loss(model, inputs).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        sparsifier.step()
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )
+
+
+# --- what it computes ----------------------------------------------------------------------
+
+
+@each_case
+def test_a_module_computes_what_its_plain_twin_does_at_alpha(case: Case) -> None:
+    plain = case.make().eval()
+    model = copy.deepcopy(plain)
+    sparsifier, inputs = tk.sparsify(model, case.config), case.inputs()
+    theta = dict(model.named_parameters())
+    masks = sparsifier.masks()
+    alpha = {
+        name: torch.where(masks[name].forward, p.detach(), 0.0) if name in masks else p.detach()
+        for name, p in theta.items()
+    }
+    point = {name: weight.clone().requires_grad_() for name, weight in alpha.items()}
+    expected = functional_call(plain, point, (inputs,))
+    torch.testing.assert_close(model(inputs), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs), expected)  # where torch has fused layers
+    dense = torch.autograd.grad((expected - 1.0).square().mean(), list(point.values()))
+    for name, found, wanted in zip(
+        theta, _gradients(model, theta.values(), inputs), dense, strict=True
+    ):
+        if name in masks:
+            forward, backward = masks[name]
+            assert wanted[backward & ~forward].any(), name
+            wanted = torch.where(backward, wanted, 0.0)
+        torch.testing.assert_close(found, wanted)
+
+
+@each_case
+def test_names_classes_and_parameters_stay(case: Case) -> None:
+    model = case.make()
+    parameters, classes = dict(model.named_parameters()), [type(m) for m in model.modules()]
+    buffers, options = dict(model.named_buffers()), [repr(m) for m in model.modules()]
+    sparsifier = tk.sparsify(model, case.config)
+    assert all(map(isinstance, model.modules(), classes))
+    assert [type(m).__name__ for m in model.modules()] == [c.__name__ for c in classes]
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    for name, parameter in model.named_parameters():
+        path, _, key = name.rpartition(".")
+        assert parameter is parameters[name]
+        assert getattr(model.get_submodule(path), key) is parameter
+        assert type(parameter) is nn.Parameter
+    sets = {f"{name}_sets" for name in sparsifier.masks()}
+    assert dict(model.named_buffers()).keys() - buffers.keys() == sets
+    assert len(sets) > 1
+    tk.densify(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert [repr(m) for m in model.modules()] == options
+    assert dict(model.named_buffers()).keys() == buffers.keys()
+
+
+def test_a_sparse_layer_tells_its_sparsity() -> None:
+    model, _ = _sparse(CASES["perceptron"])
+    assert repr(model[0]) == (
+        "Linear(in_features=16, out_features=12, bias=True, weight_sparsity=(0.75, 0.5))"
+    )
+
+
+def test_the_weight_reads_as_theta_again_whatever_ends_the_forward_pass() -> None:
+    class Stops(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(4, 4), Stops())
+    tk.sparsify(model, CONFIG)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.ones(2, 4))
+    assert isinstance(model[0].weight, nn.Parameter)
+
+
+def test_threads_share_a_module() -> None:
+    model, _ = _sparse(CASES["convolutional"])
+    model.eval()
+    inputs = [torch.randn(6, 3, 5, 5) for _ in range(8)]
+    expected, wrong = [model(x) for x in inputs], []
+
+    def run(number: int) -> None:
+        for _ in range(20):
+            same = torch.equal(model(inputs[number]), expected[number])
+            theta = all(isinstance(m.weight, nn.Parameter) for m in model if hasattr(m, "weight"))
+            wrong.extend([] if same and theta else [number])
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@each_case
+def test_activation_checkpointing(case: Case) -> None:
+    model, _ = _sparse(case)
+    inputs = case.inputs()
+    _loss(lambda x: checkpoint(model, x, use_reentrant=False), inputs).backward()  # type: ignore[no-untyped-call]
+    found = [p.grad for p in model.parameters()]
+    torch.testing.assert_close(found, _gradients(model, model.parameters(), inputs))
+
+
+def test_a_gradient_of_a_gradient_goes_through_alpha() -> None:
+    model = perceptron().double()
+    tk.sparsify(model, CONFIG, engine="dense")
+    inputs = torch.randn(3, 16).double().requires_grad_()
+    (first,) = torch.autograd.grad(_loss(model, inputs), inputs, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), model[0].weight)
+    assert second.any()
+
+
+def test_an_embedding_with_sparse_gradients_trains() -> None:
+    model = nn.Embedding(8, 4, sparse=True)
+    sparsifier = tk.sparsify(model, CONFIG)
+    before, backward = model.weight.detach().clone(), sparsifier.masks()["weight"].backward
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _loss(model, torch.arange(8)).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    assert torch.equal(model.weight != before, backward)
+
+
+# --- files and copies ----------------------------------------------------------------------
+
+
+@each_case
+def test_a_state_dict_resumes_and_has_the_plain_keys(case: Case) -> None:
+    model, sparsifier = _sparse(case)
+    inputs = case.inputs()
+    plain = case.make().state_dict().keys()
+    _train(model, sparsifier, 4, inputs)
+    state = model.state_dict()
+    assert [name for name in state if not name.endswith("_sets")] == list(plain)
+    for name in sparsifier.masks():
+        assert state[f"{name}_sets"].nbytes == 2 * math.ceil(state[name].numel() / 8)
+    other, its = _sparse(case)
+    assert not _same(model, other)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    assert other.load_state_dict(torch.load(file)) == ([], [])
+    assert _same(model, other)
+    torch.testing.assert_close(other.eval()(inputs), model.eval()(inputs), rtol=0, atol=0)
+    names = its.masks().items()
+    assert all(
+        torch.equal(*pair) for n, m in names for pair in zip(m, sparsifier.masks()[n], strict=True)
+    )
+
+
+@each_case
+def test_a_dense_checkpoint_loads_strictly_and_the_sets_are_chosen_from_it(case: Case) -> None:
+    model, sparsifier = _sparse(case)
+    dense = case.make()
+    assert model.load_state_dict(dense.state_dict()) == ([], [])
+    expected = tk.compute_masks(dict(dense.named_parameters()), case.config)
+    for name, masks in sparsifier.masks().items():
+        assert all(map(torch.equal, masks, expected[name])), name
+    inputs, twin = case.inputs(), copy.deepcopy(dense)
+    tk.sparsify(twin, case.config)
+    torch.testing.assert_close(model.eval()(inputs), twin.eval()(inputs), rtol=0, atol=0)
+
+
+@each_case
+def test_a_plain_model_tells_a_checkpoint_with_sets_from_its_own(case: Case) -> None:
+    model, sparsifier = _sparse(case)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        case.make().load_state_dict(model.state_dict())
+    loaded = case.make().load_state_dict(model.state_dict(), strict=False)
+    assert sorted(loaded.unexpected_keys) == sorted(f"{name}_sets" for name in sparsifier.masks())
+    case.make().load_state_dict(tk.densify(model).state_dict())
+
+
+def test_a_checkpoint_of_another_sparsity_is_refused_and_nothing_is_lost() -> None:
+    model, _ = _sparse(CASES["perceptron"])
+    other = perceptron()
+    tk.sparsify(other, tk.TopKastConfig(0.9, 0.8))
+    before, inputs = copy.deepcopy(model), torch.randn(3, 16)
+    with pytest.raises(
+        RuntimeError,
+        match=r"0\.weight_sets has \|A\|, \|B\| = \(19, 38\), this layer \(48, 96\): the "
+        r"checkpoint is of another sparsity",
+    ):
+        model.load_state_dict(other.state_dict())
+    assert torch.equal(model[0].weight, before[0].weight)
+    assert torch.equal(model[0].weight_sets, before[0].weight_sets)
+    torch.testing.assert_close(model[:1](inputs), before[:1](inputs))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda sets: sets.flip(0), "A outside B"),
+        (lambda sets: sets.float(), "must be torch.uint8, got torch.float32"),
+        (lambda sets: sets[:, 1:], "size mismatch for 0.weight_sets"),
+        (torch.zeros_like, r"\(0, 0\)"),
+    ],
+)
+def test_damaged_sets_are_refused(damage: Callable[[Tensor], Tensor], message: str) -> None:
+    model, _ = _sparse(CASES["perceptron"])
+    state, before = model.state_dict(), model[0].weight_sets.clone()
+    state["0.weight_sets"] = damage(state["0.weight_sets"])
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state)
+    assert torch.equal(model[0].weight_sets, before)
+
+
+def test_nan_in_a_dense_checkpoint_is_named() -> None:
+    model, _ = _sparse(CASES["perceptron"])
+    state = perceptron().state_dict()
+    state["2.weight"][0, 0] = math.nan
+    with pytest.raises(RuntimeError, match=r"params\['2\.weight'\] holds NaN"):
+        model.load_state_dict(state)
+
+
+def _saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "save": _saved,
+}
+
+
+@each_case
+@pytest.mark.parametrize("clone", COPIES.values(), ids=COPIES.keys())
+def test_a_copy_is_equal_and_its_own(clone: Callable[[Any], Any], case: Case) -> None:
+    model, sparsifier = _sparse(case)
+    inputs = case.inputs()
+    _train(model, sparsifier, 2, inputs)
+    other = clone(model)
+    assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+    assert _same(model, other)
+    before = copy.deepcopy(other.state_dict())
+    _train(model, sparsifier, 2, inputs)
+    assert all(torch.equal(other.state_dict()[name], before[name]) for name in before)
+    optimizer = torch.optim.AdamW(other.parameters(), lr=0.1, weight_decay=0.5)
+    _loss(other, inputs).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    rest = {name: ~masks.backward for name, masks in sparsifier.masks().items()}
+    for name in rest:
+        sets = before[f"{name}_sets"]
+        moved = other.state_dict()[name] != before[name]
+        outside = ~unpacked(sets[1], moved.shape)
+        assert outside.any()
+        assert not moved[outside].any()
+        assert moved.any()
+
+
+# --- devices and dtypes --------------------------------------------------------------------
+
+
+@each_case
+def test_half_and_back_leave_the_sets_alone(case: Case) -> None:
+    model, sparsifier = _sparse(case)
+    inputs, masks = case.inputs(), sparsifier.masks()
+    for convert in (model.half, model.bfloat16, lambda: model.type(torch.bfloat16)):
+        convert()
+        like = next(model.parameters())
+        cast = inputs.to(like.dtype) if inputs.is_floating_point() else inputs
+        _loss(model, cast).backward()  # type: ignore[no-untyped-call]
+        for name, own in sparsifier.masks().items():
+            assert all(map(torch.equal, own, masks[name]))
+            theta = model.get_parameter(name)
+            assert theta.grad is not None
+            assert theta.grad.dtype == theta.dtype
+            assert not theta.grad[~own.backward].any()
+            theta.grad = None
+    model.float()
+    assert model(inputs).dtype == torch.float32
+
+
+@each_case
+def test_deferred_initialisation(case: Case) -> None:
+    trained, _ = _sparse(case)
+    inputs = case.inputs()
+    for state in (trained.state_dict(), case.make().state_dict()):
+        model, sparsifier = _sparse(case)
+        model.to("meta").to_empty(device="cpu").load_state_dict(state)
+        twin = _sparse(case)[0]
+        twin.load_state_dict(state)
+        torch.testing.assert_close(model.eval()(inputs), twin.eval()(inputs), rtol=0, atol=0)
+        _train(model, sparsifier, 4, inputs)
+
+
+def test_a_module_without_data_is_sparsified_and_assigned() -> None:
+    trained, _ = _sparse(CASES["perceptron"])
+    model = perceptron().to("meta")
+    sparsifier = tk.sparsify(model, CONFIG)
+    assert model(torch.randn(2, 16, device="meta")).shape == (2, 5)
+    model.load_state_dict(trained.state_dict(), assign=True)
+    inputs = torch.randn(6, 16)
+    torch.testing.assert_close(model(inputs), trained(inputs), rtol=0, atol=0)
+    _train(model, sparsifier, 4, inputs)
+
+
+def test_layers_that_are_initialised_last_have_their_sets_chosen_then() -> None:
+    with torch.device("meta"):
+        model: Any = nn.Sequential(tk.TopKastLinear(16, 12, 0.75, 0.5), nn.Linear(12, 5))
+    layer = model.to_empty(device="cpu")[0]
+    layer.reset_parameters()
+    assert torch.equal(
+        torch.stack(layer.idx_fwd), torch.stack(layer.compute_mask(layer.weight, 0.75))
+    )
+    sparse = perceptron()
+    sparsifier = tk.sparsify(sparse, CONFIG)
+    for part in sparse.to("meta").to_empty(device="cpu"):
+        if isinstance(part, nn.Linear):
+            part.reset_parameters()
+    sparse(torch.ones(2, 16))
+    expected = tk.compute_masks(dict(sparse.named_parameters()), CONFIG)
+    for name, masks in sparsifier.masks().items():
+        assert all(map(torch.equal, masks, expected[name]))
+
+
+@each_case
+def test_no_content_of_the_buffer_crashes_a_forward_pass(case: Case) -> None:
+    model, sparsifier = _sparse(case)
+    inputs = case.inputs()
+    for name in sparsifier.masks():
+        sets = model.get_buffer(f"{name}_sets")
+        sets.copy_(torch.randint(256, sets.shape, dtype=torch.uint8))
+    model(inputs)
+    for masks in sparsifier.masks().values():
+        assert masks.forward.sum() == count(0.75, masks.forward.numel())
+
+
+def test_sets_that_a_method_draws_are_not_drawn_anew_over_what_was_overwritten() -> None:
+    model = perceptron()
+    tk.sparsify(model, tk.TopKastConfig(0.75, method=tk.set()))
+    model[0].weight_sets.bitwise_not_()
+    with pytest.raises(RuntimeError, match=r"'weight_sets' of '0\.weight' has been overwritten"):
+        model(torch.ones(2, 16))
+
+
+# --- averages ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_an_averaged_model_holds_the_average_of_theta(buffers: bool, decay: float | None) -> None:
+    model, sparsifier = _sparse(CASES["perceptron"])
+    inputs = torch.randn(6, 16)
+    multi = None if decay is None else get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    averaged = AveragedModel(model, use_buffers=buffers, multi_avg_fn=multi)
+    mean, changed = None, False
+    sets = model[0].weight_sets.clone()
+    for t in range(6):
+        _train(model, sparsifier, 1, inputs)
+        averaged.update_parameters(model)
+        theta = model[0].weight.detach().clone()
+        weight = decay or 1 / (t + 1)
+        mean = theta if mean is None else mean + weight * (theta - mean)
+        changed = changed or not torch.equal(sets, model[0].weight_sets)
+    assert changed
+    theta = dict(averaged.module.named_parameters())
+    torch.testing.assert_close(theta["0.weight"].detach(), mean)
+    if buffers:  # a mean of bits is none: the sets are chosen from the mean of θ
+        masks = tk.compute_masks(theta, CONFIG)
+    else:  # the copy has those that it was made with, and takes those of the model as any buffer
+        for copied, own in zip(averaged.module.buffers(), model.buffers(), strict=True):
+            copied.copy_(own)
+        masks = sparsifier.masks()
+    expected = tk.sparse_forward(perceptron(), theta, masks, inputs)
+    torch.testing.assert_close(averaged(inputs), expected)
+    twin = copy.deepcopy(averaged)
+    twin.load_state_dict(averaged.state_dict())
+    torch.testing.assert_close(twin(inputs), expected)
+
+
+def test_a_copy_of_the_bits_through_data_is_followed() -> None:
+    model, _ = _sparse(CASES["perceptron"])
+    other, _ = _sparse(CASES["perceptron"])
+    inputs = torch.randn(6, 16)
+    model(inputs)
+    for own, its in zip(
+        (*model.parameters(), *model.buffers()),
+        (*other.parameters(), *other.buffers()),
+        strict=True,
+    ):
+        own.data.copy_(its.data)
+    torch.testing.assert_close(model(inputs), other(inputs), rtol=0, atol=0)
+
+
+# --- precision -----------------------------------------------------------------------------
+
+
+@each_case
+def test_autocast(case: Case) -> None:
+    model, sparsifier = _sparse(case)
+    inputs = case.inputs()
+    expected = model.eval()(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(inputs)
+    torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1)  # 8 bits of mantissa
+    output.float().square().sum().backward()
+    for name, masks in sparsifier.masks().items():
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        assert gradient.dtype == torch.float32
+        assert not gradient[~masks.backward].any()
+        assert gradient[masks.backward].any()
+
+
+def test_scaled_and_clipped_gradients_and_a_step_that_is_left_out() -> None:
+    model, sparsifier = _sparse(CASES["perceptron"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    moved = []
+    for t in range(4):
+        before, masks = model[0].weight.detach().clone(), sparsifier.masks()["0.weight"]
+        loss = _loss(model, torch.randn(6, 16)) * (math.inf if t in (0, 2) else 1.0)
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+        if t % 2:
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            assert norm > 0.1
+            torch.testing.assert_close(nn.utils.get_total_norm(grads), torch.tensor(0.1))
+        optimizer.zero_grad()
+        sparsifier.step()
+        moved.append(bool((model[0].weight != before)[masks.backward].any()))
+        assert torch.equal(model[0].weight[~masks.backward], before[~masks.backward])
+    assert moved == [False, True, False, True]
+
+
+# --- transformations -----------------------------------------------------------------------
+
+
+@each_case
+def test_functional_gradients_are_those_of_autograd(case: Case) -> None:
+    model, _ = _sparse(case)
+    model.eval()
+    inputs = case.inputs()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return _loss(lambda x: functional_call(model, params, (x,)), inputs)
+
+    expected = _gradients(model, model.parameters(), inputs)
+    torch.testing.assert_close(list(grad(loss)(params).values()), expected)
+    assert all(isinstance(p, nn.Parameter) for p in model.parameters())
+    output = functional_call(model, model.state_dict(), (inputs,))
+    torch.testing.assert_close(output, model(inputs))
+
+
+def test_gradients_per_example_are_those_of_each_alone() -> None:
+    model, sparsifier = _sparse(CASES["perceptron"])
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    inputs = torch.randn(3, 4, 16)
+
+    def loss(params: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        return _loss(lambda x: functional_call(model, params, (x,)), inputs)
+
+    found = vmap(grad(loss), (None, 0))(params, inputs)
+    alone = [grad(loss)(params, x) for x in inputs]
+    for name, stacked in found.items():
+        torch.testing.assert_close(stacked, torch.stack([each[name] for each in alone]))
+    forward, backward = sparsifier.masks()["0.weight"]
+    assert found["0.weight"][:, backward & ~forward].any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_ensemble_computes_what_its_members_do(compiled: bool) -> None:
+    torch.compiler.reset()
+    models = [_sparse(CASES["perceptron"])[0] for _ in range(3)]
+    base = copy.deepcopy(models[0]).to("meta")
+    inputs = torch.randn(6, 16)
+
+    def call(params: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        output: Tensor = functional_call(base, (params, buffers), (inputs,))
+        return output
+
+    run: Any = vmap(call)
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found = run(*stack_module_state(models))
+    torch.testing.assert_close(found, torch.stack([model(inputs) for model in models]))
+
+
+COMPILED = [
+    *((name, "aot_eager") for name in CASES if name != "recurrent"),  # torch compiles no LSTM
+    ("perceptron", "inductor"),
+]
+
+
+@pytest.mark.parametrize(("name", "backend"), COMPILED)
+def test_a_compiled_module_equals_the_eager_one_through_refreshes_in_one_graph(
+    name: str, backend: str
+) -> None:
+    torch.compiler.reset()
+    case = CASES[name]
+    model, sparsifier = _sparse(case)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    refreshed = []
+    for _ in range(7):
+        inputs = case.inputs()
+        found = _gradients(compiled, model.parameters(), inputs)
+        expected = _gradients(model, model.parameters(), inputs)
+        torch.testing.assert_close(found, expected)
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            parameter.grad = gradient
+        for name, (forward, backward) in sparsifier.masks().items():
+            gradient = model.get_parameter(name).grad
+            assert gradient is not None
+            assert gradient[backward & ~forward].any()
+        _loss(compiled, inputs).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        refreshed.append(sparsifier.step())
+    assert refreshed.count(True) == 2
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_functional_gradient_equals_the_eager_one() -> None:
+    torch.compiler.reset()
+    model, sparsifier = _sparse(CASES["convolutional"])
+    model.eval()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    inputs = torch.randn(6, 3, 5, 5)
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return _loss(lambda x: functional_call(model, params, (x,)), inputs)
+
+    eager = grad(loss)(params)
+    compiled = torch.compile(grad(loss), fullgraph=True, backend="aot_eager")(params)
+    for name, (forward, backward) in sparsifier.masks().items():
+        assert eager[name][backward & ~forward].any()
+        assert not eager[name][~backward].any()
+    torch.testing.assert_close(compiled, eager)
+
+
+def test_sets_that_are_not_chosen_yet_are_named_where_a_module_is_compiled() -> None:
+    torch.compiler.reset()
+    model, _ = _sparse(CASES["perceptron"])
+    model.to("meta").to_empty(device="cpu")
+    with pytest.raises(Exception, match=r"the sets of '0\.weight' are not chosen yet"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(torch.ones(2, 16))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "recurrent"])
+def test_an_exported_program_computes_the_same_without_this_library(name: str) -> None:
+    case = CASES[name]
+    model, _ = _sparse(case)
+    model.eval()
+    inputs = case.inputs()
+    program = torch.export.export(model, (inputs,))
+    assert "topkast" not in str(program.graph)
+    torch.testing.assert_close(program.module()(inputs), model(inputs))

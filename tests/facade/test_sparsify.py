@@ -1,0 +1,523 @@
+"""Modules made sparse in place: trajectories, schedules, every method, and what is refused."""
+
+import copy
+import io
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+from torch.optim import Optimizer
+
+import topkast_func as tk
+from tests.facade.networks import CONFIG, Case, convolutional, each_case, perceptron
+from topkast_func.masks import masks_at
+
+METHODS = {
+    "topkast": tk.topkast(),
+    "zero": tk.topkast(entry="zero"),
+    "threshold": tk.topkast(entry="threshold", exchange=0.2),
+    "random_backward": tk.random_backward(),
+    "ste": tk.ste(),
+    "static": tk.static(),
+    "set": tk.set(),
+    "gmp": tk.gmp(1, 5, stages=2),
+    "dense": tk.dense(),
+}
+CONFIGS = {
+    **{name: tk.TopKastConfig(0.75, 0.5, refresh_every=3, method=m) for name, m in METHODS.items()},
+    "l1": tk.TopKastConfig(0.75, 0.5, refresh_every=3, penalty="l1", penalty_weight=0.1),
+    "group": tk.TopKastConfig(0.75, 0.5, refresh_every=2, penalty="group_l2", penalty_weight=0.1),
+    "blocks": tk.TopKastConfig(
+        0.75, 0.5, refresh_every=3, block_shape=(2, 1), sparse="*.weight", keep_dense="1.*"
+    ),
+    "erk": tk.TopKastConfig(0.75, 0.5, refresh_every=3, allocation="erk"),
+    "patterns": tk.TopKastConfig({"0.*": 0.5, "4.*": 0.9}, 0.25, refresh_every=3),
+    "kept": tk.TopKastConfig(0.75, 0.5, refresh_every=1, keep_dense="0.weight"),
+    "staged": tk.TopKastConfig(tk.staged({0: 0.25, 2: 0.5, 5: 0.75}), 0.25, refresh_every=None),
+    "explored": tk.TopKastConfig(0.75, 0.5, refresh_every=2, explore_until=5),
+    "settled": tk.TopKastConfig(0.75, 0.5, refresh_every=2, explore_until=0),
+}
+OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], tk.Optimizer]] = {
+    "momentum": (
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
+        tk.sgd(0.1, momentum=0.9, weight_decay=0.01),
+    ),
+    "adamw": (
+        partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
+        tk.adamw(0.02, weight_decay=0.1),
+    ),
+}
+
+Batch = tuple[Tensor, Tensor]
+
+
+def _loss_fn(apply: Callable[..., Tensor], batch: Batch) -> Tensor:
+    return mse_loss(apply(batch[0]), batch[1])
+
+
+def _batches(count: int) -> list[Batch]:
+    return [(torch.randn(6, 3, 5, 5).double(), torch.randn(6, 4).double()) for _ in range(count)]
+
+
+def _step(model: nn.Module, handle: tk.Sparsifier, optimizer: Optimizer, batch: Batch) -> Tensor:
+    optimizer.zero_grad()
+    loss = _loss_fn(model, batch) + handle.penalty()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    handle.step()
+    return loss.detach()
+
+
+def _assert_same_masks(one: Any, other: Any) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert all(map(torch.equal, one[name], other[name])), name
+
+
+# --- the trajectory ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "ours"), OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_an_ordinary_loop_trains_as_train_step(
+    config: tk.TopKastConfig, make: Callable[..., Optimizer], ours: tk.Optimizer
+) -> None:
+    model, batches = convolutional().double(), _batches(8)
+    state = tk.init_state(model, config, ours, storage="dense")
+    train_step = tk.make_train_step(copy.deepcopy(model), _loss_fn, config, ours, compile=False)
+    handle = tk.sparsify(model, config)
+    optimizer = make(model.parameters())
+    entered = 0
+    for batch in batches:
+        sets, theta = handle.masks(), {n: p.detach().clone() for n, p in model.named_parameters()}
+        loss, before = _step(model, handle, optimizer, batch), state
+        state, metrics = train_step(state, batch)
+        torch.testing.assert_close(loss, metrics.loss)
+        expected = tk.dense_params(state)
+        entering = config.method.enters_at != "value"
+        for name, parameter in model.named_parameters():
+            if name in sets and not entering:
+                rest = ~sets[name].backward
+                assert torch.equal(parameter[rest], theta[name][rest])
+        if entering or config.method is METHODS["dense"]:
+            continue
+        for name, parameter in model.named_parameters():
+            update = expected[name] - tk.dense_params(before)[name]
+            torch.testing.assert_close(parameter - theta[name], update)
+            assert update.any()
+        entered += sum(
+            int((m.backward & ~sets[n].backward).sum()) for n, m in handle.masks().items()
+        )
+    due = tk.refresh(state, config) if config.schedule.refreshes_at(int(state.step)) else state
+    _assert_same_masks(handle.masks(), tk.masks_of(due))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), tk.dense_params(due)[name])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_method_that_reads_gradients_gets_those_of_the_step_before(compiled: bool) -> None:
+    torch.compiler.reset()
+    config = tk.TopKastConfig(0.75, refresh_every=2, method=tk.rigl())
+    model = perceptron().double()
+    handle = tk.sparsify(model, config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    for t in range(4):
+        batch, masks = (torch.randn(8, 16).double(), torch.randn(8, 5).double()), handle.masks()
+        point = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+        with torch.no_grad():
+            for name, sets in masks.items():
+                point[name] *= sets.forward
+        loss = _loss_fn(partial(torch.func.functional_call, perceptron(), point), batch)
+        gradients = dict(zip(point, torch.autograd.grad(loss, list(point.values())), strict=True))
+        optimizer.zero_grad()
+        for half in (slice(0, 4), slice(4, 8)):  # accumulated
+            loss = _loss_fn(run, (batch[0][half], batch[1][half])) / 2
+            loss.backward()  # type: ignore[no-untyped-call]
+        for name, sets in masks.items():
+            torch.testing.assert_close(
+                model.get_parameter(name).grad, torch.where(sets.backward, gradients[name], 0.0)
+            )
+        optimizer.step()
+        theta = {n: p.detach().clone() for n, p in model.named_parameters() if n in masks}
+        assert handle.step() == (t % 2 == 1)
+        if t % 2 == 0:
+            _assert_same_masks(handle.masks(), masks)
+            continue
+        allocations = dict.fromkeys(theta, tk.Allocation(0.75, 0.75))
+        expected = masks_at(theta, allocations, config, step=t + 1, old=masks, gradients=gradients)
+        _assert_same_masks(handle.masks(), expected)
+        for name, sets in expected.items():
+            came = sets.forward & ~masks[name].forward
+            assert came.any()
+            assert not model.get_parameter(name)[came].any()
+
+
+def test_refreshes_by_hand_with_gradients_that_any_step_has() -> None:
+    config = tk.TopKastConfig(0.75, refresh_every=None, method=tk.rigl())
+    model = perceptron()
+    handle = tk.sparsify(model, config)
+    with pytest.raises(
+        RuntimeError, match=r"chooses by the gradient of '0\.weight' at α, and there is none"
+    ):
+        handle.refresh()
+    mse_loss(model(torch.randn(4, 16)), torch.randn(4, 5)).backward()  # type: ignore[no-untyped-call]
+    before = handle.masks()
+    handle.refresh()
+    assert any(not torch.equal(m.forward, before[n].forward) for n, m in handle.masks().items())
+
+
+def test_weights_that_are_tied_have_one_pair_of_sets() -> None:
+    model: Any = nn.ModuleDict({"embedding": nn.Embedding(12, 8), "head": nn.Linear(8, 12)})
+    model["head"].weight = model["embedding"].weight
+    handle = tk.sparsify(model, CONFIG)
+    assert list(handle.masks()) == ["embedding.weight"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
+    for _ in range(4):
+        optimizer.zero_grad()
+        cross_entropy(
+            model["head"](model["embedding"](torch.arange(12))), torch.arange(12)
+        ).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        handle.step()
+    own, its = (model[name].weight_sets for name in ("embedding", "head"))
+    assert torch.equal(own, its)
+    alpha = torch.where(handle.masks()["embedding.weight"].forward, model["head"].weight, 0.0)
+    torch.testing.assert_close(model["embedding"](torch.arange(12)), alpha)
+    torch.testing.assert_close(model["head"](torch.eye(8)), alpha.T + model["head"].bias)
+    tk.densify(model)
+    assert model["head"].weight is model["embedding"].weight
+    torch.testing.assert_close(model["head"].weight.detach(), alpha.detach())
+
+
+# --- the handle ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["topkast", "random_backward", "set", "staged", "explored"])
+@pytest.mark.parametrize("steps", [2, 3, 6])
+def test_a_run_resumed_from_files_equals_the_uninterrupted_one(name: str, steps: int) -> None:
+    def fresh() -> tuple[nn.Module, tk.Sparsifier, Optimizer]:
+        model = convolutional().double()
+        handle = tk.sparsify(model, CONFIGS[name], seed=3)
+        return model, handle, torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+
+    run, batches, file = fresh(), _batches(12), io.BytesIO()
+    for batch in batches[:steps]:
+        _step(*run, batch)
+    torch.save([part.state_dict() for part in run], file)
+    file.seek(0)
+    other = fresh()
+    states = torch.load(file)
+    for i in range(3):
+        other[i].load_state_dict(states[i])
+    for batch in batches[steps:]:
+        assert torch.equal(_step(*run, batch), _step(*other, batch))
+    for key, tensor in run[0].state_dict().items():
+        assert torch.equal(other[0].state_dict()[key], tensor), key
+
+
+def test_a_dense_checkpoint_loaded_in_mid_run_has_the_sets_of_that_stage() -> None:
+    model = convolutional().double()
+    handle, config = tk.sparsify(model, CONFIGS["staged"]), CONFIGS["staged"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in _batches(5):
+        _step(model, handle, optimizer, batch)
+    dense = convolutional().double()
+    model.load_state_dict(dense.state_dict())
+    expected = tk.compute_masks(dict(dense.named_parameters()), config, step=5)
+    _assert_same_masks(handle.masks(), expected)
+
+
+def test_summary_has_a_row_for_each_parameter() -> None:
+    model = perceptron()
+    handle = tk.sparsify(model, tk.TopKastConfig(0.9, 0.8, keep_dense="2.*"))
+    first, *others = handle.summary().rows
+    assert (first.name, first.shape, first.forward, first.backward) == (
+        "0.weight",
+        (12, 16),
+        19,
+        38,
+    )
+    assert first.engine == "numba"
+    assert first.bytes == 4 * 192 + 2 * 24
+    assert [row.name for row in others] == ["0.bias", "2.weight", "2.bias"]
+    assert {(row.engine, row.reason) for row in others} == {("torch", "left dense")}
+    assert "0.weight" in repr(handle.summary())
+    dense = tk.sparsify(convolutional(), CONFIG).summary().rows[0]
+    assert (dense.engine, dense.reason) == (
+        "dense",
+        "with all of α: not the weight of a plain nn.Linear",
+    )
+
+
+def test_penalty_is_that_of_the_configuration_and_trains() -> None:
+    config = tk.TopKastConfig(0.75, 0.5, penalty="l1", penalty_weight=0.5)
+    model = perceptron()
+    handle, params = tk.sparsify(model, config), dict(model.named_parameters())
+    expected = 0.5 * tk.exploration_penalty(params, handle.masks(), config)
+    assert torch.equal(handle.penalty(), expected)
+    handle.penalty().backward()  # type: ignore[no-untyped-call]
+    for name, sets in handle.masks().items():
+        gradient = params[name].grad
+        assert gradient is not None
+        assert torch.equal(gradient != 0, sets.backward)
+
+
+def test_a_refresh_at_nan_warns_and_keeps_the_sets() -> None:
+    model = perceptron()
+    handle = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5, refresh_every=1))
+    before = handle.masks()
+    mse_loss(model(torch.randn(4, 16)), torch.randn(4, 5)).backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        model.get_parameter("2.weight")[0, 0] = math.nan
+    with pytest.warns(
+        UserWarning, match=r"no refresh before step 1: params\['2\.weight'\] holds NaN"
+    ):
+        assert not handle.step()
+    _assert_same_masks(handle.masks(), before)
+    with pytest.raises(ValueError, match="holds NaN"):
+        handle.refresh()
+
+
+def test_frozen_weights_stay_and_do_not_stop_the_others() -> None:
+    model = perceptron()
+    model.get_parameter("0.weight").requires_grad_(False)
+    handle = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5, refresh_every=1))
+    assert list(handle.masks()) == ["2.weight"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(2):
+        _step(model, handle, optimizer, (torch.randn(4, 16), torch.randn(4, 5)))
+    model.requires_grad_(False)
+    handle.step()
+    assert handle.steps == 3
+
+
+def test_training_starts_from_sets_of_ones_own() -> None:
+    model = perceptron()
+    masks = {
+        n: tk.Masks(*(m.flip(0) for m in sets))
+        for n, sets in tk.compute_masks(dict(model.named_parameters()), CONFIG).items()
+    }
+    handle = tk.sparsify(model, CONFIG, masks=masks)
+    _assert_same_masks(handle.masks(), masks)
+    masks["0.weight"] = tk.Masks(*(~mask for mask in masks["0.weight"]))
+    other = perceptron()
+    with pytest.raises(ValueError, match=r"masks\['0\.weight'\]"):
+        tk.sparsify(other, CONFIG, masks=masks)
+    assert type(other) is nn.Sequential
+
+
+# --- densify -------------------------------------------------------------------------------
+
+
+@each_case
+def test_densify_leaves_a_plain_module_that_computes_the_same(case: Case) -> None:
+    model = case.make()
+    tk.sparsify(model, case.config)
+    model.eval()
+    inputs = case.inputs()
+    expected, optimizer = model(inputs), torch.optim.AdamW(model.parameters(), weight_decay=0.5)
+    sparse = {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert tk.densify(model) is model
+    torch.testing.assert_close(model(inputs), expected)
+    plain = case.make()
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    plain.eval().load_state_dict(model.state_dict())
+    torch.testing.assert_close(plain(inputs), expected)
+    pickle_size = len(_pickled(model))
+    assert abs(pickle_size - len(_pickled(plain))) < 200
+    (model(inputs) - 1).square().sum().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and name in sparse:
+            assert (parameter != sparse[name]).any()
+    tk.sparsify(model, case.config)
+
+
+def _pickled(model: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file.getvalue()
+
+
+def test_densify_makes_plain_layers_of_the_seeds() -> None:
+    net: Any = nn.Sequential(
+        tk.TopKastConv2d(3, 4, 3, 0.5, 0.25), nn.Flatten(), tk.TopKastLinear(36, 2, 0.9, 0.8)
+    )
+    inputs = torch.randn(2, 3, 5, 5)
+    expected = net(inputs)
+    tk.densify(net)
+    assert [type(m) for m in net] == [nn.Conv2d, nn.Flatten, nn.Linear]
+    assert {type(p) for p in net.parameters()} == {nn.Parameter}
+    assert repr(net[2]) == repr(nn.Linear(36, 2))
+    assert vars(net[2]).keys() == vars(nn.Linear(36, 2)).keys()
+    torch.testing.assert_close(net(inputs), expected)
+    assert (net[2].weight == 0).float().mean() == pytest.approx(0.9, abs=0.01)
+
+
+# --- bad input -----------------------------------------------------------------------------
+
+
+def _unchanged(model: nn.Module, before: nn.Module) -> bool:
+    same = [type(a) is type(b) for a, b in zip(model.modules(), before.modules(), strict=True)]
+    return all(same) and model.state_dict().keys() == before.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "message"),
+    [
+        (lambda: nn.ReLU(), CONFIG, "model has no parameter that requires a gradient"),
+        (lambda: nn.LayerNorm(4), CONFIG, "selects no parameter; there are: 'weight', 'bias'"),
+        (perceptron, tk.TopKastConfig(sparse="conv*"), r"'conv\*' matches no parameter"),
+        (perceptron, tk.TopKastConfig(powerprop=2.0), "powerprop trains φ in place of θ"),
+        (perceptron, tk.TopKastConfig(block_shape=(5, 1), sparse="0.weight"), "does not divide"),
+        (lambda: torch.compile(perceptron()), CONFIG, "'model' is wrapped, traced or compiled"),
+        (lambda: nn.DataParallel(perceptron()), CONFIG, "'model' is wrapped"),
+        (
+            lambda: nn.Sequential(nn.LazyLinear(3)),
+            CONFIG,
+            r"\['0\.weight', '0\.bias'\] have no shape yet",
+        ),
+    ],
+)
+def test_what_cannot_be_made_sparse_is_refused_and_stays(
+    make: Callable[[], nn.Module], config: tk.TopKastConfig, message: str
+) -> None:
+    model = make()
+    before = copy.copy(model)
+    with pytest.raises(ValueError, match=message):
+        tk.sparsify(model, config)
+    assert type(model) is type(before)
+    assert not any(key.endswith("_sets") for key, _ in model.named_buffers())
+
+
+def test_a_nan_is_refused_and_the_module_stays() -> None:
+    model = perceptron()
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_parameter("2.weight")[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"params\['2\.weight'\] holds NaN"):
+        tk.sparsify(model, CONFIG)
+    assert _unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "make", [perceptron, lambda: nn.Sequential(tk.TopKastLinear(4, 4, 0.5, 0.2))]
+)
+def test_a_module_that_is_sparse_already_is_refused_and_stays(
+    make: Callable[[], nn.Module],
+) -> None:
+    model = make()
+    if make is perceptron:
+        tk.sparsify(model, CONFIG)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="'0' has sparse weights already: densify it first"):
+        tk.sparsify(model, tk.TopKastConfig(0.5, 0.25))
+    assert _unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model": "model"}, TypeError, r"model must be a torch\.nn\.Module, got str"),
+        ({"engine": "gpu"}, ValueError, "engine must be 'auto' or one of"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"model": perceptron().half(), "engine": "numba"}, TypeError, "not torch.float16"),
+    ],
+)
+def test_a_wrong_argument_is_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = {"model": perceptron(), "config": CONFIG, **arguments}
+    with pytest.raises(error, match=message):
+        tk.sparsify(**given)
+    assert "weight_sets" not in dir(given["model"])
+    assert type(given["model"]) in (nn.Sequential, str)
+
+
+def test_a_step_without_a_backward_pass_is_refused() -> None:
+    model = perceptron()
+    handle = tk.sparsify(model, CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randn(4, 16), torch.randn(4, 5)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"no backward pass .* call loss\.backward\(\)"):
+            handle.step()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        handle.step()
+    _step(model, handle, optimizer, batch)
+    with pytest.raises(RuntimeError, match="no backward pass"):
+        handle.step()
+    assert handle.steps == 1
+
+
+def test_an_optimizer_over_other_parameters_is_refused() -> None:
+    model, other = perceptron(), perceptron()
+    handle = tk.sparsify(model, CONFIG)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(
+        RuntimeError, match=r"holds none of the sparse weights: build it from model\.parameters"
+    ):
+        _step(model, handle, optimizer, (torch.randn(4, 16), torch.randn(4, 5)))
+    assert handle.steps == 0
+
+
+def test_two_networks_with_two_optimizers_are_told_apart() -> None:
+    models = [perceptron() for _ in range(2)]
+    handles = [tk.sparsify(model, CONFIG) for model in models]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    for _ in range(4):
+        for run in zip(models, handles, optimizers, strict=True):
+            _step(*run, (torch.randn(4, 16), torch.randn(4, 5)))
+    assert [handle.steps for handle in handles] == [4, 4]
+
+
+def test_a_loop_of_ones_own_needs_no_optimizer() -> None:
+    model = perceptron()
+    handle = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5, refresh_every=1))
+    for _ in range(2):
+        before, masks = model.get_parameter("0.weight").detach().clone(), handle.masks()
+        model.zero_grad()
+        mse_loss(model(torch.randn(4, 16)), torch.randn(4, 5)).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.1 * parameter.grad)
+        assert handle.step()
+        moved = model.get_parameter("0.weight") != before
+        assert not moved[~masks["0.weight"].backward].any()
+
+
+def test_what_was_densified_or_never_sparse_says_so() -> None:
+    model = perceptron()
+    with pytest.raises(ValueError, match="model has no sparse weights: sparsify was never called"):
+        tk.densify(model)
+    handle = tk.sparsify(model, CONFIG)
+    tk.densify(model)
+    with pytest.raises(RuntimeError, match="no sparse weights any more: it was densified"):
+        handle.step()
+    with pytest.raises(ValueError, match="model has no sparse weights"):
+        tk.densify(model)
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "message"),
+    [
+        ({}, ValueError, r"the keys 'steps' and 'seed', got \[\]"),
+        ({"steps": 3}, ValueError, r"the keys 'steps' and 'seed', got \['steps'\]"),
+        ({"steps": -1, "seed": 0}, ValueError, "steps must be at least 0, got -1"),
+        ({"steps": 1.5, "seed": 0}, TypeError, "steps must be an integer"),
+    ],
+)
+def test_a_state_that_is_none_is_refused(
+    state: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    handle = tk.sparsify(perceptron(), CONFIG)
+    with pytest.raises(error, match=message):
+        handle.load_state_dict(state)
+    assert handle.state_dict() == {"steps": 0, "seed": 0}

@@ -1,0 +1,110 @@
+"""What is derived from the bits of the sets: whether they are whole, and what the kernels read."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topkast_func.bits import unpacked
+from topkast_func.facade.rule import Rule
+from topkast_func.kernels.pattern import Pattern, pattern_of
+from topkast_func.types import Masks
+
+
+class Kernel(NamedTuple):
+    """Sets for the kernels.
+
+    Attributes:
+        pattern: The sets.
+        places: Where the values of the pattern stand in the flat θ, int64, in their shape.
+    """
+
+    pattern: Pattern
+    places: Tensor
+
+    def values(self, theta: Tensor) -> Tensor:
+        """Gather the values of B from θ, A first."""
+        values: Tensor = theta.flatten().gather(0, self.places.flatten()).view(self.places.shape)
+        return values
+
+
+class Derived(NamedTuple):
+    """What was found in the bits, or made of them.
+
+    Attributes:
+        sets: The buffer of the bits.
+        version: How often it had been written to; None where that is not counted.
+        content: A copy of what it held.
+        whole: Whether it held sets of a size that the rule knows.
+        kernel: The sets for the kernels, where these compute the layer.
+    """
+
+    sets: Tensor
+    version: int | None
+    content: Tensor
+    whole: bool
+    kernel: Kernel | None = None
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the buffer has been written to; on the host, through ``.data`` too."""
+        if self.sets.device.type == "cpu":
+            return not same(self.content, self.sets)
+        return self.version is None or self.version != _version(self.sets)
+
+
+def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> Derived:
+    """Look at bits, and make what depends on them, unless that is known.
+
+    Args:
+        sets: The bits.
+        theta: θ.
+        rule: How its sets are chosen.
+        known: What was derived last.
+
+    Returns:
+        What is derived from these bits.
+    """
+    if not readable(sets):
+        return Derived(sets, None, sets, whole=False)
+    if known is not None and same(known.content, sets):
+        return known._replace(sets=sets, version=_version(sets))
+    masks = masks_in(sets, theta.shape)
+    counts = counts_of(masks)
+    whole = counts is not None and counts in rule.counts
+    kernel = None
+    if counts is not None and whole and rule.choice(theta, *counts).engine != "dense":
+        block = rule.config.block_shape
+        pattern = pattern_of(*masks, block)
+        kernel = Kernel(pattern, pattern.flat_index(block, theta.shape))
+    return Derived(sets, _version(sets), sets.clone(), whole, kernel)
+
+
+def masks_in(sets: Tensor, shape: torch.Size) -> Masks:
+    """Return the masks that bits hold."""
+    return Masks(unpacked(sets[0], shape), unpacked(sets[1], shape))
+
+
+def counts_of(masks: Masks) -> tuple[int, int] | None:
+    """Return |A| and |B|; None where A is no part of B."""
+    forward, backward = masks
+    nested = not (forward & ~backward).any()
+    return (int(forward.sum()), int(backward.sum())) if nested else None
+
+
+def readable(tensor: Tensor) -> bool:
+    """Return whether Python can look at the numbers of a tensor."""
+    return (
+        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and not tensor.is_meta
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors can be read, on one device, and are equal."""
+    return a.device == b.device and readable(a) and torch.equal(a, b)
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

@@ -1,0 +1,111 @@
+"""What a step of any `torch.optim` optimiser may move: nothing outside B."""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+
+
+class Held(NamedTuple):
+    """A sparse weight before a step of its optimiser.
+
+    Attributes:
+        layer: Whose weight it is.
+        weight: What the layer keeps for it.
+        theta: θ.
+        before: A copy of θ.
+    """
+
+    layer: nn.Module
+    weight: SparseWeight
+    theta: nn.Parameter
+    before: Tensor
+
+
+_LAYERS: "WeakValueDictionary[int, nn.Module]" = WeakValueDictionary()
+_HELD: "WeakKeyDictionary[Optimizer, list[Held]]" = WeakKeyDictionary()
+_steps_made = 0
+
+
+def watch(layer: nn.Module) -> None:
+    """Guard the sparse weights of a layer as long as it lives, whichever optimiser has them.
+
+    The layer is asked for its parameters at each step, so that others may take their place.
+    """
+    _LAYERS[id(layer)] = layer
+    _hook()
+
+
+def release(layer: nn.Module) -> None:
+    """Guard a layer no longer."""
+    _LAYERS.pop(id(layer), None)
+
+
+def steps_made() -> int:
+    """Return how many steps optimisers have made since the first layer was watched."""
+    return _steps_made
+
+
+@cache
+def _hook() -> None:
+    register_optimizer_step_pre_hook(_before)
+    register_optimizer_step_post_hook(_after)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Keep θ of the sparse weights for the time of the step."""
+    held = [Held(*found, found[2].detach().clone()) for found in _sparse_weights_of(optimizer)]
+    _HELD[optimizer] = held
+    if isinstance(optimizer, LBFGS):
+        _start_anew_after_a_refresh(optimizer, held)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Put back what lies outside B, bit for bit, and leave no slot there."""
+    global _steps_made
+    _steps_made += 1
+    for layer, weight, theta, before in _HELD.pop(optimizer, ()):
+        inside = weight.masks(layer).backward
+        theta.copy_(torch.where(inside, theta, before))
+        for slot in optimizer.state.get(theta, {}).values():
+            if isinstance(slot, Tensor) and slot.shape == theta.shape and slot.is_floating_point():
+                slot.masked_fill_(~inside, 0.0)
+        weight.steps += theta.grad is not None
+
+
+def _sparse_weights_of(
+    optimizer: Optimizer,
+) -> Iterator[tuple[nn.Module, SparseWeight, nn.Parameter]]:
+    """Find the sparse weights among the parameters of an optimiser, each once."""
+    layers = [layer for ref in _LAYERS.valuerefs() if (layer := ref()) is not None]
+    found = [(layer, weight) for layer in layers for weight in weights_of(layer).values()]
+    watched = {id(weight.theta(layer)): (layer, weight) for layer, weight in found}
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if id(parameter) in watched:
+            yield *watched[id(parameter)], parameter
+
+
+def _start_anew_after_a_refresh(optimizer: LBFGS, held: list[Held]) -> None:
+    """Forget the history of L-BFGS, one vector over all parameters, once a B has changed."""
+    for layer, weight, theta, _ in held:
+        inside = weight.masks(layer).backward
+        last = optimizer.state[theta].get("backward_mask", inside)
+        if not torch.equal(last.bool(), inside):
+            optimizer.state.clear()
+            break
+    for layer, weight, theta, _ in held:
+        optimizer.state[theta]["backward_mask"] = weight.masks(layer).backward

@@ -1,0 +1,60 @@
+"""How the sets of one weight are chosen, and who computes with it."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from topkast_func.config import TopKastConfig
+from topkast_func.kernels.engines import Choice, EngineName, Layer, choose
+from topkast_func.sparsity import Allocation
+
+BATCH = 256
+"""Rows of activations for which it is decided whether kernels compute a layer."""
+
+ALPHA = "with all of α: not the weight of a plain nn.Linear"
+
+
+class Rule(NamedTuple):
+    """How the sets of a weight are chosen; it goes along with copies of the layer.
+
+    Attributes:
+        name: Name of the weight in the model.
+        config: The configuration; which parameters it selects is not read.
+        allocation: The sparsities in force.
+        counts: |A| and |B| of every stage of the configuration.
+        step: Number of the step that comes next.
+        seed: Seed of the methods that draw.
+        matrix: Whether it is the weight of a linear layer, which kernels can compute.
+        engine: Who then computes.
+    """
+
+    name: str
+    config: TopKastConfig
+    allocation: Allocation
+    counts: frozenset[tuple[int, int]]
+    step: int = 0
+    seed: int = 0
+    matrix: bool = False
+    engine: EngineName = "auto"
+
+    def choice(self, theta: Tensor, forward: int, backward: int) -> Choice:
+        """Return who computes with the weight, and why.
+
+        Args:
+            theta: θ, of which shape, dtype and device are read.
+            forward: Entries in A.
+            backward: Entries in B.
+
+        Returns:
+            The choice.
+
+        Raises:
+            ImportError: The engine asked for is not installed.
+            TypeError: The engine asked for does not support the dtype or device.
+        """
+        if not self.matrix:
+            return Choice("dense", ALPHA)
+        rows, columns = theta.shape
+        block, device = self.config.block_shape, theta.device.type
+        layer = Layer(rows, columns, forward, backward, block, BATCH, theta.dtype, device)
+        return choose(self.engine, layer)

@@ -1,0 +1,216 @@
+"""Layers that keep θ in an ordinary parameter and compute with α.
+
+While a forward pass runs, the attribute of a sparse weight reads as α, whoever reads it
+(`torch.nn.MultiheadAttention` reads the weight of its output projection). At any other time,
+and in ``parameters()`` always, it is θ.
+"""
+
+import threading
+from collections.abc import Callable
+from copyreg import __newobj__  # type: ignore[attr-defined]
+from functools import cache, wraps
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from topkast_func.facade.derived import readable
+from topkast_func.facade.guard import watch
+from topkast_func.facade.rule import Rule
+from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
+from topkast_func.kernels.linear import sparse_linear
+from topkast_func.types import Masks
+
+Layer = TypeVar("Layer", bound="SparseLayer")
+
+
+class _Running(threading.local):
+    depth = 0
+
+
+_RUNNING = _Running()
+"""How many forward passes of sparse layers, one within another, this thread is in."""
+
+
+class ForwardPass:
+    """The time in which sparse weights read as α."""
+
+    def __enter__(self) -> None:
+        """Begin."""
+        _RUNNING.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+        _RUNNING.depth -= 1
+
+
+def sparse_attribute(key: str) -> property:
+    """Return the attribute of a sparse weight: α in a forward pass, θ otherwise."""
+
+    def read(layer: nn.Module) -> Any:
+        if key not in layer._parameters:
+            raise AttributeError(f"{type(layer).__name__!r} object has no attribute {key!r}")
+        weights = weights_of(layer)
+        if _RUNNING.depth and key in weights:
+            return weights[key].alpha(layer)
+        return layer._parameters[key]
+
+    return property(read)
+
+
+class SparseLayer(nn.Module):
+    """Mixed into the class of a module, whose weights it lets be sparse."""
+
+    _plain: ClassVar[Any]
+    """The class of the module without sparse weights."""
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Compute with α."""
+        with ForwardPass():
+            return super().forward(*inputs, **options)
+
+    @torch.no_grad()
+    def _make_plain(self) -> None:
+        """Become a module of the plain class, whose weights are α."""
+        for weight in weights_of(self).values():
+            theta = weight.theta(self)
+            theta.copy_(torch.where(weight.masks(self).forward, theta, 0.0))
+            del self._buffers[weight.buffer]
+        vars(self).pop(KEPT, None)
+        self.__class__ = self._plain
+
+    def extra_repr(self) -> str:
+        """Describe the module, and how sparse its weights are."""
+        told = [super().extra_repr()]
+        for key, weight in weights_of(self).items():
+            told.append(f"{key}_sparsity={tuple(round(s, 4) for s in weight.rule.allocation)}")
+        return ", ".join(filter(None, told))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come out of a pickle or a copy, maybe as the first sparse layer of a process."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for weight in weights_of(self).values():
+            watch(self)
+            weight.look(self)
+
+    def _apply(self: Layer, fn: Callable[..., Any], recurse: bool = True) -> Layer:
+        before = [(weight, weight.sets(self)) for weight in weights_of(self).values()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for weight, sets in before:
+            weight.move(self, sets)
+        return self
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        for weight in weights_of(self).values():
+            weight.derived(self)
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Load θ and its sets; those that are missing are chosen from the θ that is loaded."""
+        missing, errors = arguments[2], arguments[4]
+        weights = weights_of(self).values()
+        found = {weight: f"{prefix}{weight.buffer}" for weight in weights}
+        misfits = [
+            weight.misfit(self, state_dict.get(name), name) for weight, name in found.items()
+        ]
+        if any(misfits):
+            errors.extend(filter(None, misfits))
+            return
+        before = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        for weight, name in found.items():
+            if name in missing:
+                missing.remove(name)
+            loaded = len(errors) == before and f"{prefix}{weight.key}" in state_dict
+            if name in state_dict or not loaded or not readable(weight.theta(self)):
+                weight.look(self)
+                continue
+            try:
+                weight.choose(self)
+            except ValueError as reason:
+                errors.append(f"{prefix}{weight.key}: {reason}")
+
+
+class SparseLinear(SparseLayer):
+    """Mixed into `torch.nn.Linear`, which kernels compute where that is faster."""
+
+    def forward(self, input: Tensor) -> Any:
+        """Compute with α, on the kernels or densely."""
+        weight = weights_of(self)["weight"]
+        derived = weight.derived(self)
+        if derived is None or derived.kernel is None or weight.probe is not None:
+            return super().forward(input)
+        with ForwardPass():
+            bias: Any = self.bias
+        theta, kernel = weight.theta(self), derived.kernel
+        shape = (theta.shape[0], theta.shape[1])
+        return sparse_linear(
+            input, kernel.values(theta), kernel.pattern, shape, bias, weight.rule.engine
+        )
+
+
+def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:
+    """Let a parameter be sparse from now on.
+
+    Args:
+        layer: The layer, of a class that has a `sparse_attribute` of the name.
+        key: Name of the parameter in the layer.
+        rule: How its sets are chosen.
+        masks: The sets to begin with; None to have them chosen.
+    """
+    weight = SparseWeight(key, rule)
+    weight.start(layer, masks)
+    vars(layer)[KEPT] = {**weights_of(layer), key: weight}
+    watch(layer)
+
+
+def on_kernels(plain: type[nn.Module]) -> bool:
+    """Return whether modules of a class compute as `torch.nn.Linear`, which kernels can too."""
+    return plain.forward is nn.Linear.forward and plain is not NonDynamicallyQuantizableLinear
+
+
+@cache
+def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
+    """Return the subclass of a class whose modules have sparse weights.
+
+    Args:
+        plain: The class; the new one goes by its name.
+        keys: Names of the sparse weights; none for a module that has such layers within it.
+
+    Returns:
+        The class, always the same for the same arguments.
+    """
+    mixed = SparseLinear if on_kernels(plain) and "weight" in keys else SparseLayer
+
+    @wraps(plain.forward)
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        return mixed.forward(self, *inputs, **options)
+
+    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+        make, _, *state = plain.__reduce_ex__(self, protocol)
+        if make is not __newobj__:
+            raise TypeError(f"{plain.__name__} copies itself in its own way: densify it first")
+        return _blank, (plain, keys), *state
+
+    members = {key: sparse_attribute(key) for key in keys}
+    named = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "_plain": plain}
+    own = {"forward": forward, "__reduce_ex__": reduce}
+    return type(plain.__name__, (mixed, plain), {**members, **named, **own})
+
+
+def _blank(plain: Any, keys: tuple[str, ...]) -> nn.Module:
+    """Make a module to be filled from a pickle."""
+    made: Any = sparse_class(plain, keys)
+    blank: nn.Module = made.__new__(made)
+    return blank
+
+
+def plain_twin(layer: SparseLayer) -> nn.Module:
+    """Return a layer of the plain class that computes with all of θ, without a gradient for it."""
+    twin: nn.Module = layer._plain.__new__(layer._plain)
+    detached = {n: None if p is None else p.detach() for n, p in layer._parameters.items()}
+    vars(twin).update(vars(layer), _parameters=detached)
+    return twin

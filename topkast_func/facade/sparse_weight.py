@@ -1,0 +1,201 @@
+"""One sparse weight of a layer: θ in an ordinary parameter, and beside it the bits of A and B.
+
+The bits are the truth. What the kernels read is a cache, made anew wherever they have changed:
+by a refresh, by `load_state_dict`, by a broadcast from another process.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from topkast_func.bits import packed
+from topkast_func.facade.alpha import alpha
+from topkast_func.facade.derived import Derived, counts_of, derive, masks_in, readable
+from topkast_func.facade.rule import Rule
+from topkast_func.kernels.engines import Choice
+from topkast_func.masks import masks_at
+from topkast_func.methods.magnitude import Magnitude
+from topkast_func.types import Masks
+
+
+class SparseWeight:
+    """What a layer keeps for a sparse weight beside θ and the bits; a copy takes the rule along.
+
+    Args:
+        key: Name of the weight in its layer; its bits, uint8, [2, ⌈n/8⌉], are the buffer
+            ``<key>_sets``.
+        rule: How its sets are chosen.
+
+    Attributes:
+        probe: Zeros of the shape of θ, whose gradient is that of the loss at α with respect to
+            every entry; None but in the step before a refresh that reads it.
+        steps: Steps of optimisers that had a gradient of it.
+    """
+
+    def __init__(self, key: str, rule: Rule) -> None:
+        self.key, self.rule = key, rule
+        self.probe: Tensor | None = None
+        self.steps = 0
+        self._derived: Derived | None = None
+
+    def __reduce__(self) -> tuple[type["SparseWeight"], tuple[str, Rule]]:
+        """Leave behind what is derived."""
+        return SparseWeight, (self.key, self.rule)
+
+    @property
+    def buffer(self) -> str:
+        """Name of the buffer of the bits."""
+        return f"{self.key}_sets"
+
+    def theta(self, layer: nn.Module) -> nn.Parameter:
+        """Return θ."""
+        return layer._parameters[self.key]  # type: ignore[return-value]
+
+    def sets(self, layer: nn.Module) -> Tensor:
+        """Return the bits."""
+        return layer._buffers[self.buffer]  # type: ignore[return-value]
+
+    def masks(self, layer: nn.Module) -> Masks:
+        """Return the sets; they are chosen if there are none yet."""
+        self.derived(layer)
+        return masks_in(self.sets(layer), self.theta(layer).shape)
+
+    def alpha(self, layer: nn.Module) -> Tensor:
+        """Return α, with a gradient that reaches B."""
+        self.derived(layer)
+        found: Tensor = alpha(self.theta(layer), self.sets(layer))
+        return found if self.probe is None else found + self.probe
+
+    def choice(self, layer: nn.Module) -> Choice:
+        """Return who computes with the weight, and why."""
+        forward, backward = self.masks(layer)
+        return self.rule.choice(self.theta(layer), int(forward.sum()), int(backward.sum()))
+
+    def start(self, layer: nn.Module, masks: Masks | None) -> None:
+        """Begin with the masks, or with sets chosen from θ, which may be without data as yet."""
+        theta = self.theta(layer)
+        bits = theta.new_zeros((2, -(-theta.numel() // 8)), dtype=torch.uint8)
+        layer.register_buffer(self.buffer, bits)
+        if masks is not None:
+            self.hold(layer, masks)
+        elif readable(theta):
+            self.choose(layer)
+        else:
+            self.look(layer)
+
+    @torch.no_grad()
+    def hold(self, layer: nn.Module, masks: Masks) -> None:
+        """Take over new sets, in the buffer that is there."""
+        self.sets(layer).copy_(torch.stack([packed(mask) for mask in masks]))
+        self.look(layer)
+
+    def choose(self, layer: nn.Module) -> None:
+        """Choose the sets from θ alone, as training would start with them.
+
+        Args:
+            layer: The layer.
+
+        Raises:
+            NaNParameterError: θ holds NaN; nothing has changed.
+        """
+        rule, theta = self.rule, {self.rule.name: self.theta(layer)}
+        allocations = {rule.name: rule.allocation}
+        masks = masks_at(theta, allocations, rule.config, step=rule.step, seed=rule.seed)
+        self.hold(layer, masks[rule.name])
+
+    def derived(self, layer: nn.Module) -> Derived | None:
+        """Return what is derived from the bits as they are now; sets are chosen if there are none.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            None where the bits are not the layer's own and cannot be read, as in `torch.func.vmap`.
+
+        Raises:
+            RuntimeError: The bits are no sets of this weight, and none follow from θ.
+        """
+        sets, known = self.sets(layer), self._derived
+        if known is None or known.sets is not sets:
+            if torch.compiler.is_compiling() or not readable(sets):
+                return None
+            known = self.look(layer)
+        elif not torch.compiler.is_compiling() and known.outdated:
+            known = self.look(layer)
+        if not known.whole and not sets.is_meta:
+            self._mend(layer, known)
+        return self._derived
+
+    def look(self, layer: nn.Module) -> Derived:
+        """Look at the bits, and make anew what depends on them."""
+        found = derive(self.sets(layer), self.theta(layer), self.rule, self._derived)
+        self._derived = found
+        return found
+
+    def move(self, layer: nn.Module, before: Tensor) -> None:
+        """Follow θ to another device, and let nothing else happen to the bits.
+
+        Args:
+            layer: The layer, of which all tensors have been moved or cast.
+            before: The bits as they were.
+        """
+        device = self.sets(layer).device
+        lost = before.is_meta and device.type != "meta"
+        bits = torch.zeros_like(before, device=device) if lost else before.to(device)
+        layer._buffers[self.buffer] = bits
+        if self.probe is not None:
+            self.probe = torch.zeros_like(self.theta(layer)).requires_grad_()
+        self._derived = None
+        self.look(layer)
+
+    def misfit(self, layer: nn.Module, bits: object, name: str) -> str | None:
+        """Say why bits from a checkpoint are no sets of this weight, if they are not.
+
+        Args:
+            layer: The layer.
+            bits: What the checkpoint has; torch itself complains of another shape.
+            name: Name of the bits there.
+
+        Returns:
+            The reason.
+        """
+        if not isinstance(bits, Tensor) or not readable(bits):
+            return None
+        if bits.shape != self.sets(layer).shape:
+            return None
+        if bits.dtype != torch.uint8:
+            return f"{name} must be torch.uint8, got {bits.dtype}"
+        counts = counts_of(masks_in(bits, self.theta(layer).shape))
+        if counts in self.rule.counts:
+            return None
+        known = " or ".join(map(str, sorted(self.rule.counts)))
+        return (
+            f"{name} has |A|, |B| = {counts or 'A outside B'}, this layer {known}: the "
+            "checkpoint is of another sparsity; without that key the sets are chosen from its "
+            "weight"
+        )
+
+    def _mend(self, layer: nn.Module, known: Derived) -> None:
+        """Choose sets where there are none, or where a mean of bits has replaced them."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"the sets of {self.rule.name!r} are not chosen yet: load a state dict, or run "
+                "the model once before it is compiled"
+            )
+        if known.content.any() and not isinstance(self.rule.config.method, Magnitude):
+            raise RuntimeError(
+                f"{self.buffer!r} of {self.rule.name!r} has been overwritten, and the method does "
+                "not choose by θ alone: copy that buffer from the trained model"
+            )
+        self.choose(layer)
+
+
+KEPT = "_sparse_weights"
+"""Attribute of a layer that holds what `weights_of` returns."""
+
+
+def weights_of(module: nn.Module) -> Mapping[str, SparseWeight]:
+    """Return what a module keeps for its sparse weights, by their names in it."""
+    found: Mapping[str, SparseWeight] = vars(module).get(KEPT, {})
+    return found
