@@ -21,7 +21,8 @@ from topkast_func.types import Params
 
 Tree = dict[str, Tensor]
 
-CONFIG = tk.TopKastConfig(forward_sparsity=0.7, backward_sparsity=0.4, refresh_every=2)
+PAPER = tk.topkast("value", exchange=None)
+CONFIG = tk.TopKastConfig(0.7, 0.4, refresh_every=2, method=PAPER)
 BLOCKS = tk.TopKastConfig(0.75, 0.5, refresh_every=2, block_shape=(2, 2), sparse="*weight")
 every_storage = pytest.mark.parametrize("storage", STORAGES)
 

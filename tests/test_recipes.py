@@ -50,7 +50,7 @@ def _mse(apply: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 def test_warm_up_and_cosine(compile: Any) -> None:
     """The update of plain descent on a linear loss is the rate."""
     optimizer = tk.sgd(warm_up_and_cosine(0.5, 4, 12))
-    config = tk.TopKastConfig(0.5, 0.0, penalty=None, refresh_every=3)
+    config = tk.TopKastConfig(0.5, 0.0, penalty=None, refresh_every=None)
     params = {"weight": torch.tensor([[4.0, 3.0], [2.0, 1.0]], dtype=torch.float64)}
     step = tk.make_train_step(
         lambda p, x: (p["weight"] * x).sum(), lambda f, x: f(x), config, optimizer, compile=compile
@@ -96,7 +96,7 @@ def test_freezing_some_layers_from_a_step_on(storage: Any) -> None:
     """Their rate is 0: decay and momentum move nothing either, and their sets stay."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-    config = tk.TopKastConfig(0.7, 0.4, refresh_every=2)
+    config = tk.TopKastConfig(0.7, 0.4, refresh_every=2, method=tk.topkast("value", exchange=None))
     optimizer = tk.partition({
         "0.*": tk.adamw(lambda step: 0.1 if step < 3 else 0.0),
         "*": tk.adamw(0.1),

@@ -1,6 +1,7 @@
 """Networks with every kind of layer, and what to feed them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 import topkast_func as tk
 
-CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=3)
+PAPER = tk.topkast("value", exchange=None)
+CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=3, method=PAPER)
 
 
 class Attention(nn.Module):
@@ -77,12 +79,12 @@ CASES = {
     "own": Case(
         Own,
         lambda: torch.randn(5, 6),
-        tk.TopKastConfig(0.75, 0.5, refresh_every=3, sparse=("*weight", "several.0")),
+        replace(CONFIG, sparse=("*weight", "several.0")),
     ),
     "recurrent": Case(
         Recurrent,
         lambda: torch.randn(2, 3, 4),
-        tk.TopKastConfig(0.75, 0.5, refresh_every=3, sparse="rnn.weight_*"),
+        replace(CONFIG, sparse="rnn.weight_*"),
     ),
 }
 

@@ -66,12 +66,26 @@ def define(
     overload = f"v{zlib.crc32(code):x}"
     _LIBRARY.define(f"{name}.{overload}({arguments}")
     operator = getattr(getattr(torch.ops.topkast_func, name), overload)
-    _LIBRARY.impl(operator, compute, "CompositeExplicitAutograd")
+    _LIBRARY.impl(operator, _untraced(compute), "CompositeExplicitAutograd")
     if gradient:
-        _LIBRARY.impl(operator, partial(_record, gradient, operator), "Autograd")
+        record = _untraced(partial(_record, gradient, operator))
+        _LIBRARY.impl(operator, record, "Autograd")
     register_fake(operator, fake, lib=_LIBRARY)
     register_vmap(operator, partial(batched or one_by_one, operator), lib=_LIBRARY)
     return operator
+
+
+def _untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep Dynamo out of a function: it would look into it where it has broken a graph."""
+    hidden: list[Callable[..., Tensor]] = []
+
+    def call(*arguments: Any) -> Tensor:
+        dynamo = sys.modules.get("torch._dynamo")
+        if dynamo and not hidden:
+            hidden.append(dynamo.disable(function))
+        return (hidden[0] if hidden else function)(*arguments)
+
+    return call
 
 
 def _record(gradient: Any, operator: Any, *arguments: Any) -> Tensor:

@@ -53,6 +53,7 @@ def partition(groups: Mapping[str, Optimizer]) -> Optimizer:
         ValueError: There is no group, or not all accumulate gradients over as many calls.
 
     Example:
+        >>> import torch
         >>> from topkast_func.training.optim import adamw, sgd
         >>> optimizer = partition({"*bias": sgd(lr=0.1), "*": adamw(lr=1e-3)})
         >>> optimizer.learning_rate(torch.tensor(0))["*bias"]
