@@ -1,5 +1,6 @@
 """What training is asked to do: one frozen, validated record."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
@@ -14,6 +15,7 @@ from topkast_func.checks import (
     check_order,
     check_share,
 )
+from topkast_func.config.description import code_of, described, made, told
 from topkast_func.config.schedule import Schedule, check_refresh_every
 from topkast_func.methods import Method, topkast
 from topkast_func.sparsity import ByPattern, Fixed, Sparsity, Staged, density
@@ -120,6 +122,47 @@ class TopKastConfig:
             raise ValueError(
                 "an allocation by pattern fixes densities: forward_sparsity must not be staged"
             )
+
+    def to_json(self) -> str:
+        """Describe the configuration in JSON.
+
+        Numbers by pattern are objects, those by step lists of [step, number], and a method is an
+        object of the ``name`` of its constructor and its arguments.
+
+        Returns:
+            A JSON object, of which `from_json` makes an equal configuration.
+
+        Raises:
+            ValueError: ``sparse`` is a predicate or ``method`` one of your own: code has no JSON.
+
+        Example:
+            >>> TopKastConfig.from_json(TopKastConfig(0.95, 0.9).to_json()).forward_sparsity
+            0.95
+        """
+        description = described(vars(self))
+        if code := code_of(description):
+            raise ValueError(f"{told(code)}, which JSON cannot describe")
+        return json.dumps(description)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TopKastConfig":
+        """Make the configuration that a JSON text describes.
+
+        Args:
+            text: What `to_json` returned, or written by hand; a field that is left out has its
+                default.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ValueError: The text is no JSON object, a field or a method is unknown, or a value is
+                not allowed.
+        """
+        description = json.loads(text)
+        if code := code_of(description):
+            raise ValueError(f"{told(code)}, which JSON cannot describe")
+        return made(cls, description, {})
 
     def _check_over_time(self) -> None:
         starts, until = self.schedule.starts, self.explore_until
