@@ -25,6 +25,7 @@ PACKAGES = [
     "penalty",
     "model",
     "storage",
+    "files",
     "training",
     "report",
     "integrations",
