@@ -97,7 +97,9 @@ def test_the_dense_twin_is_the_same_network_without_sparsity(results: Path) -> N
 
 
 def test_the_saved_state_is_the_reported_one(results: Path, again: demo.Run) -> None:
-    state = tk.load(results / "state.safetensors", CONFIG, demo._network(13, 0), tk.sgd(0.1, 0.9))
+    path, model, optimizer = results / "state.safetensors", demo._network(13, 0), tk.sgd(0.1, 0.9)
+    state = tk.load(path, None, model, optimizer)
+    assert tk.load_config(path) == CONFIG
     layers = _metrics(results)["layers"]
     rows = [row._asdict() for row in tk.summary(state, demo.BATCH_SIZE).rows]
     assert layers == json.loads(json.dumps(rows))
@@ -189,7 +191,7 @@ def test_a_run_that_diverges_still_writes_its_files(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == FILES
     metrics = _metrics(tmp_path)
     assert metrics["train_losses"] == metrics["validation_losses"] == [None, None]
-    assert tk.load(tmp_path / "state.safetensors", CONFIG).step == 0
+    assert tk.load(tmp_path / "state.safetensors").step == 0
 
 
 @pytest.mark.parametrize(

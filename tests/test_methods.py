@@ -98,8 +98,8 @@ def test_compiled_equals_eager(method: tk.Method, storage: str) -> None:
 def test_a_resumed_run_equals_the_uninterrupted_one(method: tk.Method, tmp_path: Any) -> None:
     config = replace(BASE, method=method)
     path = states(config, 7)
-    tk.save(path[3], tmp_path / "state")
-    state = tk.load(tmp_path / "state", config)
+    tk.save(path[3], tmp_path / "state", config)
+    state = tk.load(tmp_path / "state")
     step = tk.make_train_step(network(), mse, config, tk.sgd(0.1, momentum=0.9), compile=False)
     for seed in range(3, 7):
         state, _ = step(state, batch(seed))

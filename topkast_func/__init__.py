@@ -37,7 +37,7 @@ from topkast_func.report.flops import TrainingFlops, training_flops
 from topkast_func.report.history import History, Refresh
 from topkast_func.report.summary import Summary, summary
 from topkast_func.sparsity import Allocation, Staged, cubic, staged
-from topkast_func.training.checkpoint import load, save
+from topkast_func.training.checkpoint import load, load_config, save
 from topkast_func.training.loop import Callback, train
 from topkast_func.training.loss import exploration_penalty, penalized_loss
 from topkast_func.training.optim import (
@@ -114,6 +114,7 @@ __all__ = [
     "last_weight",
     "lion",
     "load",
+    "load_config",
     "make_train_step",
     "masks_of",
     "multi_steps",

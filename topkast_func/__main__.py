@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dense_twin:
         dense = replace(config, forward_sparsity=0.0, backward_sparsity=0.0)
         runs["dense"] = train(options.job, dense, options.epochs, options.seed, "dense twin")
-    _write(out, runs, vars(options))
+    _write(out, runs, vars(options), config)
     _report(Console(), runs)
     print(f"wrote loss.png, metrics.json and state.safetensors to {out}")
 
@@ -75,10 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _write(out: Path, runs: dict[str, Run], options: dict[str, Any]) -> None:
+def _write(out: Path, runs: dict[str, Run], options: dict[str, Any], config: TopKastConfig) -> None:
     sparse = runs["sparse"]
     plots.losses(sparse.train_losses, sparse.validation_losses).savefig(out / "loss.png")
-    save(sparse.state, out / "state.safetensors")
+    save(sparse.state, out / "state.safetensors", config)
     metrics = {
         "options": {name: str(v) if isinstance(v, Path) else v for name, v in options.items()},
         "test_mse": {

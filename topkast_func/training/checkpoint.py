@@ -1,70 +1,75 @@
-"""States on disk: safetensors with a small JSON header, written atomically."""
+"""States on disk: saved whole, and loaded where everything agrees."""
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, given_sparsity
-from topkast_func.masks import counts, is_of_blocks
+from topkast_func.config.description import code_of, described, made, told
+from topkast_func.files.container import damage_of, opened, write
+from topkast_func.files.drafts import replacing
+from topkast_func.masks import counts
 from topkast_func.model.modules import check_names, frozen, trainable
-from topkast_func.storage.compact import CompactWeights, compact
-from topkast_func.storage.dense import DenseWeights
-from topkast_func.training.optim import Optimizer, OptimizerState, slot_problem
-from topkast_func.training.state import TrainState, Weights, dense_params, masks_of
-from topkast_func.types import Masks, Model, Tensors
-
-FORMAT, VERSION = "topkast_func state", 3
+from topkast_func.training.optim import Optimizer, check_optimizer, slot_problem
+from topkast_func.training.state import TrainState, dense_params, masks_of
+from topkast_func.training.state_file import block_problem, flattened, restored, stored
+from topkast_func.types import Model, Params
 
 
-def save(state: TrainState, path: str | os.PathLike[str]) -> None:
-    """Write a state to a safetensors file.
+def save(
+    state: TrainState, path: str | os.PathLike[str], config: TopKastConfig | None = None
+) -> None:
+    """Write a state, and how it is trained, to a safetensors file.
 
-    The file appears whole or not at all: a process killed while saving leaves what was at
-    ``path``. Tensors are named ``step``, ``seed``, ``mask_seed``, ``optimizer_step``,
-    ``theta/NAME``, ``forward/NAME``, ``backward/NAME``, ``buffers/NAME``, ``frozen/NAME``,
-    ``exponents/NAME`` and ``slots/KIND/NAME``, θ being φ where it has an exponent; the entry
-    ``topkast_func`` of the metadata is a JSON object with the format, its version, the order of
-    the tensors, the kinds of slots, the storage and, where that is compact, the names of the
-    weights that kernels compute and the shapes of the values, places of B that are unused included.
+    The file appears whole or not at all, whatever is killed and however many threads and
+    processes save to ``path``; where that is a symbolic link, what it points to is replaced.
+
+    Its tensors are ``step``, ``seed``, ``mask_seed`` and ``optimizer_step``; ``theta/NAME``, θ,
+    or φ where it has an exponent; ``backward/NAME``, B, and ``forward/NAME``, A among the entries
+    of B in row-major order, each as `packed` has it; ``buffers/NAME``, ``frozen/NAME``,
+    ``exponents/NAME``; and ``slots/KIND/NAME``, KIND percent-encoded. Every byte is under a
+    checksum. The header, JSON in the metadata, has beside what `write` puts there:
+
+    - ``storage``, "compact" or "dense";
+    - ``layers``, the names of the weights that kernels compute;
+    - ``values``, in compact storage the shapes of the values of the sparse parameters, places of
+      B that are unused included;
+    - ``slots``, the kinds of slots;
+    - ``config``, null or the configuration as `TopKastConfig.to_json` has it, a predicate or a
+      method of one's own being {"code": its name}.
 
     Args:
         state: The state, on any device.
         path: The file; its folder must exist.
+        config: The configuration it is trained with, so that `load` needs none.
+
+    Raises:
+        TypeError: ``config`` is no configuration, or a tensor has a layout or dtype that
+            safetensors has not.
+        ValueError: θ holds NaN, A is not within B, or the state is not one of ``config``; what
+            was at ``path`` stays.
     """
-    tensors = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in _flat(state)
-    }
-    header = {"format": FORMAT, "version": VERSION, "tensors": list(tensors)}
-    header |= {"slots": list(state.optimizer.slots)}
-    if isinstance(state.weights, CompactWeights):
-        held = {name: list(state.weights.held[name].shape) for name in state.weights.theta}
-        header |= {"storage": "compact", "layers": list(state.weights.patterns), "values": held}
-    content = safetensors.torch.save(tensors, {"topkast_func": json.dumps(header)})
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    _check_config(config)
+    header, tensors = flattened(state)
+    header["config"] = None
+    if config is not None:
+        header["config"] = described(vars(config))
+        theta = {name: tensors[f"theta/{name}"] for name in state.weights.shapes()}
+        problem = None if callable(config.sparse) else _sparsity_problem(state, config, theta)
+        if problem:
+            raise ValueError(f"the state is not one of the configuration: {problem}")
+    with replacing(Path(path)) as file:
+        write(file, header, tensors)
 
 
 def load(
     path: str | os.PathLike[str],
-    config: TopKastConfig,
+    config: TopKastConfig | None = None,
     model: Model | None = None,
     optimizer: Optimizer | None = None,
     *,
@@ -75,10 +80,11 @@ def load(
 
     Args:
         path: The file.
-        config: The configuration the state was trained with; its sparse parameters and
-            counts must be those of the file.
+        config: The configuration the state was trained with; needed only where the file has
+            none, or one with code, a predicate or a method of your own. A predicate is asked
+            about the parameters of ``model`` if that is a module.
         model: If given, the state must have its parameters and buffers, shapes and dtypes.
-        optimizer: If given, the state must have its slots.
+        optimizer: If given, the state must have its slots, shapes and dtypes.
         device: Where the tensors go; counters stay on the CPU.
         theta_device: Where θ rests in compact storage; None for ``device``.
 
@@ -87,162 +93,116 @@ def load(
 
     Raises:
         FileNotFoundError: There is no such file.
-        TypeError: ``model`` is neither a module nor a function.
-        ValueError: The file is cut off or foreign, of a newer version, or of another
-            configuration, model or optimiser.
+        TypeError: ``config`` is no configuration, ``model`` neither a module nor a function, or
+            ``optimizer`` none of this library.
+        ValueError: The file is cut off, damaged or foreign, of another version, or of another
+            configuration, model or optimiser; or ``theta_device`` is given for dense storage.
     """
-    try:
-        header, tensors = _read(Path(path), device)
-        if problem := _block_problem(header, tensors, config.block_shape):
-            raise ValueError(f"{path} holds another state: {problem}")
-        state = _state(header, tensors, config.block_shape, theta_device)
-    except KeyError as reason:
-        raise ValueError(f"{path} is damaged, so nothing was loaded: no {reason}") from reason
-    problems = [_sparsity_problem(state, config), _slot_problem(state)]
-    if model is not None:
-        problems.append(_model_problem(state, model))
+    _check_config(config)
     if optimizer is not None:
-        problems.append(_optimizer_problem(state, optimizer))
+        check_optimizer(optimizer)
+    path = Path(path)
+    with opened(path) as file:
+        config = _agreed(path, file.header, config)
+        with damage_of(path):
+            parts = stored(file.header, file.tensors())
+    if theta_device is not None and parts.values is None:
+        raise ValueError("theta_device is for compact storage: dense storage computes with θ")
+    problems = [block_problem(parts, config.block_shape)]
+    if problems == [None]:
+        state = restored(parts, config.block_shape, device, theta_device)
+        problems = _problems(state, config, model, optimizer)
     if found := [problem for problem in problems if problem]:
         raise ValueError(f"{path} holds another state: {'; '.join(found)}")
     return state
 
 
-def _flat(state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    masks = masks_of(state)
-    yield "step", state.step
-    yield "seed", state.seed
-    yield "mask_seed", state.mask_seed
-    yield "optimizer_step", state.optimizer.step
-    trees: dict[str, Mapping[str, Tensor]] = {
-        "theta": state.weights.dense(),
-        "forward": {name: sets.forward for name, sets in masks.items()},
-        "backward": {name: sets.backward for name, sets in masks.items()},
-        "buffers": state.buffers,
-        "frozen": state.frozen,
-        "exponents": state.exponents,
-        **{f"slots/{kind}": tree for kind, tree in state.optimizer.slots.items()},
-    }
-    for prefix, tree in trees.items():
-        for name, tensor in tree.items():
-            yield f"{prefix}/{name}", tensor
+def load_config(path: str | os.PathLike[str]) -> TopKastConfig:
+    """Read the configuration that `save` was given with a state.
+
+    Args:
+        path: The file; its tensors are not read.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is cut off, damaged or foreign, of another version, or holds no
+            configuration, or one with code.
+    """
+    with opened(Path(path)) as file:
+        return _agreed(Path(path), file.header, None)
 
 
-def _state(
-    header: dict[str, Any],
-    tensors: Tensors,
-    block_shape: tuple[int, int],
-    theta_device: torch.device | str | None,
-) -> TrainState:
-    tree = partial(_tree, tensors)
-    masks = _masks(tensors)
-    kinds = header.get("slots", dict.fromkeys(key.split("/")[0] for key in tree("slots/")))
-    slots = {kind: tree(f"slots/{kind}/") for kind in kinds}
-    theta = tree("theta/")
-    weights: Weights = DenseWeights(theta, masks)
-    if header.get("storage") == "compact":
-        stored = {name: shape[0] for name, shape in header.get("values", {}).items()}
-        weights = compact(theta, masks, header["layers"], block_shape, theta_device, stored)
-        if "values" not in header:
-            slots = {kind: _within(slots[kind], weights.held) for kind in slots}
-    return TrainState(
-        step=tensors["step"].cpu(),
-        seed=tensors["seed"].cpu(),
-        mask_seed=tensors["mask_seed"].cpu(),
-        weights=weights,
-        buffers=tree("buffers/"),
-        frozen=tree("frozen/"),
-        optimizer=OptimizerState(tensors["optimizer_step"].cpu(), slots),
-        exponents={name: exponent.cpu() for name, exponent in tree("exponents/").items()},
-    )
+def _check_config(config: object) -> None:
+    if config is not None and not isinstance(config, TopKastConfig):
+        raise TypeError(f"config must be a TopKastConfig or None, got {type(config).__name__}")
 
 
-def _tree(tensors: Tensors, prefix: str) -> Tensors:
-    return {key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)}
-
-
-def _masks(tensors: Tensors) -> dict[str, Masks]:
-    backward = _tree(tensors, "backward/")
-    return {n: Masks(forward, backward[n]) for n, forward in _tree(tensors, "forward/").items()}
-
-
-def _within(slots: Tensors, held: Tensors) -> Tensors:
-    """Leave out unused places of slots, in files that do not tell the shapes of the values."""
-    return {name: slot[: len(held[name])] if slot.ndim else slot for name, slot in slots.items()}
-
-
-def _read(path: Path, device: torch.device | str) -> tuple[dict[str, Any], Tensors]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no state at {path}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = _header(path, file.metadata())
-            return header, {name: file.get_tensor(name).clone() for name in header["tensors"]}
-    except SafetensorError as reason:
+def _agreed(path: Path, header: Mapping[str, Any], given: TopKastConfig | None) -> TopKastConfig:
+    """Return the configuration of a file, which is the one that is given if any is."""
+    description = header.get("config")
+    if description is None:
+        if given is None:
+            raise ValueError(f"{path} was saved without its configuration: pass it as config")
+        return given
+    with damage_of(path):
+        code = code_of(description)
+    if code and given is None:
+        raise ValueError(f"{path} cannot hold code, and {told(code)}: pass config, with it")
+    with damage_of(path):
+        config = made(TopKastConfig, description, {name: getattr(given, name) for name in code})
+    if given is None:
+        return config
+    found, asked = described(vars(config)), described(vars(given))
+    found |= {name: description[name] for name in code if name not in code_of(asked)}
+    if differing := [name for name in asked if found[name] != asked[name]]:
+        sides = (f"{name} is {found[name]!r} and not {asked[name]!r}" for name in differing)
         raise ValueError(
-            f"{path} is cut off or is not a safetensors file, so nothing was loaded: {reason}"
-        ) from reason
-
-
-def _header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    try:
-        header = json.loads((metadata or {}).get("topkast_func", "{}"))
-    except json.JSONDecodeError:
-        header = None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path} is a safetensors file, but not one that topkast_func saved")
-    if not isinstance(header["version"], int) or header["version"] > VERSION:
-        raise ValueError(
-            f"{path} has format version {header['version']}; this topkast_func reads up to "
-            f"{VERSION}: install a newer one"
+            f"{path} was saved with another configuration than the one given: {'; '.join(sides)}. "
+            "Load it without; training may go on with another"
         )
-    return header
+    return given
 
 
-def _block_problem(
-    header: Mapping[str, Any], tensors: Tensors, block_shape: tuple[int, int]
-) -> str | None:
-    shapes = header.get("values", {})
-    for name in header.get("layers", ()):
-        found = tuple(shapes.get(name, ())[1:] or (1, 1))
-        if name in shapes and found != block_shape:
-            return f"{name!r} has blocks of {found}, the configuration asks {block_shape}"
-    for name, sets in _masks(tensors).items():
-        if not all(is_of_blocks(mask, block_shape) for mask in sets):
-            return f"the sets of {name!r} are not made of blocks of {block_shape}"
-    return None
+def _problems(
+    state: TrainState, config: TopKastConfig, model: Model | None, optimizer: Optimizer | None
+) -> list[str | None]:
+    of_model = None if model is None else _model_problem(state, model)
+    known = isinstance(model, nn.Module) and of_model is None
+    of_sets = _sparsity_problem(state, config, trainable(model) if known else dense_params(state))
+    if of_sets and callable(config.sparse) and not known:
+        of_sets += " (the predicate was asked about plain tensors: pass the module as model)"
+    of_optimizer = None if optimizer is None else _optimizer_problem(state, optimizer)
+    return [of_sets, of_model, of_optimizer]
 
 
-def _slot_problem(state: TrainState) -> str | None:
-    values = state.weights.values()
-    for kind, slots in state.optimizer.slots.items():
-        if unknown := [name for name in slots if name not in values]:
-            return f"slots {kind!r} are of {unknown}, which are no parameters"
-    return None
-
-
-def _sparsity_problem(state: TrainState, config: TopKastConfig) -> str | None:
+def _sparsity_problem(state: TrainState, config: TopKastConfig, params: Params) -> str | None:
     """Say what is not as the configuration has it, before or after a refresh that is due."""
-    theta, masks, step = dense_params(state), masks_of(state), int(state.step)
-    if problem := _difference("sparse parameters", masks, allocate(theta, config, step=step)):
+    masks, step = masks_of(state), int(state.step)
+    try:
+        selected = allocate(params, config, step=step)
+        powered = given_sparsity(params, config) if config.powerprop > 1.0 else []
+        due = [counts(params, config, step=t) for t in (max(step - 1, 0), step)]
+    except (TypeError, ValueError) as reason:
+        return str(reason)
+    if problem := _difference("sparse parameters", masks, selected):
         return problem
-    exponents = {name: float(a) for name, a in state.exponents.items()}
-    expected = {}
-    if config.powerprop > 1.0:
-        expected = dict.fromkeys(given_sparsity(theta, config), config.powerprop)
-    if exponents != expected:
+    exponents = {name: float(exponent) for name, exponent in state.exponents.items()}
+    if exponents != dict.fromkeys(powered, config.powerprop):
         return f"powerprop is {exponents or 1.0}, the configuration asks {config.powerprop}"
-    problems = [_count_problem(theta, masks, config, t) for t in (max(step - 1, 0), step)]
+    sizes = {n: tuple(int(mask.count_nonzero()) for mask in both) for n, both in masks.items()}
+    problems = [_count_problem(sizes, expected) for expected in due]
     return problems[0] if all(problems) else None
 
 
 def _count_problem(
-    theta: Tensors, masks: Mapping[str, Masks], config: TopKastConfig, step: int
+    sizes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, int]]
 ) -> str | None:
-    for name, expected in counts(theta, config, step=step).items():
-        found = tuple(int(mask.sum()) for mask in masks[name])
-        if found != expected:
-            return f"{name!r} has {found} entries in A and B, the configuration asks {expected}"
+    for name, asked in expected.items():
+        if sizes[name] != asked:
+            return f"{name!r} has {sizes[name]} entries in A and B, the configuration asks {asked}"
     return None
 
 
