@@ -12,13 +12,13 @@ from topkast_func.types import Params
 
 
 def check_params(params: Params) -> None:
-    """Check that every leaf is a floating-point tensor with at least one entry.
+    """Check that every leaf is a floating-point or complex tensor with at least one entry.
 
     Args:
         params: The parameter tree.
 
     Raises:
-        TypeError: The tree is not a mapping, or a leaf is not a floating-point tensor.
+        TypeError: The tree is not a mapping, or a leaf is no such tensor.
         ValueError: A leaf is empty.
     """
     if not isinstance(params, Mapping):
@@ -29,10 +29,10 @@ def check_params(params: Params) -> None:
                 f"params[{name!r}] must be a tensor, got {type(leaf).__name__}; a nested tree "
                 "is flattened to names with dots first"
             )
-        if not leaf.is_floating_point():
-            kind = "freeze it" if leaf.is_complex() else "buffers do not belong among parameters"
+        if not (leaf.is_floating_point() or leaf.is_complex()):
             raise TypeError(
-                f"params[{name!r}] must have a floating-point dtype, got {leaf.dtype}; {kind}"
+                f"params[{name!r}] must have a floating-point or complex dtype, got {leaf.dtype}; "
+                "buffers do not belong among parameters"
             )
         if leaf.numel() == 0:
             raise ValueError(f"params[{name!r}] is empty: its shape is {tuple(leaf.shape)}")
@@ -49,6 +49,7 @@ def select(params: Params, config: TopKastConfig) -> list[str]:
         Names of the selected parameters, at least one.
 
     Raises:
+        TypeError: A pattern or the predicate selects a complex parameter.
         ValueError: A pattern, the predicate or the default rule selects no parameter.
     """
     sparse = config.sparse
@@ -60,6 +61,8 @@ def select(params: Params, config: TopKastConfig) -> list[str]:
         chosen = _matching("sparse", sparse, params)
     dense = _matching("keep_dense", config.keep_dense, params)
     chosen = [name for name in chosen if name not in dense]
+    if unreal := [name for name in chosen if params[name].is_complex()]:
+        raise TypeError(f"{unreal} are complex, which train dense: name them in keep_dense")
     if not chosen:
         told = f"sparse={sparse!r}" + (f" less keep_dense={config.keep_dense!r}" if dense else "")
         raise ValueError(f"{told} selects no parameter; there are: {_listed(params)}")
@@ -101,7 +104,7 @@ def _weights(params: Params) -> list[str]:
 
 
 def _is_weight(name: str, leaf: Tensor) -> bool:
-    return name.endswith("weight") and leaf.ndim >= 2
+    return name.endswith("weight") and leaf.ndim >= 2 and leaf.is_floating_point()
 
 
 def _by_default(name: str, leaf: Tensor, config: TopKastConfig) -> bool:
