@@ -11,6 +11,8 @@ import topkast_func
 
 PACKAGES = [
     "types",
+    "turns",
+    "warn",
     "checks",
     "sparsity",
     "tiebreak",

@@ -63,14 +63,14 @@ def train(
         The run.
     """
     start = time.perf_counter()
-    chance = torch.Generator().manual_seed(split)
+    chance = torch.Generator("cpu").manual_seed(split)
     parts = random_split(JOBS[job](), (0.7, 0.2, 0.1), chance)
     (features, _), validation, test = parts[0][:], parts[1][:], parts[2][:]
     model = _network(features.shape[1], seed)
     optimizer = sgd(lr=1e-3, momentum=0.9)
     state = best = init_state(model, config, optimizer, seed=seed)
     train_step = make_train_step(model, _mean_squared_error, config, optimizer)
-    order = torch.Generator().manual_seed(seed)
+    order = torch.Generator("cpu").manual_seed(seed)
     batches = DataLoader(parts[0], BATCH_SIZE, shuffle=True, drop_last=True, generator=order)
     train_losses: list[float] = []
     validation_losses: list[float] = []

@@ -7,6 +7,7 @@ from zlib import crc32
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate
@@ -36,9 +37,11 @@ def compute_masks(
         Masks by name, on the device of the parameter; dense parameters are absent.
 
     Raises:
-        TypeError: A leaf is not a floating-point tensor.
-        ValueError: A leaf is empty, a selected leaf is not divisible into blocks, or a
-            pattern of the configuration does not fit the names.
+        TypeError: A leaf is not a floating-point or complex tensor, or is sparse, nested or of a
+            class that computes in a way of its own.
+        ValueError: A leaf is empty or on the meta device, a selected leaf is of complex numbers
+            or not divisible into blocks, a pattern of the configuration does not fit the names,
+            or the call is made within `torch.func.grad` or `vmap`.
         NaNParameterError: A leaf holds NaN; a ValueError too.
 
     Departures:
@@ -52,6 +55,11 @@ def compute_masks(
     """
     allocations = allocate(params, config, step=step)
     for name, leaf in params.items():
+        if is_functorch_wrapped_tensor(leaf.detach()):
+            raise ValueError(
+                f"sets are chosen by numbers, and torch.func.grad and vmap hide those of {name!r}: "
+                "call compute_masks outside of them, and pass the masks in"
+            )
         if name not in allocations and leaf.isnan().any():
             raise NaNParameterError(f"params[{name!r}] holds NaN")
     return masks_at(params, allocations, config, step=step, seed=seed)
@@ -110,7 +118,7 @@ def masks_at(
     masks = {}
     block, norm = config.block_shape, config.block_norm
     for name, sparsity in allocations.items():
-        theta = params[name].detach()
+        theta = params[name].detach().as_subclass(Tensor)
         scores = magnitudes(name, theta, block, norm)
         device = theta.device
         situation = Situation(
@@ -133,7 +141,7 @@ def masks_at(
 def _generator(seed: int, step: int, name: str) -> torch.Generator:
     """Return random numbers that depend on the arguments alone."""
     entropy = np.random.SeedSequence((seed, step, crc32(name.encode())))
-    return torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+    return torch.Generator("cpu").manual_seed(int(entropy.generate_state(1)[0]))
 
 
 def blocks(mask: Tensor, block_shape: tuple[int, int]) -> Tensor:

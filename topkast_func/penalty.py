@@ -64,7 +64,7 @@ def summed_penalty(
     Raises:
         ValueError: The configuration gives a sparse tensor no sparsity.
     """
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=torch.float32, device=device)
     if config.penalty is None or not config.method.explores:
         return total
     for name, sparsity in shared_among_all(shapes, config, step).items():

@@ -216,7 +216,7 @@ def drawn_among(candidates: Tensor, count: int, generator: torch.Generator) -> T
         bool, of the same shape.
     """
     places = candidates.flatten().nonzero().squeeze(1)
-    drawn = torch.randperm(len(places), generator=generator)[:count].to(places.device)
+    drawn = torch.randperm(len(places), generator=generator, device="cpu")[:count]
     marked = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
-    marked[places[drawn]] = True
+    marked[places[drawn.to(places.device)]] = True
     return marked.view(candidates.shape)

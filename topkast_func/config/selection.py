@@ -4,22 +4,25 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from glob import escape
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from topkast_func.config.topkast_config import TopKastConfig
 from topkast_func.types import Params
 
 
 def check_params(params: Params) -> None:
-    """Check that every leaf is a floating-point or complex tensor with at least one entry.
+    """Check that every leaf is a plain floating-point or complex tensor with at least one entry.
 
     Args:
         params: The parameter tree.
 
     Raises:
-        TypeError: The tree is not a mapping, or a leaf is no such tensor.
-        ValueError: A leaf is empty.
+        TypeError: The tree is not a mapping, or a leaf is no strided tensor of floating-point
+            or complex numbers, or one that computes in a way of its own.
+        ValueError: A leaf is empty, or has no values.
     """
     if not isinstance(params, Mapping):
         raise TypeError(f"params must map names to tensors, got {type(params).__name__}")
@@ -29,13 +32,44 @@ def check_params(params: Params) -> None:
                 f"params[{name!r}] must be a tensor, got {type(leaf).__name__}; a nested tree "
                 "is flattened to names with dots first"
             )
+        check_present(name, leaf)
+        if leaf.layout != torch.strided or leaf.is_nested:
+            kind = "nested" if leaf.is_nested else leaf.layout
+            raise TypeError(
+                f"params[{name!r}] has layout {kind}: give dense tensors; which of their entries "
+                "are stored is for masks to say"
+            )
+        if type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise TypeError(
+                f"params[{name!r}] is a {type(leaf).__name__}, which computes in a way of its own: "
+                "give plain tensors"
+            )
         if not (leaf.is_floating_point() or leaf.is_complex()):
             raise TypeError(
-                f"params[{name!r}] must have a floating-point or complex dtype, got {leaf.dtype}; "
-                "buffers do not belong among parameters"
+                f"params[{name!r}] must have a floating-point dtype, got {leaf.dtype}; buffers do "
+                "not belong among parameters"
             )
         if leaf.numel() == 0:
             raise ValueError(f"params[{name!r}] is empty: its shape is {tuple(leaf.shape)}")
+
+
+def check_present(name: str, tensor: Tensor) -> None:
+    """Check that a tensor has values.
+
+    Args:
+        name: What it is called in the error.
+        tensor: The tensor.
+
+    Raises:
+        ValueError: It is on the meta device, or of a lazy module that has not run yet.
+    """
+    if is_lazy(tensor):
+        raise ValueError(f"{name!r} has no shape yet: run the module once before")
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name!r} is on the meta device, without values: move the module by "
+            "to_empty(device=...), and load or initialise it, before"
+        )
 
 
 def select(params: Params, config: TopKastConfig) -> list[str]:
@@ -49,8 +83,8 @@ def select(params: Params, config: TopKastConfig) -> list[str]:
         Names of the selected parameters, at least one.
 
     Raises:
-        TypeError: A pattern or the predicate selects a complex parameter.
-        ValueError: A pattern, the predicate or the default rule selects no parameter.
+        ValueError: A pattern, the predicate or the default rule selects no parameter, or one
+            of complex numbers.
     """
     sparse = config.sparse
     if sparse is None:
@@ -61,11 +95,14 @@ def select(params: Params, config: TopKastConfig) -> list[str]:
         chosen = _matching("sparse", sparse, params)
     dense = _matching("keep_dense", config.keep_dense, params)
     chosen = [name for name in chosen if name not in dense]
-    if unreal := [name for name in chosen if params[name].is_complex()]:
-        raise TypeError(f"{unreal} are complex, which train dense: name them in keep_dense")
     if not chosen:
         told = f"sparse={sparse!r}" + (f" less keep_dense={config.keep_dense!r}" if dense else "")
         raise ValueError(f"{told} selects no parameter; there are: {_listed(params)}")
+    if unreal := [name for name in chosen if params[name].is_complex()]:
+        raise ValueError(
+            f"sparse={sparse!r} selects {unreal}, of complex numbers, which are trained densely: "
+            "leave them out of it, or name them in keep_dense"
+        )
     return chosen
 
 
@@ -104,7 +141,7 @@ def _weights(params: Params) -> list[str]:
 
 
 def _is_weight(name: str, leaf: Tensor) -> bool:
-    return name.endswith("weight") and leaf.ndim >= 2 and leaf.is_floating_point()
+    return name.endswith("weight") and leaf.ndim >= 2 and not leaf.is_complex()
 
 
 def _by_default(name: str, leaf: Tensor, config: TopKastConfig) -> bool:

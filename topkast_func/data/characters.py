@@ -34,7 +34,7 @@ class Characters:
             raise ValueError(f"the text at {path} is empty")
         self.alphabet = "".join(sorted(set(text)))
         places = {character: place for place, character in enumerate(self.alphabet)}
-        self.codes = torch.tensor([places[character] for character in text])
+        self.codes = torch.tensor([places[character] for character in text], device="cpu")
 
     def split(self, *shares: float) -> list[Tensor]:
         """Cut the text into consecutive parts.
@@ -66,5 +66,6 @@ def windows(codes: Tensor, length: int, count: int, generator: torch.Generator) 
     """
     if len(codes) < length:
         raise ValueError(f"a window of {length} characters is longer than a text of {len(codes)}")
-    starts = torch.randint(len(codes) - length + 1, (count,), generator=generator)
-    return codes[starts[:, None] + torch.arange(length)]
+    last = len(codes) - length + 1
+    starts = torch.randint(last, (count,), generator=generator, device="cpu")
+    return codes[starts[:, None] + torch.arange(length, device="cpu")]

@@ -32,8 +32,10 @@ class SyntheticDataset(TensorDataset):
     """
 
     def __init__(self, n_obs: int, seed: int = 0) -> None:
-        x = torch.arange(check_count("n_obs", n_obs, 1)) / n_obs
-        noise = torch.rand(n_obs, generator=torch.Generator().manual_seed(seed))
+        chance = torch.Generator("cpu").manual_seed(seed)
+        size = check_count("n_obs", n_obs, 1)
+        x = torch.arange(size, dtype=torch.float32, device="cpu") / n_obs
+        noise = torch.rand(size, generator=chance, dtype=torch.float32, device="cpu")
         self.features = torch.stack((x, x.cos()), 1)
         self.target = self.features.sum(1) + noise
         super().__init__(self.features, self.target)

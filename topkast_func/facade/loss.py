@@ -63,7 +63,8 @@ class TopKastLoss(nn.Module):
             The penalty before its weight, 0-d.
         """
         norms = [norm for module in self.net.modules() for norm in _norms(module)]
-        return torch.stack(norms).sum() if norms else torch.zeros(())
+        none = torch.zeros((), dtype=torch.float32, device=self.device or "cpu")
+        return torch.stack(norms).sum() if norms else none
 
     def forward(self, y_hat: Any, y: Any) -> Tensor:
         """Return the penalised loss.

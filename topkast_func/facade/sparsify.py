@@ -122,7 +122,7 @@ class Sparsifier:
         """Return λ times the exploration penalty, 0-d, to be added to the loss."""
         theta = self._theta()
         if not theta:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32, device="cpu")
         penalty = exploration_penalty(theta, self.masks(), self.config, step=self.steps)
         return self.config.penalty_weight * penalty
 

@@ -91,7 +91,7 @@ class Method:
         Raises:
             NotImplementedError: The method is abstract.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} chooses no sets: override `sets`")
 
 
 def drawn(situation: Situation) -> Sets:

@@ -1,6 +1,7 @@
 """The sparse forward pass: any model at α = θ·1_A, with a gradient that reaches B."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from topkast_func.checks import check_block_shape
 from topkast_func.kernels.pattern import Pattern, pattern_of
 from topkast_func.masks import is_of_blocks
+from topkast_func.model.alone import alone_with, forward_alone, uncompiled
 from topkast_func.model.alpha import alpha, split, straight_through
 from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing_in
 from topkast_func.model.modules import bind, buffers, check_names, frozen, ties
@@ -48,8 +50,8 @@ def sparse_forward(
 
     Args:
         model: A module, or a pure function ``apply(params, *inputs, **options)``. A module is
-            after the call what it was, its buffers too; as with `torch.func.functional_call`,
-            one thread at a time may run it.
+            after the call what it was, its buffers too. Threads that share one take turns; where
+            you compile the call yourself, one thread at a time may make it.
         params: θ by name; for a module, all its trainable parameters, and any of its frozen
             parameters and buffers, which otherwise are the module's own.
         masks: Sets by name, as masks or as `index_masks` returns them; parameters without are
@@ -72,8 +74,13 @@ def sparse_forward(
         >>> sparse_forward(lambda p, x: x @ p["weight"].T, theta, masks, torch.ones(1, 2))
         tensor([[3.]])
     """
-    check_sets(model, params, masks)
-    return at_alpha(model, params, masks)(*inputs, **options)
+    model = uncompiled(model)
+
+    def run() -> Any:
+        check_sets(model, params, masks)
+        return at_alpha(model, params, masks)(*inputs, **options)
+
+    return forward_alone(model, run)
 
 
 def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Callable[..., Any]:
@@ -144,7 +151,8 @@ def index_masks(
         tensor([[  0.,   0.,   0., 220.]])
     """
     block_shape = check_block_shape("block_shape", block_shape)
-    layers = kernel_layers(model)
+    model = uncompiled(model)
+    layers = alone_with(model, partial(kernel_layers, model))
     for name, sets in masks.items():
         if not isinstance(sets, Masks):
             raise TypeError(f"masks[{name!r}] must be Masks, got {type(sets).__name__}")

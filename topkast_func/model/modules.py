@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from topkast_func.types import Model, Params, Tensors
@@ -90,7 +90,21 @@ def buffers(model: object, given: Params | None = None) -> Tensors:
     if not isinstance(model, nn.Module):
         return {}
     held = {**dict(model.named_buffers()), **(given or {})}
-    return {name: held[name].detach().clone() for name, _ in model.named_buffers()}
+    own = {name: held[name].detach() for name, _ in model.named_buffers()}
+    return {name: buffer.as_subclass(Tensor).clone() for name, buffer in own.items()}
+
+
+def parameters_of(model: object) -> dict[str, tuple[nn.Module, str]]:
+    """Return the parameters of a module by name: where they are, and their key."""
+    if not isinstance(model, nn.Module):
+        return {}
+    tied = ties(model)
+    return {
+        name: (module, key)
+        for path, module in model.named_modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and (name := f"{path}.{key}".lstrip(".")) not in tied
+    }
 
 
 def unset_buffers(model: object) -> dict[str, tuple[nn.Module, str]]:

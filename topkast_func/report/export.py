@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.checks import check_count
-from topkast_func.training.state import TrainState, forward_params, masks_of
+from topkast_func.training.state import TrainState, alpha_in, masks_of
 
 
 def to_sparse(
@@ -42,7 +42,7 @@ def to_sparse(
     """
     if layout not in (*LAYOUTS, "bsr"):
         raise ValueError(f"layout must be one of {(*LAYOUTS, 'bsr')}, got {layout!r}")
-    alpha = forward_params(state)
+    alpha = alpha_in(state)
     to_layout = partial(_bsr, block_shape) if layout == "bsr" else LAYOUTS[layout]
     return {
         name: to_layout(alpha[name], masks.forward)
@@ -54,14 +54,24 @@ def to_sparse(
 def _coo(alpha: Tensor, mask: Tensor) -> Tensor:
     indices = mask.nonzero().T
     return torch.sparse_coo_tensor(
-        indices, alpha[mask], alpha.shape, is_coalesced=True, check_invariants=True
+        indices,
+        alpha[mask],
+        alpha.shape,
+        device=alpha.device,
+        is_coalesced=True,
+        check_invariants=True,
     )
 
 
 def _csr(alpha: Tensor, mask: Tensor) -> Tensor:
     pointers = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
     return torch.sparse_csr_tensor(
-        pointers, mask.nonzero()[:, 1], alpha[mask], alpha.shape, check_invariants=True
+        pointers,
+        mask.nonzero()[:, 1],
+        alpha[mask],
+        alpha.shape,
+        device=alpha.device,
+        check_invariants=True,
     )
 
 
@@ -81,6 +91,7 @@ def _bsr(block: tuple[int, int], alpha: Tensor, mask: Tensor) -> Tensor:
         stored.nonzero()[:, 1],
         blocks(alpha)[stored],
         alpha.shape,
+        device=alpha.device,
         check_invariants=True,
     )
 

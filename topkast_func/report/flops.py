@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.training.state import TrainState, forward_params, masks_of
+from topkast_func.turns import EVERYTHING
 from topkast_func.types import Model
 
 
@@ -64,15 +66,20 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
         >>> training_flops(model, state, torch.zeros(8, 100))
         TrainingFlops(sparse=6400.0, dense=48000.0)
     """
+    model = uncompiled(model)
     tensors = forward_params(state)
     owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
-    tensors |= {name: buffer.clone() for name, buffer in state.buffers.items()}
     devices = {t.device.index for t in tensors.values() if t.device.type == "cuda"}
-    with torch.no_grad(), fork_rng(list(devices)), _no_fused_layers(), _Products(owners) as counted:
-        if isinstance(model, torch.nn.Module):
-            functional_call(model, tensors, inputs, options)
-        else:
-            model(tensors, *inputs, **options)
+    counted = _Products(owners)
+
+    def run() -> None:
+        with torch.no_grad(), fork_rng(list(devices)), _no_fused_layers(), counted:
+            if isinstance(model, torch.nn.Module):
+                functional_call(model, tensors, inputs, options)
+            else:
+                model(tensors, *inputs, **options)
+
+    alone_with(model, run, EVERYTHING)
     share = {
         name: 2 * float(masks.forward.double().mean()) + float(masks.backward.double().mean())
         for name, masks in masks_of(state).items()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from topkast_func.config.description import code_of, described, made, told
 from topkast_func.files.container import damage_of, opened, write
 from topkast_func.files.drafts import replacing
 from topkast_func.masks import counts
+from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.modules import check_names, frozen, trainable
 from topkast_func.training.optim import Optimizer, check_optimizer, slot_problem
 from topkast_func.training.state import TrainState, dense_params, masks_of
@@ -169,7 +171,8 @@ def _agreed(path: Path, header: Mapping[str, Any], given: TopKastConfig | None) 
 def _problems(
     state: TrainState, config: TopKastConfig, model: Model | None, optimizer: Optimizer | None
 ) -> list[str | None]:
-    of_model = None if model is None else _model_problem(state, model)
+    model = None if model is None else uncompiled(model)
+    of_model = None if model is None else alone_with(model, partial(_model_problem, state, model))
     known = isinstance(model, nn.Module) and of_model is None
     of_sets = _sparsity_problem(state, config, trainable(model) if known else dense_params(state))
     if of_sets and callable(config.sparse) and not known:

@@ -1,17 +1,20 @@
 """torch.compile for a pure step: one graph, and a clear word where that cannot be."""
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._dynamo.exc import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
     TorchDynamoException,
 )
 from torch.torch_version import TorchVersion
+from torch.utils._pytree import tree_flatten
+
+from topkast_func.warn import warn_caller
 
 ONE_GRAPH: Mapping[str, Any] = {"fullgraph": True, "dynamic": False}
 """Shapes are static: dropout under `torch.func.grad` cannot be traced with dynamic ones."""
@@ -29,8 +32,9 @@ BROKEN = (
 )
 SHAPES = (
     "train_step has met more shapes of batches than torch.compile keeps graphs for "
-    "(torch._dynamo.config.recompile_limit): give batches few shapes, by padding or drop_last, "
-    "raise that limit, or pass make_train_step(..., compile=False)"
+    "(torch._dynamo.config.recompile_limit), or numbers that change: give batches few shapes, by "
+    "padding or drop_last, raise that limit, or pass make_train_step(..., compile=False); numbers "
+    "that change, in the batch or in what loss_fn closes over, are to be passed as tensors"
 )
 
 
@@ -57,7 +61,7 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
         return step
     if TorchVersion(torch.__version__) < TorchVersion(COMPILES_FROM):
         reason = f"torch {torch.__version__} is too old, {COMPILES_FROM} is needed"
-        warnings.warn(EAGER.format(reason), stacklevel=4)
+        warn_caller(EAGER.format(reason))
         return step
     if compile is not True and not isinstance(compile, Mapping):
         raise TypeError(f"compile must be a bool or options of torch.compile, got {compile!r}")
@@ -74,7 +78,7 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
             raise RuntimeError(SHAPES) from failure
         except BackendCompilerFailed as failure:
             reason = f"torch.compile failed ({_cause(failure)}); is there a C++ compiler?"
-            warnings.warn(EAGER.format(reason), stacklevel=3)
+            warn_caller(EAGER.format(reason))
             fast = step
         except TorchDynamoException as failure:
             broken = failure
@@ -84,6 +88,39 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
         raise RuntimeError(BROKEN.format(broken)) from broken
 
     return call
+
+
+def signature(arguments: Any) -> Hashable:
+    """Return what decides whether a graph that was traced for other arguments serves these.
+
+    Args:
+        arguments: A tree of tensors and numbers.
+
+    Returns:
+        Its structure, the kinds of its tensors, its numbers and texts, and whether autocast is on.
+
+    Raises:
+        TypeError: A tensor is of a subclass that torch.compile does not take.
+    """
+    leaves, structure = tree_flatten(arguments)
+    kinds = tuple(map(_kind, leaves))
+    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+    casts = tuple((d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d))
+    return structure, kinds, casts
+
+
+def _kind(leaf: Any) -> object:
+    if isinstance(leaf, Tensor):
+        own_dispatch = type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if not own_dispatch and type(leaf) not in (Tensor, nn.Parameter, nn.Buffer):
+            raise TypeError(
+                f"the batch holds a {type(leaf).__name__}, which a compiled step does not take: "
+                "give it as plain tensor (tensor.as_subclass(torch.Tensor)), or pass "
+                "make_train_step(..., compile=False)"
+            )
+        strides = leaf.stride() if leaf.layout == torch.strided else None
+        return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad
+    return leaf if isinstance(leaf, (bool, int, float, str, bytes)) else type(leaf)
 
 
 def _fresh(step: Any) -> FunctionType:

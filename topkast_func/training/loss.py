@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from topkast_func.config import TopKastConfig
+from topkast_func.model.alone import forward_alone, uncompiled
 from topkast_func.model.forward import AnySets, Indexed, at_alpha, check_sets
 from topkast_func.penalty import masked_parts, summed_penalty
 from topkast_func.types import LossFn, Model, Params
@@ -90,8 +91,13 @@ def penalized_loss(
         TypeError: ``loss_fn`` returns no scalar tensor, or see `sparse_forward`.
         ValueError: The parameters are not those of the model, nor the masks theirs.
     """
-    check_sets(model, params, masks)
-    data_loss = check_scalar(loss_fn(at_alpha(model, params, masks), batch))
+    model = uncompiled(model)
+
+    def run() -> Tensor:
+        check_sets(model, params, masks)
+        return check_scalar(loss_fn(at_alpha(model, params, masks), batch))
+
+    data_loss = forward_alone(model, run)
     penalty = exploration_penalty(params, masks, config, step=step)
     return data_loss + config.penalty_weight * penalty
 

@@ -1,20 +1,36 @@
 """What makes a step pure: a forward pass without side effects, random numbers of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from topkast_func.model.modules import bind, ties, unset_buffers
-from topkast_func.training.state import TrainState, forward_params
+from topkast_func.training.state import TrainState, alpha_in
+from topkast_func.turns import (
+    EVERYTHING,
+    NO_RANDOM_NUMBERS,
+    RANDOM_NUMBERS,
+    Claims,
+    begin_again,
+)
 from topkast_func.types import LossFn, Model
 
+Result = TypeVar("Result")
 
+UNSEEN = (
+    "the loss does not depend on what is trained: call the model through apply: model(x) has the "
+    "original weights; and detach nothing, nor compute under torch.no_grad(), on the way to it"
+)
+
+
+@torch.enable_grad()
 def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> None:
     """Try the forward pass on copies: a compiled step would write changes into the state.
 
@@ -26,14 +42,16 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
 
     Raises:
         ValueError: It changes a parameter or its inputs, gives a buffer another shape, or sets
-            one that was None. What else is wrong with it is for the step to say.
+            one that was None; or the loss does not depend on what is trained. What else is
+            wrong with it is for the step to say.
     """
     batch = tree_map_only(Tensor, torch.clone, batch)
-    before, unset = forward_params(state), unset_buffers(model)
-    weights = {name: tensor.clone() for name, tensor in before.items()}
-    held = dict(weights)
+    before, unset = alpha_in(state), unset_buffers(model)
+    trained = {name: before[name].detach().requires_grad_() for name in state.weights.shapes()}
+    weights = {name: tensor.clone() for name, tensor in {**before, **trained}.items()}
+    held, loss = dict(weights), None
     with random_numbers_of(state), suppress(Exception):
-        loss_fn(bind(model, ties(model), weights, {}, held), batch)
+        loss = loss_fn(bind(model, ties(model), weights, {}, held), batch)
     same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
     written = {name: held.pop(name) for name in state.buffers}
     if changed := [
@@ -56,24 +74,94 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
         raise ValueError(
             f"the forward pass sets buffers {newly_set} that were None: register them as tensors"
         )
+    if isinstance(loss, Tensor) and not _depends_on(loss, trained.values()):
+        raise ValueError(UNSEEN)
+
+
+def _depends_on(loss: Tensor, leaves: Iterable[Tensor]) -> bool:
+    """Return whether a leaf is in the graph of a loss, whatever the gradient is."""
+    ends = {get_gradient_edge(leaf).node for leaf in leaves}
+    met: set[Node | None] = {None}
+    ahead: set[Any] = {loss.grad_fn}
+    while ahead := ahead - met:
+        if ends & ahead:
+            return True
+        met |= ahead
+        ahead = {node for behind in ahead for node, _ in behind.next_functions}
+    return False
+
+
+class Draws:
+    """Which kinds of work draw random numbers, as found out by doing it."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, bool] = {}
+
+    def claims(self, kind: Hashable) -> Claims:
+        """Return what work of a kind claims: the first of its kind, which may compile, all.
+
+        Args:
+            kind: What decides whether it draws and whether it compiles.
+
+        Returns:
+            The claim, but for that to the model.
+        """
+        if kind not in self._found:
+            return EVERYTHING
+        return RANDOM_NUMBERS if self._found[kind] else NO_RANDOM_NUMBERS
+
+    def run(self, kind: Hashable, state: TrainState, work: Callable[[], Result]) -> Result:
+        """Do work in its turn, with the random numbers of a state if it draws any.
+
+        Args:
+            kind: Kind of the work.
+            state: The state.
+            work: A pure function.
+
+        Returns:
+            What it returns.
+        """
+        if self._found.get(kind, True):
+            with random_numbers_of(state) as drawn:
+                result = work()
+                self._found[kind] = self._found.get(kind, False) or drawn()
+            return result
+        generators = _generators(state)
+        before = [generator.get_state() for generator in generators]
+        result = work()
+        if _differ(generators, before):
+            for generator, start in zip(generators, before, strict=True):
+                generator.set_state(start)
+            self._found.pop(kind)
+            begin_again(RANDOM_NUMBERS)
+        return result
 
 
 @contextmanager
-def random_numbers_of(state: TrainState) -> Iterator[None]:
+def random_numbers_of(state: TrainState) -> Iterator[Callable[[], bool]]:
     """Draw the random numbers of a step, and leave the caller's generators as they are.
 
     Args:
         state: The state; its seed, its step and the calls of its optimiser decide.
 
     Yields:
-        Nothing.
+        A function that tells whether any have been drawn.
     """
-    device = next(iter(state.weights.values().values())).device
-    cuda = [device.index] if device.type == "cuda" else []
     entropy = (int(state.seed), int(state.step), int(state.optimizer.step))
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        for index in cuda:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield
+    generators = _generators(state)
+    with torch.random.fork_rng(devices=[g.device.index for g in generators[1:]]):
+        before = [generator.manual_seed(seed).get_state() for generator in generators]
+        yield lambda: _differ(generators, before)
+
+
+def _generators(state: TrainState) -> list[torch.Generator]:
+    """Return the generators of the process that a step may draw from, that of the CPU first."""
+    device = next(iter(state.weights.values().values())).device
+    own = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
+    return [torch.default_generator, *own]
+
+
+def _differ(generators: list[torch.Generator], before: list[Tensor]) -> bool:
+    pairs = zip(generators, before, strict=True)
+    return not all(torch.equal(generator.get_state(), start) for generator, start in pairs)

@@ -2,18 +2,22 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, TypeAlias
+from functools import partial
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import given_sparsity, shared_among_all
+from topkast_func.config.selection import check_present
 from topkast_func.entry import entered
 from topkast_func.masks import compute_masks, masks_at
+from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.layers import kernel_layers
-from topkast_func.model.modules import buffers, frozen, ties, trainable
+from topkast_func.model.modules import buffers, frozen, tensors_of, ties, trainable
 from topkast_func.powerprop import check_moves, phi_of, theta_of
 from topkast_func.sparsity import ByPattern
 from topkast_func.storage.compact import CompactWeights, compact
@@ -24,6 +28,8 @@ from topkast_func.types import Masks, Params, Tensors
 
 Weights: TypeAlias = CompactWeights | DenseWeights
 """The weights of a state, in either storage."""
+
+Tree = TypeVar("Tree")
 
 Storage: TypeAlias = Literal["compact", "dense"]
 
@@ -55,6 +61,7 @@ class TrainState(NamedTuple):
     exponents: Tensors
 
 
+@torch.inference_mode(False)
 def init_state(
     model_or_params: nn.Module | Params,
     config: TopKastConfig,
@@ -86,13 +93,14 @@ def init_state(
         The state before step 0. It shares no memory with the arguments.
 
     Raises:
-        TypeError: A leaf is not a floating-point tensor, ``optimizer`` is none of this library, or
-            ``masks`` are not `Masks` of bool.
-        ValueError: There is nothing to train, a leaf is empty, the configuration does not fit,
-            a tied weight is given two sparsities, ``masks`` are not what the configuration asks
-            for, ``theta_device`` is given for dense storage, compact storage is asked for an
-            optimiser that is not elementwise, or a parameter that is to be trained by
-            powerpropagation is zero everywhere.
+        TypeError: A leaf is no plain floating-point or complex tensor (see `compute_masks`),
+            ``optimizer`` is none of this library, or ``masks`` are not `Masks` of bool.
+        ValueError: There is nothing to train, a leaf is empty or without values (on the meta
+            device, of a lazy module), the configuration does not fit, a tied weight is given two
+            sparsities, ``masks`` are not what the configuration asks for, ``theta_device`` is
+            given for dense storage, compact storage is asked for an optimiser that is not
+            elementwise, or a parameter that is to be trained by powerpropagation is zero
+            everywhere.
         NaNParameterError: A leaf holds NaN; a ValueError too.
     """
     if storage not in ("compact", "dense"):
@@ -105,25 +113,44 @@ def init_state(
             f"{optimizer} may need the shapes of weights, and compact storage keeps the entries of "
             "B in one row: pass storage='dense', or make it with elementwise=True if it does not"
         )
-    model = model_or_params
+    model = uncompiled(model_or_params)
+    seed = check_count("seed", seed, 0)
+    mask_seed = seed if mask_seed is None else check_count("mask_seed", mask_seed, 0)
+    begin = partial(
+        _first_state, model, config, optimizer, storage, theta_device, (seed, mask_seed), masks
+    )
+    return alone_with(model, begin)
+
+
+def _first_state(
+    model: nn.Module | Params,
+    config: TopKastConfig,
+    optimizer: Optimizer,
+    storage: Storage,
+    theta_device: torch.device | str | None,
+    seeds: tuple[int, int],
+    masks: Mapping[str, Masks] | None,
+) -> TrainState:
     params = trainable(model) if isinstance(model, nn.Module) else model
     if not params:
         raise ValueError("there is no parameter that requires a gradient")
+    for name, tensor in tensors_of(model).items():
+        check_present(name, tensor)
     check_ties(model, config)
-    seed = check_count("seed", seed, 0)
-    mask_seed = seed if mask_seed is None else check_count("mask_seed", mask_seed, 0)
     if masks is None:
-        masks = compute_masks(params, config, seed=mask_seed)
+        masks = compute_masks(params, config, seed=seeds[1])
     else:
         check_masks(params, masks, config)
         masks = {n: Masks(*(m.to(params[n].device, copy=True) for m in masks[n])) for n in masks}
+    params = {name: theta.detach().as_subclass(Tensor) for name, theta in params.items()}
     exponents: Tensors = {}
     if config.powerprop > 1.0:
         names = given_sparsity(params, config)
         for name in names:
             check_moves(name, params[name], config.powerprop)
-        exponents = {n: torch.tensor(config.powerprop, dtype=torch.float64) for n in names}
-        params = {**params, **{n: phi_of(params[n].detach(), config.powerprop) for n in names}}
+        exponent = torch.tensor(config.powerprop, dtype=torch.float64, device="cpu")
+        exponents = {name: exponent.clone() for name in names}
+        params = {**params, **{n: phi_of(params[n], config.powerprop) for n in names}}
     weights: Weights
     if storage == "compact":
         matrices = [name for name, theta in params.items() if theta.ndim == 2]
@@ -132,9 +159,9 @@ def init_state(
     else:
         weights = DenseWeights(_copied(params), masks)
     return TrainState(
-        step=torch.zeros((), dtype=torch.int64),
-        seed=torch.tensor(seed % 2**63),
-        mask_seed=torch.tensor(mask_seed % 2**63),
+        step=torch.zeros((), dtype=torch.int64, device="cpu"),
+        seed=torch.tensor(seeds[0] % 2**63, device="cpu"),
+        mask_seed=torch.tensor(seeds[1] % 2**63, device="cpu"),
         weights=weights,
         buffers=buffers(model),
         frozen=_copied(frozen(model)),
@@ -143,6 +170,7 @@ def init_state(
     )
 
 
+@torch.inference_mode(False)
 def refresh(
     state: TrainState, config: TopKastConfig, gradients: Params | None = None
 ) -> TrainState:
@@ -159,14 +187,20 @@ def refresh(
         The state with its new sets.
 
     Raises:
-        ValueError: The method reads gradients and there are none, or the configuration gives a
-            sparse parameter no sparsity.
+        ValueError: The method reads gradients and there are none, the configuration gives a
+            sparse parameter no sparsity, or its method is to train densely.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
+    state = ordinary(state) if state.step.is_inference() else state
+    if state.weights.sparse() and not config.method.sparsifies:
+        raise ValueError(
+            f"method={config.method} chooses no sets, and the state is sparse: begin dense "
+            "training with init_state, from a module that has loaded dense_params(state)"
+        )
     dense, masks = chosen_anew(
         state.weights.dense(),
         state.weights.sparse(),
-        lambda: masks_of(state),
+        state.weights.masks,
         config,
         step=int(state.step),
         seed=int(state.mask_seed),
@@ -239,10 +273,9 @@ def dense_params(state: TrainState) -> Tensors:
         state: The state.
 
     Returns:
-        θ; in dense storage the tensors of the state, not copies; in compact storage the sparse
-        parameters are put together, on ``theta_device``.
+        θ, copies; in compact storage the sparse parameters are on ``theta_device``.
     """
-    return _powered(state.weights.dense(), state.exponents)
+    return _apart(state, theta_in(state))
 
 
 def masks_of(state: TrainState) -> dict[str, Masks]:
@@ -252,9 +285,10 @@ def masks_of(state: TrainState) -> dict[str, Masks]:
         state: The state.
 
     Returns:
-        Masks by name; dense parameters are absent.
+        Masks by name, copies; dense parameters are absent.
     """
-    return state.weights.masks()
+    masks = state.weights.masks()
+    return {n: Masks(sets.forward.clone(), sets.backward.clone()) for n, sets in masks.items()}
 
 
 def forward_params(state: TrainState) -> Tensors:
@@ -267,10 +301,29 @@ def forward_params(state: TrainState) -> Tensors:
         state: The state.
 
     Returns:
-        Tensors by name: α, then frozen parameters, then buffers. ``load_state_dict`` passes over
-        buffers that are not persistent, `functional_call` does not.
+        Tensors by name, copies, which the model may write to: α, then frozen parameters, then
+        buffers. ``load_state_dict`` passes over buffers that are not persistent,
+        `functional_call` does not.
     """
+    return _apart(state, alpha_in(state))
+
+
+def theta_in(state: TrainState) -> Tensors:
+    """Return θ by name, to be read: some tensors are those of the state."""
+    return _powered(state.weights.dense(), state.exponents)
+
+
+def alpha_in(state: TrainState) -> Tensors:
+    """Return what `forward_params` does, to be read: some tensors are those of the state."""
     return {**_powered(state.weights.forward(), state.exponents), **state.frozen, **state.buffers}
+
+
+def ordinary(tree: Tree) -> Tree:
+    """Copy the inference tensors of a tree, which autograd refuses; leave the others."""
+    if not any(leaf.is_inference() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)):
+        return tree
+    copied: Tree = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, tree)
+    return copied
 
 
 def check_ties(model: object, config: TopKastConfig) -> None:
@@ -314,5 +367,11 @@ def _powered(raw: Tensors, exponents: Params) -> Tensors:
     return raw | {name: theta_of(raw[name], a) for name, a in exponents.items()}
 
 
+def _apart(state: TrainState, tensors: Tensors) -> Tensors:
+    """Copy the tensors that are those of a state."""
+    held = set(map(id, tree_leaves(state)))
+    return {name: t.clone() if id(t) in held else t for name, t in tensors.items()}
+
+
 def _copied(tensors: Params) -> Tensors:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return {name: tensor.detach().as_subclass(Tensor).clone() for name, tensor in tensors.items()}

@@ -1,8 +1,7 @@
 """The stateless training step: state and batch in, state and metrics out."""
 
-import warnings
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -12,16 +11,26 @@ from torch.utils._pytree import tree_map
 
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.engines import EngineName, check_engine
+from topkast_func.model.alone import (
+    alone_with,
+    as_written,
+    check_uncompiled,
+    claim,
+    parts_of,
+    uncompiled,
+)
 from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing_in
-from topkast_func.model.modules import bind, check_fit, modes, tensors_of, ties
+from topkast_func.model.modules import bind, check_fit, modes, parameters_of, tensors_of, ties
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
-from topkast_func.training.compilation import compiled
+from topkast_func.training.compilation import compiled, signature
 from topkast_func.training.loss import check_scalar
 from topkast_func.training.optim import Optimizer, OptimizerState, Rate, check_optimizer
-from topkast_func.training.purity import check_pure, random_numbers_of
-from topkast_func.training.state import TrainState, forward_params, refresh
+from topkast_func.training.purity import Draws, check_pure, random_numbers_of
+from topkast_func.training.state import TrainState, alpha_in, ordinary, refresh
+from topkast_func.turns import RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Params, Tensors
+from topkast_func.warn import warn_caller
 
 
 class StepMetrics(NamedTuple):
@@ -40,6 +49,12 @@ class StepMetrics(NamedTuple):
 
 Objective: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensors]]
 """The loss; beside it the data loss, the penalty and the buffers as the model left them."""
+
+EXCHANGED = (
+    "{!r} requires {} gradient, but the state {} it: undo that, or, to change what is trained, "
+    "begin anew with init_state, from a module that has loaded dense_params(state)"
+)
+_ROLES = {False: ("no", "trains"), True: ("a", "holds and freezes")}
 
 TrainStep: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
@@ -104,9 +119,11 @@ def make_train_step(
     for name, function in (("model", model), ("loss_fn", loss_fn)):
         if not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-    layers = kernel_layers(model)
+    model, loss_fn = uncompiled(model), uncompiled(loss_fn)
+    check_uncompiled(model)
+    layers = alone_with(model, partial(kernel_layers, model))
     stand_ins = {name: StandIn(layer, engine) for name, layer in layers.items()}
-    check = _check_of(model, config, optimizer)
+    check = alone_with(model, partial(_check_of, model, config, optimizer))
     schedule = config.schedule
 
     @cache
@@ -121,26 +138,51 @@ def make_train_step(
         last = max(int(state.step) - 1, 0)
         return gradients_from(schedule.stage(last))(state, batch)
 
-    run_from(0)
+    alone_with(model, partial(run_from, 0))
+    parts, draws = parts_of(model), Draws()
+    own = claim(parts)
     tried: set[tuple[bool, ...]] = set()
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+    def due(state: TrainState) -> bool:
+        begins = int(state.optimizer.step) % optimizer.every == 0
+        return begins and schedule.refreshes_at(int(state.step))
+
+    def in_its_turn(
+        state: TrainState, batch: Any, mode: tuple[bool, ...], kind: Hashable
+    ) -> tuple[TrainState, StepMetrics]:
         check(state)
-        if (mode := modes(model)) not in tried:
+        if mode not in tried:
             check_pure(model, loss_fn, state, batch)
             tried.add(mode)
-        if int(state.optimizer.step) % optimizer.every == 0:
-            state = _refreshed_when_due(state, config, lambda: gradients(state, batch))
+        if due(state):
+            read = partial(draws.run, (kind, "gradients"), state, lambda: gradients(state, batch))
+            state = _refreshed(state, config, read)
         patterns = state.weights.layers()
         kernels = {
             name: stand_ins[name]
             for name, layer in layers.items()
             if name in patterns and "forward" not in vars(layer)
         }
-        run = run_from(schedule.stage(int(state.step)))
-        with random_numbers_of(state), standing_in(kernels):
+
+        def step() -> tuple[TrainState, StepMetrics]:
+            run = run_from(schedule.stage(int(state.step)))
             rate = optimizer.learning_rate(state.optimizer.step)
-            return run(tuple(kernels), state, batch, tree_map(lambda lr: lr.reshape(1), rate))
+            with standing_in(kernels):
+                return run(tuple(kernels), state, batch, tree_map(lambda lr: lr.reshape(1), rate))
+
+        return draws.run(kind, state, step)
+
+    @torch.inference_mode(False)
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        state = ordinary(state) if state.step.is_inference() else state
+        batch, mode = ordinary(batch), modes(model)
+        kind: Hashable = mode
+        if compile is not False:
+            sizes = tuple(value.shape for value in state.weights.values().values())
+            told = (type(state.weights), sizes, schedule.stage(int(state.step)), due(state))
+            kind = (mode, *told, signature(batch))
+        work = partial(in_its_turn, state, batch, mode, kind)
+        return in_turn(own | draws.claims(kind), partial(as_written, parts, work))
 
     return train_step
 
@@ -162,15 +204,20 @@ def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any
     Raises:
         TypeError: The loss is no 0-d tensor.
     """
-    with random_numbers_of(state):
-        return _gradients_of(model, loss_fn)(state, batch)
+    model, loss_fn = uncompiled(model), uncompiled(loss_fn)
+
+    def gradients() -> Tensors:
+        with random_numbers_of(state):
+            return _gradients_of(model, loss_fn)(state, batch)
+
+    return alone_with(model, gradients, RANDOM_NUMBERS)
 
 
 def _gradients_of(model: Model, loss_fn: LossFn) -> Callable[[TrainState, Any], Tensors]:
     tied = ties(model)
 
     def gradients(state: TrainState, batch: Any) -> Tensors:
-        weights = forward_params(state)
+        weights = alpha_in(state)
 
         def objective(sparse: Tensors) -> Tensor:
             written = {name: buffer.clone() for name, buffer in state.buffers.items()}
@@ -240,13 +287,17 @@ def _check_of(
     model: Model, config: TopKastConfig, optimizer: Optimizer
 ) -> Callable[[TrainState], None]:
     """Return a check, quick where it passes, that a state is of this model and training."""
-    own = _shapes(tensors_of(model))
+    own, parameters = _shapes(tensors_of(model)), parameters_of(model)
     kinds = optimizer.init({}).slots.keys()
 
     def check(state: TrainState) -> None:
         held = {**state.weights.shapes(), **_shapes({**state.frozen, **state.buffers})}
         if own and held != own:
             check_fit(model, held)
+        for name, (module, key) in parameters.items():
+            parameter = module._parameters.get(key)
+            if parameter is not None and parameter.requires_grad == (name in state.frozen):
+                raise ValueError(EXCHANGED.format(name, *_ROLES[name in state.frozen]))
         if state.optimizer.slots.keys() != kinds:
             found = sorted(state.optimizer.slots)
             raise ValueError(
@@ -267,16 +318,14 @@ def _shapes(tensors: Params) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _refreshed_when_due(
+def _refreshed(
     state: TrainState, config: TopKastConfig, gradients: Callable[[], Tensors]
 ) -> TrainState:
-    if not config.schedule.refreshes_at(int(state.step)):
-        return state
+    """Return the state with new sets, or as it is where NaN forbids to choose any."""
     try:
         if not config.method.reads_gradient:
             return refresh(state, config)
-        with random_numbers_of(state):
-            return refresh(state, config, gradients())
+        return refresh(state, config, gradients())
     except NaNParameterError as reason:
-        warnings.warn(f"no refresh before step {int(state.step)}: {reason}", stacklevel=3)
+        warn_caller(f"no refresh before step {int(state.step)}: {reason}")
         return state

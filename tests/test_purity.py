@@ -1,0 +1,161 @@
+"""What the first step in each mode finds out: whether the loss sees what is trained."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import topkast_func as tk
+
+CONFIG = tk.TopKastConfig(forward_sparsity=0.7, backward_sparsity=0.4)
+OPTIMIZER = tk.adamw(0.01)
+AOT = {"backend": "aot_eager"}
+BATCH = (torch.ones(4, 6), torch.zeros(4, 3))
+compiled_or_not = pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "compiled"])
+
+Loss = Callable[[nn.Module], Callable[[Any, Any], Tensor]]
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def mse(apply: Any, batch: Any) -> Tensor:
+    return nn.functional.mse_loss(apply(batch[0]), batch[1])
+
+
+def without_gradients(apply: Any, batch: Any) -> Tensor:
+    with torch.no_grad():
+        return mse(apply, batch)
+
+
+def first_step(
+    model: nn.Module, loss: Any, compile: Any, storage: Any = "compact"
+) -> tk.TrainState:
+    state = tk.init_state(model, CONFIG, OPTIMIZER, storage=storage)
+    return tk.make_train_step(model, loss, CONFIG, OPTIMIZER, compile=compile)(state, BATCH)[0]
+
+
+UNSEEING: dict[str, Loss] = {
+    "detached": lambda model: lambda apply, batch: mse(apply, batch).detach(),
+    "constant": lambda model: lambda apply, batch: torch.tensor(1.0),
+    "constant that requires a gradient": lambda model: (
+        lambda apply, batch: torch.tensor(1.0, requires_grad=True)
+    ),
+    "no_grad": lambda model: without_gradients,
+    "the module itself": lambda model: lambda apply, batch: mse(model, batch),
+    "the inputs alone": lambda model: lambda apply, batch: batch[0].square().mean(),
+}
+
+
+@compiled_or_not
+@pytest.mark.parametrize("loss", UNSEEING.values(), ids=UNSEEING.keys())
+def test_a_loss_that_does_not_see_what_is_trained_is_refused(loss: Loss, compile: Any) -> None:
+    model = network()
+    with pytest.raises(ValueError, match=r"call the model through apply: model\(x\) has the orig"):
+        first_step(model, loss(model), compile)
+
+
+def test_a_pure_function_that_reads_no_weights_is_refused() -> None:
+    params = {"weight": torch.randn(3, 6)}
+    step = tk.make_train_step(lambda p, x: x[:, :3] * 2, mse, CONFIG, OPTIMIZER, compile=False)
+    with pytest.raises(ValueError, match="does not depend on what is trained"):
+        step(tk.init_state(params, CONFIG, OPTIMIZER), BATCH)
+
+
+SEEING: dict[str, Loss] = {
+    "some weights alone": lambda model: lambda apply, batch: apply(batch[0])[:, 0].mean(),
+    "dead units": lambda model: lambda apply, batch: (apply(batch[0]) - 1e6).relu().sum(),
+    "times zero": lambda model: lambda apply, batch: 0.0 * mse(apply, batch),
+    "beside the module itself": lambda model: (
+        lambda apply, batch: (
+            mse(apply, batch) + apply(batch[0]).sub(model(batch[0])).square().mean()
+        )
+    ),
+    "beside a derivative": lambda model: (
+        lambda apply, batch: torch.func.grad(lambda x: apply(x).sum())(batch[0]).square().mean()
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", SEEING.values(), ids=SEEING.keys())
+def test_a_gradient_of_zero_is_no_reason_to_refuse_a_loss(loss: Loss) -> None:
+    model = network()
+    assert int(first_step(model, loss(model), compile=False, storage="dense").step) == 1
+
+
+@pytest.mark.parametrize("frozen", ["0", "2"])
+def test_a_loss_behind_frozen_parts_sees_what_is_trained(frozen: str) -> None:
+    model = network()
+    model.get_submodule(frozen).requires_grad_(False)
+    with torch.no_grad():
+        assert int(first_step(model, mse, compile=False).step) == 1
+
+
+def test_what_a_trial_cannot_run_is_for_the_step_to_name() -> None:
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        first_step(network(), lambda apply, batch: batch[0].shape.no_such_thing, compile=False)
+
+
+def test_each_mode_of_the_module_is_tried() -> None:
+    class Teacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) if self.training else self.layer(x).detach()
+
+    model = Teacher()
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    train_step = tk.make_train_step(model, mse, CONFIG, OPTIMIZER, compile=False)
+    state, _ = train_step(state, BATCH)
+    model.eval()
+    with pytest.raises(ValueError, match="does not depend on what is trained"):
+        train_step(state, BATCH)
+
+
+# What requires a gradient is what is trained, at every step.
+
+
+@pytest.mark.parametrize("storage", ["compact", "dense"])
+def test_a_parameter_that_is_frozen_in_mid_run_is_named(storage: Any) -> None:
+    model = network()
+    state = tk.init_state(model, CONFIG, OPTIMIZER, storage=storage)
+    train_step = tk.make_train_step(model, mse, CONFIG, OPTIMIZER, compile=False)
+    state, _ = train_step(state, BATCH)
+    model.get_parameter("2.weight").requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'2.weight' requires no gradient, but the state trains"):
+        train_step(state, BATCH)
+    model.get_parameter("2.weight").requires_grad_(True)
+    assert int(train_step(state, BATCH)[0].step) == 2
+
+
+def test_a_parameter_that_is_unfrozen_in_mid_run_is_named() -> None:
+    model = network()
+    model.get_parameter("0.bias").requires_grad_(False)
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    train_step = tk.make_train_step(model, mse, CONFIG, OPTIMIZER, compile=False)
+    state, _ = train_step(state, BATCH)
+    model.get_parameter("0.bias").requires_grad_(True)
+    with pytest.raises(ValueError, match=r"'0.bias' requires a gradient, but .* freezes it"):
+        train_step(state, BATCH)
+
+
+def test_the_way_on_from_a_change_of_what_is_trained() -> None:
+    model = network()
+    state = first_step(model, mse, compile=False)
+    theta = tk.dense_params(state)
+    model.load_state_dict(theta, strict=False)
+    model.get_parameter("2.weight").requires_grad_(False)
+    after = first_step(model, mse, compile=False)
+    assert torch.equal(after.frozen["2.weight"], theta["2.weight"])
+    assert not torch.equal(tk.dense_params(after)["0.weight"], theta["0.weight"])
+
+
+def test_tied_weights_count_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    model.get_submodule("1").weight = model.get_submodule("0").weight
+    assert int(first_step(model, mse, compile=False).step) == 1

@@ -1,0 +1,111 @@
+"""A model in its turn, and as it is written: what it is read and run by."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from topkast_func.model.modules import modes
+from topkast_func.turns import RANDOM_NUMBERS, Claims, in_turn
+
+Compiled = TypeVar("Compiled")
+Result = TypeVar("Result")
+
+
+def parts_of(model: object) -> list[Any]:
+    """Return the parts of a module, itself the first; anything else alone."""
+    return list(model.modules()) if isinstance(model, nn.Module) else [model]
+
+
+def alone_with(model: object, run: Callable[[], Result], claims: Claims = frozenset()) -> Result:
+    """Read or run a model in turn, as it is written.
+
+    Args:
+        model: A module, or anything else.
+        run: A pure function, apart from what it does to the model and undoes.
+        claims: What else it uses.
+
+    Returns:
+        What the function returns.
+    """
+    parts = parts_of(model)
+    return in_turn(claim(parts) | claims, partial(as_written, parts, run))
+
+
+def claim(parts: Iterable[object]) -> Claims:
+    """Return the claim to a model: to each of its parts, since models may share some."""
+    return frozenset(map(id, parts))
+
+
+def forward_alone(model: object, run: Callable[[], Result]) -> Result:
+    """Run a model's forward pass in turn; where Dynamo traces it, as it is.
+
+    Args:
+        model: A module, or a pure function.
+        run: The forward pass.
+
+    Returns:
+        What it returns.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return run()
+    return alone_with(model, run, may_draw(model))
+
+
+def may_draw(model: object) -> Claims:
+    """Return a claim to the random numbers, unless the model is a module in evaluation mode."""
+    evaluates = isinstance(model, nn.Module) and not any(modes(model))
+    return frozenset() if evaluates else RANDOM_NUMBERS
+
+
+def as_written(parts: Iterable[object], run: Callable[[], Result]) -> Result:
+    """Run a function while parts that `torch.nn.Module.compile` has compiled are as written.
+
+    What `torch.func` differentiates cannot be compiled inside; a step is compiled as a whole.
+
+    Args:
+        parts: The parts of a model.
+        run: The function.
+
+    Returns:
+        What the function returns.
+    """
+    held = [vars(part) for part in parts if isinstance(part, nn.Module)]
+    lent = [attributes for attributes in held if "_compiled_call_impl" in attributes]
+    calls = [attributes.pop("_compiled_call_impl") for attributes in lent]
+    try:
+        return run()
+    finally:
+        for attributes, call in zip(lent, calls, strict=True):
+            attributes["_compiled_call_impl"] = call
+
+
+def uncompiled(model: Compiled) -> Compiled:
+    """Return the module or function that torch.compile wrapped; anything else as it is."""
+    if isinstance(model, nn.Module):
+        return model._modules.get("_orig_mod", model)  # type: ignore[return-value]
+    if isinstance(model, FunctionType):
+        return vars(model).get("_torchdynamo_orig_callable", model)  # type: ignore[no-any-return]
+    return model
+
+
+def check_uncompiled(model: object) -> None:
+    """Check that no part of a module is one that torch.compile returned.
+
+    Args:
+        model: A module, or anything else.
+
+    Raises:
+        ValueError: One is; its weights would go by other names than those of the module in it.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    compiled = [name for name, part in model.named_modules() if "_orig_mod" in part._modules]
+    if compiled:
+        raise ValueError(
+            f"the parts {compiled} of the model are what torch.compile returned: put the modules "
+            "themselves in their place (part._orig_mod); the step is compiled as a whole"
+        )
