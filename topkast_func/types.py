@@ -14,8 +14,9 @@ Tensors: TypeAlias = dict[str, Tensor]
 Model: TypeAlias = nn.Module | Callable[..., Any]
 """A module, or a pure function ``apply(params, *inputs)``."""
 
-LossFn: TypeAlias = Callable[[Callable[..., Any], Any], Tensor]
-"""``loss_fn(apply, batch)``: the scalar loss of a batch under the bound ``apply``."""
+LossFn: TypeAlias = Callable[[Callable[..., Any], Any], Any]
+"""``loss_fn(apply, batch)``: the scalar loss of a batch under the bound ``apply``, or a pair of it
+and a tree of tensors."""
 
 BlockNorm: TypeAlias = Literal["l2", "l1"]
 """By which norm blocks are ranked."""

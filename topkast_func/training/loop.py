@@ -47,6 +47,9 @@ def train(
     Returns:
         The state after the last step.
 
+    Raises:
+        ValueError: ``train_step`` was made with another configuration.
+
     Example:
         >>> import torch
         >>> from topkast_func import init_state, make_train_step, sgd
@@ -58,11 +61,14 @@ def train(
         >>> int(state.step)
         3
     """
+    own = getattr(train_step, "config", config)
+    if own != config:
+        raise ValueError(f"train_step was made with another configuration, {own}, than {config}")
     for batch in batches:
         before = state
         state, metrics = train_step(before, batch)
         for callback in callbacks:
-            if config.schedule.refreshes_at(int(before.step)):
+            if metrics.refreshed:
                 callback.on_refresh(before, state)
             callback.on_step(state, metrics)
     return state

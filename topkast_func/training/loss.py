@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from topkast_func.config import TopKastConfig
 from topkast_func.model.alone import forward_alone, uncompiled
@@ -77,7 +78,7 @@ def penalized_loss(
     Args:
         model: A module, or a pure function ``apply(params, *inputs)``.
         loss_fn: ``loss_fn(apply, batch)`` to a scalar, where ``apply(*inputs)`` is the sparse
-            forward pass bound to the current parameters.
+            forward pass bound to the current parameters. Of a pair (scalar, aux) the scalar counts.
         params: θ by name.
         masks: Sets by name, as masks or as `index_masks` returns them.
         batch: Whatever ``loss_fn`` takes.
@@ -95,27 +96,32 @@ def penalized_loss(
 
     def run() -> Tensor:
         check_sets(model, params, masks)
-        return check_scalar(loss_fn(at_alpha(model, params, masks), batch))
+        return loss_and_aux(loss_fn(at_alpha(model, params, masks), batch))[0]
 
     data_loss = forward_alone(model, run)
     penalty = exploration_penalty(params, masks, config, step=step)
     return data_loss + config.penalty_weight * penalty
 
 
-def check_scalar(loss: object) -> Tensor:
-    """Return ``loss`` if it is a 0-d tensor.
+def loss_and_aux(result: object) -> tuple[Tensor, tuple[Any, ...]]:
+    """Return the loss, and what came with it.
 
     Args:
-        loss: What a loss function returned.
+        result: What a loss function returned: a 0-d tensor, or a pair of it and a tree of tensors.
 
     Returns:
-        The loss.
+        The loss, and the tree in a tuple, which is empty where there is none.
 
     Raises:
-        TypeError: It is not a tensor, or not 0-d.
+        TypeError: The loss is not a tensor, or not 0-d, or a leaf of the tree is no tensor.
     """
+    loss, *aux = result if isinstance(result, tuple) and len(result) == 2 else (result,)
+    wanted = "loss_fn must return a 0-d tensor, or a pair of it and a tree of tensors"
     if not isinstance(loss, Tensor):
-        raise TypeError(f"loss_fn must return a 0-d tensor, got {type(loss).__name__}")
+        raise TypeError(f"{wanted}, got {type(loss).__name__}")
     if loss.ndim != 0:
-        raise TypeError(f"loss_fn must return a 0-d tensor, got shape {tuple(loss.shape)}")
-    return loss
+        raise TypeError(f"{wanted}, got shape {tuple(loss.shape)}")
+    for leaf in tree_leaves(aux):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{wanted}, got {leaf!r} in the tree")
+    return loss, tuple(aux)

@@ -12,6 +12,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from topkast_func.model.modules import bind, ties, unset_buffers
+from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.state import TrainState, alpha_in
 from topkast_func.turns import (
     EVERYTHING,
@@ -51,7 +52,7 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
     weights = {name: tensor.clone() for name, tensor in {**before, **trained}.items()}
     held, loss = dict(weights), None
     with random_numbers_of(state), suppress(Exception):
-        loss = loss_fn(bind(model, ties(model), weights, {}, held), batch)
+        loss, _ = loss_and_aux(loss_fn(bind(model, ties(model), weights, {}, held), batch))
     same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
     written = {name: held.pop(name) for name in state.buffers}
     if changed := [

@@ -24,8 +24,14 @@ from topkast_func.model.modules import bind, check_fit, modes, parameters_of, te
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.training.compilation import compiled, signature
-from topkast_func.training.loss import check_scalar
-from topkast_func.training.optim import Optimizer, OptimizerState, Rate, check_optimizer
+from topkast_func.training.loss import loss_and_aux
+from topkast_func.training.optim import (
+    Optimizer,
+    OptimizerState,
+    Rate,
+    check_optimizer,
+    global_norm,
+)
 from topkast_func.training.purity import Draws, check_pure, random_numbers_of
 from topkast_func.training.state import TrainState, alpha_in, ordinary, refresh
 from topkast_func.turns import RANDOM_NUMBERS, in_turn
@@ -38,17 +44,28 @@ class StepMetrics(NamedTuple):
 
     Attributes:
         loss: data_loss + λ·penalty.
-        data_loss: What ``loss_fn`` returned.
+        data_loss: The loss that ``loss_fn`` returned.
         penalty: The exploration penalty before its weight λ.
+        grad_norm: Euclidean norm of the gradient of the loss over B and the dense parameters, in
+            float32 at the least.
+        refreshed: Whether the sets were chosen anew before the step, bool.
+        aux: What ``loss_fn`` returned beside the loss; None where it returned nothing else.
     """
 
     loss: Tensor
     data_loss: Tensor
     penalty: Tensor
+    grad_norm: Tensor
+    refreshed: Tensor
+    aux: Any
 
 
-Objective: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, Tensors]]
-"""The loss; beside it the data loss, the penalty and the buffers as the model left them."""
+Objective: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, tuple[Any, ...], Tensors]]
+"""The loss; beside it the data loss, the penalty, what else the loss function returned, and the
+buffers as the model left them."""
+
+Moved: TypeAlias = tuple[TrainState, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Any, ...]]
+"""The state after a step; loss, data loss, penalty and norm of the gradient; aux, if any."""
 
 EXCHANGED = (
     "{!r} requires {} gradient, but the state {} it: undo that, or, to change what is trained, "
@@ -84,7 +101,8 @@ def make_train_step(
     Args:
         model: A module, in the training or evaluation mode it has at the call, or a pure
             function ``apply(params, *inputs)``.
-        loss_fn: ``loss_fn(apply, batch)`` to a 0-d tensor.
+        loss_fn: ``loss_fn(apply, batch)`` to a 0-d tensor, or to a pair (0-d tensor, aux): aux, a
+            tree of tensors such as logits or an accuracy, comes back as ``metrics.aux``.
         config: The configuration.
         optimizer: The optimiser.
         compile: True for one graph per shape of batch by `torch.compile`, its own options as
@@ -127,7 +145,7 @@ def make_train_step(
     schedule = config.schedule
 
     @cache
-    def run_from(start: int) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    def run_from(start: int) -> Callable[..., Moved]:
         return compiled(_step_of(model, loss_fn, config, start, optimizer, stand_ins), compile)
 
     @cache
@@ -154,9 +172,12 @@ def make_train_step(
         if mode not in tried:
             check_pure(model, loss_fn, state, batch)
             tried.add(mode)
+        refreshed = state
         if due(state):
             read = partial(draws.run, (kind, "gradients"), state, lambda: gradients(state, batch))
-            state = _refreshed(state, config, read)
+            refreshed = _refreshed(state, config, read)
+        anew = torch.tensor(refreshed is not state, device="cpu")
+        state = refreshed
         patterns = state.weights.layers()
         kernels = {
             name: stand_ins[name]
@@ -164,13 +185,14 @@ def make_train_step(
             if name in patterns and "forward" not in vars(layer)
         }
 
-        def step() -> tuple[TrainState, StepMetrics]:
+        def step() -> Moved:
             run = run_from(schedule.stage(int(state.step)))
             rate = optimizer.learning_rate(state.optimizer.step)
             with standing_in(kernels):
                 return run(tuple(kernels), state, batch, tree_map(lambda lr: lr.reshape(1), rate))
 
-        return draws.run(kind, state, step)
+        after, numbers, aux = draws.run(kind, state, step)
+        return after, StepMetrics(*numbers, anew, *(aux or (None,)))
 
     @torch.inference_mode(False)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
@@ -184,6 +206,7 @@ def make_train_step(
         work = partial(in_its_turn, state, batch, mode, kind)
         return in_turn(own | draws.claims(kind), partial(as_written, parts, work))
 
+    vars(train_step)["config"] = config
     return train_step
 
 
@@ -221,7 +244,8 @@ def _gradients_of(model: Model, loss_fn: LossFn) -> Callable[[TrainState, Any], 
 
         def objective(sparse: Tensors) -> Tensor:
             written = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            return check_scalar(loss_fn(bind(model, tied, weights | sparse, {}, written), batch))
+            apply = bind(model, tied, weights | sparse, {}, written)
+            return loss_and_aux(loss_fn(apply, batch))[0]
 
         with torch.no_grad():
             sparse = {name: weights[name] for name in state.weights.sparse()}
@@ -238,7 +262,7 @@ def _step_of(
     start: int,
     optimizer: Optimizer,
     stand_ins: Mapping[str, StandIn],
-) -> Callable[..., tuple[TrainState, StepMetrics]]:
+) -> Callable[..., Moved]:
     """Return the step of a stage, without its refresh: a pure function of tensors.
 
     It takes learning rates of one dimension: torch.compile makes a symbol of a 0-d float64 that
@@ -246,9 +270,7 @@ def _step_of(
     """
     tied = ties(model)
 
-    def step(
-        kernels: tuple[str, ...], state: TrainState, batch: Any, lr: Rate
-    ) -> tuple[TrainState, StepMetrics]:
+    def step(kernels: tuple[str, ...], state: TrainState, batch: Any, lr: Rate) -> Moved:
         weights = state.weights
 
         def objective(values: Tensors) -> Objective:
@@ -258,14 +280,14 @@ def _step_of(
             alpha, patterns = weights.alpha(values), weights.layers()
             apply = bind(model, tied, alpha, state.frozen, written)
             with bound_to({name: stand_ins[name] for name in kernels}, alpha, values, patterns):
-                data_loss = check_scalar(loss_fn(apply, batch))
+                data_loss, aux = loss_and_aux(loss_fn(apply, batch))
             penalty = weights.penalty(values, config, start)
             loss = data_loss + config.penalty_weight * penalty
-            return loss, (data_loss, penalty, written)
+            return loss, (data_loss, penalty, aux, written)
 
         with torch.no_grad():
             differentiate = grad_and_value(objective, has_aux=True)
-            grads, (loss, (data_loss, penalty, written)) = differentiate(weights.values())
+            grads, (loss, (data_loss, penalty, aux, written)) = differentiate(weights.values())
             rate = tree_map(lambda given: given.reshape(()), lr)
             updates, moved = optimizer.update(grads, state.optimizer, weights.values(), rate)
             after = TrainState(
@@ -278,7 +300,8 @@ def _step_of(
                 optimizer=OptimizerState(moved.step, weights.restricted(moved.slots)),
                 exponents=state.exponents,
             )
-        return after, StepMetrics(loss, data_loss, penalty)
+            norm = global_norm(grads)
+        return after, (loss, data_loss, penalty, norm), aux
 
     return step
 

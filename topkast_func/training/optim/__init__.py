@@ -13,6 +13,7 @@ from topkast_func.training.optim.transformation import (
     OptimizerState,
     Transformation,
     check_optimizer,
+    global_norm,
     slot_problem,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "chain",
     "check_optimizer",
     "clip_by_global_norm",
+    "global_norm",
     "lion",
     "multi_steps",
     "partition",

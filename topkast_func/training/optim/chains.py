@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
-
 from topkast_func.checks import check_real
 from topkast_func.training.optim.rates import Rate
 from topkast_func.training.optim.transformation import (
@@ -13,6 +11,7 @@ from topkast_func.training.optim.transformation import (
     Transformation,
     check_distinct,
     check_optimizer,
+    global_norm,
     starting,
     wide,
 )
@@ -109,8 +108,7 @@ def _clip(
     max_norm: float, updates: Params, state: OptimizerState, params: Params
 ) -> tuple[Tensors, OptimizerState]:
     widened = {name: wide(update) for name, update in updates.items()}
-    norms = [torch.linalg.vector_norm(update) for update in widened.values()]
-    scale = (max_norm / torch.linalg.vector_norm(torch.stack(norms))).clamp(max=1.0)
+    scale = (max_norm / global_norm(widened)).clamp(max=1.0)
     return {n: update * scale for n, update in widened.items()}, state._replace(step=state.step + 1)
 
 
