@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = (ROOT / "README.md").read_text()
 WORDS = " ".join(README.split())
-NAMES = ("functional", "masks", "methods", "testing", "facade", "engines")
+NAMES = ("functional", "ordinary", "masks", "methods", "testing", "facade", "engines")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 

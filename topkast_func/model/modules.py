@@ -91,7 +91,7 @@ def buffers(model: object, given: Params | None = None) -> Tensors:
         return {}
     held = {**dict(model.named_buffers()), **(given or {})}
     own = {name: held[name].detach() for name, _ in model.named_buffers()}
-    return {name: buffer.as_subclass(Tensor).clone() for name, buffer in own.items()}
+    return {name: _plain(buffer).clone() for name, buffer in own.items()}
 
 
 def parameters_of(model: object) -> dict[str, tuple[nn.Module, str]]:
@@ -176,3 +176,8 @@ def check_names(model: Model, names: Collection[str]) -> None:
         raise ValueError(
             f"the parameters are not those of the model: missing {missing}, unknown {unknown}"
         )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a tensor without its subclass; Dynamo would not follow this for one without any."""
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)

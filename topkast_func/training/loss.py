@@ -116,12 +116,11 @@ def loss_and_aux(result: object) -> tuple[Tensor, tuple[Any, ...]]:
         TypeError: The loss is not a tensor, or not 0-d, or a leaf of the tree is no tensor.
     """
     loss, *aux = result if isinstance(result, tuple) and len(result) == 2 else (result,)
-    wanted = "loss_fn must return a 0-d tensor, or a pair of it and a tree of tensors"
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{wanted}, got {type(loss).__name__}")
+        raise TypeError(f"loss_fn must return a 0-d tensor, got {type(loss).__name__}")
     if loss.ndim != 0:
-        raise TypeError(f"{wanted}, got shape {tuple(loss.shape)}")
+        raise TypeError(f"loss_fn must return a 0-d tensor, got shape {tuple(loss.shape)}")
     for leaf in tree_leaves(aux):
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{wanted}, got {leaf!r} in the tree")
+            raise TypeError(f"what loss_fn returns beside the loss must be tensors, got {leaf!r}")
     return loss, tuple(aux)
