@@ -108,3 +108,57 @@ def test_sets_are_drawn_by_a_seed_of_their_own() -> None:
     assert torch.equal(sets(seed=1, mask_seed=5), sets(seed=2, mask_seed=5))
     assert not torch.equal(sets(seed=1, mask_seed=5), sets(seed=1, mask_seed=6))
     assert torch.equal(sets(seed=3), sets(seed=3, mask_seed=3))
+
+
+def step_of(config: tk.TopKastConfig, state: tk.TrainState) -> None:
+    tk.make_train_step(network(), mse, config, tk.sgd(0.1), compile=False)(state, batch(0))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"forward_sparsity": 0.5},
+        {"backward_sparsity": 0.25},
+        {"forward_sparsity": tk.staged({0: 0.6, 9: 0.75})},
+        {"allocation": {"0.weight": 0.4}},
+    ],
+)
+def test_a_step_refuses_a_state_of_other_sparsities(storage: Any, other: dict[str, Any]) -> None:
+    config = replace(CONFIG, **other)
+    state = tk.init_state(network(), CONFIG, tk.sgd(0.1), storage=storage)
+    with pytest.raises(ValueError, match=r"has \(24, 48\) .* asks for .* at step 0.*refresh"):
+        step_of(config, state)
+    step_of(config, tk.refresh(state, config))
+
+
+def test_a_step_refuses_other_sets_in_mid_run_too() -> None:
+    model, optimizer = network(), tk.sgd(0.1)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
+    state, _ = train_step(tk.init_state(model, CONFIG, optimizer), batch(0))
+    other = tk.refresh(state, replace(CONFIG, forward_sparsity=0.5))
+    train_step(state, batch(1))
+    with pytest.raises(ValueError, match="asks for"):
+        train_step(other, batch(1))
+
+
+@pytest.mark.parametrize("blocks", [((2, 2), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (4, 2))])
+def test_blocks_of_another_shape_are_refused(blocks: Any) -> None:
+    first, second = (replace(CONFIG, block_shape=shape) for shape in blocks)
+    state = tk.init_state(network(), first, tk.sgd(0.1))
+    for refused in (step_of, lambda config, state: tk.refresh(state, config)):
+        message = rf"in blocks of \({blocks[0][0]}, .* asks for \({blocks[1][0]}, .*init_state"
+        with pytest.raises(ValueError, match=message):
+            refused(second, state)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_sets_fit_through_stages_refreshes_and_the_end_of_exploration(storage: Any) -> None:
+    config = replace(
+        CONFIG, forward_sparsity=tk.staged({0: 0.6, 3: 0.75}), explore_until=6, allocation="erk"
+    )
+    model, optimizer = network(), tk.sgd(0.1)
+    state = tk.init_state(model, config, optimizer, storage=storage)
+    for seed in range(9):
+        step = tk.make_train_step(model, mse, config, optimizer, compile=False)
+        state, _ = step(state, batch(seed))

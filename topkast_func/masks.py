@@ -1,7 +1,7 @@
 """Choice of the forward set A and the backward set B of every parameter: exact counts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from topkast_func.config import TopKastConfig
-from topkast_func.config.allocation import allocate
+from topkast_func.config.allocation import allocate, shared_among_all
 from topkast_func.methods import Situation
 from topkast_func.ranking import NaNParameterError, kept, magnitudes
 from topkast_func.sparsity import Allocation
@@ -79,11 +79,28 @@ def counts(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[str,
     Raises:
         ValueError: See `allocate`.
     """
+    shapes = {name: params[name].shape for name in params}
+    return _counts(shapes, allocate(params, config, step=step), config, step)
+
+
+def counts_among(
+    shapes: Mapping[str, Sequence[int]], config: TopKastConfig, step: int = 0
+) -> dict[str, tuple[int, int]]:
+    """Return the same of parameters that are sparse already, by their shapes; see `counts`."""
+    return _counts(shapes, shared_among_all(shapes, config, step), config, step)
+
+
+def _counts(
+    shapes: Mapping[str, Sequence[int]],
+    allocations: Mapping[str, Allocation],
+    config: TopKastConfig,
+    step: int,
+) -> dict[str, tuple[int, int]]:
     size = math.prod(config.block_shape)
     found = {}
-    for name, (forward, backward) in allocate(params, config, step=step).items():
+    for name, (forward, backward) in allocations.items():
         asked = (forward, forward if config.schedule.settled(step) else backward)
-        units = params[name].numel() // size
+        units = math.prod(shapes[name]) // size
         found[name] = (kept(asked[0], units) * size, kept(asked[1], units) * size)
     return found
 

@@ -1,7 +1,7 @@
 """Compact storage: values, gradients and optimiser slots of B only; θ rests beside them."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,19 @@ class CompactWeights(NamedTuple):
     def stands(self, name: str) -> Index | None:
         """Return what says where the values of a parameter stand; None for a dense one."""
         return self.sets(name) if name in self.theta else None
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Return how many entries A has, and how many B has places for, by name."""
+        found = {}
+        for name in self.theta:
+            value = self.held[name]
+            block = math.prod(value.shape[1:])
+            found[name] = (self.sets(name).active_count * block, value.shape[0] * block)
+        return found
+
+    def sets_key(self) -> Hashable:
+        """Return what differs where the sets have other sizes."""
+        return tuple(self.sizes().items())
 
     def penalty(self, values: Tensors, config: TopKastConfig, step: int) -> Tensor:
         """Return the exploration penalty of ``values``; see `exploration_penalty`."""

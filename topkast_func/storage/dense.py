@@ -1,6 +1,6 @@
 """Dense storage: θ and boolean masks."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -53,6 +53,17 @@ class DenseWeights(NamedTuple):
 
     def stands(self, name: str) -> None:
         """Return nothing: the values stand where they are."""
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Return how many entries A and B have, by name."""
+        return {
+            name: (int(masks.forward.sum()), int(masks.backward.sum()))
+            for name, masks in self.sets.items()
+        }
+
+    def sets_key(self) -> Hashable:
+        """Return what differs where the sets are others, without counting them."""
+        return tuple((name, id(masks.forward)) for name, masks in self.sets.items())
 
     def dense(self) -> Tensors:
         """Return θ."""

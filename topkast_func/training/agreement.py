@@ -1,10 +1,13 @@
-"""What must agree: sets with the configuration that is to go on from them."""
+"""What must agree: the sets of a state with the configuration that is to go on from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from topkast_func.config import TopKastConfig
-from topkast_func.masks import counts, is_of_blocks
+from topkast_func.kernels.pattern import block_of
+from topkast_func.masks import counts, counts_among, is_of_blocks
 from topkast_func.model.forward import check_weight_sets
+from topkast_func.storage.compact import CompactWeights
+from topkast_func.storage.dense import DenseWeights
 from topkast_func.types import Masks, Params
 
 
@@ -40,4 +43,67 @@ def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfi
             raise ValueError(
                 f"masks[{name!r}] have {found} entries in A and B, the configuration asks for "
                 f"{expected}: give densities of their own by allocation={{pattern: density}}"
+            )
+
+
+def check_method(names: Sequence[str], config: TopKastConfig) -> None:
+    """Check that a configuration that goes on from sparse parameters keeps them sparse.
+
+    Args:
+        names: Names of the sparse parameters.
+        config: The configuration.
+
+    Raises:
+        ValueError: Its method is to train densely.
+    """
+    if names and not config.method.sparsifies:
+        raise ValueError(
+            f"method={config.method} chooses no sets, and the state is sparse: begin dense "
+            "training with init_state, from a module that has loaded dense_params(state)"
+        )
+
+
+def check_blocks_agree(weights: CompactWeights | DenseWeights, config: TopKastConfig) -> None:
+    """Check that the values of the layers on the kernels are in the blocks of a configuration.
+
+    Args:
+        weights: The weights of a state.
+        config: The configuration.
+
+    Raises:
+        ValueError: They are in blocks of another shape.
+    """
+    values = weights.values()
+    for name in weights.layers():
+        if (found := block_of(values[name])) != config.block_shape:
+            raise ValueError(
+                f"the state has {name!r} in blocks of {found}, the configuration asks for "
+                f"{config.block_shape}: begin anew with init_state"
+            )
+
+
+def check_sets(weights: CompactWeights | DenseWeights, config: TopKastConfig, step: int) -> None:
+    """Check that sets are those of a configuration at a step, in their names and sizes.
+
+    Args:
+        weights: The weights of a state.
+        config: The configuration.
+        step: Number of the step that comes next; a refresh that is due before it may be due still.
+
+    Raises:
+        ValueError: They are not; it names both sides.
+    """
+    names = weights.sparse()
+    check_method(names, config)
+    check_blocks_agree(weights, config)
+    shapes = {name: weights.shapes()[name] for name in names}
+    found, settled = weights.sizes(), config.schedule.settled(step)
+    asked = [counts_among(shapes, config, t) for t in (step, max(step - 1, 0))]
+    for name, sizes in found.items():
+        expected = [counts[name] for counts in asked]
+        if sizes not in expected and not (settled and sizes[0] == expected[0][0]):
+            raise ValueError(
+                f"the state has {sizes} entries of {name!r} in A and B, the configuration asks for "
+                f"{expected[0]} at step {step}: to go on with other sparsities, call "
+                "refresh(state, config) first"
             )

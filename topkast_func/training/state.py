@@ -22,7 +22,7 @@ from topkast_func.powerprop import check_moves, phi_of, theta_of
 from topkast_func.sparsity import ByPattern
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
-from topkast_func.training.agreement import check_masks
+from topkast_func.training.agreement import check_blocks_agree, check_masks, check_method
 from topkast_func.training.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.types import Masks, Params, Tensors
 
@@ -192,11 +192,8 @@ def refresh(
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
     state = ordinary(state) if state.step.is_inference() else state
-    if state.weights.sparse() and not config.method.sparsifies:
-        raise ValueError(
-            f"method={config.method} chooses no sets, and the state is sparse: begin dense "
-            "training with init_state, from a module that has loaded dense_params(state)"
-        )
+    check_method(state.weights.sparse(), config)
+    check_blocks_agree(state.weights, config)
     dense, masks = chosen_anew(
         state.weights.dense(),
         state.weights.sparse(),

@@ -23,6 +23,7 @@ from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing
 from topkast_func.model.modules import bind, check_fit, modes, parameters_of, tensors_of, ties
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
+from topkast_func.training.agreement import check_sets
 from topkast_func.training.compilation import compiled, signature
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.optim import (
@@ -312,8 +313,10 @@ def _check_of(
     """Return a check, quick where it passes, that a state is of this model and training."""
     own, parameters = _shapes(tensors_of(model)), parameters_of(model)
     kinds = optimizer.init({}).slots.keys()
+    agreed: Hashable = None
 
     def check(state: TrainState) -> None:
+        nonlocal agreed
         held = {**state.weights.shapes(), **_shapes({**state.frozen, **state.buffers})}
         if own and held != own:
             check_fit(model, held)
@@ -333,6 +336,11 @@ def _check_of(
                 raise ValueError(
                     f"the state trains {name!r} with powerprop={exponent}, not {config.powerprop}"
                 )
+        step = int(state.step)
+        stage = (config.schedule.stage(step), config.schedule.settled(step))
+        if (sets := (stage, state.weights.sets_key())) != agreed:
+            check_sets(state.weights, config, step)
+            agreed = sets
 
     return check
 
