@@ -478,6 +478,19 @@ def test_two_networks_with_two_optimizers_are_told_apart() -> None:
     assert [handle.steps for handle in handles] == [4, 4]
 
 
+def test_a_first_step_that_a_scaler_leaves_out_is_none_of_another_optimizer() -> None:
+    models = [perceptron() for _ in range(2)]
+    handles = [tk.sparsify(model, CONFIG) for model in models]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    batch, scaler = (torch.randn(4, 16), torch.randn(4, 5)), torch.amp.GradScaler("cpu")
+    for number, factor in ((0, 1.0), (1, math.inf)):
+        loss = _loss_fn(models[number], batch) * factor
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizers[number])
+        handles[number].step()
+    assert [handle.steps for handle in handles] == [1, 1]
+
+
 def test_a_loop_of_ones_own_needs_no_optimizer() -> None:
     model = perceptron()
     handle = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5, refresh_every=1))
