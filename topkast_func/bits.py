@@ -1,4 +1,4 @@
-"""Masks as bits: eight entries a byte, in the order of `numpy.packbits`."""
+"""Masks as bits: eight entries a byte, the first lowest, by operations that can be traced."""
 
 import torch
 from torch import Tensor
@@ -12,15 +12,15 @@ def packed(mask: Tensor) -> Tensor:
         mask: bool, any shape, n entries.
 
     Returns:
-        uint8, [⌈n/8⌉]: entry i of the flat mask is bit 7 − i mod 8 of byte ⌊i/8⌋; bits beyond
-        the last entry are 0.
+        uint8, [⌈n/8⌉], as `numpy.packbits` with ``bitorder="little"``: entry i of the flat mask is
+        bit i mod 8 of byte ⌊i/8⌋; bits beyond the last entry are 0.
 
     Example:
         >>> packed(torch.tensor([[True, False, True], [False, False, False]])).tolist()
-        [160]
+        [5]
     """
     bits = functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return torch.stack([bits[:, i] << 7 - i for i in range(8)]).sum(0, dtype=torch.uint8)
+    return torch.stack([bits[:, i] << i for i in range(8)]).sum(0, dtype=torch.uint8)
 
 
 def unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
@@ -33,5 +33,5 @@ def unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
     Returns:
         The mask, bool.
     """
-    entries = torch.stack([bits >> 7 - i & 1 for i in range(8)], -1).flatten()
+    entries = torch.stack([bits >> i & 1 for i in range(8)], -1).flatten()
     return entries[: shape.numel()].view(shape).bool()

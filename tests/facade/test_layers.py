@@ -32,7 +32,7 @@ from topkast_func import (
     TopKastLinear,
     testing,
 )
-from topkast_func.facade.layers import TopKastLayer
+from topkast_func.facade.topkast_layer import TopKastLayer
 from topkast_func.kernels import ENGINES, EngineName
 
 LAYERS: dict[str, tuple[Callable[[], TopKastLayer], type[nn.Module], Tensor]] = {

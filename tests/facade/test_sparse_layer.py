@@ -368,6 +368,18 @@ def test_layers_that_are_initialised_last_have_their_sets_chosen_then() -> None:
         assert all(map(torch.equal, masks, expected[name]))
 
 
+def test_sets_that_a_method_draws_are_drawn_once_there_is_data() -> None:
+    model = perceptron()
+    handle = tk.sparsify(model, tk.TopKastConfig(0.75, method=tk.set()), seed=3)
+    drawn = handle.masks()
+    model.to("meta").to_empty(device="cpu")
+    for part in (model[0], model[2]):
+        part.reset_parameters()
+    model(torch.ones(2, 16))
+    for name, masks in handle.masks().items():
+        assert all(map(torch.equal, masks, drawn[name]))
+
+
 @each_case
 def test_no_content_of_the_buffer_crashes_a_forward_pass(case: Case) -> None:
     model, sparsifier = _sparse(case)
@@ -386,6 +398,13 @@ def test_sets_that_a_method_draws_are_not_drawn_anew_over_what_was_overwritten()
     model[0].weight_sets.bitwise_not_()
     with pytest.raises(RuntimeError, match=r"'weight_sets' of '0\.weight' has been overwritten"):
         model(torch.ones(2, 16))
+
+
+def test_kernels_compute_with_the_same_bits_in_another_buffer() -> None:
+    layer = tk.TopKastLinear(16, 12, 0.75, 0.5, engine="numba")
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    with pytest.raises(TypeError, match=r"inputs are torch\.float64, the weight is torch\.float32"):
+        functional_call(layer, buffers, (torch.ones(2, 16).double(),))
 
 
 # --- averages ------------------------------------------------------------------------------

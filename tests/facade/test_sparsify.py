@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,15 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import Optimizer
 
 import topkast_func as tk
-from tests.facade.networks import CONFIG, Case, convolutional, each_case, perceptron
+from tests.facade.networks import CONFIG, PAPER, Case, convolutional, each_case, perceptron
 from topkast_func.masks import masks_at
 
 METHODS = {
-    "topkast": tk.topkast(),
-    "zero": tk.topkast(entry="zero"),
+    "paper": PAPER,
+    "default": tk.topkast(),
     "threshold": tk.topkast(entry="threshold", exchange=0.2),
-    "random_backward": tk.random_backward(),
+    "bounded": tk.topkast("value", exchange=0.2),
+    "random_backward": tk.random_backward("value", exchange=None),
     "ste": tk.ste(),
     "static": tk.static(),
     "set": tk.set(),
@@ -29,18 +31,22 @@ METHODS = {
     "dense": tk.dense(),
 }
 CONFIGS = {
-    **{name: tk.TopKastConfig(0.75, 0.5, refresh_every=3, method=m) for name, m in METHODS.items()},
-    "l1": tk.TopKastConfig(0.75, 0.5, refresh_every=3, penalty="l1", penalty_weight=0.1),
-    "group": tk.TopKastConfig(0.75, 0.5, refresh_every=2, penalty="group_l2", penalty_weight=0.1),
-    "blocks": tk.TopKastConfig(
-        0.75, 0.5, refresh_every=3, block_shape=(2, 1), sparse="*.weight", keep_dense="1.*"
+    **{name: replace(CONFIG, method=method) for name, method in METHODS.items()},
+    "l1": replace(CONFIG, penalty="l1", penalty_weight=0.1),
+    "group": replace(CONFIG, penalty="group_l2", penalty_weight=0.1),
+    "blocks": replace(CONFIG, block_shape=(2, 1), sparse="*.weight", keep_dense="1.*"),
+    "erk": replace(CONFIG, allocation="erk"),
+    "patterns": replace(CONFIG, forward_sparsity={"0.*": 0.5, "4.*": 0.9}, backward_sparsity=0.25),
+    "kept": replace(CONFIG, refresh_every=1, keep_dense="0.weight"),
+    "scheduled": replace(CONFIG, refresh_every={0: 1, 3: 4}),
+    "staged": replace(
+        CONFIG,
+        forward_sparsity=tk.staged({0: 0.25, 2: 0.5, 5: 0.75}),
+        backward_sparsity=0.25,
+        refresh_every=None,
     ),
-    "erk": tk.TopKastConfig(0.75, 0.5, refresh_every=3, allocation="erk"),
-    "patterns": tk.TopKastConfig({"0.*": 0.5, "4.*": 0.9}, 0.25, refresh_every=3),
-    "kept": tk.TopKastConfig(0.75, 0.5, refresh_every=1, keep_dense="0.weight"),
-    "staged": tk.TopKastConfig(tk.staged({0: 0.25, 2: 0.5, 5: 0.75}), 0.25, refresh_every=None),
-    "explored": tk.TopKastConfig(0.75, 0.5, refresh_every=2, explore_until=5),
-    "settled": tk.TopKastConfig(0.75, 0.5, refresh_every=2, explore_until=0),
+    "explored": replace(CONFIG, refresh_every=2, explore_until=5),
+    "settled": replace(CONFIG, refresh_every=2, explore_until=0),
 }
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], tk.Optimizer]] = {
     "momentum": (
@@ -198,7 +204,7 @@ def test_weights_that_are_tied_have_one_pair_of_sets() -> None:
 # --- the handle ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["topkast", "random_backward", "set", "staged", "explored"])
+@pytest.mark.parametrize("name", ["default", "random_backward", "set", "staged", "explored"])
 @pytest.mark.parametrize("steps", [2, 3, 6])
 def test_a_run_resumed_from_files_equals_the_uninterrupted_one(name: str, steps: int) -> None:
     def fresh() -> tuple[nn.Module, tk.Sparsifier, Optimizer]:
@@ -476,6 +482,19 @@ def test_two_networks_with_two_optimizers_are_told_apart() -> None:
         for run in zip(models, handles, optimizers, strict=True):
             _step(*run, (torch.randn(4, 16), torch.randn(4, 5)))
     assert [handle.steps for handle in handles] == [4, 4]
+
+
+def test_a_first_step_that_a_scaler_leaves_out_is_none_of_another_optimizer() -> None:
+    models = [perceptron() for _ in range(2)]
+    handles = [tk.sparsify(model, CONFIG) for model in models]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+    batch, scaler = (torch.randn(4, 16), torch.randn(4, 5)), torch.amp.GradScaler("cpu")
+    for number, factor in ((0, 1.0), (1, math.inf)):
+        loss = _loss_fn(models[number], batch) * factor
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizers[number])
+        handles[number].step()
+    assert [handle.steps for handle in handles] == [1, 1]
 
 
 def test_a_loop_of_ones_own_needs_no_optimizer() -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import linear, mse_loss
 from torch.optim import SGD, Optimizer
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from topkast_func import TopKastLinear, TopKastLoss, TopKastTrainer
+from topkast_func import TopKastConfig, TopKastLinear, TopKastLoss, TopKastTrainer, sparsify
 from topkast_func.data import BostonHousing, boston_dataset
 
 OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
@@ -595,6 +595,13 @@ def test_a_value_out_of_range_is_refused(options: dict[str, Any], message: str) 
 def test_a_value_of_the_wrong_type_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         _trainer(_net(), **options)
+
+
+def test_a_net_whose_sets_the_trainer_does_not_choose_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), TopKastLinear(16, 1, 0.5, 0.2))
+    sparsify(net[0], TopKastConfig())
+    with pytest.raises(ValueError, match="net was made sparse by sparsify"):
+        _trainer(net)
 
 
 def test_data_that_does_not_fit_the_net_is_refused_and_trains_nothing() -> None:

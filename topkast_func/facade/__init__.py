@@ -8,7 +8,8 @@ from topkast_func.facade.layers import (
     TopKastLinear,
 )
 from topkast_func.facade.loss import TopKastLoss
-from topkast_func.facade.sparsify import Sparsifier, densify, sparsify
+from topkast_func.facade.sparsifier import Sparsifier
+from topkast_func.facade.sparsify import densify, sparsify
 from topkast_func.facade.trainer import TopKastTrainer
 
 __all__ = [

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from topkast_func.bits import unpacked
+from topkast_func.model.alpha import straight_through
+from topkast_func.types import Masks
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def alpha(theta: Tensor, sets: Tensor) -> Tensor:
     """Return α = θ·1_A, whose gradient is kept on B (Top-KAST, NeurIPS 2020, section 2.2).
 
@@ -19,12 +20,19 @@ def alpha(theta: Tensor, sets: Tensor) -> Tensor:
     Returns:
         α: exactly θ on A and exactly 0 elsewhere.
     """
+    if torch.compiler.is_dynamo_compiling():  # which would lose the gradient of a Function
+        return straight_through(theta, masks_in(sets, theta.shape))
     found: Tensor = _Alpha.apply(theta, sets)  # type: ignore[no-untyped-call]
     return found
 
 
+def masks_in(sets: Tensor, shape: torch.Size) -> Masks:
+    """Return the masks that bits hold."""
+    return Masks(unpacked(sets[0], shape), unpacked(sets[1], shape))
+
+
 class _Alpha(torch.autograd.Function):
-    """One pass over θ forward and one backward; only the bits of B are kept in between."""
+    """A third of the passes over θ that `straight_through` makes; it keeps the bits of B alone."""
 
     generate_vmap_rule = True
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topkast_func.bits import unpacked
+from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.pattern import Pattern, pattern_of
 from topkast_func.types import Masks
@@ -78,11 +78,6 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
         pattern = pattern_of(*masks, block)
         kernel = Kernel(pattern, pattern.flat_index(block, theta.shape))
     return Derived(sets, _version(sets), sets.clone(), whole, kernel)
-
-
-def masks_in(sets: Tensor, shape: torch.Size) -> Masks:
-    """Return the masks that bits hold."""
-    return Masks(unpacked(sets[0], shape), unpacked(sets[1], shape))
 
 
 def counts_of(masks: Masks) -> tuple[int, int] | None:

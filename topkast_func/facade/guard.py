@@ -62,7 +62,6 @@ def _hook() -> None:
     register_optimizer_step_post_hook(_after)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Keep θ of the sparse weights for the time of the step."""
@@ -72,7 +71,6 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         _start_anew_after_a_refresh(optimizer, held)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Put back what lies outside B, bit for bit, and leave no slot there."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from topkast_func.bits import packed
-from topkast_func.facade.alpha import alpha
-from topkast_func.facade.derived import Derived, counts_of, derive, masks_in, readable
+from topkast_func.facade.alpha import alpha, masks_in
+from topkast_func.facade.derived import Derived, counts_of, derive, readable
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.engines import Choice
 from topkast_func.masks import masks_at

@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_
 from tqdm.auto import tqdm
 
 from topkast_func.checks import check_count, check_number
-from topkast_func.facade.layers import TopKastLayer
 from topkast_func.facade.loss import TopKastLoss
+from topkast_func.facade.sparse_weight import weights_of
+from topkast_func.facade.topkast_layer import TopKastLayer
 from topkast_func.ranking import NaNParameterError
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class TopKastTrainer:
     Raises:
         TypeError: A number is no number, or the optimiser no `torch.optim.Optimizer`.
         ValueError: Data or optimiser are missing, the optimiser is one of another network, the
-            split does not sum to 1 or leaves no training data, or a number is out of range.
+            network was made sparse by `sparsify`, the split does not sum to 1 or leaves no
+            training data, or a number is out of range.
 
     Departures:
         The seed's losses carry the penalty, and its training loss is divided by the batch
@@ -120,7 +122,7 @@ class TopKastTrainer:
         )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.net = net.to(self.device)
-        _check_trains(optimizer, self.net)
+        _check_fit(optimizer, self.net)
         self.loss = loss
         self.data_loss = loss.loss if isinstance(loss, TopKastLoss) else loss
         self.optimizer = optimizer
@@ -280,8 +282,13 @@ def _sparse_layers(net: nn.Module) -> list[TopKastLayer]:
     return [module for module in net.modules() if isinstance(module, TopKastLayer)]
 
 
-def _check_trains(optimizer: Optimizer, net: nn.Module) -> None:
-    """Check that an optimiser was made for a network."""
+def _check_fit(optimizer: Optimizer, net: nn.Module) -> None:
+    """Check that the optimiser is one of the network, whose sets the trainer can choose."""
+    if len(_sparse_layers(net)) < sum(bool(weights_of(module)) for module in net.modules()):
+        raise ValueError(
+            "net was made sparse by sparsify, which keeps a schedule of its own: train it in a "
+            "loop that calls its step(), or build net of layers such as TopKastLinear"
+        )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in net.parameters()):
         raise ValueError(

@@ -39,7 +39,8 @@ class _Once(Gradient):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise NotImplementedError(
-            "a sparse product cannot be differentiated twice; storage='dense' can be"
+            "a sparse product cannot be differentiated twice; with storage='dense' it can be, and "
+            "in a facade with engine='dense'"
         )
 
 

@@ -1,0 +1,237 @@
+"""The schedule of a module that was made sparse in place: refreshes, penalty, what is resumed."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, distributed, nn
+
+from topkast_func.checks import check_count
+from topkast_func.config import TopKastConfig
+from topkast_func.config.allocation import shared_among_all
+from topkast_func.facade.guard import steps_made
+from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.ranking import NaNParameterError
+from topkast_func.report.summary import Row, Summary
+from topkast_func.sparsity import Allocation
+from topkast_func.training.loss import exploration_penalty
+from topkast_func.training.state import chosen_anew
+from topkast_func.types import Masks, Tensors
+
+Owners: TypeAlias = dict[str, list[tuple[nn.Module, SparseWeight]]]
+"""By name of a sparse weight the layers that have it: several where it is tied."""
+
+
+class Sparsifier:
+    """Keeps the schedule of a module that `sparsify` has made sparse.
+
+    The module holds all else: θ in its parameters, A and B in its buffers.
+
+    Args:
+        model: The module.
+        config: The configuration.
+        seed: Seed of the methods that draw.
+
+    Attributes:
+        model: The module.
+        config: The configuration.
+        seed: The seed.
+        steps: Number t of the step that comes next, from 0.
+    """
+
+    def __init__(self, model: nn.Module, config: TopKastConfig, seed: int = 0) -> None:
+        self.model, self.config, self.seed, self.steps = model, config, seed, 0
+        self._reached, self._optimized, self._others = False, 0, steps_made()
+        for theta in self._theta().values():
+            theta.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
+        if config.schedule.refreshes_at(0):
+            self.refresh()
+        self._ask_for_gradients()
+
+    def step(self) -> bool:
+        """Count a step of the optimiser, and choose the sets anew where that is due.
+
+        To be called once after each ``optimizer.step()``. Where θ holds NaN the sets stay, and a
+        warning says so.
+
+        Returns:
+            Whether the sets were chosen anew.
+
+        Raises:
+            RuntimeError: No backward pass has reached the sparse weights since the last call, the
+                optimiser that made a step has none of them, or the model is dense again; nothing
+                has changed.
+        """
+        self._check_stepped()
+        self.steps += 1
+        due = self.config.schedule.refreshes_at(self.steps)
+        if due:
+            try:
+                self.refresh()
+            except NaNParameterError as reason:
+                warnings.warn(f"no refresh before step {self.steps}: {reason}", stacklevel=2)
+                due = False
+        self._ask_for_gradients()
+        return due
+
+    def refresh(self) -> None:
+        """Choose A and B anew now, whether that is due or not.
+
+        Raises:
+            RuntimeError: The method reads the gradient at α of all entries, and there is none.
+            NaNParameterError: A sparse weight holds NaN; nothing has changed.
+        """
+        theta = {name: parameter.detach() for name, parameter in self._theta().items()}
+        chosen, masks = chosen_anew(
+            theta,
+            theta,
+            self.masks,
+            self.config,
+            step=self.steps,
+            seed=self.seed,
+            gradients=self._gradients(),
+        )
+        self._follow_schedule()
+        for name, owners in self._owners().items():
+            if chosen[name] is not theta[name]:
+                theta[name].copy_(chosen[name])
+            for layer, weight in owners:
+                weight.hold(layer, masks[name])
+
+    def penalty(self) -> Tensor:
+        """Return λ times the exploration penalty, 0-d, to be added to the loss."""
+        theta = self._theta()
+        if not theta:
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        penalty = exploration_penalty(theta, self.masks(), self.config, step=self.steps)
+        return self.config.penalty_weight * penalty
+
+    def masks(self) -> dict[str, Masks]:
+        """Return A and B of the sparse weights by name."""
+        return {name: owner[0][1].masks(owner[0][0]) for name, owner in self._owners().items()}
+
+    def summary(self) -> Summary:
+        """Tell what the module consists of, one row for each parameter."""
+        owners = {id(w.theta(m)): (m, w) for several in self._owners().values() for m, w in several}
+        return Summary([
+            _row(name, parameter, *owners.get(id(parameter), (None, None)))
+            for name, parameter in self.model.named_parameters()
+        ])
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of the step and the seed; the rest is in the module's state dict."""
+        return {"steps": self.steps, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another run was; the module's state dict is to be loaded too.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            TypeError: The values are no integers.
+            ValueError: These are not the keys, or a number is out of range.
+        """
+        if state.keys() != {"steps", "seed"}:
+            raise ValueError(f"state must have the keys 'steps' and 'seed', got {sorted(state)}")
+        steps, seed = (check_count(name, state[name], 0) for name in ("steps", "seed"))
+        self.steps, self.seed = steps, seed
+        self._follow_schedule()
+        self._ask_for_gradients()
+
+    def _owners(self) -> Owners:
+        found: Owners = {}
+        for module in self.model.modules():
+            for weight in weights_of(module).values():
+                found.setdefault(weight.rule.name, []).append((module, weight))
+        return found
+
+    def _theta(self) -> dict[str, nn.Parameter]:
+        return {name: owners[0][1].theta(owners[0][0]) for name, owners in self._owners().items()}
+
+    def _follow_schedule(self) -> None:
+        """Tell each weight at which step it is, for sets that are chosen from a loaded θ."""
+        owners = self._owners()
+        shapes = {name: theta.shape for name, theta in self._theta().items()}
+        for name, allocation in shared_among_all(shapes, self.config, self.steps).items():
+            if self.config.schedule.settled(self.steps):
+                allocation = Allocation(allocation.forward, allocation.forward)
+            for _, weight in owners[name]:
+                weight.rule = weight.rule._replace(
+                    allocation=allocation, step=self.steps, seed=self.seed
+                )
+
+    def _ask_for_gradients(self) -> None:
+        """Let the next step give the gradient of every entry, if a refresh is to read it then."""
+        method, by_hand = self.config.method, self.config.refresh_every is None
+        asked = method.reads_gradient and (
+            by_hand or self.config.schedule.refreshes_at(self.steps + 1)
+        )
+        for owners in self._owners().values():
+            theta = owners[0][1].theta(owners[0][0])
+            probe = torch.zeros_like(theta, requires_grad=True) if asked else None
+            for _, weight in owners:
+                weight.probe = probe
+
+    def _gradients(self) -> Tensors | None:
+        """Return the gradients that the method reads, summed over the processes."""
+        if not self.config.method.reads_gradient or self.config.schedule.settled(self.steps):
+            return None
+        found = {}
+        for name, owners in self._owners().items():
+            probe = owners[0][1].probe
+            if probe is None or probe.grad is None:
+                raise RuntimeError(
+                    f"{self.config.method} chooses by the gradient of {name!r} at α, and there is "
+                    "none: a backward pass comes before; with refresh_every=None any step has it"
+                )
+            found[name] = probe.grad
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(found[name])
+        return found
+
+    def _note_backward(self, parameter: Tensor) -> None:
+        self._reached = True
+
+    def _check_stepped(self) -> None:
+        held = self._theta()
+        if not held and self.config.method.sparsifies:
+            raise RuntimeError("model has no sparse weights any more: it was densified")
+        theta = [p for p in held.values() if p.requires_grad]
+        optimized = sum(w.steps for owners in self._owners().values() for _, w in owners)
+        if theta and not self._reached and optimized == self._optimized:
+            raise RuntimeError(
+                "no backward pass has reached a sparse weight since the last step(): call "
+                "loss.backward() and optimizer.step() first"
+            )
+        skipped = any(p.grad is not None and not p.grad.isfinite().all() for p in theta)
+        if theta and not optimized and steps_made() > self._others and not skipped:
+            raise RuntimeError(
+                "the optimizer that has made a step holds none of the sparse weights: build it "
+                "from model.parameters()"
+            )
+        self._reached, self._optimized = False, optimized
+
+
+def _row(
+    name: str, parameter: nn.Parameter, layer: nn.Module | None, weight: SparseWeight | None
+) -> Row:
+    size, engine, reason = parameter.numel(), "torch", "left dense"
+    forward, backward, stored = size, size if parameter.requires_grad else 0, parameter.nbytes
+    if layer is not None and weight is not None:
+        masks = weight.masks(layer)
+        forward, backward = int(masks.forward.sum()), int(masks.backward.sum())
+        engine, reason = weight.choice(layer)
+        stored += weight.sets(layer).nbytes
+    return Row(
+        name=name,
+        shape=tuple(parameter.shape),
+        forward=forward,
+        backward=backward,
+        forward_density=forward / size,
+        backward_density=backward / size,
+        engine=engine,
+        reason=reason,
+        bytes=stored,
+    )
