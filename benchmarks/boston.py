@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from topkast_func.config.topkast_config import TopKastConfig
-from topkast_func.demo import train
+from topkast_func.config import TopKastConfig
+from topkast_func.demo import METHOD, train
 from topkast_func.report.plots import sets
 from topkast_func.training.state import masks_of
 
@@ -50,7 +50,9 @@ def main() -> None:
 
 
 def _config(forward_sparsity: float, backward_sparsity: float) -> TopKastConfig:
-    return TopKastConfig(forward_sparsity, backward_sparsity, refresh_every=10, penalty_weight=0.1)
+    return TopKastConfig(
+        forward_sparsity, backward_sparsity, refresh_every=10, penalty_weight=0.1, method=METHOD
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ CONFIG = tk.TopKastConfig(
     backward_sparsity=0.5,
     refresh_every=10,
     penalty_weight=0.1,
-    method=tk.topkast("value", None),
+    method=demo.METHOD,
 )
 EPOCHS = 7
 

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,7 @@ import topkast_func as tk
 from topkast_func import demo
 from topkast_func.__main__ import main
 
-CONFIG = tk.TopKastConfig(
-    forward_sparsity=0.7, backward_sparsity=0.5, refresh_every=10, penalty_weight=0.1
-)
+CONFIG = tk.TopKastConfig(0.7, 0.5, refresh_every=10, penalty_weight=0.1, method=demo.METHOD)
 FILES = ["loss.png", "metrics.json", "state.safetensors"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -127,7 +126,7 @@ def test_without_the_dense_twin_there_is_one_run(
 def test_the_options_reach_the_training(tmp_path: Path) -> None:
     words = "synthetic --epochs 2 --forward-sparsity 0.9 --backward-sparsity 0.8 --seed 3"
     main([*words.split(), "--refresh-every", "4", "--no-dense-twin", "--out", str(tmp_path)])
-    config = tk.TopKastConfig(0.9, 0.8, refresh_every=4, penalty_weight=0.1)
+    config = replace(CONFIG, forward_sparsity=0.9, backward_sparsity=0.8, refresh_every=4)
     run = demo.train("synthetic", config, 2, 3, "again")
     assert _metrics(tmp_path)["train_losses"] == run.train_losses
     assert tk.load(tmp_path / "state.safetensors", config).step == run.state.step

@@ -14,7 +14,7 @@ from rich.table import Table
 from topkast_func import plots
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
-from topkast_func.demo import BATCH_SIZE, JOBS, Run, train
+from topkast_func.demo import BATCH_SIZE, JOBS, METHOD, Run, train
 from topkast_func.report.summary import summary
 from topkast_func.training.checkpoint import save
 
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             backward_sparsity=options.backward_sparsity,
             refresh_every=options.refresh_every,
             penalty_weight=options.penalty_weight,
+            method=METHOD,
         )
         check_count("epochs", options.epochs, 1)
         check_count("seed", options.seed, 0)

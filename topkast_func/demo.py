@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from topkast_func.config import TopKastConfig
 from topkast_func.data import BostonHousing, SyntheticDataset
+from topkast_func.methods import topkast
 from topkast_func.training.optim import sgd
 from topkast_func.training.state import TrainState, forward_params, init_state
 from topkast_func.training.step import make_train_step
@@ -22,6 +23,9 @@ JOBS: dict[str, Callable[[], TensorDataset]] = {
     "synthetic": lambda: SyntheticDataset(1024),
 }
 WIDTH, BATCH_SIZE, SPLIT_SEED = 128, 64, 42
+
+METHOD = topkast("value", exchange=None)
+"""The paper's form: the sets are chosen every few steps, and plain descent does not overshoot."""
 
 
 class Run(NamedTuple):
