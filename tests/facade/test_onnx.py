@@ -22,4 +22,4 @@ def test_a_densified_module_computes_the_same_in_onnx(case: Case, tmp_path: Path
     tk.densify(model)
     torch.onnx.export(model, (inputs,), file, input_names=["inputs"], dynamo=False)
     (found,) = onnx.reference.ReferenceEvaluator(str(file)).run(None, {"inputs": inputs.numpy()})
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-6)
