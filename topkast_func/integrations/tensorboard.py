@@ -46,11 +46,12 @@ class TensorBoardLogger(Callback):
         self._history = History(flops)
 
     def on_step(self, state: TrainState, metrics: StepMetrics) -> None:
-        """Write the losses."""
+        """Write the losses and the norm of the gradient."""
         step = int(state.step) - 1
         if step % self.every == 0:
-            for name, loss in metrics._asdict().items():
-                self.writer.add_scalar(f"loss/{name}", float(loss), step)
+            for name in ("loss", "data_loss", "penalty"):
+                self.writer.add_scalar(f"loss/{name}", float(getattr(metrics, name)), step)
+            self.writer.add_scalar("grad_norm", float(metrics.grad_norm), step)
 
     def on_refresh(self, before: TrainState, after: TrainState) -> None:
         """Write what changed."""
