@@ -50,7 +50,7 @@ class StepMetrics(NamedTuple):
         grad_norm: Euclidean norm of the gradient of the loss over B and the dense parameters, in
             float32 at the least.
         refreshed: Whether the sets were chosen anew before the step, bool.
-        aux: What ``loss_fn`` returned beside the loss; None where it returned nothing else.
+        aux: What ``loss_fn`` returned beside the loss; () where it returned nothing else.
     """
 
     loss: Tensor
@@ -193,7 +193,7 @@ def make_train_step(
                 return run(tuple(kernels), state, batch, tree_map(lambda lr: lr.reshape(1), rate))
 
         after, numbers, aux = draws.run(kind, state, step)
-        return after, StepMetrics(*numbers, anew, *(aux or (None,)))
+        return after, StepMetrics(*numbers, anew, *(aux or ((),)))
 
     @torch.inference_mode(False)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
