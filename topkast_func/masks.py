@@ -11,6 +11,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
+from topkast_func.config.selection import check_present
 from topkast_func.methods import Situation
 from topkast_func.ranking import NaNParameterError, kept, magnitudes
 from topkast_func.sparsity import Allocation
@@ -55,6 +56,7 @@ def compute_masks(
     """
     allocations = allocate(params, config, step=step)
     for name, leaf in params.items():
+        check_present(name, leaf)
         if is_functorch_wrapped_tensor(leaf.detach()):
             raise ValueError(
                 f"sets are chosen by numbers, and torch.func.grad and vmap hide those of {name!r}: "

@@ -32,7 +32,7 @@ def check_params(params: Params) -> None:
                 f"params[{name!r}] must be a tensor, got {type(leaf).__name__}; a nested tree "
                 "is flattened to names with dots first"
             )
-        check_present(name, leaf)
+        check_shaped(name, leaf)
         if leaf.layout != torch.strided or leaf.is_nested:
             kind = "nested" if leaf.is_nested else leaf.layout
             raise TypeError(
@@ -53,8 +53,22 @@ def check_params(params: Params) -> None:
             raise ValueError(f"params[{name!r}] is empty: its shape is {tuple(leaf.shape)}")
 
 
+def check_shaped(name: str, tensor: Tensor) -> None:
+    """Check that a tensor has a shape.
+
+    Args:
+        name: What it is called in the error.
+        tensor: The tensor.
+
+    Raises:
+        ValueError: It is of a lazy module that has not run yet.
+    """
+    if is_lazy(tensor):
+        raise ValueError(f"{name!r} has no shape yet: run the module once before")
+
+
 def check_present(name: str, tensor: Tensor) -> None:
-    """Check that a tensor has values.
+    """Check that a tensor has a shape and values.
 
     Args:
         name: What it is called in the error.
@@ -63,8 +77,7 @@ def check_present(name: str, tensor: Tensor) -> None:
     Raises:
         ValueError: It is on the meta device, or of a lazy module that has not run yet.
     """
-    if is_lazy(tensor):
-        raise ValueError(f"{name!r} has no shape yet: run the module once before")
+    check_shaped(name, tensor)
     if tensor.is_meta:
         raise ValueError(
             f"{name!r} is on the meta device, without values: move the module by "
