@@ -48,6 +48,7 @@ def clip_by_global_norm(max_norm: float) -> Transformation:
         ValueError: It is out of range.
 
     Example:
+        >>> import torch
         >>> clip = clip_by_global_norm(1.0)
         >>> gradients = {"weight": torch.tensor([3.0, 4.0])}
         >>> clip.update(gradients, clip.init(gradients), gradients)[0]
