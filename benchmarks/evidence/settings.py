@@ -9,9 +9,21 @@ from torch import nn
 
 import topkast_func as tk
 
-SMALL = "small dense"
-METHODS = ("dense", SMALL, "static", "set", "rigl", "topkast", "random_backward", "gmp", "ste")
-"""The arms; "small dense" is a dense network with as many parameters as the sparse ones use."""
+SMALL, ZERO = "small dense", "topkast from zero"
+METHODS = (
+    "dense",
+    SMALL,
+    "static",
+    "set",
+    "rigl",
+    "topkast",
+    ZERO,
+    "random_backward",
+    "gmp",
+    "ste",
+)
+"""The arms: "small dense" is a dense network with as many parameters as the sparse ones use,
+"topkast" the form of the paper, "topkast from zero" the one in which what enters A starts at 0."""
 
 PAIRS = ((0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95))
 """Forward and backward sparsities; those that do not explore read the first."""
@@ -19,7 +31,7 @@ PAIRS = ((0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95))
 FIRST = "mlp"
 """Where every hyperparameter is chosen; the other tasks carry these choices on."""
 
-TUNING_SEED, RATES = 100, (1e-3, 3e-3)
+TUNING_SEED = 100
 STOP = 0.75
 """Share of the run after which SET and RigL stop exchanging weights, as in RigL's paper."""
 
@@ -30,43 +42,54 @@ class Plan(NamedTuple):
     Attributes:
         pairs: Forward and backward sparsities.
         tuned_at: The pair of the trials.
+        rates: Learning rates of the trials.
         seeds: Of the runs that are compared.
         trial_steps: Share of a run's steps that a trial has.
         alternatives: By method, what is tried beside the choice that is carried on.
-        ablations: Of Top-KAST at its tuned setting: what one field at a time is changed to.
+        ablations: Of Top-KAST from zero at its tuned setting: what one field at a time is changed
+            to.
     """
 
     pairs: tuple[tuple[float, float], ...]
     tuned_at: tuple[float, float]
+    rates: tuple[float, ...]
     seeds: tuple[int, ...]
     trial_steps: float
     alternatives: Mapping[str, Mapping[str, Any]]
     ablations: Mapping[str, tuple[Any, ...]]
 
 
+ABLATIONS: Mapping[str, tuple[Any, ...]] = {
+    "entry": ("value", "zero", "threshold"),
+    "exchange": (0.01, 0.03, 0.1, 0.3, None),
+    "refresh_every": (10, 30, 100, 300, 1000),
+    "penalty_weight": (0.0, 1e-5, 1e-4, 1e-3),
+    "beta2": (0.95, 0.99, 0.999),
+    "lr": (1e-3, 3e-3, 1e-2),
+    "backward": (0.0, 0.5, 0.8, 0.9),
+    "until": (0.25, 0.5, 0.75, None),
+}
+
 PLANS = {
     "mlp": Plan(
         PAIRS,
         PAIRS[1],
+        (1e-3, 3e-3, 1e-2),
         (0, 1, 2),
         1.0,
         {},
-        {
-            "refresh_every": (1, 10, 100, 1000),
-            "backward": (0.0, 0.5, 0.8, 0.9),
-            "until": (0.1, 0.25, 0.5, 0.75, None),
-            "penalty_weight": (0.0, 1e-5, 1e-4, 1e-3, 1e-2),
-            "penalty": (None, "l1", "group_l2", "l2"),
-        },
+        ABLATIONS,
     ),
-    "cnn": Plan(PAIRS, PAIRS[1], (0, 1, 2), 1.0, {}, {}),
+    "cnn": Plan(PAIRS, PAIRS[1], (1e-3, 3e-3, 1e-2), (0, 1, 2), 1.0, {}, ABLATIONS),
     "text": Plan(
         PAIRS,
         PAIRS[0],
+        (1e-3, 3e-3),
         (0, 1, 2),
         0.25,
         {
             "topkast": {"refresh_every": 1, "penalty_weight": 0.0},
+            ZERO: {"exchange": 0.01},
             "random_backward": {"refresh_every": 1, "penalty_weight": 0.0},
             "ste": {"refresh_every": 10},
             "set": {"drop_fraction": 0.1},
@@ -155,8 +178,8 @@ class Setting:
         )
 
     def _method(self, end: int | None) -> tk.Method:
-        if self.method in {"topkast", "random_backward"}:
-            return getattr(tk, self.method)(self.entry, self.exchange)  # type: ignore[no-any-return]
+        if self.method in {"topkast", ZERO}:
+            return tk.topkast(self.entry, self.exchange)
         if self.method in {"set", "rigl"}:
             return getattr(tk, self.method)(self.drop_fraction)  # type: ignore[no-any-return]
         if self.method == "gmp":
@@ -178,8 +201,8 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
     Args:
         task: Name of the task.
         carried: What was chosen on another task, by method. Then this and the alternatives of
-            the task are tried with two learning rates; without it there are six trials of each
-            method's own hyperparameters.
+            the task are tried with each learning rate; without it there are trials of each
+            method's own hyperparameters with each.
 
     Returns:
         The settings by method, at one sparsity and one seed.
@@ -189,7 +212,7 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
     found = {}
     for method in METHODS:
         base = replace(
-            carried[method] if carried else Setting(task, method),
+            carried[method] if carried else start(task, method),
             task=task,
             forward=forward,
             backward=backward,
@@ -198,7 +221,7 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
             steps=plan.trial_steps,
         )
         bases = [base, replace(base, **plan.alternatives.get(method, {}))]
-        axes = {"lr": RATES} if carried else _axes(method)
+        axes = {"lr": plan.rates} if carried else _axes(method, plan.rates)
         settings = [
             replace(base, **dict(zip(axes, values, strict=True)))
             for base, values in product(bases, product(*axes.values()))
@@ -207,16 +230,25 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
     return found
 
 
-def _axes(method: str) -> dict[str, tuple[Any, ...]]:
+def start(task: str, method: str) -> Setting:
+    """Return what a method's trials have in common."""
+    if method == ZERO:
+        return Setting(task, method, entry="zero", penalty_weight=0.0, until=STOP)
+    return Setting(task, method)
+
+
+def _axes(method: str, rates: tuple[float, ...]) -> dict[str, tuple[Any, ...]]:
+    if method == ZERO:
+        return {"lr": rates, "exchange": (0.03, 0.1, None)}
     if method in {"topkast", "random_backward"}:
-        return {"lr": RATES, "penalty_weight": (1e-4, 1e-3, 1e-2)}
+        return {"lr": rates, "penalty_weight": (1e-4, 1e-3, 1e-2)}
     if method == "ste":
-        return {"lr": RATES, "refresh_every": (1, 10, 100)}
+        return {"lr": rates, "refresh_every": (1, 10, 100)}
     if method in {"set", "rigl"}:
-        return {"lr": RATES, "until": (STOP,), "drop_fraction": (0.1, 0.3, 0.5)}
+        return {"lr": rates, "until": (STOP,), "drop_fraction": (0.1, 0.3, 0.5)}
     if method == "gmp":
-        return {"lr": RATES, "until": (0.5, 0.75, 0.9)}
-    return {"lr": (3e-4, *RATES), "weight_decay": (0.0, 1e-4)}
+        return {"lr": rates, "until": (0.5, 0.75, 0.9)}
+    return {"lr": rates, "weight_decay": (0.0, 1e-5, 1e-4)}
 
 
 def comparison(tuned: Mapping[str, Setting]) -> Iterator[Setting]:
@@ -244,7 +276,7 @@ def ablations(tuned: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
     Yields:
         What changes, and the setting.
     """
-    base = tuned["topkast"]
+    base = tuned[ZERO]
     plan = PLANS[base.task]
     for name, values in plan.ablations.items():
         for value, seed in product(values, plan.seeds):
