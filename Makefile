@@ -16,17 +16,19 @@ lint: .venv/tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# From the JSON alone: benchmarks/RESULTS.md, its figures, and the tables of the README.
 results: .venv/package
-	$(BIN)/python -m benchmarks.boston
+	$(BIN)/python -m benchmarks.page
 
-# Less than an hour on two cores, which should have nothing else to do.
+# An hour on two cores, which should have nothing else to do.
 bench: .venv/bench
-	$(BIN)/python -m benchmarks --full
-	$(BIN)/python -m benchmarks plot
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.page
 
 # Hours on two cores; what is done is not done again.
 evidence: .venv/package
 	for task in mlp cnn text; do $(BIN)/python -m benchmarks.evidence $$task --ablations; done
+	$(BIN)/python -m benchmarks.page
 
 # In place, from top to bottom, with what they show.
 notebooks: .venv/tests

@@ -1,53 +1,20 @@
-"""How this library is called: the one module that knows its names."""
+"""What is compared: training with this library, and the layers of others."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 import topkast_func as tk
 from benchmarks.networks import Problem
 from benchmarks.protocol import Parameters
-from topkast_func.kernels import EngineName, engines, pattern_of, sparse_linear
-from topkast_func.model.alpha import split
-
-OPTIMIZERS: dict[str, Callable[[float], tk.Optimizer]] = {
-    "sgd": lambda lr: tk.sgd(lr, momentum=0.9),
-    "adam": tk.adam,
-}
-
-
-class Products(NamedTuple):
-    """The products of one weight on operands that are packed already.
-
-    Attributes:
-        forward: One forward product, of A.
-        input_gradient: One input gradient, through A.
-        weight_gradient: One weight gradient, sampled on B.
-        layer: ``layer(x, values)``, the differentiable product with its packing.
-        values: Values on B.
-        unpack: Brings the activations that the first two return to [batch, features].
-        gather: Gathers the values on B from a matrix.
-    """
-
-    forward: Callable[[], Any]
-    input_gradient: Callable[[], Any]
-    weight_gradient: Callable[[], Any]
-    layer: Callable[[Tensor, Tensor], Tensor]
-    values: Tensor
-    unpack: Callable[[Any], Tensor]
-    gather: Callable[[Tensor], Tensor]
 
 
 class Training(NamedTuple):
-    """A training that is under way.
-
-    Attributes:
-        step: Trains one step and returns the loss.
-        state: Returns the state that the next step starts from.
-        config: Its configuration.
-    """
+    """A training under way: one step, which returns its loss; the state; the configuration."""
 
     step: Callable[[], Tensor]
     state: Callable[[], tk.TrainState]
@@ -57,144 +24,79 @@ class Training(NamedTuple):
 def sets(
     weight: Tensor, forward: float, backward: float, block_shape: tuple[int, int] = (1, 1)
 ) -> tk.Masks:
-    """Choose A and B of one weight.
-
-    Args:
-        weight: [out, in].
-        forward: Forward sparsity, fraction.
-        backward: Backward sparsity, fraction.
-        block_shape: Of the blocks that are chosen whole.
-
-    Returns:
-        The masks.
-    """
+    """Choose A and B of one weight, [out, in], at a forward and a backward sparsity."""
     config = tk.TopKastConfig(forward, backward, block_shape=block_shape)
     return tk.compute_masks({"weight": weight}, config)["weight"]
 
 
-def products(
-    weight: Tensor,
-    masks: tk.Masks,
-    x: Tensor,
-    g: Tensor,
-    block_shape: tuple[int, int],
-    engine: EngineName,
-) -> Products:
-    """Prepare the products of one weight.
+def training(problem: Problem, p: Parameters) -> Training:
+    """Start a training of a network, without refreshes.
 
-    Args:
-        weight: [out, in].
-        masks: Its sets.
-        x: Inputs, [batch, in].
-        g: Gradient of the outputs, [batch, out].
-        block_shape: Of the blocks in the sets.
-        engine: Name of the engine.
-
-    Returns:
-        The products.
+    Its parameters are ``forward_sparsity``, ``backward_sparsity``, ``optimizer``, and where they
+    are not the default ``block_shape``, ``engine``, ``penalty``, ``storage``, ``lr``. Weights that
+    the blocks do not divide stay dense.
     """
-    pattern = pattern_of(masks.forward, masks.backward, block_shape)
-    places = pattern.flat_index(block_shape, weight.shape)
-    values = split(weight, places)
-    (rows, columns), batch = weight.shape, len(x)
-    raw, (pack, unpack) = engines.engine(engine), engines.layout(engine)
-    x_packed, g_packed = pack(x), pack(g)
-    return Products(
-        forward=lambda: raw.forward(values, x_packed, pattern, rows),
-        input_gradient=lambda: raw.input_gradient(values, g_packed, pattern, columns),
-        weight_gradient=lambda: raw.weight_gradient(g_packed, x_packed, pattern, values),
-        layer=lambda x, values: sparse_linear(x, values, pattern, (rows, columns), None, engine),
-        values=values,
-        unpack=lambda packed: unpack(packed, batch),
-        gather=lambda matrix: split(matrix, places),
+    rows, columns = p.get("block_shape", (1, 1))
+    weights = {n: w.shape for n, w in problem.model.named_parameters() if w.ndim == 2}
+    config = tk.TopKastConfig(
+        p["forward_sparsity"],
+        p["backward_sparsity"],
+        sparse=[n for n, shape in weights.items() if shape[0] % rows == 0 == shape[1] % columns],
+        refresh_every=None,
+        penalty=p.get("penalty"),
+        block_shape=(rows, columns),
     )
-
-
-def training(problem: Problem, parameters: Parameters) -> Training:
-    """Start a training of a network.
-
-    Args:
-        problem: The network and its batch.
-        parameters: ``forward_sparsity``, ``backward_sparsity``, ``optimizer``, and where they
-            are not the default ``block_shape``, ``engine``, ``penalty``, ``storage``, ``lr``.
-
-    Returns:
-        The training.
-    """
-    config = config_of(problem, parameters)
-    optimizer = OPTIMIZERS[parameters["optimizer"]](parameters.get("lr", 1e-3))
-    storage = parameters.get("storage", "compact")
+    lr, storage = p.get("lr", 1e-3), p.get("storage", "compact")
+    optimizer = tk.adam(lr) if p["optimizer"] == "adam" else tk.sgd(lr, momentum=0.9)
     state = tk.init_state(problem.model, config, optimizer, storage=storage)
-    engine = parameters.get("engine", "auto")
+    engine = p.get("engine", "auto")
     train_step = tk.make_train_step(problem.model, _loss, config, optimizer, engine=engine)
-    batch = (problem.inputs, problem.targets)
 
     def step() -> Tensor:
         nonlocal state
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, (problem.inputs, problem.targets))
         return metrics.loss
 
     return Training(step, lambda: state, config)
 
 
-def config_of(problem: Problem, parameters: Parameters) -> tk.TopKastConfig:
-    """Return the configuration of a training; weights that blocks do not divide stay dense.
-
-    Args:
-        problem: The network.
-        parameters: As `training` takes them.
-
-    Returns:
-        The configuration, without refreshes.
-    """
-    rows, columns = parameters.get("block_shape", (1, 1))
-    weights = {name: p for name, p in problem.model.named_parameters() if p.ndim == 2}
-    divided = [n for n, p in weights.items() if p.shape[0] % rows == 0 == p.shape[1] % columns]
-    return tk.TopKastConfig(
-        forward_sparsity=parameters["forward_sparsity"],
-        backward_sparsity=parameters["backward_sparsity"],
-        sparse=divided,
-        refresh_every=None,
-        penalty=parameters.get("penalty"),
-        block_shape=(rows, columns),
-    )
-
-
-def trained_bytes(state: tk.TrainState) -> dict[str, float]:
-    """Count the bytes of a state, exactly, from its tensors.
-
-    Args:
-        state: A compact state.
-
-    Returns:
-        ``trained state``: values, indices, slots, and a gradient of the values' size;
-        ``theta``: the dense θ, which can stay on the host.
-    """
-    values = state.weights.values()
-    kept = _leaves(state.weights)
-    theta = _leaves(state.weights.theta)
-    indices = _distinct(kept) - _distinct([*theta, *values.values()])
-    slots = _distinct(_leaves(state.optimizer.slots))
-    gradient = sum(value.nbytes for value in values.values())
-    return {
-        "trained state": float(_distinct(list(values.values())) + gradient + slots + indices),
-        "theta": float(_distinct(theta)),
-    }
-
-
-def _distinct(tensors: list[Tensor]) -> int:
-    """Add the bytes of tensors, those that share memory once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def _leaves(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    inner = tree.values() if isinstance(tree, Mapping) else tree
-    return [leaf for node in inner if not isinstance(node, str | int) for leaf in _leaves(node)]
-
-
 def _loss(apply: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
-    inputs, targets = batch
-    return functional.cross_entropy(apply(inputs), targets)
+    return functional.cross_entropy(apply(batch[0]), batch[1])
+
+
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x·weightᵀ, [..., out], through oneDNN, whatever torch would have chosen."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
+
+
+class _OneDNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return onednn_product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (g,), (x, weight) = grads, ctx.saved_tensors
+        flat = g.flatten(0, -2), x.flatten(0, -2)
+        return onednn_product(g, weight.t()), onednn_product(flat[0].t(), flat[1].t())
+
+
+class OneDNNLinear(nn.Module):
+    """A linear layer, in the place of another, whose products all run in oneDNN."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _OneDNN.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        return product + self.bias
+
+
+def sparselab(linear: nn.Linear, sparsity: float) -> nn.Module:
+    """Return SparseLab's layer of the same shape, with weights that it draws; A is its B."""
+    sizes = linear.in_features, linear.out_features
+    layer: nn.Module = import_module("sparselab").SparseLinear(*sizes, sparsity=sparsity)
+    return layer

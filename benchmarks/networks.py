@@ -8,127 +8,66 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-SEED = 0
-
 
 class Problem(NamedTuple):
-    """A network at its initial weights, and the batch that every step sees.
-
-    Attributes:
-        model: The network.
-        inputs: [batch, ...], float32.
-        targets: [batch], int64.
-    """
+    """A network at its initial weights, and the batch that every step sees."""
 
     model: nn.Module
     inputs: Tensor
     targets: Tensor
 
 
-class Network(NamedTuple):
-    """A network before it is built.
+class Block(nn.Module):
+    """A transformer block with the norms first, ``hidden`` features in its feed-forward part."""
 
-    Attributes:
-        build: Builds the module.
-        inputs: Shape of one input.
-        batch: Inputs per step.
-    """
-
-    build: Callable[[], nn.Module]
-    inputs: tuple[int, ...]
-    batch: int
-
-
-class EncoderBlock(nn.Module):
-    """A transformer encoder block with the norms first, and a classifier on the mean token.
-
-    Args:
-        width: Features of a token.
-        heads: Attention heads.
-        hidden: Features inside the feed-forward part.
-        classes: Outputs of the classifier.
-    """
-
-    def __init__(self, width: int, heads: int, hidden: int, classes: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
-        self.attention_norm = nn.LayerNorm(width)
-        self.attention_in = nn.Linear(width, 3 * width)
-        self.attention_out = nn.Linear(width, width)
-        self.feed_norm = nn.LayerNorm(width)
-        self.feed_in = nn.Linear(width, hidden)
-        self.feed_out = nn.Linear(hidden, width)
-        self.classifier = nn.Linear(width, classes)
+        self.heads, self.causal = heads, causal
+        self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention_in, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed_in, self.feed_out = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Classify sequences of tokens [batch, sequence, width] to [batch, classes]."""
-        tokens = tokens + self._attended(self.attention_norm(tokens))
-        hidden = functional.gelu(self.feed_in(self.feed_norm(tokens)))
-        tokens = tokens + self.feed_out(hidden)
-        logits: Tensor = self.classifier(tokens.mean(1))
-        return logits
+        """Map sequences of tokens [batch, sequence, width] to as many."""
+        projected = self.attention_in(self.attention_norm(tokens))
+        q, k, v = projected.unflatten(-1, (3, self.heads, -1)).movedim(2, 0).transpose(2, 3)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        tokens = tokens + self.attention_out(mixed.transpose(1, 2).flatten(2))
+        fed: Tensor = self.feed_out(functional.gelu(self.feed_in(self.feed_norm(tokens))))
+        return tokens + fed
 
-    def _attended(self, tokens: Tensor) -> Tensor:
-        projected = self.attention_in(tokens).unflatten(-1, (3, self.heads, -1))
-        query, key, value = projected.movedim(2, 0).transpose(2, 3)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        attended: Tensor = self.attention_out(mixed.transpose(1, 2).flatten(2))
-        return attended
+
+class Mean(nn.Module):
+    """The mean of the tokens of each sequence."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.mean(1)
 
 
 def mlp(*widths: int) -> nn.Sequential:
-    """Build linear layers with ReLU between them.
-
-    Args:
-        widths: Features from the input to the output.
-
-    Returns:
-        The network.
-    """
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    """Build linear layers from ``widths[0]`` to ``widths[-1]`` features, with ReLU between them."""
+    layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
-NETWORKS = {
-    "mlp-784": Network(lambda: mlp(784, 512, 512, 10), (784,), 128),
-    "mlp-1024": Network(lambda: mlp(*[1024] * 5), (1024,), 256),
-    "mlp-2048": Network(lambda: mlp(*[2048] * 4), (2048,), 512),
-    "encoder": Network(lambda: EncoderBlock(256, 4, 1024, 10), (64, 256), 16),
-    "mlp-64": Network(lambda: mlp(*[64] * 4), (64,), 512),
+def encoder() -> nn.Sequential:
+    """Build a transformer block of width 256 and a classifier on its mean token."""
+    return nn.Sequential(Block(256, 4, 1024), Mean(), nn.Linear(256, 10))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "mlp-784": (lambda: mlp(784, 512, 512, 10), (784,), 128),
+    "mlp-1024": (lambda: mlp(*[1024] * 5), (1024,), 256),
+    "mlp-2048": (lambda: mlp(*[2048] * 4), (2048,), 512),
+    "encoder": (encoder, (64, 256), 16),
+    "mlp-64": (lambda: mlp(*[64] * 4), (64,), 512),
 }
+"""What builds a network, the shape of one input, and how many a step takes."""
 
 
 def problem(name: str, batch: int | None = None) -> Problem:
-    """Build a network and draw its batch, from one seed.
-
-    Args:
-        name: Key of `NETWORKS`.
-        batch: Inputs per step; None takes the network's own.
-
-    Returns:
-        The problem, the same at every call.
-    """
-    network = NETWORKS[name]
-    torch.manual_seed(SEED)
-    model = network.build()
-    size = batch or network.batch
-    return Problem(model, torch.randn(size, *network.inputs), torch.randint(0, 10, (size,)))
-
-
-def replaced(model: nn.Module, layer_of: Callable[[str, nn.Linear], nn.Module]) -> nn.Module:
-    """Put another layer in the place of every linear layer of a model.
-
-    Args:
-        model: The model; it is changed.
-        layer_of: ``layer_of(name, linear)``, the other layer.
-
-    Returns:
-        The model.
-    """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name, linear in linears.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, layer_of(name, linear))
-    return model
+    """Build one of `NETWORKS` and draw its batch, the same at every call."""
+    build, inputs, usual = NETWORKS[name]
+    torch.manual_seed(0)
+    model, size = build(), batch or usual
+    return Problem(model, torch.randn(size, *inputs), torch.randint(0, 10, (size,)))

@@ -1,119 +1,133 @@
-"""The three products of a linear layer, one weight at a time."""
+"""The three products of a linear layer, one weight at a time, on operands that are packed already.
 
-from collections.abc import Callable, Iterator
+They are the forward product [batch, out] and the input gradient [batch, in], through A, and the
+weight gradient [out, in], whose values outside A may be any.
+"""
+
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import arms
-from benchmarks.multiplication import (
-    FORWARD,
-    INPUT_GRADIENT,
-    LAYER_BACKWARD,
-    LAYER_FORWARD,
-    OURS,
-    WAYS,
-    Operands,
-)
-from benchmarks.protocol import Arm, Case, Parameters, Task
+from benchmarks.arms import onednn_product, sets
+from benchmarks.protocol import Parameters, Suite, Tasks
+from topkast_func.kernels import engines, pattern_of
+from topkast_func.model.alpha import split
 
+KINDS = ("forward", "input gradient", "weight gradient")
 SHAPES = ((512, 128), (1024, 256), (2048, 512))
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
-BLOCK_SHAPES = ((1, 1), (4, 1), (1, 4), (4, 4), (8, 8), (16, 16))
-QUICK_SHAPES, QUICK_SPARSITIES, QUICK_BLOCK_SHAPES = SHAPES[:1], (0.8, 0.9), ((1, 1), (4, 4))
-PEERS = ("dense", "dense oneDNN", "torch CSR", "torch-sparse", "SparseLab")
+BLOCKS = ((1, 1), (4, 1), (1, 4), (4, 4), (8, 8), (16, 16))
 
 ROUNDING = 1e-4
 """Largest error over the largest value: sums of 2,048 products in any order, float32."""
 
-
-def cases(full: bool) -> list[Case]:
-    """Return one case for each shape; its tasks are the products at each sparsity.
-
-    Args:
-        full: Every shape, sparsity and block shape.
-
-    Returns:
-        The cases.
-    """
-    shapes, sparsities = (SHAPES, SPARSITIES) if full else (QUICK_SHAPES, QUICK_SPARSITIES)
-    blocks = BLOCK_SHAPES if full else QUICK_BLOCK_SHAPES
-    return [
-        Case(
-            f"{side}x{side}/{batch}",
-            tuple(_arms({"side": side, "batch": batch, "sparsities": sparsities}, blocks)),
-        )
-        for side, batch in shapes
-    ]
+Products: TypeAlias = tuple[tuple[Callable[[], Any], Callable[[Any], Tensor]], ...]
+"""Each a call, and what makes its output a matrix to compare."""
 
 
-def _arms(common: Parameters, blocks: tuple[tuple[int, int], ...]) -> Iterator[Arm]:
-    for peer in PEERS:
-        yield Arm(peer, {**common, "way": peer})
-    for rows, columns in blocks:
-        shape = {"block_shape": (rows, columns), "engine": "numba"}
-        yield Arm(f"{OURS} {rows}×{columns}", {**common, "way": OURS, **shape})
+class Operands(NamedTuple):
+    """One weight with the sets of one sparsity, and what it is multiplied with."""
+
+    x: Tensor  # inputs, [batch, in]
+    g: Tensor  # gradient of the outputs, [batch, out]
+    theta: Tensor  # the weight, dense, [out, in]
+    w: Tensor  # the weight on A, zeros elsewhere, [out, in]
+    mask: Tensor  # 1_A, [out, in]
+    sparsity: float  # fraction of zeros in w
+    block: tuple[int, int]  # shape of the blocks in A
 
 
-def prepare(parameters: Parameters) -> list[Task]:
-    """Prepare the products of an arm at every sparsity of its case.
-
-    Args:
-        parameters: Of the arm.
-
-    Returns:
-        Tasks that check their products against the dense ones.
-    """
-    return [task for s in parameters["sparsities"] for task in _tasks(parameters, s)]
+def _arms(side: int, batch: int) -> dict[str, Parameters]:
+    ways: dict[str, Parameters] = {way: {"way": way} for way in list(WAYS)[:-1]}
+    for block in BLOCKS:
+        ways[f"topkast {block[0]}×{block[1]}"] = {"way": "topkast", "block_shape": block}
+    told = {"side": side, "batch": batch, "sparsities": SPARSITIES}
+    return {name: {**told, **way} for name, way in ways.items()}
 
 
-def _tasks(parameters: Parameters, sparsity: float) -> Iterator[Task]:
-    o = _operands(parameters, sparsity)
-    for name, product in WAYS[parameters["way"]](o).items():
-        check = partial(_check, product.matrix, _expected(o, name))
-        told = {"product": name, "sparsity": sparsity}
-        yield Task(f"{name} {sparsity:.0%}", product.run, check, told)
+def prepare(parameters: Parameters) -> Tasks:
+    """Return the products of an arm at every sparsity; each checks itself against the dense one."""
+    return {k: t for s in parameters["sparsities"] for k, t in _tasks(parameters, s).items()}
 
 
-def _operands(parameters: Parameters, sparsity: float) -> Operands:
+def _tasks(parameters: Parameters, sparsity: float) -> Tasks:
     side, batch = parameters["side"], parameters["batch"]
     torch.manual_seed(0)
     x, g, theta = (torch.randn(rows, side) for rows in (batch, batch, side))
-    rows, columns = parameters.get("block_shape", (1, 1))
-    mask = arms.sets(theta, sparsity, sparsity, (rows, columns)).forward
-    return Operands(x, g, theta, theta * mask, mask, sparsity, (rows, columns))
+    block: Any = tuple(parameters.get("block_shape", (1, 1)))
+    mask = sets(theta, sparsity, sparsity, block).forward
+    o = Operands(x, g, theta, theta * mask, mask, sparsity, block)
+    places = (torch.ones(()), torch.ones(()), mask)
+    products = zip(KINDS, WAYS[parameters["way"]](o), _dense(o), places, strict=True)
+    return {
+        f"{kind} {sparsity:.0%}": (run, partial(_check, matrix, reference, where))
+        for kind, (run, matrix), (reference, _), where in products
+    }
 
 
-def _expected(o: Operands, product: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Return what makes, of a product, the two matrices that must agree."""
-    if product in {FORWARD, LAYER_FORWARD}:
-        return lambda found: (found, functional.linear(o.x, o.w))
-    if product in {INPUT_GRADIENT, LAYER_BACKWARD}:
-        return lambda found: (found, o.g @ o.w)
-    return lambda found: (found * o.mask, (o.g.t() @ o.x) * o.mask)
-
-
-def _check(
-    matrix: Callable[[Any], Tensor],
-    expected: Callable[[Tensor], tuple[Tensor, Tensor]],
-    output: Any,
-) -> None:
-    check_close(*expected(matrix(output)))
-
-
-def check_close(found: Tensor, reference: Tensor) -> None:
-    """Check that a product is what another way of computing it gives, but for rounding.
-
-    Args:
-        found: The product.
-        reference: The same, in the same shape.
-
-    Raises:
-        ArithmeticError: It differs by more than `ROUNDING` of the largest value.
-    """
-    error = ((found - reference).abs().max() / reference.abs().max()).item()
+def _check(matrix: Any, reference: Callable[[], Tensor], where: Tensor, output: Any) -> None:
+    found, expected = matrix(output) * where, reference() * where
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
     if not error < ROUNDING:
         raise ArithmeticError(f"the product is wrong by {error:.1e} of its largest value")
+
+
+def _dense(o: Operands) -> Products:
+    return (
+        (lambda: functional.linear(o.x, o.w), torch.clone),
+        (lambda: o.g @ o.w, torch.clone),
+        (lambda: o.g.t() @ o.x, torch.clone),
+    )
+
+
+def _onednn(o: Operands) -> Products:
+    return (
+        (lambda: onednn_product(o.x, o.w), torch.clone),
+        (lambda: onednn_product(o.g, o.w.t()), torch.clone),
+        (lambda: onednn_product(o.g.t(), o.x.t()), torch.clone),
+    )
+
+
+def _torch_csr(o: Operands) -> Products:
+    w, w_transposed = o.w.to_sparse_csr(), o.w.t().contiguous().to_sparse_csr()
+    x, g = o.x.t().contiguous(), o.g.t().contiguous()
+    return (
+        (lambda: w @ x, torch.t),
+        (lambda: w_transposed @ g, torch.t),
+        (partial(torch.sparse.sampled_addmm, w, g, o.x, beta=0.0), Tensor.to_dense),
+    )
+
+
+def _ours(o: Operands) -> Products:
+    """Compute with A of a density; sample the weight gradient on a B of it, half of it A."""
+    engine, (pack, unpack) = engines.engine("numba"), engines.layout("numba")
+    x, g, (rows, columns) = pack(o.x), pack(o.g), o.w.shape
+
+    def indexed(forward: float) -> tuple[Any, Tensor, Tensor]:
+        masks = sets(o.theta, forward, o.sparsity, o.block)
+        pattern = pattern_of(*masks, o.block)
+        places = pattern.flat_index(o.block, o.w.shape)
+        return pattern, places.flatten(), split(o.theta, places)
+
+    (a, _, on_a), (b, places, on_b) = indexed(o.sparsity), indexed((1 + o.sparsity) / 2)
+
+    def spread(found: Tensor) -> Tensor:
+        return torch.zeros(o.w.numel()).index_copy(0, places, found.flatten()).view_as(o.w)
+
+    def unpacked(found: Tensor) -> Tensor:
+        return unpack(found, len(o.x))
+
+    return (
+        (lambda: engine.forward(on_a, x, a, rows), unpacked),
+        (lambda: engine.input_gradient(on_a, g, a, columns), unpacked),
+        (lambda: engine.weight_gradient(g, x, b, on_b), spread),
+    )
+
+
+WAYS = {"dense": _dense, "dense oneDNN": _onednn, "torch CSR": _torch_csr, "topkast": _ours}
+_CASES = {f"{side}x{side}/{batch}": _arms(side, batch) for side, batch in SHAPES}
+SUITE = Suite("products", _CASES, prepare)

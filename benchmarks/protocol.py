@@ -1,156 +1,146 @@
-"""How a number comes about: samples of calls, rounds through the arms of a case, medians."""
+"""How a number comes about: arms in processes of their own, and rounds through them."""
 
-import gc
+import re
+import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, NamedTuple, TypeAlias
 
-Parameters: TypeAlias = Mapping[str, Any]
-"""What tells one measurement from another, as JSON holds it."""
+import torch
+from torch.utils.benchmark import Timer
 
-CACHED_S = 0.1
-"""Calls shorter than this are repeated once, untimed, before a sample: others had the caches."""
+from benchmarks.record import Entry
 
+Parameters: TypeAlias = Mapping[str, Any]  # what an arm's process needs to know, as JSON holds it
+Cases: TypeAlias = Mapping[str, Mapping[str, Parameters]]  # arms by name, by case; dense ones first
+Tasks: TypeAlias = Mapping[str, tuple[Callable[[], Any], Callable[[Any], None]]]
+"""What an arm is timed at: by name a call, and a check that raises if what it returns is wrong."""
 
-@dataclass(frozen=True)
-class Plan:
-    """How much is measured.
+Numbers: TypeAlias = Mapping[str, float | str]  # by task a number, or why there is none
+Work: TypeAlias = Callable[[Parameters], Any]
+"""Makes the tasks of an arm or, where a number takes a process of its own, its numbers."""
 
-    Attributes:
-        repeats: Rounds through the arms of a case.
-        at_least: Rounds that even a slow arm takes part in.
-        budget_s: Seconds after which an arm sits the remaining rounds out.
-        sample_s: Least duration of one sample; a longer call is a sample by itself.
-        settle_s: Pause before a sample, until the threads of the last process sleep.
-        fresh_repeats: Processes per arm where a process gives one number.
-    """
-
-    repeats: int = 9
-    at_least: int = 5
-    budget_s: float = 6.0
-    sample_s: float = 0.005
-    settle_s: float = 0.01
-    fresh_repeats: int = 3
+WARM_UP_CALLS = 2
+FOLDERS = re.compile(r"(?<!\w)/(?:[^\s/:'\"]+/)+")
 
 
-FULL = Plan()
-QUICK = Plan(repeats=5, at_least=3, budget_s=2.0, fresh_repeats=1)
+class Plan(NamedTuple):
+    """How much is measured."""
+
+    repeats: int = 9  # rounds through the arms of a case
+    at_least: int = 5  # rounds that even a slow arm takes part in
+    budget_s: float = 15.0  # after which an arm sits the remaining rounds out
+    sample_s: float = 0.005  # least duration of one sample
+    settle_s: float = 0.01  # pause before a turn, until the threads of the last process sleep
+    fresh_repeats: int = 3  # rounds where a number takes a process
 
 
-class Arm(NamedTuple):
-    """One way of doing the work of a case.
-
-    Attributes:
-        name: Unique within its case.
-        parameters: What its worker needs to know.
-    """
+class Suite(NamedTuple):
+    """One question, and how it is put."""
 
     name: str
-    parameters: Parameters
+    cases: Cases
+    work: Work
+    fresh: bool = False  # whether a number takes a process of its own
+    unit: str = "s"
 
 
-class Case(NamedTuple):
-    """Arms that are compared with each other, in one run.
+def run(
+    suite: Suite, case: str, arms: Mapping[str, Parameters], threads: int, plan: Plan
+) -> Iterator[Entry]:
+    """Measure a case; an arm that fails leaves an entry with its error."""
+    with ExitStack() as running:
+        if suite.fresh:
+            turns = {n: partial(_fresh, suite.work, p, threads) for n, p in arms.items()}
+            found = rounds(turns, plan._replace(repeats=plan.fresh_repeats))
+        else:
+            own = {name: running.enter_context(process(threads)) for name in arms}
+            turns = {n: partial(_turn, own[n], suite.work, p, plan) for n, p in arms.items()}
+            built = rounds(turns, plan._replace(repeats=1))  # and checked, and warmed up
+            found = built | rounds({n: t for n, t in turns.items() if not built[n][1]}, plan)
+    for name, (answers, error) in found.items():
+        for task in answers[0] if answers else [""]:
+            told = [answer[task] for answer in answers]
+            repeats = [number for number in told if isinstance(number, float)]
+            why = next((number for number in told if isinstance(number, str)), error)
+            where = {"suite": suite.name, "case": case, "arm": name, "task": task}
+            yield {
+                **where,
+                "parameters": arms[name],
+                "unit": suite.unit,
+                **({f"median_{suite.unit}": statistics.median(repeats)} if repeats else {}),
+                f"repeats_{suite.unit}": repeats,
+                **({"error": why} if why else {}),
+            }
 
-    Attributes:
-        name: Unique within its suite.
-        arms: In the order of the rounds, the dense ones first.
+
+def rounds(
+    turns: Mapping[str, Callable[[], Numbers]], plan: Plan
+) -> dict[str, tuple[list[Numbers], str | None]]:
+    """Give every arm its turn, round by round, forwards and backwards alternately.
+
+    One that raises takes no further part. Returned is what each has answered, and why no more.
     """
-
-    name: str
-    arms: tuple[Arm, ...]
-
-
-def accepted(output: Any) -> None:
-    """Accept any output: there is nothing to compare it with."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What an arm is timed at; the arms of a case are compared task by task.
-
-    Attributes:
-        name: Unique within its arm.
-        run: One call.
-        check: Raises if the output of a call is wrong.
-        parameters: What tells the task from the others of its arm.
-    """
-
-    name: str
-    run: Callable[[], Any]
-    check: Callable[[Any], None] = accepted
-    parameters: Parameters = field(default_factory=dict)
-
-
-class Timed(Protocol):
-    """Something that times one sample of a task."""
-
-    def time(self, task: str) -> float:
-        """Return seconds per call."""
-
-
-def sample(run: Callable[[], Any], at_least_s: float, warm: bool = True) -> float:
-    """Time calls until they have taken long enough.
-
-    Args:
-        run: One call.
-        at_least_s: Least duration of the sample, seconds.
-        warm: Call once untimed before.
-
-    Returns:
-        Seconds per call.
-    """
-    gc.collect()
-    gc.disable()
-    try:
-        if warm:
-            run()
-        calls, elapsed, start = 0, 0.0, time.perf_counter()
-        while not calls or elapsed < at_least_s:
-            run()
-            calls += 1
-            elapsed = time.perf_counter() - start
-    finally:
-        gc.enable()
-    return elapsed / calls
-
-
-class Samples(NamedTuple):
-    """What an arm has shown of a task: seconds per call, and why there is no more of it."""
-
-    repeats: list[float]
-    error: str | None = None
-
-
-def interleaved(arms: Mapping[str, Timed], task: str, plan: Plan) -> dict[str, Samples]:
-    """Time a task in rounds through the arms, forwards and backwards in turn.
-
-    Args:
-        arms: What is timed, by name. One that raises RuntimeError takes no further part.
-        task: Name of the task.
-        plan: How often.
-
-    Returns:
-        Samples by name.
-    """
-    samples = {name: Samples([]) for name in arms}
-    spent = dict.fromkeys(arms, 0.0)
+    answers: dict[str, list[Numbers]] = {name: [] for name in turns}
+    spent, errors = dict.fromkeys(turns, 0.0), dict[str, str]()
     for repeat in range(plan.repeats):
-        for name in _present(samples, spent, repeat, plan):
+        for name in list(turns)[:: 1 if repeat % 2 == 0 else -1]:
+            if name in errors or (repeat >= plan.at_least and spent[name] >= plan.budget_s):
+                continue
             start = time.perf_counter()
             try:
-                samples[name].repeats.append(arms[name].time(task))
-            except RuntimeError as reason:
-                samples[name] = samples[name]._replace(error=str(reason))
+                answers[name].append(turns[name]())
+            except Exception as reason:  # of any library, or the end of a process
+                errors[name] = told(reason)
             spent[name] += time.perf_counter() - start
-    return samples
+    return {name: (answers[name], errors.get(name)) for name in turns}
 
 
-def _present(
-    samples: Mapping[str, Samples], spent: Mapping[str, float], repeat: int, plan: Plan
-) -> Collection[str]:
-    """Name the arms of a round, in its order."""
-    names = list(samples)[:: 1 if repeat % 2 == 0 else -1]
-    in_budget = [n for n in names if repeat < plan.at_least or spent[n] < plan.budget_s]
-    return [name for name in in_budget if samples[name].error is None]
+def told(reason: Exception) -> str:
+    """Return the first line of an error, without the folders of the machine."""
+    return FOLDERS.sub("", f"{type(reason).__name__}: {reason}".splitlines()[0])
+
+
+def process(threads: int) -> ProcessPoolExecutor:
+    """Return a process that computes with so many threads and ends with its context."""
+    return ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,))
+
+
+def _fresh(work: Work, parameters: Parameters, threads: int) -> Numbers:
+    with process(threads) as own:
+        return dict(own.submit(work, parameters).result())
+
+
+def _turn(own: ProcessPoolExecutor, work: Work, parameters: Parameters, plan: Plan) -> Numbers:
+    time.sleep(plan.settle_s)
+    return own.submit(_time, work, parameters, plan.sample_s).result()
+
+
+_timers: dict[str, Timer | str] = {}
+"""Of the process of an arm: how its tasks are timed, or why not."""
+
+
+def _time(work: Work, parameters: Parameters, sample_s: float) -> Numbers:
+    """Return, in the process of an arm, the seconds of a call of each of its tasks."""
+    if not _timers:
+        tasks: Tasks = work(parameters)
+        _timers.update({name: _checked(*task) for name, task in tasks.items()})
+    return {name: _sample(timer, sample_s) for name, timer in _timers.items()}
+
+
+def _sample(timer: Timer | str, sample_s: float) -> float | str:
+    return timer if isinstance(timer, str) else timer.blocked_autorange(min_run_time=sample_s).mean
+
+
+def _checked(call: Callable[[], Any], check: Callable[[Any], None]) -> Timer | str:
+    try:
+        check(call())
+        for _ in range(WARM_UP_CALLS):
+            call()
+    except Exception as reason:  # the other tasks of the arm go on
+        return told(reason)
+    return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())

@@ -1,28 +1,25 @@
 """The protocol of the benchmarks, its records and its pictures; no time is judged."""
 
+import json
+import re
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from benchmarks import ceilings, driver, plots, products, reading, record, steps, tables, targets
-from benchmarks.multiplication import WAYS
-from benchmarks.networks import NETWORKS, problem, replaced
-from benchmarks.peers import OneDNNLinear, TorchSparseLinear
-from benchmarks.protocol import FULL, QUICK, Arm, Case, Plan, interleaved, sample
+from benchmarks import __main__ as command
+from benchmarks import arms, costs, products, record, steps, views
+from benchmarks.__main__ import SUITES
+from benchmarks.networks import NETWORKS, problem
+from benchmarks.protocol import Plan, Suite, rounds, run, told
 from benchmarks.record import Entry
-from benchmarks.suites import SUITES
-from topkast_func import Masks
-from topkast_func.kernels import pattern, tiles
+from tests import stub_arms
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script. is deprecated:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 
 ABOUT = {
     "date": "2026-01-01",
@@ -33,94 +30,115 @@ ABOUT = {
 SWIFT = Plan(repeats=3, at_least=2, sample_s=0.0, settle_s=0.0, fresh_repeats=2)
 
 
-class Stub:
-    """Takes note of when it is asked, and takes no time."""
+def stubs(names: str, asked: list[str], **dies_at: int) -> dict[str, Callable[[], dict[str, int]]]:
+    """Make turns that take note of when they are asked, and take no time."""
 
-    def __init__(self, name: str, asked: list[str], dies_at: int | None = None) -> None:
-        self.name, self.asked, self.dies_at = name, asked, dies_at
-
-    def time(self, task: str) -> float:
-        if self.asked.count(self.name) == self.dies_at:
+    def turn(name: str) -> dict[str, int]:
+        if asked.count(name) == dies_at.get(name):
             raise RuntimeError("it died")
-        self.asked.append(self.name)
-        return float(len(self.asked))
+        asked.append(name)
+        return {"task": len(asked)}
 
-
-def stubs(names: str, asked: list[str], **dies_at: int) -> dict[str, Stub]:
-    return {name: Stub(name, asked, dies_at.get(name)) for name in names}
+    return {name: partial(turn, name) for name in names}
 
 
 def test_rounds_go_forwards_and_backwards() -> None:
     asked: list[str] = []
-    samples = interleaved(stubs("abc", asked), "task", SWIFT)
+    found = rounds(stubs("abc", asked), SWIFT)
     assert "".join(asked) == "abccbaabc"
-    assert samples["a"].repeats == [1.0, 6.0, 7.0]
+    assert found["a"] == ([{"task": 1}, {"task": 6}, {"task": 7}], None)
 
 
 def test_an_arm_that_dies_keeps_its_samples_and_leaves_the_rounds() -> None:
     asked: list[str] = []
-    samples = interleaved(stubs("abc", asked, b=1), "task", SWIFT)
+    found = rounds(stubs("abc", asked, b=1), SWIFT)
     assert "".join(asked) == "abccaac"
-    assert samples["b"] == ([2.0], "it died")
-    assert samples["a"].error is None
+    assert found["b"] == ([{"task": 2}], "RuntimeError: it died")
+    assert found["a"][1] is None
 
 
 def test_an_arm_over_its_budget_leaves_after_the_least_number_of_rounds() -> None:
     asked: list[str] = []
-    interleaved(stubs("ab", asked), "task", replace(SWIFT, budget_s=0.0))
+    rounds(stubs("ab", asked), SWIFT._replace(budget_s=0.0))
     assert "".join(asked) == "abba"
 
 
-@pytest.mark.parametrize(("warm", "calls"), [(True, 2), (False, 1)])
-def test_a_call_that_fills_the_sample_is_a_sample(warm: bool, calls: int) -> None:
-    called: list[int] = []
-    assert sample(lambda: called.append(1), 0.0, warm) >= 0.0
-    assert len(called) == calls
+def test_errors_are_told_without_the_folders_of_the_machine() -> None:
+    reason = ImportError("no m (/home/someone/lib/m.so), 3/4 of it\nmore")
+    assert told(reason) == "ImportError: no m (m.so), 3/4 of it"
 
 
-def test_the_median_is_of_the_repeats_and_survives_the_file(tmp_path: Path) -> None:
-    timed = Entry("steps", "c", "a", "step", {"x": 1}, (3.0, 1.0, 2.0), setup_s=0.5)
-    failed = Entry("steps", "c", "b", error="no")
-    held = Entry("memory", "c", "a", "peak", {}, (5.0,), "bytes")
-    assert (timed.median, failed.median) == (2.0, None)
-    kept = timed.as_json()
-    assert (kept["median_s"], kept["min_s"], kept["repeats_s"]) == (2.0, 1.0, [3.0, 1.0, 2.0])
-    record.write(tmp_path / "steps.json", ABOUT, [timed, failed, held])
-    assert record.read(tmp_path / "steps.json") == (ABOUT, [timed, failed, held])
+def test_processes_take_turns_and_what_is_wrong_is_recorded() -> None:
+    suite = Suite("copies", {}, stub_arms.timed)
+    case = {"good": {"way": "good"}, "dies": {"way": "dies"}}
+    entries = {(e["arm"], e["task"]): e for e in run(suite, "tiny", case, 1, SWIFT)}
+    assert next(iter(entries)) == ("good", "right")
+    assert len(entries["good", "right"]["repeats_s"]) == SWIFT.repeats
+    assert entries["good", "right"]["median_s"] > 0
+    assert entries["good", "wrong"]["error"] == "ArithmeticError: 0 is wrong"
+    assert entries["good", "wrong"]["repeats_s"] == []
+    assert entries["good", "failing"]["error"].startswith("TypeError: 'NoneType'")
+    assert "terminated abruptly" in entries["dies", ""]["error"]
 
 
-def test_errors_are_kept_without_the_folders_of_the_machine() -> None:
-    error = "ImportError: no m (/home/someone/lib/m.so), 3/4 of it"
-    assert Entry("s", "c", "a", error=error).as_json()["error"] == (
-        "ImportError: no m (m.so), 3/4 of it"
-    )
+def test_where_a_number_takes_a_process_each_round_has_one() -> None:
+    suite = Suite("numbers", {}, stub_arms.fresh, fresh=True, unit="bytes")
+    processes, threads = run(suite, "tiny", {"arm": {}}, 1, SWIFT)
+    assert (processes["task"], threads["task"]) == ("process", "threads")
+    assert len(set(processes["repeats_bytes"])) == 2
+    assert threads["repeats_bytes"] == [1.0, 1.0]
+    assert threads["median_bytes"] == 1.0
 
 
-def test_circumstances_tell_machine_versions_and_protocol() -> None:
-    about = record.circumstances(2, FULL)
+def test_the_command_measures_prints_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in (*command.THREADS, "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.setenv(variable, "1")
+    suite = Suite("numbers", {"one": {"arm": {}}, "two": {"arm": {}}}, stub_arms.fresh, fresh=True)
+    monkeypatch.setattr(command, "SUITES", {"numbers": suite})
+    monkeypatch.setattr(command, "Plan", lambda: SWIFT._replace(fresh_repeats=1))
+    monkeypatch.setattr(command, "SCRATCH", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--case", "two", "--threads", "1"])
+    command.main()
+    assert re.search(r"\| arm \| .* s \| 1 s \|", capsys.readouterr().out)
+    about = json.loads((tmp_path / "numbers.json").read_text())
+    assert [entry["case"] for entry in about["cases"]] == ["two", "two"]
+    assert about["protocol"]["repeats"] == SWIFT.repeats
+    assert 0 <= about["busy_before"] <= 1
+
+
+def test_files_have_an_entry_on_every_line(tmp_path: Path) -> None:
+    entries = [{"suite": "s", "case": "c", "arm": a, "task": "×", "unit": "s"} for a in "ab"]
+    record.write(tmp_path / "new" / "s.json", {**ABOUT, "cases": entries})
+    assert len((tmp_path / "new" / "s.json").read_text().splitlines()) == 2 + len(ABOUT) + 4
+    assert record.load(tmp_path / "new") == ({"s": ABOUT}, entries)
+
+
+def test_committed_files_have_an_entry_on_every_line() -> None:
+    lines = 0
+    for path in record.RESULTS.glob("*.json"):
+        content = json.loads(path.read_text())
+        (rows,) = (content[key] for key in ("cases", "runs") if key in content)
+        lines += len(path.read_text().splitlines())
+        assert len(path.read_text().splitlines()) == len(rows) + len(content) + 3
+    assert lines < 4000
+
+
+def test_medians_have_a_spread_of_at_least_two_numbers() -> None:
+    entry: Entry = {"unit": "s", "repeats_s": [1.0, 2.0, 3.0, 4.0, 5.0], "median_s": 3.0}
+    assert record.median(entry) == 3.0
+    assert record.spread(entry) == pytest.approx(1 / 3)
+    assert record.spread({"unit": "s", "repeats_s": [1.0]}) is None
+    assert record.median({"unit": "bytes", "repeats_bytes": []}) is None
+
+
+def test_circumstances_tell_machine_versions_and_commit() -> None:
+    about = record.circumstances(2)
     assert about["versions"]["torch"] == torch.__version__
-    assert about["protocol"]["repeats"] == FULL.repeats
-    assert about["machine"]["physical_cores"] >= 1
-
-
-def test_workers_are_timed_in_turn_and_a_crash_is_recorded() -> None:
-    arms = tuple(Arm(way, {"way": way, "side": 8}) for way in ("copy", "nothing", "masks"))
-    case = Case("tiny", arms)
-    entries = {entry.arm: entry for entry in driver.run("refresh", case, 1, SWIFT)}
-    assert list(entries) == ["copy", "nothing", "masks"]
-    assert len(entries["copy"].repeats) == SWIFT.repeats
-    assert entries["copy"].setup_s is not None
-    assert entries["nothing"].error == "KeyError: 'nothing'"
-    assert entries["masks"].error == "KeyError: 'block_shape'"
-
-
-@pytest.mark.parametrize("suite", SUITES)
-@pytest.mark.parametrize("full", [True, False])
-def test_cases_and_arms_have_names_of_their_own(suite: str, full: bool) -> None:
-    cases = SUITES[suite].cases(full)
-    assert len({case.name for case in cases}) == len(cases) > 0
-    for case in cases:
-        assert len({arm.name for arm in case.arms}) == len(case.arms)
+    assert about["machine"]["num_physical_cores"] >= 1
+    assert about["machine"]["cpu"]
+    assert len(about["commit"].split(",")[0]) == 40
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -131,181 +149,128 @@ def test_networks_take_their_batch_and_are_the_same_each_time(network: str) -> N
     assert first.targets.shape == (2,)
 
 
-@pytest.mark.parametrize(
-    "layer_of",
-    [
-        lambda name, linear: OneDNNLinear(linear),
-        lambda name, linear: TorchSparseLinear(
-            linear, Masks(*[torch.ones_like(linear.weight, dtype=torch.bool)] * 2)
-        ),
-    ],
-    ids=["oneDNN", "torch-sparse"],
-)
-def test_a_layer_of_a_peer_computes_what_the_layer_it_replaces_does(
-    layer_of: Callable[[str, nn.Linear], nn.Module],
-) -> None:
-    own, theirs = problem("mlp-64", 4), problem("mlp-64", 4)
-    replaced(theirs.model, layer_of)
+def test_a_layer_of_a_peer_computes_what_the_layer_it_replaces_does() -> None:
+    own, theirs = problem("mlp-64", 4), steps.replaced(problem("mlp-64", 4), arms.OneDNNLinear)
+    assert isinstance(theirs.model.get_submodule("2"), arms.OneDNNLinear)
     x, y = own.inputs.clone().requires_grad_(), own.inputs.clone().requires_grad_()
     expected, found = own.model(x), theirs.model(y)
     torch.testing.assert_close(found, expected)
     for out in (expected, found):
         (out**2).sum().backward()
     torch.testing.assert_close(y.grad, x.grad)
-    for index in (0, 2, 4):
-        layers = own.model.get_submodule(str(index)), theirs.model.get_submodule(str(index))
-        for expected, found in zip(*map(_gradients, layers), strict=True):
-            assert expected.abs().max() > 0
-            torch.testing.assert_close(found, expected)
+    pairs = zip(own.model.parameters(), theirs.model.parameters(), strict=True)
+    for one, other in pairs:
+        assert one.grad is not None
+        assert one.grad.abs().max() > 0
+        torch.testing.assert_close(other.grad, one.grad)
 
 
-def _gradients(layer: nn.Module) -> list[torch.Tensor]:
-    """Return the gradients of the weight, laid flat, and of the bias."""
-    grads = [p.grad.flatten() for p in layer.parameters() if p.grad is not None]
-    return sorted(grads, key=len)
+def small(way: str, block: tuple[int, int] = (1, 1)) -> dict[str, object]:
+    return {"side": 32, "batch": 8, "sparsities": (0.5, 0.9), "way": way, "block_shape": block}
 
 
 def test_a_wrong_product_is_refused() -> None:
-    parameters = {"side": 16, "batch": 4, "sparsities": (0.5,), "way": "dense"}
-    (task, *_) = products.prepare(parameters)
-    task.check(task.run())
-    with pytest.raises(ArithmeticError, match=r"wrong by .* of its largest value"):
-        task.check(task.run() * 1.001)
+    for call, check in products.prepare(small("dense")).values():
+        check(call())
+        with pytest.raises(ArithmeticError, match=r"wrong by .* of its largest value"):
+            check(call() * 1.001)
 
 
-@pytest.mark.parametrize("way", [w for w in WAYS if w not in {"SparseLab", "topkast"}])
-def test_products_of_the_peers_are_right(way: str) -> None:
-    parameters = {"side": 32, "batch": 8, "sparsities": (0.5, 0.9), "way": way}
-    tasks = products.prepare(parameters)
-    assert len(tasks) >= 6
-    for task in tasks:
-        task.check(task.run())
+@pytest.mark.parametrize("way", products.WAYS)
+def test_products_are_right(way: str) -> None:
+    tasks = products.prepare(small(way, (4, 4)))
+    assert len(tasks) == 6
+    for call, check in tasks.values():
+        check(call())
 
 
-def results(tmp_path: Path) -> reading.Results:
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+def test_the_trained_state_is_counted_from_its_tensors(block: tuple[int, int]) -> None:
+    told = {"network": "mlp-64", "optimizer": "adam", "way": "topkast", "block_shape": block}
+    found = costs.exact({**told, "forward_sparsity": 0.9, "backward_sparsity": 0.8})
+    dense = costs.exact({**told, "way": "dense"})
+    weights, biases = 3 * 64 * 64, 3 * 64
+    assert dense["trained state"] == 16 * (weights + biases)
+    assert found["theta"] == 4 * weights
+    values = 16 * (0.2 * weights + biases)
+    assert values < found["trained state"] < 1.8 * values
+
+
+def entry(
+    suite: str, case: str, arm: str, task: str, *repeats: float, **parameters: object
+) -> Entry:
+    numbers = {"repeats_s": list(repeats), "median_s": sorted(repeats)[len(repeats) // 2]}
+    where = {"suite": suite, "case": case, "arm": arm, "task": task, "parameters": parameters}
+    return {**where, "unit": "s", **numbers}
+
+
+@pytest.fixture
+def results() -> record.Results:
     """Make results of one network: dense 10 ms, ours 20, 5 and 2 ms."""
-    case = "mlp-784, sparsities"
-    told = {"series": "topkast 1×1"}
-    ours = [(0.5, 0.2, 0.02), (0.9, 0.8, 0.005), (0.98, 0.95, 0.002)]
-    entries = [
-        Entry("steps", case, "dense", "step", {"series": "dense"}, (0.012, 0.01, 0.01)),
-        Entry("steps", case, "dense oneDNN", "step", {"series": "dense oneDNN"}, (0.008,)),
-        Entry("steps", case, "SparseLab 90/90", error="it died"),
-        *(
-            Entry(
-                "steps",
-                case,
-                f"topkast 1×1 {steps.shown((s, b))}",
-                "step",
-                {**told, "forward_sparsity": s, "backward_sparsity": b},
-                (time,),
-            )
-            for s, b, time in ours
-        ),
+    in_case = partial(entry, "steps", "mlp-784, sparsities")
+    died = {"suite": "steps", "case": "mlp-784, sparsities", "arm": "SparseLab 90/90", "task": ""}
+    ours = [(50, 20, 0.02), (90, 80, 0.005), (98, 95, 0.002)]
+    products = [
+        entry("products", "1024x1024/256", arm, f"{kind} {sparsity}%", seconds)
+        for kind in ("forward", "input gradient", "weight gradient")
+        for sparsity in (50, 90)
+        for arm, seconds in (("dense", 1.0), ("topkast 1×1", 0.25))
     ]
-    record.write(tmp_path / "steps.json", ABOUT, entries)
-    speeds = [("dense", 1.0), ("topkast 1×1", 0.25)]
-    record.write(
-        tmp_path / "products.json",
-        ABOUT,
-        [
-            Entry(
-                "products",
-                "8x8/2",
-                arm,
-                f"{product} {s:.0%}",
-                {"product": product, "sparsity": s},
-                (time,),
+    entries = [
+        in_case("dense", "step", 0.014, 0.01, 0.01),
+        in_case("dense oneDNN", "step", 0.008),
+        {**died, "parameters": {}, "unit": "s", "repeats_s": [], "error": "it | died"},
+        *(
+            in_case(
+                f"topkast 1×1 {forward}/{backward}",
+                "step",
+                seconds,
+                series="topkast 1×1",
+                forward_sparsity=forward / 100,
             )
-            for product in ("forward", "input gradient", "weight gradient")
-            for s in (0.5, 0.9)
-            for arm, time in speeds
-        ],
-    )
-    return reading.load(tmp_path)
+            for forward, backward, seconds in ours
+        ),
+        *products,
+    ]
+    return record.Results({"steps": ABOUT, "products": ABOUT}, entries)
 
 
-def test_figures_are_drawn_from_the_files(tmp_path: Path) -> None:
-    found = results(tmp_path)
-    paths = plots.save(found, tmp_path / "figures")
-    assert [path.name for path in paths] == ["steps.png", "products.png"]
-    assert all(path.stat().st_size > 0 for path in paths)
-    (panel,) = plots.steps(found).axes
-    curves = {str(line.get_label()): np.asarray(line.get_ydata()) for line in panel.get_lines()}
-    assert curves["topkast 1×1"].tolist() == [20.0, 5.0, 2.0]
-    assert curves["dense"].tolist() == [10.0, 10.0]
-    assert panel.get_yscale() == "log"
-
-
-def test_no_results_make_no_figure(tmp_path: Path) -> None:
-    assert plots.save(reading.load(tmp_path), tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("times", "found"),
-    [((20.0, 5.0), 0.7), ((20.0, 15.0), None), ((5.0, 2.0), 0.5), ((10.0, 5.0), 0.5)],
-)
-def test_the_crossover_is_where_the_curve_meets_the_dense_line(
-    times: tuple[float, float], found: float | None
-) -> None:
-    points = list(zip((0.5, 0.9), times, strict=True))
-    assert plots.crossover(points, 10.0) == (None if found is None else pytest.approx(found))
-    assert plots.crossover([], 10.0) is None
-
-
-def test_tables_give_ratios_failures_and_verdicts(tmp_path: Path) -> None:
-    found = results(tmp_path)
-    text = tables.every_table(found)
+def test_tables_give_medians_spread_ratios_and_failures(results: record.Results) -> None:
+    text = views.case(results, "steps", "mlp-784, sparsities")
     assert "| topkast 1×1 90/80 | 5 ms (2.00×, 1.60×) |" in text
-    assert "| SparseLab 90/90 | failed: it died |" in text
-    rows = {target.what: target for target in targets.targets()}
-    row = rows["step 90/80, unstructured, mlp-784, over the fastest of dense eager and compiled"]
-    assert row.measured(found) == pytest.approx(2.0)
-    assert row.verdict(found) == "missed"
-    assert row._replace(floor=1.5).verdict(found) == "floor"
-    assert row._replace(floor=1.5, aim=2.0 - 1e-9).verdict(found) == "aim"
+    assert "| dense | 10 ms ± 10% |" in text
+    assert "| SparseLab 90/90 | failed: it / died |" in text
+    assert "| 784-512-512-10, batch 128 |  | 2.0× |  |  |" in views.steps(results)
+    (row,) = (
+        line
+        for line in views.case(results, "products", "1024x1024/256", " 90%").splitlines()
+        if "topkast" in line
+    )
+    assert row == "| topkast 1×1 | 250 ms (4.00×) | 250 ms (4.00×) | 250 ms (4.00×) |"
 
 
-def test_targets_read_cases_and_arms_that_exist() -> None:
-    names = {
-        (suite, case.name, arm.name)
-        for suite, kept in SUITES.items()
-        for case in kept.cases(True)
-        for arm in case.arms
-    }
-    asked: set[tuple[str, str, str]] = set()
-
-    class Spy(reading.Results):
-        def median(self, suite: str, case: str, task: str, *arms: str) -> float:
-            asked.update((suite, case, arm) for arm in arms)
-            return 1.0
-
-    for target in targets.targets():
-        target.measured(Spy({}, []))
-        target.beside_onednn(Spy({}, []))
-    assert asked
-    assert asked <= names
-    assert len(SUITES["steps"].cases(False)) < len(SUITES["steps"].cases(True))
-    assert QUICK.repeats < FULL.repeats
+def test_figures_show_the_medians(results: record.Results) -> None:
+    figure = views.steps_figure(results)
+    first = {tuple(np.asarray(line.get_ydata())) for line in figure.axes[0].get_lines()}
+    assert {(20.0, 5.0, 2.0), (10.0,) * 5, (8.0,) * 5} == first
+    assert figure.axes[0].get_yscale() == "log"
+    assert "a processor" in str(figure.get_suptitle())
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(legend) == {"topkast 1×1", "dense", "dense oneDNN"}
+    speeds = views.products_figure(results).axes[2].get_lines()
+    assert {tuple(np.asarray(line.get_ydata())) for line in speeds} == {(1.0, 1.0), (4.0, 4.0)}
 
 
-@pytest.mark.parametrize("arm", ceilings.cases(full=False)[0].arms, ids=lambda arm: arm.name)
-def test_the_inner_loops_are_those_of_the_products(arm: Arm) -> None:
-    for task in ceilings.prepare(arm.parameters):
-        found = task.run()
-        task.check(found)
-        with pytest.raises(ArithmeticError, match="wrong"):
-            task.check(found * 1.001)
+def test_the_short_table_reads_arms_that_are_measured() -> None:
+    assert set(SUITES) == {"products", "steps", "refresh", "memory", "compilation"}
+    for network in steps.NETWORKS:
+        for case, arm in views.COLUMNS.values():
+            assert arm in SUITES["steps"].cases[f"{network}, {case}"]
 
 
-def test_sizes_of_tiles_are_changed_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE_BYTES", 512)
-    monkeypatch.setattr(pattern, "SEGMENT", 16)
-    monkeypatch.setattr(pattern, "PANEL", (128, 1024))
-    small = {"side": 64, "batch": 64, "sparsities": (0.9,)}
-    _, case, _ = ceilings.cases(full=True)
-    arm = next(arm for arm in case.arms if arm.name == "panel 64")
-    for task in ceilings.prepare({**arm.parameters, **small}):
-        task.check(task.run())
-    assert (tiles.TILE_BYTES, pattern.SEGMENT) == (512, 16)
-    assert pattern.PANEL == (64, 1024)
+@pytest.mark.parametrize("suite", SUITES)
+def test_what_is_committed_is_what_is_measured(suite: str) -> None:
+    committed = record.load()
+    assert set(committed.cases(suite)) == set(SUITES[suite].cases)
+    for case in committed.cases(suite):
+        assert {e["arm"] for e in committed.of(suite, case)} <= set(SUITES[suite].cases[case])

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from benchmarks.evidence import report, tasks, training
-from benchmarks.evidence.__main__ import RESULTS, Ledger
+from benchmarks.evidence.__main__ import Ledger
 from benchmarks.evidence.networks import cnn, decoder, mlp
 from benchmarks.evidence.settings import (
     METHODS,
+    PAIRS,
     PLANS,
+    SEEDS,
     SMALL,
     ZERO,
     Setting,
@@ -33,12 +35,12 @@ def test_every_method_has_as_many_trials_on_held_out_data() -> None:
         for method, settings in found.items():
             assert len(set(settings)) == count
             assert {(s.task, s.method, s.validate) for s in settings} == {(task, method, True)}
-            assert {setting.seed for setting in settings}.isdisjoint(PLANS[task].seeds)
+            assert {setting.seed for setting in settings}.isdisjoint(SEEDS)
 
 
 @pytest.mark.parametrize("task", PLANS)
 def test_what_was_chosen_leaves_every_method_as_many_trials(task: str) -> None:
-    found = trials(task, report.carried(RESULTS, task))
+    found = trials(task, report.carried(task))
     assert len({len(settings) for settings in found.values()}) == 1
 
 
@@ -50,8 +52,7 @@ def test_what_was_chosen_on_another_task_is_carried_on() -> None:
 
 def test_the_comparison_has_every_sparsity_and_seed_on_the_test_data() -> None:
     runs = list(comparison(TUNED))
-    plan = PLANS["mlp"]
-    assert len(runs) == (1 + (len(METHODS) - 1) * len(plan.pairs)) * len(plan.seeds)
+    assert len(runs) == (1 + (len(METHODS) - 1) * len(PAIRS)) * len(SEEDS)
     assert not any(run.validate for run in runs)
     assert all(not setting.validate for _, setting in ablations(TUNED))
 
@@ -99,6 +100,14 @@ def test_a_run_learns_and_counts(method: str) -> None:
         assert 0.1 < result["explored"] < 0.3
 
 
+@pytest.mark.usefixtures("_few_images")
+def test_a_refresh_is_told_by_its_shock() -> None:
+    setting = replace(TUNED["topkast"], refresh_every=12)
+    middle, largest = training.run(setting)["shock"]
+    assert middle == largest > 0.0
+    assert training.run(replace(setting, refresh_every=1))["shock"] is None
+
+
 def test_what_was_run_is_kept_and_found_again(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "evidence.json")
     setting = trials("mlp")["rigl"][3]
@@ -110,18 +119,28 @@ def test_what_was_run_is_kept_and_found_again(tmp_path: Path) -> None:
     assert found["date"]
     assert "commit" in found
     assert report.find(again.runs, replace(setting, seed=7)) is None
-    assert json.loads((tmp_path / "evidence.json").read_text())["about"]["machine"]
+    lines = (tmp_path / "evidence.json").read_text().splitlines()
+    assert len(lines) == 6
+    assert json.loads("\n".join(lines))["about"]["machine"]
+
+
+def test_a_ledger_reads_any_layout_and_writes_a_run_on_every_line(tmp_path: Path) -> None:
+    settings = trials("mlp")["rigl"][:2]
+    runs = [{"setting": s.told(), "score": 1.0} for s in settings]
+    (tmp_path / "old.json").write_text(json.dumps({"about": {}, "runs": runs}, indent=1))
+    ledger = Ledger(tmp_path / "old.json")
+    assert ledger.runs == runs
+    ledger.add(replace(settings[0], seed=7), {"score": 2.0})
+    assert len((tmp_path / "old.json").read_text().splitlines()) == 8
 
 
 def runs_of(tuned: dict[str, Setting]) -> list[dict[str, Any]]:
-    score = {"dense": 90.0, SMALL: 85.0}
+    score = {"dense": 90.0, SMALL: 85.0, "ste": 88.5}
     return [
         {
             "setting": s.told(),
             "score": score.get(s.method, 88.0) + s.seed - s.forward,
             "flops": 0.25,
-            "seconds": 40.0 if s.method == "dense" else 10.0,
-            "date": "2026-01-01",
         }
         for s in comparison(tuned)
     ]
@@ -142,21 +161,38 @@ def test_the_best_trial_is_chosen_in_the_direction_of_the_score(
 
 
 def test_tables_and_figure_show_means_and_spread() -> None:
-    runs = runs_of(TUNED)
-    table = report.table(runs, TUNED)
-    assert "| topkast | 88.20 ± 1.00 (0.25×, 0.25×) | 88.10 ± 1.00 (0.25×, 0.25×) |" in table
-    assert "| dense | 90.20 ± 1.00 (0.25×, 1.00×) |  |" in table
-    later = [{**run, "date": "2026-01-02"} if "rigl" in str(run) else run for run in runs]
-    assert "| rigl | 88.20 ± 1.00 (0.25×) |" in report.table(later, TUNED)
-    slow = {"date": "2026-01-02", "seconds": 1e3}
-    mixed = [{**r, **slow} if "topkast" in str(r) and r["score"] < 89 else r for r in runs]
-    assert "| topkast | 88.20 ± 1.00 (0.25×, 0.25×) |" in report.table(mixed, TUNED)
-    labels = report.figure(runs, TUNED).axes[0].get_legend_handles_labels()[1]
+    found = report.Evidence("mlp", runs_of(TUNED), TUNED)
+    assert "| topkast | 88.20 ± 1.00 (0.25×) | 88.10 ± 1.00 (0.25×) |" in found.table()
+    assert "| dense | 90.20 ± 1.00 (0.25×) | 90.20 ± 1.00 (0.25×) |" in found.table()
+    labels = found.figure().axes[0].get_legend_handles_labels()[1]
     assert {"topkast", "random backward", "dense"} <= set(labels)
     ablated = [
         {"setting": s.told(), "score": 1.0 * s.refresh_every, "flops": 0.1}
         for name, s in ablations(TUNED)
         if name == "refresh_every"
     ]
-    found = report.ablation_table([*ablated, *runs], TUNED)
-    assert "| refresh every | 10: 10.00 ± 0.00 (0.10×) | 30: 30.00 ± 0.00 (0.10×) |" in found
+    table = found._replace(runs=[*ablated, *found.runs]).ablation_table()
+    assert "| refresh every | 10: 10.00 ± 0.00 (0.10×), 30: 30.00 ± 0.00 (0.10×), " in table
+
+
+@pytest.mark.parametrize(("task", "sign"), [("mlp", 1), ("text", -1)])
+def test_behind_and_ahead_is_what_differs_by_more_than_the_seeds_spread(
+    task: str, sign: int
+) -> None:
+    chosen = {method: replace(setting, task=task) for method, setting in TUNED.items()}
+    found = report.Evidence(task, runs_of(chosen), chosen)
+    assert found.margin("topkast", "ste", PAIRS[1]) == 0.0
+    assert found.margin("topkast", "dense", PAIRS[1]) == pytest.approx(sign * -2.1)
+    assert found.margin("topkast", SMALL, PAIRS[1]) == pytest.approx(sign * 3.0)
+    row = next(line for line in found.standing("topkast").splitlines() if "| 90 / 80 % |" in line)
+    lost, won = (
+        ("dense -2.10", "small dense +3.00") if sign > 0 else ("small dense -3.00", "dense +2.10")
+    )
+    assert row == f"| 90 / 80 % | {lost} | {won} |"
+
+
+def test_what_was_not_run_is_behind_nobody() -> None:
+    runs = [run for run in runs_of(TUNED) if run["setting"]["method"] != "ste"]
+    found = report.Evidence("mlp", runs, TUNED)
+    assert found.margin("ste", "dense", PAIRS[0]) == 0.0
+    assert "| ste |  |  |  |  |" in found.table()

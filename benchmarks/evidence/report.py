@@ -2,149 +2,45 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.settings import FIRST, METHODS, PLANS, Setting, ablations, trials
+from benchmarks.evidence.settings import FIRST, METHODS, PAIRS, SEEDS, Setting, ablations, trials
 from benchmarks.evidence.tasks import TASKS
-from benchmarks.tables import markdown
+from benchmarks.record import RESULTS
+from benchmarks.views import markdown
 from topkast_func.report import plots
 
-Runs = Sequence[Mapping[str, Any]]
+Runs: TypeAlias = Sequence[Mapping[str, Any]]
+Tuned: TypeAlias = Mapping[str, Setting]
+Pair: TypeAlias = tuple[float, float]
 
 
-def path(folder: Path, task: str) -> Path:
-    """Return where the results of a task are kept."""
+def path(task: str, folder: Path = RESULTS) -> Path:
+    """Return where the runs of a task are kept."""
     return folder / f"evidence_{task}.json"
 
 
-def load(folder: Path, task: str) -> tuple[Runs, dict[str, Setting]]:
-    """Read what was run of a task.
-
-    Args:
-        folder: Where the results are.
-        task: Its name.
-
-    Returns:
-        The runs, and the tuned settings by method.
-    """
-    runs = json.loads(path(folder, task).read_text())["runs"]
-    return runs, tuned(runs, task, carried(folder, task))
+def load(task: str, folder: Path = RESULTS) -> "Evidence":
+    """Read the runs of a task; its trials must be among them."""
+    runs = json.loads(path(task, folder).read_text())["runs"]
+    return Evidence(task, runs, tuned(runs, task, carried(task, folder)))
 
 
-def carried(folder: Path, task: str) -> dict[str, Setting] | None:
+def carried(task: str, folder: Path = RESULTS) -> Tuned | None:
     """Return what was chosen on the first task, by method; None for that task itself."""
-    return None if task == FIRST else load(folder, FIRST)[1]
+    return None if task == FIRST else load(FIRST, folder).tuned
 
 
-def tuned(
-    runs: Runs, task: str, carried: Mapping[str, Setting] | None = None
-) -> dict[str, Setting]:
-    """Return the best trial of every method, to be run whole and scored by the test data.
-
-    Args:
-        runs: What was run, all trials among them.
-        task: Name of the task.
-        carried: What was chosen on another task, by method.
-
-    Returns:
-        Settings by method; of equal trials the first.
-    """
-    sign = TASKS[task].sign
-    chosen = {
-        method: max(settings, key=lambda setting: sign * score(runs, setting))
-        for method, settings in trials(task, carried).items()
-    }
-    return {m: replace(s, validate=False, steps=1.0) for m, s in chosen.items()}
-
-
-def scores(runs: Runs, chosen: Setting) -> dict[float, list[float]]:
-    """Return the test scores of a method by forward sparsity, seed by seed.
-
-    Args:
-        runs: What was run.
-        chosen: Its tuned setting.
-
-    Returns:
-        Scores; sparsities that were not run are left out.
-    """
-    pairs = PLANS[chosen.task].pairs
-    found = {forward: _of(runs, chosen, forward, backward) for forward, backward in pairs}
-    return {
-        forward: [run["score"] for run in several] for forward, several in found.items() if several
-    }
-
-
-def table(runs: Runs, chosen: Mapping[str, Setting]) -> str:
-    """Return the scores of every method at every sparsity, mean and spread over the seeds.
-
-    Args:
-        runs: What was run.
-        chosen: The tuned settings by method.
-
-    Returns:
-        Markdown; behind each score the operations and, if dense runs were made on the same day,
-        the time of training over dense ones.
-    """
-    pairs = PLANS[chosen["dense"].task].pairs
-    dense = _of(runs, chosen["dense"], *pairs[0])
-    head = ("method", *(f"{100 * f:.0f} / {100 * b:.0f} %" for f, b in pairs))
-    rows = []
-    for method in METHODS:
-        found = [_of(runs, chosen[method], *pair) for pair in pairs]
-        cells = [_cell(several, *_time(several, dense)) if several else "" for several in found]
-        rows.append((method.replace("_", " "), *cells))
-    return markdown(head, rows)
-
-
-def ablation_table(runs: Runs, chosen: Mapping[str, Setting]) -> str:
-    """Return what Top-KAST reaches when one thing at a time changes.
-
-    Args:
-        runs: What was run.
-        chosen: The tuned settings by method.
-
-    Returns:
-        Markdown, a row for each thing; what it is changed to, the score, and in parentheses the
-        operations over dense ones.
-    """
-    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for name, setting in ablations(chosen):
-        if run := find(runs, setting):
-            value = str(getattr(setting, name))
-            found.setdefault(name.replace("_", " "), {}).setdefault(value, []).append(run)
-    rows = [
-        (name, *(f"{value}: {_cell(several)}" for value, several in values.items()))
-        for name, values in found.items()
-    ]
-    width = max(map(len, rows), default=1)
-    padded = [(*row, *[""] * (width - len(row))) for row in rows]
-    return markdown(("what changes", *[""] * (width - 1)), padded)
-
-
-def figure(runs: Runs, chosen: Mapping[str, Setting]) -> Figure:
-    """Draw the scores over forward sparsity.
-
-    Args:
-        runs: What was run.
-        chosen: The tuned settings by method.
-
-    Returns:
-        The figure.
-    """
-    results = {m.replace("_", " "): scores(runs, s) for m, s in chosen.items() if m != "dense"}
-    dense = [score for several in scores(runs, chosen["dense"]).values() for score in several]
-    return plots.accuracy(results, dense, TASKS[chosen["dense"].task].unit)
-
-
-def _of(runs: Runs, chosen: Setting, forward: float, backward: float) -> list[Mapping[str, Any]]:
-    base = replace(chosen, forward=forward, backward=backward)
-    found = [find(runs, replace(base, seed=seed)) for seed in PLANS[chosen.task].seeds]
-    return [run for run in found if run]
+def tuned(runs: Runs, task: str, carried: Tuned | None = None) -> Tuned:
+    """Return the best trial of every method, the first of equals, to be run whole and tested."""
+    sign, found = TASKS[task].sign, trials(task, carried)
+    best = {m: max(several, key=lambda s: sign * score(runs, s)) for m, several in found.items()}
+    return {m: replace(setting, validate=False, steps=1.0) for m, setting in best.items()}
 
 
 def find(runs: Runs, setting: Setting) -> Mapping[str, Any] | None:
@@ -154,41 +50,99 @@ def find(runs: Runs, setting: Setting) -> Mapping[str, Any] | None:
 
 
 def score(runs: Runs, setting: Setting) -> float:
-    """Return the score of a setting.
-
-    Args:
-        runs: What was run.
-        setting: One run of them.
-
-    Returns:
-        The score.
-
-    Raises:
-        ValueError: It was not run.
-    """
+    """Return the score of a setting that was run."""
     run = find(runs, setting)
     if run is None:
         raise ValueError(f"{setting} was not run")
     return float(run["score"])
 
 
-def _time(several: Runs, dense: Runs) -> list[float]:
-    """Return the median time over that of dense runs, of days that have both; none if none has."""
-    days = {run["date"] for run in several} & {run["date"] for run in dense}
-    return [_seconds(several, days) / _seconds(dense, days)] if days else []
+class Evidence(NamedTuple):
+    """What was run of a task, and the tuned setting of every method."""
+
+    task: str
+    runs: Runs
+    tuned: Tuned
+
+    def of(self, method: str, pair: Pair) -> Runs:
+        """Return the runs of a method at a pair of sparsities, one for each seed."""
+        forward, backward = PAIRS[0] if method == "dense" else pair
+        base = replace(self.tuned[method], forward=forward, backward=backward)
+        found = [find(self.runs, replace(base, seed=seed)) for seed in SEEDS]
+        return [run for run in found if run]
+
+    def table(self) -> str:
+        """Return every method at every sparsity: scores and, in parentheses, operations."""
+        rows = [
+            (name(method), *(cell(self.of(method, pair)) for pair in PAIRS)) for method in METHODS
+        ]
+        return markdown(("method", *map(shown, PAIRS)), rows)
+
+    def ablation_table(self) -> str:
+        """Return what Top-KAST reaches when one thing at a time changes: a row for each."""
+        found: dict[str, dict[Any, list[Mapping[str, Any]]]] = {}
+        for field, setting in ablations(self.tuned):
+            if run := find(self.runs, setting):
+                value = getattr(setting, field)
+                found.setdefault(field, {}).setdefault(value, []).append(run)
+        rows = [
+            (name(field), ", ".join(f"{value}: {cell(runs)}" for value, runs in values.items()))
+            for field, values in found.items()
+        ]
+        return markdown(("what changes", "to what, and what that reaches"), rows)
+
+    def margin(self, method: str, other: str, pair: Pair) -> float:
+        """Return by how much a method is better than another, if by more than the seeds spread.
+
+        That is the larger of the two deviations; up to it, and without runs of both, it is 0.
+        """
+        own, theirs = self.of(method, pair), self.of(other, pair)
+        if not own or not theirs:
+            return 0.0
+        margin = TASKS[self.task].sign * (_mean(own) - _mean(theirs))
+        return margin if abs(margin) > max(_deviation(own), _deviation(theirs)) else 0.0
+
+    def standing(self, method: str) -> str:
+        """Return whom a method is behind and ahead of at every sparsity, and by how much."""
+        rows = []
+        for pair in PAIRS:
+            margins = {name(other): self.margin(method, other, pair) for other in METHODS}
+            told = ([f"{o} {by:+.2f}" for o, by in margins.items() if s * by > 0] for s in (-1, 1))
+            rows.append((shown(pair), *map(", ".join, told)))
+        return markdown((name(method), "is behind", "is ahead of"), rows)
+
+    def figure(self) -> Figure:
+        """Draw the scores over forward sparsity."""
+        scores = {
+            name(m): {pair[0]: [run["score"] for run in self.of(m, pair)] for pair in PAIRS}
+            for m in METHODS
+        }
+        dense = scores.pop("dense")[PAIRS[0][0]]
+        return plots.accuracy(scores, dense, TASKS[self.task].unit)
 
 
-def _seconds(several: Runs, days: Set[str]) -> float:
-    return float(statistics.median(run["seconds"] for run in several if run["date"] in days))
+def cell(several: Runs) -> str:
+    """Return the mean score of runs, its deviation if they are several, and the operations."""
+    if not several:
+        return ""
+    deviation = f" ± {_deviation(several):.2f}" if len(several) > 1 else ""
+    flops = statistics.mean(run["flops"] for run in several)
+    return f"{_mean(several):.2f}{deviation} ({flops:.2f}×)"
 
 
-def mean_and_spread(scores: Sequence[float]) -> str:
-    """Return the mean of scores and, of several, their standard deviation, as tables show them."""
-    deviation = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.2f}{deviation}"
+def _mean(several: Runs) -> float:
+    return float(statistics.mean(run["score"] for run in several))
 
 
-def _cell(several: Runs, *ratios: float) -> str:
-    scores = mean_and_spread([run["score"] for run in several])
-    shown = (statistics.mean(run["flops"] for run in several), *ratios)
-    return f"{scores} ({', '.join(f'{r:.2f}×' for r in shown)})"
+def _deviation(several: Runs) -> float:
+    return statistics.stdev(run["score"] for run in several) if len(several) > 1 else 0.0
+
+
+def shown(pair: Pair) -> str:
+    """Write a pair of sparsities in per cent."""
+    return f"{100 * pair[0]:.0f} / {100 * pair[1]:.0f} %"
+
+
+def name(method: str) -> str:
+    """Write the name of a method or a field in words."""
+    return method.replace("_", " ")

@@ -1,56 +1,44 @@
 """The tasks: a network, its data, a loss and a score."""
 
+import gzip
 import math
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.evidence.networks import cnn, decoder, mlp
-from topkast_func.data import Characters, fashion_mnist, windows
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Apply: TypeAlias = Callable[..., Any]
+Build: TypeAlias = Callable[[float | None], nn.Module]
 
-HELD_OUT, SPLIT_SEED = 6000, 0
-"""Training images held out for tuning."""
+FASHION_MNIST, HELD_OUT = Path("/usr/share/datasets/fashion-mnist"), 6000
+"""Its IDX files, and how many training images are held out for tuning."""
 
-TEXT = Path("runs") / "kjv.txt"
-"""The King James Bible; `Characters` says how to get it."""
-
+TEXT, SPLIT_SEED = Path("runs") / "kjv.txt", 0
 LENGTH, SHARES, SCORED_WINDOWS = 64, (0.9, 0.05), 800
 """Characters of a window; shares of the text to train on and to tune on, the rest for the test."""
 
 
 class Task(NamedTuple):
-    """What is to be learnt.
+    """What is to be learnt."""
 
-    Attributes:
-        network: ``network(parameters)``; None for the size that is made sparse, or about how
-            many parameters the network is to have.
-        steps: Steps of a run.
-        batches: ``batches(validate, seed)``, without end.
-        score: ``score(apply, validate)`` of a trained network.
-        unit: What the score is.
-        sign: 1 where a higher score is better, −1 where a lower one is.
-        sample: One input, to count operations by.
-        warm_up: Steps over which the learning rate rises, at least 1.
-        betas: Of Adam.
-    """
-
-    network: Callable[[float | None], nn.Module]
+    network: Build  # ``network(parameters)``; None for the size that is made sparse
     steps: int
-    batches: Callable[[bool, int], Iterator[Batch]]
-    score: Callable[[Apply, bool], float]
-    unit: str
-    sign: int
-    sample: Tensor
-    warm_up: int = 1
-    betas: tuple[float, float] = (0.9, 0.999)
+    batches: Callable[[bool, int], Iterator[Batch]]  # ``batches(validate, seed)``, without end
+    score: Callable[[Apply, bool], float]  # ``score(apply, validate)`` of a trained network
+    title: str
+    unit: str  # of the score
+    sign: int  # 1 where a higher score is better, −1 where a lower one is
+    sample: Tensor  # one input, to count operations by
+    warm_up: int = 1  # steps over which the learning rate rises
+    betas: tuple[float, float] = (0.9, 0.999)  # of Adam
 
 
 def loss_fn(apply: Apply, batch: Batch) -> Tensor:
@@ -58,78 +46,99 @@ def loss_fn(apply: Apply, batch: Batch) -> Tensor:
     return functional.cross_entropy(apply(batch[0]).flatten(0, -2), batch[1].flatten())
 
 
+def idx(name: str, folder: Path = FASHION_MNIST) -> Tensor:
+    """Read an IDX file: two zeros, 8 for bytes, how many axes, their sizes (big endian), bytes."""
+    path = folder / f"{name}-ubyte.gz"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: 'apt-get install dataset-fashion-mnist'")
+    content = gzip.decompress(path.read_bytes())
+    start = 4 + 4 * content[3]
+    sizes = np.frombuffer(content[4:start], ">u4")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy())
+
+
+def codes(path: Path = TEXT) -> Tensor:
+    """Read a text as int64, each character by its place among those that occur, sorted."""
+    if not path.is_file():
+        how = f"apt-get install bible-kjv && bible -f gen1:1-rev22:21 > {path}"
+        raise FileNotFoundError(f"{path} is not there: '{how}'")
+    text = path.read_text(encoding="utf-8")
+    places = {character: place for place, character in enumerate(sorted(set(text)))}
+    return torch.tensor([places[character] for character in text])
+
+
+def windows(codes: Tensor, count: int, generator: torch.Generator) -> Batch:
+    """Draw windows of a text at random, [count, length], and the characters that come next."""
+    starts = torch.randint(len(codes) - LENGTH, (count,), generator=generator)
+    drawn = codes[starts[:, None] + torch.arange(LENGTH + 1)]
+    return drawn[:, :-1], drawn[:, 1:]
+
+
 @cache
 def _images(shape: tuple[int, ...], validate: bool) -> tuple[Batch, Batch]:
     """Return images to train on and images to score, standardised over all images and places."""
-    train, test = fashion_mnist("train"), fashion_mnist("test")
-    mean, deviation = train.pixels.mean(), train.pixels.std()
-    inputs, scored = (((p.pixels - mean) / deviation).reshape(-1, *shape) for p in (train, test))
+    train, test = (idx(f"{part}-images-idx3").float() / 255 for part in ("train", "t10k"))
+    labels, tested = (idx(f"{part}-labels-idx1").long() for part in ("train", "t10k"))
+    mean, deviation = train.mean(), train.std()
+    inputs, scored = (((part - mean) / deviation).reshape(-1, *shape) for part in (train, test))
     if not validate:
-        return (inputs, train.labels), (scored, test.labels)
+        return (inputs, labels), (scored, tested)
     rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(SPLIT_SEED))
     held, rest = rows[:HELD_OUT], rows[HELD_OUT:]
-    return (inputs[rest], train.labels[rest]), (inputs[held], train.labels[held])
+    return (inputs[rest], labels[rest]), (inputs[held], labels[held])
 
 
-def _image_batches(shape: tuple[int, ...], size: int, validate: bool, seed: int) -> Iterator[Batch]:
-    inputs, labels = _images(shape, validate)[0]
-    order = torch.Generator().manual_seed(seed)
-    while True:
-        rows = torch.randperm(len(inputs), generator=order)
-        for chosen in torch.split(rows, size)[: len(rows) // size]:
-            yield inputs[chosen], labels[chosen]
+def _image_task(title: str, network: Build, shape: tuple[int, ...], steps: int) -> Task:
+    def batches(validate: bool, seed: int) -> Iterator[Batch]:
+        inputs, labels = _images(shape, validate)[0]
+        order = torch.Generator().manual_seed(seed)
+        while True:
+            rows = torch.randperm(len(inputs), generator=order)
+            for chosen in torch.split(rows, 128)[: len(rows) // 128]:
+                yield inputs[chosen], labels[chosen]
 
+    def score(apply: Apply, validate: bool) -> float:
+        inputs, labels = _images(shape, validate)[1]
+        found = torch.cat([apply(part).argmax(1) for part in torch.split(inputs, 1000)])
+        return 100 * float((found == labels).double().mean())
 
-def _accuracy(shape: tuple[int, ...], apply: Apply, validate: bool) -> float:
-    inputs, labels = _images(shape, validate)[1]
-    found = torch.cat([apply(part).argmax(1) for part in torch.split(inputs, 1000)])
-    return 100 * float((found == labels).double().mean())
+    sample = torch.zeros(1, *shape)
+    return Task(network, steps, batches, score, title, "accuracy in %", 1, sample)
 
 
 @cache
-def _text() -> Characters:
-    return Characters(TEXT)
+def _text() -> tuple[Tensor, ...]:
+    """Return the parts of the text to train on, to tune on and to test on, in its order."""
+    text = codes()
+    sizes = [int(share * len(text)) for share in SHARES]
+    return torch.split(text, [*sizes, len(text) - sum(sizes)])
 
 
-def _text_batches(size: int, validate: bool, seed: int) -> Iterator[Batch]:
+def _text_batches(validate: bool, seed: int) -> Iterator[Batch]:
     order = torch.Generator().manual_seed(seed)
     while True:
-        drawn = windows(_text().split(*SHARES)[0], LENGTH + 1, size, order)
-        yield drawn[:, :-1], drawn[:, 1:]
+        yield windows(_text()[0], 8, order)
 
 
 def _bits_per_character(apply: Apply, validate: bool) -> float:
-    codes = _text().split(*SHARES)[1 if validate else 2]
-    drawn = windows(codes, LENGTH + 1, SCORED_WINDOWS, torch.Generator().manual_seed(SPLIT_SEED))
-    losses = [loss_fn(apply, (part[:, :-1], part[:, 1:])) for part in torch.split(drawn, 50)]
-    return float(torch.stack(losses).mean()) / math.log(2)
-
-
-def _image_task(
-    network: Callable[[float | None], nn.Module], shape: tuple[int, ...], steps: int
-) -> Task:
-    return Task(
-        network,
-        steps,
-        partial(_image_batches, shape, 128),
-        partial(_accuracy, shape),
-        "test accuracy, %",
-        1,
-        torch.zeros(1, *shape),
-    )
+    order = torch.Generator().manual_seed(SPLIT_SEED)
+    drawn = windows(_text()[1 if validate else 2], SCORED_WINDOWS, order)
+    parts = zip(*(torch.split(side, 50) for side in drawn), strict=True)
+    return float(torch.stack([loss_fn(apply, part) for part in parts]).mean()) / math.log(2)
 
 
 TASKS = {
-    "mlp": _image_task(mlp, (784,), 5600),
-    "cnn": _image_task(cnn, (1, 28, 28), 2000),
+    "mlp": _image_task("MLP on Fashion-MNIST", mlp, (784,), 5600),
+    "cnn": _image_task("small CNN on Fashion-MNIST", cnn, (1, 28, 28), 2000),
     "text": Task(
-        decoder,
-        2400,
-        partial(_text_batches, 8),
-        _bits_per_character,
-        "bits per character",
-        -1,
-        torch.zeros(1, LENGTH, dtype=torch.int64),
+        network=decoder,
+        steps=2400,
+        batches=_text_batches,
+        score=_bits_per_character,
+        title="decoder on the King James Bible",
+        unit="bits per character (lower is better)",
+        sign=-1,
+        sample=torch.zeros(1, LENGTH, dtype=torch.int64),
         warm_up=100,
         betas=(0.9, 0.95),
     ),
