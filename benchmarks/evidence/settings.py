@@ -60,13 +60,28 @@ class Plan(NamedTuple):
     """How much is run of a task."""
 
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # learning rates of the trials
+    other_rates: Mapping[str, tuple[float, ...]] = {}  # of methods whose best is elsewhere
+    pairs: tuple[tuple[float, float], ...] = PAIRS  # of the comparison
     tuned_at: tuple[float, float] = PAIRS[1]  # the pair of the trials
     trial_steps: float = 1.0  # share of a run's steps that a trial has
     alternatives: bool = False  # whether they are tried
     ablations: Mapping[str, tuple[Any, ...]] = ABLATIONS
 
 
-PLANS = {"mlp": Plan(), "cnn": Plan(), "text": Plan((1e-3, 3e-3), PAIRS[0], 0.25, True, {})}
+_DENSE_AT_FIRST = dict.fromkeys(("dense", "gmp", "ste"), (3e-4, 1e-3, 3e-3))
+PLANS = {
+    "mlp": Plan(),
+    "cnn": Plan(),
+    "text": Plan(
+        rates=(3e-3, 1e-2, 3e-2),
+        other_rates={**_DENSE_AT_FIRST, SMALL: (1e-3, 3e-3, 1e-2)},
+        pairs=PAIRS[:3],
+        tuned_at=PAIRS[0],
+        trial_steps=0.25,
+        alternatives=True,
+        ablations={},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -133,8 +148,8 @@ class Setting:
 def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str, list[Setting]]:
     """Return the settings among which one is chosen on held out data: as many for every method.
 
-    They are at one sparsity and one seed: with each learning rate what is tried of it, or what
-    was chosen on the first task and is ``carried`` on, and the alternative to that.
+    They are at one sparsity and one seed: with each of as many learning rates what is tried of it,
+    or what was chosen on the first task and is ``carried`` on, and the alternative to that.
     """
     plan = PLANS[task]
     common: dict[str, Any] = {"task": task, "steps": plan.trial_steps, "seed": TUNING_SEED}
@@ -143,7 +158,8 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
     for method, known in METHODS.items():
         base = replace(carried[method] if carried else start(task, method), **common)
         bases = [base, *([replace(base, **known.alternative)] if plan.alternatives else [])]
-        axes = {"lr": plan.rates, **({} if carried else known.tried)}
+        rates = plan.other_rates.get(method, plan.rates)
+        axes = {"lr": rates, **({} if carried else known.tried)}
         settings = [
             replace(base, **dict(zip(axes, values, strict=True)))
             for base, values in product(bases, product(*axes.values()))
@@ -161,7 +177,8 @@ def comparison(tuned: Mapping[str, Setting]) -> Iterator[Setting]:
     """Yield every tuned method at every sparsity with every seed, scored on the test data."""
     for seed in SEEDS:
         for method, chosen in tuned.items():
-            for forward, backward in PAIRS[:1] if method == "dense" else PAIRS:
+            pairs = PLANS[chosen.task].pairs
+            for forward, backward in pairs[:1] if method == "dense" else pairs:
                 yield replace(chosen, seed=seed, forward=forward, backward=backward)
 
 
