@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+from transformers.pytorch_utils import Conv1D
 
 import topkast_func as tk
 from topkast_func.storage.compact import CompactWeights
@@ -301,13 +302,13 @@ def test_a_layer_of_two_names_keeps_its_parameters(storage: str) -> None:
     [
         (Convolution, {"fc.weight"}),
         (Reading, {"fc.weight"}),
-        (Tied, {"head.weight"}),
+        (Tied, {"one.weight", "head.weight"}),
         (Shared, {"one.weight", "head.weight"}),
         (Hooked, {"one.weight", "head.weight"}),
         (Normed, {"body.0.weight", "head.weight"}),
     ],
 )
-def test_only_plain_layers_are_on_kernels(make: Any, on_kernels: set[str]) -> None:
+def test_linear_maps_are_on_kernels(make: Any, on_kernels: set[str]) -> None:
     weights = tk.init_state(make(), CONFIG, tk.sgd(0.1)).weights
     assert isinstance(weights, CompactWeights)
     assert set(weights.patterns) == on_kernels
@@ -329,11 +330,21 @@ def encoder() -> nn.Module:
 
 @pytest.mark.parametrize("make", [Attention, encoder])
 @pytest.mark.parametrize("training", [True, False])
-def test_attention_trains_as_in_dense_storage(make: Any, training: bool) -> None:
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
+def test_attention_trains_as_in_dense_storage(make: Any, training: bool, compile: Any) -> None:
     """With plain gradient descent, for the bias of the keys, as above."""
-    batches = batches_of((3, 5, 8), (3, 5, 8))
+    batches, make_optimizer = batches_of((3, 5, 8), (3, 5, 8)), OPTIMIZERS["momentum"]
     model = make().double().train(training)
-    check(model, make=OPTIMIZERS["momentum"], batches=batches)
+    compact = trajectory(model, "compact", make_optimizer, batches=batches, compile=compile)
+    assert compact[0].weights.layers().keys() == set(compact[0].weights.sparse())
+    assert_agree(compact, trajectory(model, "dense", make_optimizer, batches=batches))
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
+def test_linear_layers_of_gpt2_train_as_in_dense_storage(compile: Any) -> None:
+    model = nn.Sequential(Conv1D(16, 8), nn.GELU(), Conv1D(4, 16))  # type: ignore[no-untyped-call]
+    states = check(model.double(), batches=batches_of((3, 5, 8), (3, 5, 4)), compile=compile)
+    assert states[0].weights.layers().keys() == {"0.weight", "2.weight"}
 
 
 def test_the_mode_of_the_module_is_followed_and_it_is_left_alone() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from tests.kernels.problems import Problem, integers, problem
-from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing_in
+from topkast_func.model.layers import bound_to, kernel_weights, stand_ins, standing_in
 
 
 class Sub(nn.Linear):
@@ -44,6 +45,11 @@ def tied_to_an_embedding() -> nn.Module:
     return model
 
 
+def gpt2_linear(outputs: int, inputs: int) -> nn.Module:
+    layer: nn.Module = Conv1D(outputs, inputs)  # type: ignore[no-untyped-call]
+    return layer
+
+
 def shared() -> nn.Module:
     layer = nn.Linear(3, 3)
     return nn.Sequential(layer, nn.ReLU(), layer)
@@ -59,9 +65,12 @@ def shared() -> nn.Module:
         ),
         (nn.Sequential(nn.Conv1d(3, 3, 1), nn.Embedding(3, 3), nn.Bilinear(2, 2, 2)), []),
         (nn.Sequential(Sub(3, 2), Other(2, 2)), ["0.weight"]),
-        (nn.MultiheadAttention(4, 2), []),
-        (tied(), ["2.weight"]),
-        (tied_to_an_embedding(), []),
+        (nn.MultiheadAttention(4, 2), ["in_proj_weight", "out_proj.weight"]),
+        (nn.MultiheadAttention(4, 2, kdim=3), []),
+        (nn.MultiheadAttention(4, 2, add_bias_kv=True), []),
+        (gpt2_linear(3, 2), ["weight"]),
+        (tied(), ["0.weight", "2.weight"]),
+        (tied_to_an_embedding(), ["0.weight"]),
         (shared(), ["0.weight"]),
         (overridden(), []),
         (nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2))), []),
@@ -69,8 +78,8 @@ def shared() -> nn.Module:
         (None, []),
     ],
 )
-def test_linear_layers_of_their_own_weight_are_for_kernels(model: Any, names: list[str]) -> None:
-    assert list(kernel_layers(model)) == names
+def test_weights_of_linear_maps_are_for_kernels(model: Any, names: list[str]) -> None:
+    assert list(kernel_weights(model)) == names
 
 
 def layer_of(given: Problem, bias: bool = True) -> nn.Sequential:
@@ -81,9 +90,9 @@ def layer_of(given: Problem, bias: bool = True) -> nn.Sequential:
 def on_kernels(model: nn.Module, given: Problem) -> Iterator[dict[str, Tensor]]:
     """Yield the weight that stands for the values; it is zero, to tell one from the other."""
     name, alpha = "0.weight", torch.zeros(given.shape)
-    stand_ins = {name: StandIn(kernel_layers(model)[name], "reference")}
+    layers = stand_ins(model, "reference")
     tensors = ({name: alpha}, {name: given.values}, {name: given.pattern})
-    with standing_in(stand_ins), bound_to(stand_ins, *tensors):
+    with standing_in(layers), bound_to(layers, *tensors):
         yield {name: alpha}
 
 
@@ -151,3 +160,54 @@ def test_the_module_has_the_same_parts_meanwhile_and_is_after_what_it_was(fails:
             raise RuntimeError("in the middle")
     assert vars(model[0]).keys() == held.keys()
     assert torch.equal(model(x), expected)
+
+
+HEADS, LENGTH = 2, 5
+BANNED = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+PADDED = torch.arange(LENGTH) > torch.tensor([[2], [4], [9]])
+MASKS: list[dict[str, Any]] = [
+    {},
+    {"attn_mask": BANNED},
+    {"attn_mask": BANNED, "is_causal": True},
+    {"attn_mask": torch.randn(LENGTH, LENGTH)},
+    {"attn_mask": torch.randn(3 * HEADS, LENGTH, LENGTH)},
+    {"key_padding_mask": PADDED},
+    {"key_padding_mask": PADDED, "attn_mask": BANNED, "is_causal": True},
+    {"key_padding_mask": torch.randn(3, LENGTH), "attn_mask": torch.randn(LENGTH, LENGTH)},
+]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: "+".join(mask) or "none")
+def test_attention_to_oneself_is_that_of_the_layer_on_the_kernels(
+    batch_first: bool, dropout: float, mask: dict[str, Any]
+) -> None:
+    given = problem(grid=(24, 8))
+    layer = nn.MultiheadAttention(8, HEADS, dropout=dropout, batch_first=batch_first)
+    x = torch.randn(3, LENGTH, 8) if batch_first else torch.randn(LENGTH, 3, 8)
+    name, zeros, scale = "in_proj_weight", torch.zeros(given.shape), 0.1
+    layers = stand_ins(layer, "reference")
+    tensors = ({name: zeros}, {name: scale * given.values}, {name: given.pattern})
+    torch.manual_seed(1)
+    with standing_in(layers), bound_to(layers, *tensors):
+        y, weights = functional_call(
+            layer, {name: zeros}, (x, x, x), mask | {"need_weights": False}
+        )
+    torch.manual_seed(1)
+    alpha = {name: scale * given.alpha}
+    expected, _ = functional_call(layer, alpha, (x, x, x), mask | {"need_weights": False})
+    assert weights is None
+    assert expected.any()
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("asked", ["weights", "another", "unbatched"])
+def test_attention_that_the_stand_in_does_not_know_is_that_of_the_layer(asked: str) -> None:
+    layer = nn.MultiheadAttention(8, HEADS, batch_first=True)
+    x = torch.randn(3, LENGTH, 8) if asked != "unbatched" else torch.randn(LENGTH, 8)
+    other = torch.randn_like(x) if asked == "another" else x
+    expected = layer(x, other, other, need_weights=asked == "weights")
+    with standing_in(stand_ins(layer)):
+        found = layer(x, other, other, need_weights=asked == "weights")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -26,15 +26,20 @@ def compiled(function: Callable[..., Any], engine: str) -> Callable[..., Any]:
 class Case:
     """A layer with inputs and bias of small integers, and its loss Σ y²."""
 
-    def __init__(self, engine: Any, block: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(
+        self, engine: Any, block: tuple[int, int], dtype: torch.dtype, transposed: bool = False
+    ) -> None:
         self.given: Problem = problem(block, dtype)
-        self.pattern, self.engine = self.given.pattern, engine
-        self.x = integers(6, self.given.shape[1], dtype=dtype)
-        self.bias = integers(self.given.shape[0], dtype=dtype)
+        self.pattern, self.engine, self.transposed = self.given.pattern, engine, transposed
+        outputs, inputs = self.given.shape[::-1] if transposed else self.given.shape
+        self.x = integers(6, inputs, dtype=dtype)
+        self.bias = integers(outputs, dtype=dtype)
         self.leaves = (self.given.values, self.x, self.bias)
 
     def __call__(self, values: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return sparse_linear(x, values, self.pattern, self.given.shape, bias, self.engine)
+        return sparse_linear(
+            x, values, self.pattern, self.given.shape, bias, self.engine, self.transposed
+        )
 
     def loss(self, values: Tensor, x: Tensor, bias: Tensor) -> Tensor:
         return self(values, x, bias).square().sum()
@@ -42,7 +47,7 @@ class Case:
     def gradients(self) -> Gradients:
         """Differentiate a dense layer at α, and gather on B."""
         alpha, x, bias = (t.clone().requires_grad_() for t in (self.given.alpha, self.x, self.bias))
-        loss = (x @ alpha.T + bias).square().sum()
+        loss = (x @ (alpha if self.transposed else alpha.T) + bias).square().sum()
         for_alpha, for_x, for_bias = torch.autograd.grad(loss, (alpha, x, bias))
         exploring = self.given.backward & ~self.given.forward
         assert for_alpha[exploring].any()
@@ -80,6 +85,18 @@ def test_the_gradient_is_the_dense_one_at_alpha_on_b(
     way: Callable[[Case], Gradients], engine: str, block: tuple[int, int]
 ) -> None:
     case = Case(engine, block, torch.float32)
+    for found, expected in zip(way(case), case.gradients(), strict=True):
+        assert torch.equal(found, expected)
+
+
+@every_engine
+@pytest.mark.parametrize("way", [by_func, by_compiled_func, by_backward, by_compiled_backward])
+def test_a_weight_that_is_multiplied_by_as_it_is_has_the_same_gradient(
+    way: Callable[[Case], Gradients], engine: str
+) -> None:
+    case = Case(engine, (4, 1), torch.float32, transposed=True)
+    values, x, bias = case.leaves
+    assert torch.equal(case(values, x, bias), x @ case.given.alpha + bias)
     for found, expected in zip(way(case), case.gradients(), strict=True):
         assert torch.equal(found, expected)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.engines import EngineName, Layer, choose, layout
-from topkast_func.kernels.operators import product
+from topkast_func.kernels.operators import product, transposed_product
 from topkast_func.kernels.pattern import Pattern, block_of, flattened
 
 
@@ -19,8 +19,9 @@ def sparse_linear(
     shape: tuple[int, int],
     bias: Tensor | None = None,
     engine: EngineName = "auto",
+    transposed: bool = False,
 ) -> Tensor:
-    """Return y = x·αᵀ + b, computed with A; the gradient of the values reaches all of B.
+    """Return y = x·αᵀ + b, or x·α + b, computed with A; the gradient of values reaches all of B.
 
     ∂y/∂x sees A only; the gradient of ``values`` is that of the dense product at α, sampled
     on B (Top-KAST, NeurIPS 2020, section 2.2). It cannot be differentiated twice.
@@ -30,9 +31,10 @@ def sparse_linear(
             autocast it is cast to that dtype, and float32 that is returned to that of autocast.
         values: θ on B, A first: [|B|], or [blocks, r, c].
         pattern: The sets.
-        shape: out_features and in_features.
+        shape: Of α: out_features and in_features.
         bias: [out_features], or None.
         engine: Who computes; "auto" for the fastest.
+        transposed: Whether α is [in_features, out_features], and not to be transposed.
 
     Returns:
         [..., out_features].
@@ -43,7 +45,7 @@ def sparse_linear(
             asked for does not support the dtype or device.
         ValueError: ``x`` has another number of features, or there is no such engine.
     """
-    out_features, in_features = shape
+    out_features, in_features = shape[::-1] if transposed else shape
     if x.layout != torch.strided:
         raise TypeError(f"inputs of layout {x.layout} are not supported, torch.strided ones are")
     if x.shape[-1:] != (in_features,):
@@ -60,7 +62,8 @@ def sparse_linear(
     name = _chosen(engine, *layer)
     pack, unpack = layout(name)
     packed = pack(x.reshape(batch, x.shape[-1]))
-    y = unpack(product(name, values, packed, flattened(pattern), out_features), batch)
+    multiply = transposed_product if transposed else product
+    y = unpack(multiply(name, values, packed, flattened(pattern), out_features), batch)
     y = y.reshape(*x.shape[:-1], out_features)
     y = y if bias is None else y + bias
     cast = autocast and y.dtype == torch.float32
@@ -73,7 +76,7 @@ def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: in
     Args:
         values: θ on B.
         pattern: The sets.
-        shape: [out_features, in_features].
+        shape: Of α.
         batch: Rows of activations.
 
     Returns:

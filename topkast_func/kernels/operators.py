@@ -19,14 +19,27 @@ class _Product(Gradient):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        values, x, *index = ctx.saved_tensors
-        g = g.contiguous()
-        for_values = for_x = None
-        if ctx.needs_input_grad[2]:
-            for_values = weight_gradient(ctx.engine, g, x, index, values)
-        if ctx.needs_input_grad[3]:
-            for_x = input_gradient(ctx.engine, values, g, index, x.shape[1])
-        return None, None, for_values, for_x, None, None
+        return _gradients(ctx, g.contiguous(), transposed=False)
+
+
+class _TransposedProduct(_Product):
+    """The gradients of W_Aᵀ·x."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, g.contiguous(), transposed=True)
+
+
+def _gradients(ctx: Any, g: Tensor, transposed: bool) -> tuple[Tensor | None, ...]:
+    values, x, *index = ctx.saved_tensors
+    back = transposed_input_gradient if transposed else input_gradient
+    rows, columns = (x, g) if transposed else (g, x)
+    for_values = for_x = None
+    if ctx.needs_input_grad[2]:
+        for_values = weight_gradient(ctx.engine, rows, columns, index, values)
+    if ctx.needs_input_grad[3]:
+        for_x = back(ctx.engine, values, g, index, x.shape[1])
+    return None, None, for_values, for_x, None, None
 
 
 class _Once(Gradient):
@@ -95,6 +108,20 @@ input_gradient = define(
     _folded,
 )
 """``input_gradient(engine, values, g, index, in_features)``: W_Aᵀ·g."""
+
+transposed_product = define(
+    f"transposed_forward{_PRODUCT}",
+    _compute_input_gradient,
+    _like_activations,
+    _TransposedProduct,
+    _folded,
+)
+"""``transposed_product(engine, values, x, index, out_features)``: W_Aᵀ·x for a W of [in, out]."""
+
+transposed_input_gradient = define(
+    f"transposed_input_gradient{_PRODUCT}", _compute_product, _like_activations, _Once, _folded
+)
+"""``transposed_input_gradient(engine, values, g, index, in_features)``: W_A·g of the same."""
 
 weight_gradient = define(
     "weight_gradient(str engine, Tensor g, Tensor x, Tensor[] index, Tensor values) -> Tensor",

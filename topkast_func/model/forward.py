@@ -12,7 +12,7 @@ from topkast_func.kernels.pattern import Pattern, pattern_of
 from topkast_func.masks import is_of_blocks
 from topkast_func.model.alone import alone_with, forward_alone, uncompiled
 from topkast_func.model.alpha import alpha, split, straight_through
-from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing_in
+from topkast_func.model.layers import bound_to, kernel_weights, stand_ins, standing_in
 from topkast_func.model.modules import bind, buffers, check_names, frozen, ties
 from topkast_func.types import Masks, Model, Params
 
@@ -95,18 +95,17 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
         ``apply(*inputs, **options)``.
     """
     indexed = {name: sets for name, sets in masks.items() if isinstance(sets, Indexed)}
-    layers = kernel_layers(model) if indexed else {}
     patterns = {name: sets.pattern for name, sets in indexed.items()}
     values = {name: sets.split(params[name]) for name, sets in indexed.items()}
     weights = {n: _weight(theta, masks.get(n), values.get(n)) for n, theta in params.items()}
-    stand_ins = {n: StandIn(layers[n], "auto") for n in patterns if n in layers}
+    lending = [s for s in stand_ins(model) if s.needed(patterns)] if patterns else []
     apply = bind(model, ties(model), weights, frozen(model), buffers(model, params))
 
     def lent(*inputs: Any, **options: Any) -> Any:
-        with standing_in(stand_ins), bound_to(stand_ins, weights, values, patterns):
+        with standing_in(lending), bound_to(lending, weights, values, patterns):
             return apply(*inputs, **options)
 
-    return lent if stand_ins else apply
+    return lent if lending else apply
 
 
 def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tensor:
@@ -152,17 +151,17 @@ def index_masks(
     """
     block_shape = check_block_shape("block_shape", block_shape)
     model = uncompiled(model)
-    layers = alone_with(model, partial(kernel_layers, model))
+    shapes = alone_with(model, partial(kernel_weights, model))
     for name, sets in masks.items():
         if not isinstance(sets, Masks):
             raise TypeError(f"masks[{name!r}] must be Masks, got {type(sets).__name__}")
-        if name in layers:
-            check_weight_sets(name, sets, layers[name].weight.shape)
-        if name in layers and not all(is_of_blocks(mask, block_shape) for mask in sets):
+        if name in shapes:
+            check_weight_sets(name, sets, shapes[name])
+        if name in shapes and not all(is_of_blocks(mask, block_shape) for mask in sets):
             raise ValueError(f"the sets of {name!r} are not made of blocks of {block_shape}")
     return {
-        name: Indexed(pattern_of(*sets, block_shape), block_shape, (*layers[name].weight.shape,))
-        if name in layers
+        name: Indexed(pattern_of(*sets, block_shape), block_shape, (*shapes[name],))
+        if name in shapes
         else sets
         for name, sets in masks.items()
     }

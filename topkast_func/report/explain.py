@@ -34,7 +34,7 @@ def explain(
         >>> from topkast_func import TopKastConfig, init_state, sgd
         >>> state = init_state(torch.nn.Conv1d(4, 4, 3), TopKastConfig(), sgd(lr=0.1))
         >>> choices = explain(state)
-        weight [4, 4, 3]: dense, with all of α: not of one plain nn.Linear, or dense storage
+        weight [4, 4, 3]: dense, with all of α: of no layer that kernels know, or dense storage
     """
     chosen, shapes = choices(state, batch_size, engine), state.weights.shapes()
     for name, choice in chosen.items():
@@ -58,4 +58,4 @@ def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str,
     return chosen
 
 
-ALPHA = "with all of α: not of one plain nn.Linear, or dense storage"
+ALPHA = "with all of α: of no layer that kernels know, or dense storage"

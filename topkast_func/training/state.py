@@ -16,7 +16,7 @@ from topkast_func.config.selection import check_present
 from topkast_func.entry import entered
 from topkast_func.masks import compute_masks, masks_at
 from topkast_func.model.alone import alone_with, uncompiled
-from topkast_func.model.layers import kernel_layers
+from topkast_func.model.layers import kernel_weights
 from topkast_func.model.modules import buffers, frozen, tensors_of, ties, trainable
 from topkast_func.powerprop import check_moves, phi_of, theta_of
 from topkast_func.sparsity import ByPattern
@@ -154,7 +154,7 @@ def _first_state(
     weights: Weights
     if storage == "compact":
         matrices = [name for name, theta in params.items() if theta.ndim == 2]
-        layers = kernel_layers(model) if isinstance(model, nn.Module) else matrices
+        layers = kernel_weights(model) if isinstance(model, nn.Module) else matrices
         weights = compact(params, masks, layers, config.block_shape, theta_device)
     else:
         weights = DenseWeights(_copied(params), masks)

@@ -1,6 +1,6 @@
 """The stateless training step: state and batch in, state and metrics out."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +19,7 @@ from topkast_func.model.alone import (
     parts_of,
     uncompiled,
 )
-from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing_in
+from topkast_func.model.layers import StandIn, bound_to, stand_ins, standing_in
 from topkast_func.model.modules import bind, check_fit, modes, parameters_of, tensors_of, ties
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
@@ -140,14 +140,13 @@ def make_train_step(
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
     check_uncompiled(model)
-    layers = alone_with(model, partial(kernel_layers, model))
-    stand_ins = {name: StandIn(layer, engine) for name, layer in layers.items()}
+    layers = alone_with(model, partial(stand_ins, model, engine))
     check = alone_with(model, partial(_check_of, model, config, optimizer))
     schedule = config.schedule
 
     @cache
     def run_from(start: int) -> Callable[..., Moved]:
-        return compiled(_step_of(model, loss_fn, config, start, optimizer, stand_ins), compile)
+        return compiled(_step_of(model, loss_fn, config, start, optimizer, layers), compile)
 
     @cache
     def gradients_from(start: int) -> Callable[[TrainState, Any], Tensors]:
@@ -180,17 +179,13 @@ def make_train_step(
         anew = torch.tensor(refreshed is not state, device="cpu")
         state = refreshed
         patterns = state.weights.layers()
-        kernels = {
-            name: stand_ins[name]
-            for name, layer in layers.items()
-            if name in patterns and "forward" not in vars(layer)
-        }
+        lent = {i: layer for i, layer in enumerate(layers) if layer.needed(patterns)}
 
         def step() -> Moved:
             run = run_from(schedule.stage(int(state.step)))
             rate = optimizer.learning_rate(state.optimizer.step)
-            with standing_in(kernels):
-                return run(tuple(kernels), state, batch, tree_map(lambda lr: lr.reshape(1), rate))
+            with standing_in(lent.values()):
+                return run(tuple(lent), state, batch, tree_map(lambda lr: lr.reshape(1), rate))
 
         after, numbers, aux = draws.run(kind, state, step)
         return after, StepMetrics(*numbers, anew, *(aux or ((),)))
@@ -262,7 +257,7 @@ def _step_of(
     config: TopKastConfig,
     start: int,
     optimizer: Optimizer,
-    stand_ins: Mapping[str, StandIn],
+    layers: Sequence[StandIn],
 ) -> Callable[..., Moved]:
     """Return the step of a stage, without its refresh: a pure function of tensors.
 
@@ -271,7 +266,7 @@ def _step_of(
     """
     tied = ties(model)
 
-    def step(kernels: tuple[str, ...], state: TrainState, batch: Any, lr: Rate) -> Moved:
+    def step(lent: tuple[int, ...], state: TrainState, batch: Any, lr: Rate) -> Moved:
         weights = state.weights
 
         def objective(values: Tensors) -> Objective:
@@ -280,7 +275,7 @@ def _step_of(
             values = values | powered
             alpha, patterns = weights.alpha(values), weights.layers()
             apply = bind(model, tied, alpha, state.frozen, written)
-            with bound_to({name: stand_ins[name] for name in kernels}, alpha, values, patterns):
+            with bound_to([layers[i] for i in lent], alpha, values, patterns):
                 data_loss, aux = loss_and_aux(loss_fn(apply, batch))
             penalty = weights.penalty(values, config, start)
             loss = data_loss + config.penalty_weight * penalty
