@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_flatten
 from transformers.pytorch_utils import Conv1D
 
@@ -178,17 +179,14 @@ def test_nothing_outside_b_moves_after_exploration(make: Any, block: tuple[int, 
     assert all(shape == shapes[0] for shape in shapes)
 
 
-@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
-def test_one_graph_over_refreshes_and_the_end_of_exploration(block: tuple[int, int]) -> None:
-    graphs = []
-
-    def counting(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    config = replace(CONFIG, explore_until=7, block_shape=block)
-    trajectory(network().double(), "compact", tk.adam, config, compile={"backend": counting})
-    assert len(graphs) == 1
+@pytest.mark.parametrize(("block", "powerprop"), [((1, 1), 1.0), ((4, 4), 1.0), ((1, 1), 2.0)])
+def test_one_graph_over_refreshes_and_the_end_of_exploration(
+    block: tuple[int, int], powerprop: float
+) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    config = replace(CONFIG, explore_until=7, block_shape=block, powerprop=powerprop)
+    trajectory(network().double(), "compact", tk.adam, config, compile={"backend": counter})
+    assert counter.frame_count == 1
 
 
 @pytest.mark.xfail(strict=True, reason="each size of batch is compiled anew")

@@ -184,8 +184,11 @@ def make_train_step(
         def step() -> Moved:
             run = run_from(schedule.stage(int(state.step)))
             rate = optimizer.learning_rate(state.optimizer.step)
+            rate = tree_map(lambda lr: lr.reshape(1), rate)
+            phi, bare = tuple(state.exponents), state._replace(exponents={})
             with standing_in(lent.values()):
-                return run(tuple(lent), state, batch, tree_map(lambda lr: lr.reshape(1), rate))
+                after, numbers, aux = run(tuple(lent), phi, bare, batch, rate)
+            return after._replace(exponents=state.exponents), numbers, aux
 
         after, numbers, aux = draws.run(kind, state, step)
         return after, StepMetrics(*numbers, anew, *(aux or ((),)))
@@ -261,17 +264,19 @@ def _step_of(
 ) -> Callable[..., Moved]:
     """Return the step of a stage, without its refresh: a pure function of tensors.
 
-    It takes learning rates of one dimension: torch.compile makes a symbol of a 0-d float64 that
-    is given to a graph, and then traces everything twice.
+    It takes learning rates of one dimension, and of exponents the names alone: torch.compile makes
+    a symbol of a 0-d float64 that is given to a graph, and then traces everything twice.
     """
     tied = ties(model)
 
-    def step(lent: tuple[int, ...], state: TrainState, batch: Any, lr: Rate) -> Moved:
+    def step(
+        lent: tuple[int, ...], phi: tuple[str, ...], state: TrainState, batch: Any, lr: Rate
+    ) -> Moved:
         weights = state.weights
 
         def objective(values: Tensors) -> Objective:
             written = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            powered = {n: theta_of(values[n], config.powerprop) for n in state.exponents}
+            powered = {n: theta_of(values[n], config.powerprop) for n in phi}
             values = values | powered
             alpha, patterns = weights.alpha(values), weights.layers()
             apply = bind(model, tied, alpha, state.frozen, written)
