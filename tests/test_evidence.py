@@ -163,6 +163,12 @@ def test_the_best_trial_is_chosen_in_the_direction_of_the_score(
 def test_tables_and_figure_show_means_and_spread() -> None:
     found = report.Evidence("mlp", runs_of(TUNED), TUNED)
     assert "| topkast | 88.20 ± 1.00 (0.25×) | 88.10 ± 1.00 (0.25×) |" in found.table()
+    assert (
+        "| method | 80 / 50 % | 90 / 80 % | 95 / 90 % | 98 / 95 % | shock at 90 / 80 % |"
+        in found.table()
+    )
+    told = [{**run, "shock": (1.0 + run["setting"]["seed"], 9.0)} for run in found.runs]
+    assert "(0.25×) | 2.00 (9.00) |" in found._replace(runs=told).table()
     assert "| dense | 90.20 ± 1.00 (0.25×) | 90.20 ± 1.00 (0.25×) |" in found.table()
     labels = found.figure().axes[0].get_legend_handles_labels()[1]
     assert {"topkast", "random backward", "dense"} <= set(labels)
@@ -195,4 +201,4 @@ def test_what_was_not_run_is_behind_nobody() -> None:
     runs = [run for run in runs_of(TUNED) if run["setting"]["method"] != "ste"]
     found = report.Evidence("mlp", runs, TUNED)
     assert found.margin("ste", "dense", PAIRS[0]) == 0.0
-    assert "| ste |  |  |  |  |" in found.table()
+    assert "| ste |  |  |  |  |  |" in found.table()

@@ -11,7 +11,7 @@ from benchmarks.evidence.settings import PLANS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-NAMES = ("functional", "ordinary", "masks", "methods", "testing", "facade", "engines")
+NAMES = ("functional", "ordinary", "methods", "testing")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -60,5 +60,5 @@ def test_the_page_of_results_is_what_the_command_draws(
     drawn = page.page(*committed)
     assert page.PAGE.read_text() == drawn
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", drawn)
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     assert all((record.HERE / picture).is_file() for picture in pictures)

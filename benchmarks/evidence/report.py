@@ -9,7 +9,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.settings import FIRST, METHODS, PAIRS, SEEDS, Setting, ablations, trials
+from benchmarks.evidence.settings import (
+    FIRST,
+    METHODS,
+    PAIRS,
+    PLANS,
+    SEEDS,
+    USUAL,
+    Setting,
+    ablations,
+    trials,
+)
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import RESULTS
 from benchmarks.views import markdown
@@ -72,11 +82,13 @@ class Evidence(NamedTuple):
         return [run for run in found if run]
 
     def table(self) -> str:
-        """Return every method at every sparsity: scores and, in parentheses, operations."""
+        """Return every method: scores at every sparsity and, in parentheses, operations; shock."""
+        pairs = PLANS[self.task].pairs
         rows = [
-            (name(method), *(cell(self.of(method, pair)) for pair in PAIRS)) for method in METHODS
+            (name(m), *(cell(self.of(m, pair)) for pair in pairs), shock(self.of(m, USUAL)))
+            for m in METHODS
         ]
-        return markdown(("method", *map(shown, PAIRS)), rows)
+        return markdown(("method", *map(shown, pairs), f"shock at {shown(USUAL)}"), rows)
 
     def ablation_table(self) -> str:
         """Return what Top-KAST reaches when one thing at a time changes: a row for each."""
@@ -105,7 +117,7 @@ class Evidence(NamedTuple):
     def standing(self, method: str) -> str:
         """Return whom a method is behind and ahead of at every sparsity, and by how much."""
         rows = []
-        for pair in PAIRS:
+        for pair in PLANS[self.task].pairs:
             margins = {name(other): self.margin(method, other, pair) for other in METHODS}
             told = ([f"{o} {by:+.2f}" for o, by in margins.items() if s * by > 0] for s in (-1, 1))
             rows.append((shown(pair), *map(", ".join, told)))
@@ -128,6 +140,14 @@ def cell(several: Runs) -> str:
     deviation = f" ± {_deviation(several):.2f}" if len(several) > 1 else ""
     flops = statistics.mean(run["flops"] for run in several)
     return f"{_mean(several):.2f}{deviation} ({flops:.2f}×)"
+
+
+def shock(several: Runs) -> str:
+    """Return the median over runs and refreshes of the shock, and the largest in parentheses."""
+    shocks = [run["shock"] for run in several if run.get("shock")]
+    if not shocks:
+        return ""
+    return f"{statistics.median(s[0] for s in shocks):.2f} ({max(s[1] for s in shocks):.2f})"
 
 
 def _mean(several: Runs) -> float:

@@ -44,6 +44,7 @@ METHODS = {
 
 FIRST, TUNING_SEED, SEEDS = "mlp", 100, (0, 1, 2)
 PAIRS = ((0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95))  # forward and backward sparsity
+USUAL = PAIRS[1]
 ABLATIONS: Mapping[str, tuple[Any, ...]] = {  # of Top-KAST from zero: one thing at a time changes
     "entry": ("value", "zero", "threshold"),
     "exchange": (0.01, 0.03, 0.1, 0.3, None),
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # learning rates of the trials
     other_rates: Mapping[str, tuple[float, ...]] = {}  # of methods whose best is elsewhere
     pairs: tuple[tuple[float, float], ...] = PAIRS  # of the comparison
-    tuned_at: tuple[float, float] = PAIRS[1]  # the pair of the trials
+    tuned_at: tuple[float, float] = USUAL  # the pair of the trials
     trial_steps: float = 1.0  # share of a run's steps that a trial has
     alternatives: bool = False  # whether they are tried
     ablations: Mapping[str, tuple[Any, ...]] = ABLATIONS

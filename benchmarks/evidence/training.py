@@ -3,8 +3,9 @@
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.func import functional_call
 
 import topkast_func as tk
 from benchmarks.evidence.settings import SMALL, Setting
-from benchmarks.evidence.tasks import TASKS, Task, loss_fn
+from benchmarks.evidence.tasks import TASKS, Batch, Task, loss_fn
 
 OFTEN = 10
 """Steps between refreshes below which indexing the sets anew costs more than dense storage."""
@@ -40,9 +41,17 @@ def run(setting: Setting) -> dict[str, Any]:
     return {**told, "seconds": time.perf_counter() - begin}
 
 
-def _trained(
-    setting: Setting, task: Task, model: nn.Module
-) -> tuple[tk.TrainState, dict[str, Any]]:
+class Step(NamedTuple):
+    """One step: the states before and after, its metrics, and its batch."""
+
+    before: tk.TrainState
+    after: tk.TrainState
+    metrics: tk.StepMetrics
+    batch: Batch
+
+
+def steps_of(setting: Setting, task: Task, model: nn.Module) -> Iterator[Step]:
+    """Train as a setting says, step by step."""
     steps, often = round(setting.steps * task.steps), setting.refresh_every < OFTEN
     config = setting.config(model, steps)
     rate = partial(_rate, setting.lr, task.warm_up, steps)
@@ -51,25 +60,32 @@ def _trained(
     storage: Any = "dense" if often else "compact"
     state = tk.init_state(model, config, optimizer, storage=storage, seed=setting.seed)
     train_step = tk.make_train_step(model, loss_fn, config, optimizer)
-    counted: dict[tuple[int, ...], float] = {}
-    explored, flops, shocks = dict[str, Tensor](), 0.0, list[float]()
-    batches = task.batches(setting.validate, setting.seed)
-    for step, batch in zip(range(steps), batches, strict=False):
+    for _, batch in zip(range(steps), task.batches(setting.validate, setting.seed), strict=False):
         before = state
         state, metrics = train_step(before, batch)
+        yield Step(before, state, metrics, batch)
+
+
+def _trained(
+    setting: Setting, task: Task, model: nn.Module
+) -> tuple[tk.TrainState, dict[str, Any]]:
+    often = setting.refresh_every < OFTEN
+    counted: dict[tuple[int, ...], float] = {}
+    explored, flops, shocks = dict[str, Tensor](), list[float](), list[float]()
+    for before, state, metrics, batch in steps_of(setting, task, model):
         if metrics.refreshed and not often:
             with torch.no_grad():
                 old = loss_fn(partial(_at, model, tk.forward_params(before)), batch)
             shocks.append(float(metrics.data_loss) / float(old))
-        if metrics.refreshed or step == 0:
+        if metrics.refreshed or not flops:
             masks = tk.masks_of(state)
             explored = tk.explored(masks, explored or None)
             sizes = tuple(int(mask.sum()) for several in masks.values() for mask in several)
             if sizes not in counted:
                 counted[sizes] = tk.training_flops(model, state, task.sample).sparse
-        flops += counted[sizes] / steps
+        flops.append(counted[sizes])
     return state, {
-        "flops": flops,
+        "flops": statistics.fmean(flops),
         "explored": tk.exploration_rate(explored) if explored else None,
         "shock": (statistics.median(shocks), max(shocks)) if shocks else None,
     }
