@@ -29,7 +29,7 @@ TUNED = {method: start("mlp", method) for method in METHODS}
 
 
 def test_every_method_has_as_many_trials_on_held_out_data() -> None:
-    for task, carried, count in (("mlp", None, 9), ("cnn", TUNED, 3), ("text", TUNED, 6)):
+    for task, carried, count in (("mlp", None, 9), ("cnn", TUNED, 6), ("text", TUNED, 4)):
         found = trials(task, carried)
         assert set(found) == set(METHODS)
         for method, settings in found.items():
@@ -46,7 +46,6 @@ def test_what_was_chosen_leaves_every_method_as_many_trials(task: str) -> None:
 
 def test_what_was_chosen_on_another_task_is_carried_on() -> None:
     chosen = TUNED | {"rigl": replace(TUNED["rigl"], drop_fraction=0.5)}
-    assert {s.drop_fraction for s in trials("cnn", chosen)["rigl"]} == {0.5}
     assert {s.drop_fraction for s in trials("text", chosen)["rigl"]} == {0.5, 0.1}
 
 

@@ -17,16 +17,26 @@ class Method(NamedTuple):
     """What is run of a method."""
 
     tried: Mapping[str, tuple[Any, ...]]  # what matters most to it, on the first task
-    alternative: Mapping[str, Any]  # to the best of that, where alternatives are tried
+    alternatives: tuple[Mapping[str, Any], ...]  # elsewhere; the first that is not that choice
     common: Mapping[str, Any] = {}  # to all of its runs
 
 
-_DECAYED = Method({"weight_decay": (0.0, 1e-5, 1e-4)}, {"weight_decay": 1e-4})
-_EXCHANGED = Method({"drop_fraction": (0.1, 0.3, 0.5)}, {"drop_fraction": 0.1}, {"until": STOP})
-_EXPLORED = Method(
-    {"penalty_weight": (1e-4, 1e-3, 1e-2)}, {"refresh_every": 1, "penalty_weight": 0.0}
+_DECAYED = Method(
+    {"weight_decay": (0.0, 1e-5, 1e-4)}, ({"weight_decay": 1e-4}, {"weight_decay": 0.0})
 )
-_ENTRY = {"entry": "zero", "penalty_weight": 0.0, "until": STOP}
+_EXCHANGED = Method(
+    {"drop_fraction": (0.1, 0.3, 0.5)},
+    ({"drop_fraction": 0.1}, {"drop_fraction": 0.3}),
+    {"until": STOP},
+)
+_EXPLORED = Method(
+    {"penalty_weight": (1e-4, 1e-3, 1e-2)}, ({"refresh_every": 1, "penalty_weight": 0.0},)
+)
+_FROM_ZERO = Method(
+    {"penalty_weight": (0.0, 1e-5, 1e-4)},
+    ({"penalty_weight": 0.0}, {"penalty_weight": 1e-4}),
+    {"entry": "zero", "exchange": 0.05, "until": STOP},
+)
 METHODS = {
     "dense": _DECAYED,
     SMALL: _DECAYED,
@@ -34,10 +44,10 @@ METHODS = {
     "set": _EXCHANGED,
     "rigl": _EXCHANGED,
     "topkast": _EXPLORED,
-    ZERO: Method({"exchange": (0.03, 0.1, None)}, {"exchange": 0.01}, _ENTRY),
+    ZERO: _FROM_ZERO,
     "random_backward": _EXPLORED,
-    "gmp": Method({"until": (0.5, 0.75, 0.9)}, {"until": 0.5}),
-    "ste": Method({"refresh_every": (1, 10, 100)}, {"refresh_every": 10}),
+    "gmp": Method({"until": (0.5, 0.75, 0.9)}, ({"until": 0.5}, {"until": 0.75})),
+    "ste": Method({"refresh_every": (1, 10, 100)}, ({"refresh_every": 10}, {"refresh_every": 1})),
 }
 """The arms: "small dense" is a dense network with as many parameters as the sparse ones use,
 "topkast" the form of the paper, "topkast from zero" the one in which what enters A starts at 0."""
@@ -61,27 +71,17 @@ class Plan(NamedTuple):
     """How much is run of a task."""
 
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # learning rates of the trials
-    other_rates: Mapping[str, tuple[float, ...]] = {}  # of methods whose best is elsewhere
     pairs: tuple[tuple[float, float], ...] = PAIRS  # of the comparison
     tuned_at: tuple[float, float] = USUAL  # the pair of the trials
     trial_steps: float = 1.0  # share of a run's steps that a trial has
-    alternatives: bool = False  # whether they are tried
+    alternatives: bool = True  # whether one is tried
     ablations: Mapping[str, tuple[Any, ...]] = ABLATIONS
 
 
-_DENSE_AT_FIRST = dict.fromkeys(("dense", "gmp", "ste"), (3e-4, 1e-3, 3e-3))
 PLANS = {
-    "mlp": Plan(),
-    "cnn": Plan(),
-    "text": Plan(
-        rates=(3e-3, 1e-2, 3e-2),
-        other_rates={**_DENSE_AT_FIRST, SMALL: (1e-3, 3e-3, 1e-2)},
-        pairs=PAIRS[:3],
-        tuned_at=PAIRS[0],
-        trial_steps=0.25,
-        alternatives=True,
-        ablations={},
-    ),
+    "mlp": Plan(alternatives=False),
+    "cnn": Plan((3e-3, 1e-2, 3e-2), PAIRS[:3]),
+    "text": Plan((1e-3, 3e-3), PAIRS[:3], PAIRS[0], 0.25, ablations={}),
 }
 
 
@@ -149,8 +149,8 @@ class Setting:
 def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str, list[Setting]]:
     """Return the settings among which one is chosen on held out data: as many for every method.
 
-    They are at one sparsity and one seed: with each of as many learning rates what is tried of it,
-    or what was chosen on the first task and is ``carried`` on, and the alternative to that.
+    They are at one sparsity and one seed: with each learning rate what is tried of it, or what
+    was chosen on the first task and is ``carried`` on, and an alternative to that.
     """
     plan = PLANS[task]
     common: dict[str, Any] = {"task": task, "steps": plan.trial_steps, "seed": TUNING_SEED}
@@ -158,9 +158,9 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
     found = {}
     for method, known in METHODS.items():
         base = replace(carried[method] if carried else start(task, method), **common)
-        bases = [base, *([replace(base, **known.alternative)] if plan.alternatives else [])]
-        rates = plan.other_rates.get(method, plan.rates)
-        axes = {"lr": rates, **({} if carried else known.tried)}
+        others = [other for a in known.alternatives if (other := replace(base, **a)) != base]
+        bases = [base, *others[: int(plan.alternatives)]]
+        axes = {"lr": plan.rates, **({} if carried else known.tried)}
         settings = [
             replace(base, **dict(zip(axes, values, strict=True)))
             for base, values in product(bases, product(*axes.values()))
