@@ -11,7 +11,7 @@ from benchmarks.evidence.settings import PLANS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-NAMES = ("functional", "ordinary", "methods", "testing")
+NAMES = ("functional", "ordinary", "methods")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
