@@ -82,6 +82,14 @@ def check_blocks_agree(weights: CompactWeights | DenseWeights, config: TopKastCo
             )
 
 
+def is_of_stage(
+    weights: CompactWeights | DenseWeights, config: TopKastConfig, step: int
+) -> bool:
+    """Return whether sets have the sizes that a configuration asks for at a step."""
+    shapes = {name: weights.shapes()[name] for name in weights.sparse()}
+    return weights.sizes() == counts_among(shapes, config, step)
+
+
 def check_sets(weights: CompactWeights | DenseWeights, config: TopKastConfig, step: int) -> None:
     """Check that sets are those of a configuration at a step, in their names and sizes.
 
@@ -97,11 +105,11 @@ def check_sets(weights: CompactWeights | DenseWeights, config: TopKastConfig, st
     check_method(names, config)
     check_blocks_agree(weights, config)
     shapes = {name: weights.shapes()[name] for name in names}
-    found, settled = weights.sizes(), config.schedule.settled(step)
+    found = weights.sizes()
     asked = [counts_among(shapes, config, t) for t in (step, max(step - 1, 0))]
     for name, sizes in found.items():
         expected = [counts[name] for counts in asked]
-        if sizes not in expected and not (settled and sizes[0] == expected[0][0]):
+        if sizes not in expected:
             raise ValueError(
                 f"the state has {sizes} entries of {name!r} in A and B, the configuration asks for "
                 f"{expected[0]} at step {step}: to go on with other sparsities, call "

@@ -23,7 +23,7 @@ from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing
 from topkast_func.model.modules import bind, check_fit, modes, parameters_of, tensors_of, ties
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
-from topkast_func.training.agreement import check_sets
+from topkast_func.training.agreement import check_sets, is_of_stage
 from topkast_func.training.compilation import compiled, signature
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.optim import (
@@ -49,7 +49,7 @@ class StepMetrics(NamedTuple):
         penalty: The exploration penalty before its weight λ.
         grad_norm: Euclidean norm of the gradient of the loss over B and the dense parameters, in
             float32 at the least.
-        refreshed: Whether the sets were chosen anew before the step, bool.
+        refreshed: Whether the sets were chosen anew, before the step or at its end, bool.
         aux: What ``loss_fn`` returned beside the loss; () where it returned nothing else.
     """
 
@@ -90,8 +90,9 @@ def make_train_step(
 
     The step is pure: it writes to none of its arguments and not to the module. Its first call in
     each mode of the module also runs the forward pass once on copies, to see that it is pure.
-    Before step t it chooses A and B anew when ``config.refresh_every`` divides t > 0 or a
-    sparsity changes, and makes B the forward set at t = ``config.explore_until``. The update,
+    Before step t it chooses A and B anew when ``config.refresh_every`` divides t > 0, and makes B
+    the forward set at t = ``config.explore_until``; where another sparsity is in force from t on,
+    the step before ends by choosing them, so that t steps reach it. The update,
     momentum and weight decay included, is restricted to B. The same state and batch give the same
     result, dropout included: random numbers follow from the state's seed and step. There is one
     graph for each stage of sparsities that change over time.
@@ -163,8 +164,17 @@ def make_train_step(
     tried: set[tuple[bool, ...]] = set()
 
     def due(state: TrainState) -> bool:
-        begins = int(state.optimizer.step) % optimizer.every == 0
-        return begins and schedule.refreshes_at(int(state.step))
+        step, begins = int(state.step), int(state.optimizer.step) % optimizer.every == 0
+        chosen = step in schedule.starts and is_of_stage(state.weights, config, step)
+        return begins and schedule.refreshes_at(step) and not chosen
+
+    def ends_stage(state: TrainState) -> bool:
+        ends = (int(state.optimizer.step) + 1) % optimizer.every == 0
+        return ends and int(state.step) + 1 in schedule.starts
+
+    def anew(state: TrainState, batch: Any, kind: Hashable) -> TrainState:
+        read = partial(draws.run, (kind, "gradients"), state, lambda: gradients(state, batch))
+        return _refreshed(state, config, read)
 
     def in_its_turn(
         state: TrainState, batch: Any, mode: tuple[bool, ...], kind: Hashable
@@ -173,12 +183,8 @@ def make_train_step(
         if mode not in tried:
             check_pure(model, loss_fn, state, batch)
             tried.add(mode)
-        refreshed = state
-        if due(state):
-            read = partial(draws.run, (kind, "gradients"), state, lambda: gradients(state, batch))
-            refreshed = _refreshed(state, config, read)
-        anew = torch.tensor(refreshed is not state, device="cpu")
-        state = refreshed
+        before = anew(state, batch, kind) if due(state) else state
+        refreshed, state = before is not state, before
         patterns = state.weights.layers()
         kernels = {
             name: stand_ins[name]
@@ -192,8 +198,10 @@ def make_train_step(
             with standing_in(kernels):
                 return run(tuple(kernels), state, batch, tree_map(lambda lr: lr.reshape(1), rate))
 
-        after, numbers, aux = draws.run(kind, state, step)
-        return after, StepMetrics(*numbers, anew, *(aux or ((),)))
+        moved, numbers, aux = draws.run(kind, state, step)
+        after = anew(moved, batch, kind) if ends_stage(state) else moved
+        told = torch.tensor(refreshed or after is not moved, device="cpu")
+        return after, StepMetrics(*numbers, told, *(aux or ((),)))
 
     @torch.inference_mode(False)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
@@ -202,8 +210,8 @@ def make_train_step(
         kind: Hashable = mode
         if compile is not False:
             sizes = tuple(value.shape for value in state.weights.values().values())
-            told = (type(state.weights), sizes, schedule.stage(int(state.step)), due(state))
-            kind = (mode, *told, signature(batch))
+            chooses = (schedule.stage(int(state.step)), due(state), ends_stage(state))
+            kind = (mode, type(state.weights), sizes, *chooses, signature(batch))
         work = partial(in_its_turn, state, batch, mode, kind)
         return in_turn(own | draws.claims(kind), partial(as_written, parts, work))
 
