@@ -331,7 +331,7 @@ def test_every_method_follows_the_stages(
 def test_the_sparsity_that_was_asked_for_is_in_force_after_the_last_step_of_its_schedule(
     kind: str, stages: int, storage: Any
 ) -> None:
-    schedule = {
+    schedule: dict[str, dict[str, Any]] = {
         "gmp": {"forward_sparsity": 0.75, "method": tk.gmp(1, 6, stages)},
         "cubic": {"forward_sparsity": tk.cubic(0.25, 0.75, 1, 6, stages)},
         "staged": {"forward_sparsity": tk.staged({0: 0.25, 6: 0.75})},

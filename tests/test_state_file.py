@@ -94,6 +94,10 @@ COMPACT: list[tuple[Edit, str]] = [
         lambda h, t: t.update({"exponents/0.weight": torch.tensor(2.0).double()}),
         "powerprop is {'0.weight': 2.0}, the configuration asks 1.0",
     ),
+    (lambda h, t: t.update({"narrow/x": torch.ones(0).half()}), r"narrow has \['x'\], which are"),
+    (lambda h, t: t.update({"narrow/0.bias": torch.ones(1).half()}), "narrow/0.bias is no empty"),
+    (lambda h, t: t.update({"narrow/0.bias": torch.ones(0).double()}), "narrow/0.bias is no empty"),
+    (lambda h, t: t.update({"narrow/0.bias": torch.ones(0).int()}), "narrow/0.bias is no empty"),
     (
         lambda h, t: t.update({"slots/adam.exp_avg/x": torch.ones(1)}),
         r"slots/adam.exp_avg has \['x'\], which",

@@ -66,8 +66,8 @@ class Schedule:
     Attributes:
         every: N, steps between refreshes, or by the step from which on it holds.
         until: Step before which B becomes A and the sets stay; None for never.
-        starts: Steps after 0 from which on another sparsity is in force, ascending. The sets that
-            have it are chosen at the end of the step before, so that n steps reach what begins at n.
+        starts: Steps after 0 from which on another sparsity is in force, ascending. Sets that
+            have it are chosen at the end of the step before: n steps reach what begins at n.
     """
 
     every: int | ByStep | None

@@ -82,9 +82,7 @@ def check_blocks_agree(weights: CompactWeights | DenseWeights, config: TopKastCo
             )
 
 
-def is_of_stage(
-    weights: CompactWeights | DenseWeights, config: TopKastConfig, step: int
-) -> bool:
+def is_of_stage(weights: CompactWeights | DenseWeights, config: TopKastConfig, step: int) -> bool:
     """Return whether sets have the sizes that a configuration asks for at a step."""
     shapes = {name: weights.shapes()[name] for name in weights.sparse()}
     return weights.sizes() == counts_among(shapes, config, step)

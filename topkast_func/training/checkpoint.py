@@ -34,8 +34,8 @@ def save(
     Its tensors are ``step``, ``seed``, ``mask_seed`` and ``optimizer_step``; ``theta/NAME``, θ,
     or φ where it has an exponent; ``backward/NAME``, B, and ``forward/NAME``, A among the entries
     of B in row-major order, each as `packed` has it; ``buffers/NAME``, ``frozen/NAME``,
-    ``exponents/NAME``; and ``slots/KIND/NAME``, KIND percent-encoded. Every byte is under a
-    checksum. The header, JSON in the metadata, has beside what `write` puts there:
+    ``exponents/NAME``, ``narrow/NAME``; and ``slots/KIND/NAME``, KIND percent-encoded. Every byte
+    is under a checksum. The header, JSON in the metadata, has beside what `write` puts there:
 
     - ``storage``, "compact" or "dense";
     - ``layers``, the names of the weights that kernels compute;
@@ -223,8 +223,9 @@ def _model_problem(state: TrainState, model: Model) -> str | None:
             held = found[what][name]
             if held.shape != tensor.shape:
                 return f"{name!r} has shape {tuple(held.shape)}, the model {tuple(tensor.shape)}"
-            if held.dtype != tensor.dtype:
-                return f"{name!r} has dtype {held.dtype}, the model {tensor.dtype}"
+            computed = state.narrow.get(name, held).dtype
+            if computed != tensor.dtype:
+                return f"{name!r} has dtype {computed}, the model {tensor.dtype}"
     return None
 
 

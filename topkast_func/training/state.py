@@ -49,6 +49,8 @@ class TrainState(NamedTuple):
         optimizer: State of the optimiser.
         exponents: By name the exponent a, float64, 0-d, on the CPU, of each parameter that is
             trained as φ of powerpropagation; empty where θ itself is trained.
+        narrow: By name an empty tensor of the dtype that the forward pass computes in, for each
+            parameter of which θ is kept in a wider one; see ``master`` of `init_state`.
     """
 
     step: Tensor
@@ -59,6 +61,7 @@ class TrainState(NamedTuple):
     frozen: Tensors
     optimizer: OptimizerState
     exponents: Tensors
+    narrow: Tensors
 
 
 @torch.inference_mode(False)
@@ -72,6 +75,7 @@ def init_state(
     seed: int = 0,
     mask_seed: int | None = None,
     masks: Mapping[str, Masks] | None = None,
+    master: torch.dtype | None = None,
 ) -> TrainState:
     """Start training: copy the weights, choose A and B, make zero slots.
 
@@ -88,19 +92,24 @@ def init_state(
         mask_seed: Seed of the methods that draw sets, at least 0; None for ``seed``.
         masks: Sets to start from (a lottery ticket, SNIP) in place of those that the method would
             choose, by the name of each sparse parameter; a refresh goes on from them.
+        master: `torch.float32` or `torch.float64`: θ of the parameters of a narrower dtype is kept,
+            penalised and moved in this one, and the model computes with α rounded to theirs, which
+            is what `forward_params` returns; gradients pass through the rounding. None keeps θ in
+            the dtype of each parameter, where an update below half its spacing is lost.
 
     Returns:
         The state before step 0. It shares no memory with the arguments.
 
     Raises:
-        TypeError: A leaf is no plain floating-point or complex tensor (see `compute_masks`),
-            ``optimizer`` is none of this library, or ``masks`` are not `Masks` of bool.
+        TypeError: ``master`` is no dtype, a leaf is no plain floating-point or complex tensor (see
+            `compute_masks`), ``optimizer`` is none of this library, or ``masks`` are not `Masks`
+            of bool.
         ValueError: There is nothing to train, a leaf is empty or without values (on the meta
             device, of a lazy module), the configuration does not fit, a tied weight is given two
             sparsities, ``masks`` are not what the configuration asks for, ``theta_device`` is
             given for dense storage, compact storage is asked for an optimiser that is not
-            elementwise, or a parameter that is to be trained by powerpropagation is zero
-            everywhere.
+            elementwise, a parameter that is to be trained by powerpropagation is zero
+            everywhere, or ``master`` is another dtype.
         NaNParameterError: A leaf holds NaN; a ValueError too.
     """
     if storage not in ("compact", "dense"):
@@ -116,8 +125,10 @@ def init_state(
     model = uncompiled(model_or_params)
     seed = check_count("seed", seed, 0)
     mask_seed = seed if mask_seed is None else check_count("mask_seed", mask_seed, 0)
+    _check_master(master)
+    seeds = (seed, mask_seed)
     begin = partial(
-        _first_state, model, config, optimizer, storage, theta_device, (seed, mask_seed), masks
+        _first_state, model, config, optimizer, storage, theta_device, seeds, masks, master
     )
     return alone_with(model, begin)
 
@@ -130,6 +141,7 @@ def _first_state(
     theta_device: torch.device | str | None,
     seeds: tuple[int, int],
     masks: Mapping[str, Masks] | None,
+    master: torch.dtype | None,
 ) -> TrainState:
     params = trainable(model) if isinstance(model, nn.Module) else model
     if not params:
@@ -143,6 +155,9 @@ def _first_state(
         check_masks(params, masks, config)
         masks = {n: Masks(*(m.to(params[n].device, copy=True) for m in masks[n])) for n in masks}
     params = {name: theta.detach().as_subclass(Tensor) for name, theta in params.items()}
+    kinds = {name: theta.dtype for name, theta in params.items()}
+    if master is not None:
+        params = {n: p.to(torch.promote_types(p.dtype, master)) for n, p in params.items()}
     exponents: Tensors = {}
     if config.powerprop > 1.0:
         names = given_sparsity(params, config)
@@ -167,6 +182,9 @@ def _first_state(
         frozen=_copied(frozen(model)),
         optimizer=optimizer.init(weights.values()),
         exponents=exponents,
+        narrow={
+            n: p.new_empty(0, dtype=kinds[n]) for n, p in params.items() if p.dtype != kinds[n]
+        },
     )
 
 
@@ -270,7 +288,8 @@ def dense_params(state: TrainState) -> Tensors:
         state: The state.
 
     Returns:
-        θ, copies; in compact storage the sparse parameters are on ``theta_device``.
+        θ, copies, in the dtype that it is kept in; in compact storage the sparse parameters are on
+        ``theta_device``.
     """
     return _apart(state, theta_in(state))
 
@@ -298,9 +317,9 @@ def forward_params(state: TrainState) -> Tensors:
         state: The state.
 
     Returns:
-        Tensors by name, copies, which the model may write to: α, then frozen parameters, then
-        buffers. ``load_state_dict`` passes over buffers that are not persistent,
-        `functional_call` does not.
+        Tensors by name, copies, which the model may write to: α, in the dtype that the forward
+        pass computes in, then frozen parameters, then buffers. ``load_state_dict`` passes over
+        buffers that are not persistent, `functional_call` does not.
     """
     return _apart(state, alpha_in(state))
 
@@ -312,7 +331,13 @@ def theta_in(state: TrainState) -> Tensors:
 
 def alpha_in(state: TrainState) -> Tensors:
     """Return what `forward_params` does, to be read: some tensors are those of the state."""
-    return {**_powered(state.weights.forward(), state.exponents), **state.frozen, **state.buffers}
+    alpha = narrowed(_powered(state.weights.forward(), state.exponents), state.narrow)
+    return {**alpha, **state.frozen, **state.buffers}
+
+
+def narrowed(tensors: Tensors, narrow: Params) -> Tensors:
+    """Return tensors in the dtypes that the forward pass computes in; see `TrainState`."""
+    return tensors | {name: tensors[name].to(like.dtype) for name, like in narrow.items()}
 
 
 def ordinary(tree: Tree) -> Tree:
@@ -321,6 +346,15 @@ def ordinary(tree: Tree) -> Tree:
         return tree
     copied: Tree = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, tree)
     return copied
+
+
+def _check_master(master: object) -> None:
+    if master is None:
+        return
+    if not isinstance(master, torch.dtype):
+        raise TypeError(f"master must be torch.float32, torch.float64 or None, got {master!r}")
+    if master not in (torch.float32, torch.float64):
+        raise ValueError(f"master must be torch.float32, torch.float64 or None, got {master}")
 
 
 def check_ties(model: object, config: TopKastConfig) -> None:

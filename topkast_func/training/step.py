@@ -34,7 +34,7 @@ from topkast_func.training.optim import (
     global_norm,
 )
 from topkast_func.training.purity import Draws, check_pure, random_numbers_of
-from topkast_func.training.state import TrainState, alpha_in, ordinary, refresh
+from topkast_func.training.state import TrainState, alpha_in, narrowed, ordinary, refresh
 from topkast_func.turns import RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Params, Tensors
 from topkast_func.warn import warn_caller
@@ -286,9 +286,10 @@ def _step_of(
             written = {name: buffer.clone() for name, buffer in state.buffers.items()}
             powered = {n: theta_of(values[n], config.powerprop) for n in state.exponents}
             values = values | powered
-            alpha, patterns = weights.alpha(values), weights.layers()
+            computed = narrowed(values, state.narrow)
+            alpha, patterns = weights.alpha(computed), weights.layers()
             apply = bind(model, tied, alpha, state.frozen, written)
-            with bound_to({name: stand_ins[name] for name in kernels}, alpha, values, patterns):
+            with bound_to({name: stand_ins[name] for name in kernels}, alpha, computed, patterns):
                 data_loss, aux = loss_and_aux(loss_fn(apply, batch))
             penalty = weights.penalty(values, config, start)
             loss = data_loss + config.penalty_weight * penalty
@@ -308,6 +309,7 @@ def _step_of(
                 frozen=state.frozen,
                 optimizer=OptimizerState(moved.step, weights.restricted(moved.slots)),
                 exponents=state.exponents,
+                narrow=state.narrow,
             )
             norm = global_norm(grads)
         return after, (loss, data_loss, penalty, norm), aux
