@@ -22,7 +22,7 @@ from topkast_func.powerprop import check_moves, phi_of, theta_of
 from topkast_func.sparsity import ByPattern
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
-from topkast_func.training.agreement import check_blocks_agree, check_masks, check_method
+from topkast_func.training.agreement import COMPACT, check_masks, check_refresh
 from topkast_func.training.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.types import Masks, Params, Tensors
 
@@ -118,10 +118,7 @@ def init_state(
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
     check_optimizer(optimizer)
     if storage == "compact" and not optimizer.elementwise:
-        raise ValueError(
-            f"{optimizer} may need the shapes of weights, and compact storage keeps the entries of "
-            "B in one row: pass storage='dense', or make it with elementwise=True if it does not"
-        )
+        raise ValueError(COMPACT.format(optimizer))
     model = uncompiled(model_or_params)
     seed = check_count("seed", seed, 0)
     mask_seed = seed if mask_seed is None else check_count("mask_seed", mask_seed, 0)
@@ -205,13 +202,12 @@ def refresh(
         The state with its new sets.
 
     Raises:
-        ValueError: The method reads gradients and there are none, the configuration gives a
-            sparse parameter no sparsity, or its method is to train densely.
+        ValueError: The method reads gradients and there are none, or the configuration has other
+            sparse parameters or other blocks, or a method that is to train densely.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
     state = ordinary(state) if state.step.is_inference() else state
-    check_method(state.weights.sparse(), config)
-    check_blocks_agree(state.weights, config)
+    check_refresh(state.weights, config, int(state.step))
     dense, masks = chosen_anew(
         state.weights.dense(),
         state.weights.sparse(),

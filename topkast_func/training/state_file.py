@@ -148,7 +148,7 @@ def block_problem(file: StoredState, block_shape: tuple[int, int]) -> str | None
     for name, shape in (file.values or {}).items():
         found = tuple(shape[1:]) or (1, 1)
         if found != (block_shape if name in file.layers else (1, 1)):
-            return f"{name!r} has blocks of {found}, the configuration asks {block_shape}"
+            return f"{name!r} has blocks of {found}, the configuration asks for {block_shape}"
     for name, masks in file.masks.items():
         if not all(is_of_blocks(mask, block_shape) for mask in masks):
             return f"the sets of {name!r} are not made of blocks of {block_shape}"

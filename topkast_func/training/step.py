@@ -20,10 +20,10 @@ from topkast_func.model.alone import (
     uncompiled,
 )
 from topkast_func.model.layers import StandIn, bound_to, kernel_layers, standing_in
-from topkast_func.model.modules import bind, check_fit, modes, parameters_of, tensors_of, ties
+from topkast_func.model.modules import bind, modes, ties
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
-from topkast_func.training.agreement import check_sets, is_of_stage
+from topkast_func.training.agreement import agreement, is_of_stage
 from topkast_func.training.compilation import compiled, signature
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.optim import (
@@ -36,7 +36,7 @@ from topkast_func.training.optim import (
 from topkast_func.training.purity import Draws, check_pure, random_numbers_of
 from topkast_func.training.state import TrainState, alpha_in, narrowed, ordinary, refresh
 from topkast_func.turns import RANDOM_NUMBERS, in_turn
-from topkast_func.types import LossFn, Model, Params, Tensors
+from topkast_func.types import LossFn, Model, Tensors
 from topkast_func.warn import warn_caller
 
 
@@ -67,12 +67,6 @@ buffers as the model left them."""
 
 Moved: TypeAlias = tuple[TrainState, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Any, ...]]
 """The state after a step; loss, data loss, penalty and norm of the gradient; aux, if any."""
-
-EXCHANGED = (
-    "{!r} requires {} gradient, but the state {} it: undo that, or, to change what is trained, "
-    "begin anew with init_state, from a module that has loaded dense_params(state)"
-)
-_ROLES = {False: ("no", "trains"), True: ("a", "holds and freezes")}
 
 TrainStep: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
@@ -143,7 +137,7 @@ def make_train_step(
     check_uncompiled(model)
     layers = alone_with(model, partial(kernel_layers, model))
     stand_ins = {name: StandIn(layer, engine) for name, layer in layers.items()}
-    check = alone_with(model, partial(_check_of, model, config, optimizer))
+    check = alone_with(model, partial(agreement, model, config, optimizer))
     schedule = config.schedule
 
     @cache
@@ -315,48 +309,6 @@ def _step_of(
         return after, (loss, data_loss, penalty, norm), aux
 
     return step
-
-
-def _check_of(
-    model: Model, config: TopKastConfig, optimizer: Optimizer
-) -> Callable[[TrainState], None]:
-    """Return a check, quick where it passes, that a state is of this model and training."""
-    own, parameters = _shapes(tensors_of(model)), parameters_of(model)
-    kinds = optimizer.init({}).slots.keys()
-    agreed: Hashable = None
-
-    def check(state: TrainState) -> None:
-        nonlocal agreed
-        held = {**state.weights.shapes(), **_shapes({**state.frozen, **state.buffers})}
-        if own and held != own:
-            check_fit(model, held)
-        for name, (module, key) in parameters.items():
-            parameter = module._parameters.get(key)
-            if parameter is not None and parameter.requires_grad == (name in state.frozen):
-                raise ValueError(EXCHANGED.format(name, *_ROLES[name in state.frozen]))
-        if state.optimizer.slots.keys() != kinds:
-            found = sorted(state.optimizer.slots)
-            raise ValueError(
-                f"the state is of another optimiser: it has slots {found}, not {sorted(kinds)}"
-            )
-        exponents = dict.fromkeys(state.weights.sparse(), 1.0)
-        exponents |= {name: float(exponent) for name, exponent in state.exponents.items()}
-        for name, exponent in exponents.items():
-            if exponent != config.powerprop:
-                raise ValueError(
-                    f"the state trains {name!r} with powerprop={exponent}, not {config.powerprop}"
-                )
-        step = int(state.step)
-        stage = (config.schedule.stage(step), config.schedule.settled(step))
-        if (sets := (stage, state.weights.sets_key())) != agreed:
-            check_sets(state.weights, config, step)
-            agreed = sets
-
-    return check
-
-
-def _shapes(tensors: Params) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _refreshed(
