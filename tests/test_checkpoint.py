@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 import topkast_func as tk
 from tests.storage import STORAGES, dense_slots
 from topkast_func.files import container
+from topkast_func.methods.magnitude import TopKast
 
 Named = list[tuple[str, Tensor]]
 
@@ -681,6 +682,23 @@ def test_a_predicate_that_asks_for_less_needs_no_model(path: Path) -> None:
     other = replace(config, sparse=lambda name, tensor: name == "0.weight")
     with pytest.raises(ValueError, match=r"unknown \['6.weight'\] \(the predicate was asked about"):
         tk.load(path, other)
+
+
+@dataclass(frozen=True)
+class _Own(TopKast):
+    """A method of one's own."""
+
+
+def test_a_method_of_ones_own_is_given_again(path: Path) -> None:
+    config = replace(CONFIG, method=_Own())
+    state = _trained(_network(), MOMENTUM, config, 4)
+    tk.save(state, path, config)
+    assert _differing(tk.load(path, config), state) == []
+    for read in (tk.load, tk.load_config):
+        with pytest.raises(ValueError, match=r"hold code, and method is the code of .*\._Own"):
+            read(path)
+    with pytest.raises(ValueError, match=r"method is {'code': .*_Own'} and not {'name': 'topkast'"):
+        tk.load(path, CONFIG)
 
 
 # --- what files hold ----------------------------------------------------------------------

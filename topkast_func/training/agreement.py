@@ -229,7 +229,7 @@ def _selection_problem(
     try:
         asked = allocate(params, config, step=step)
         problem = _difference("sparse parameters", weights.sparse(), asked)
-    except (TypeError, ValueError) as reason:
+    except ValueError as reason:
         problem = str(reason)
     plain = not any(isinstance(parameter, nn.Parameter) for parameter in params.values())
     if problem and callable(config.sparse) and plain:
