@@ -25,6 +25,7 @@ from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.training.agreement import agreement, is_of_stage
 from topkast_func.training.compilation import compiled, signature
+from topkast_func.training.ensembles import by_member, is_ensemble
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.optim import (
     Optimizer,
@@ -90,6 +91,9 @@ def make_train_step(
     momentum and weight decay included, is restricted to B. The same state and batch give the same
     result, dropout included: random numbers follow from the state's seed and step. There is one
     graph for each stage of sparsities that change over time.
+
+    Under `torch.vmap` it makes the steps of an ensemble, of states that were stacked, batches, or
+    both, one member after another, each as it would be alone.
 
     A loss that is NaN is returned as it is; θ then holds NaN, and a refresh that comes due
     keeps the sets and warns.
@@ -199,6 +203,9 @@ def make_train_step(
 
     @torch.inference_mode(False)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        if is_ensemble((state, batch)):
+            ensemble: tuple[TrainState, StepMetrics] = by_member(train_step, state, batch)
+            return ensemble
         state = ordinary(state) if state.step.is_inference() else state
         batch, mode = ordinary(batch), modes(model)
         kind: Hashable = mode
