@@ -88,8 +88,8 @@ def init_state(
             θ and masks. The trajectories agree to rounding.
         theta_device: Where θ rests between refreshes in compact storage, such as "cpu"; None
             for the device of the weights.
-        seed: Seed of the random numbers that the model draws (dropout), at least 0.
-        mask_seed: Seed of the methods that draw sets, at least 0; None for ``seed``.
+        seed: Seed of the random numbers that the model draws (dropout), from 0 to 2⁶³ − 1.
+        mask_seed: Seed of the methods that draw sets, likewise; None for ``seed``.
         masks: Sets to start from (a lottery ticket, SNIP) in place of those that the method would
             choose, by the name of each sparse parameter; a refresh goes on from them.
         master: `torch.float32` or `torch.float64`: θ of the parameters of a narrower dtype is kept,
@@ -172,8 +172,8 @@ def _first_state(
         weights = DenseWeights(_copied(params), masks)
     return TrainState(
         step=torch.zeros((), dtype=torch.int64, device="cpu"),
-        seed=torch.tensor(seeds[0] % 2**63, device="cpu"),
-        mask_seed=torch.tensor(seeds[1] % 2**63, device="cpu"),
+        seed=torch.tensor(seeds[0], device="cpu"),
+        mask_seed=torch.tensor(seeds[1], device="cpu"),
         weights=weights,
         buffers=buffers(model),
         frozen=_copied(frozen(model)),
