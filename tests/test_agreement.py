@@ -1,14 +1,18 @@
 """What a state, its sets and its configuration must agree in."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import nn
 
 import topkast_func as tk
 from tests.storage import STORAGES
 from tests.test_methods import batch, mse, network
+from topkast_func.training import agreement
 
 CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=2)
 WEIGHTS = ("0.weight", "2.weight")
@@ -162,3 +166,82 @@ def test_sets_fit_through_stages_refreshes_and_the_end_of_exploration(storage: A
     for seed in range(9):
         step = tk.make_train_step(model, mse, config, optimizer, compile=False)
         state, _ = step(state, batch(seed))
+
+
+ROWWISE = replace(tk.sgd(0.1), elementwise=False, name="by_rows")
+
+
+@pytest.mark.parametrize(
+    ("made", "other", "message"),
+    [
+        ({}, {"optimizer": tk.adamw(0.1)}, r"optimiser: slots are \['adam.exp.*adamw\("),
+        ({}, {"optimizer": ROWWISE}, r"optimiser: by_rows may need the shapes .* storage='dense'"),
+        ({}, {"config": replace(CONFIG, sparse="0.weight")}, r"unknown \['2.weight'\]"),
+        ({}, {"config": replace(CONFIG, keep_dense="0.weight")}, r"unknown \['0.weight'\]"),
+        ({}, {"config": replace(CONFIG, sparse=lambda n, p: n == "0.weight")}, r"unknown \['2.w"),
+        ({}, {"config": replace(CONFIG, powerprop=2.0)}, r"powerprop is 1.0, .* asks for 2.0"),
+        ({}, {"config": replace(CONFIG, method=tk.dense())}, r"Dense\(\) chooses no sets"),
+        (
+            {},
+            {"model": network().double()},
+            r"model: '0.weight' has dtype torch.float32, the",
+        ),
+        (
+            {},
+            {"model": nn.Sequential(nn.Linear(8, 12), nn.Tanh())},
+            r"model: of the parameters missing \[\], unknown \['2.bias'",
+        ),
+        (
+            {"storage": "dense"},
+            {"config": replace(CONFIG, block_shape=(2, 2))},
+            r"the sets of '0.weight' are not made of blocks of \(2, 2\).* init_state",
+        ),
+    ],
+)
+def test_a_step_names_what_a_state_is_not_of(
+    made: dict[str, Any], other: dict[str, Any], message: str
+) -> None:
+    given: dict[str, Any] = {"model": network(), "config": CONFIG, "optimizer": tk.adam(0.1)}
+    state = tk.init_state(network(), CONFIG, given["optimizer"], **made)
+    for changes, error in (({}, nullcontext()), (other, pytest.raises(ValueError, match=message))):
+        asked = given | changes
+        train_step = tk.make_train_step(
+            asked["model"], mse, asked["config"], asked["optimizer"], compile=False
+        )
+        with error:
+            train_step(state, batch(0))
+
+
+def test_slots_of_another_shape_or_dtype_are_refused_in_mid_run_too() -> None:
+    model, optimizer = network(), tk.sgd(0.1, momentum=0.9)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
+    state, _ = train_step(tk.init_state(model, CONFIG, optimizer), batch(0))
+    slots = state.optimizer.slots["sgd.momentum"]
+    for wrong in (slots["0.bias"].double(), slots["0.bias"][1:]):
+        changed = state.optimizer._replace(slots={"sgd.momentum": slots | {"0.bias": wrong}})
+        with pytest.raises(ValueError, match=r"slot 'sgd.momentum' of '0.bias' has shape"):
+            train_step(state._replace(optimizer=changed), batch(1))
+    train_step(state, batch(1))
+
+
+def test_what_agreed_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Mock(side_effect=agreement.disagreements)
+    monkeypatch.setattr(agreement, "disagreements", look)
+    config, model, optimizer = replace(CONFIG, refresh_every=4), network(), tk.adam(0.1)
+    train_step = tk.make_train_step(model, mse, config, optimizer, compile=False)
+    state = tk.init_state(model, config, optimizer)
+    for seed in range(12):
+        state, _ = train_step(state, batch(seed))
+    assert look.call_count == 1
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_refresh_refuses_other_sparse_parameters(storage: Any) -> None:
+    state = tk.init_state(network(), CONFIG, tk.sgd(0.1), storage=storage)
+    for fields, message in (
+        ({"sparse": "0.weight"}, r"of the sparse parameters missing \[\], unknown \['2.weight'\]"),
+        ({"sparse": "*"}, r"missing \['0.bias', '2.bias'\], unknown \[\]"),
+        ({"block_shape": (2, 2)}, r"blocks of \("),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tk.refresh(state, replace(CONFIG, **fields))

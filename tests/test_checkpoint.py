@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 import topkast_func as tk
 from tests.storage import STORAGES, dense_slots
 from topkast_func.files import container
+from topkast_func.methods.magnitude import TopKast
 
 Named = list[tuple[str, Tensor]]
 
@@ -466,8 +467,8 @@ def _more_frozen() -> nn.Module:
         (_wider, r"'0\.weight' has shape \(13, 13\), the model \(14, 13\)"),
         (_deeper, r"missing \['7\.bias', '7\.weight'\]"),
         (lambda: nn.Sequential(nn.Linear(13, 13)), r"unknown \['1\.bias', .*'6\.weight'\]"),
-        (_frozen_elsewhere, r"parameters of the model: .*unknown \['0\.bias', '0\.weight'\]"),
-        (_frozen_nowhere, r"parameters of the model: missing \['4\.bias', '4\.weight'\]"),
+        (_frozen_elsewhere, r"of the parameters .*unknown \['0\.bias', '0\.weight'\]"),
+        (_frozen_nowhere, r"of the parameters missing \['4\.bias', '4\.weight'\]"),
         (_wider_where_frozen, r"4\.(weight|bias)"),
         (_wider_buffers, r"1\.running_mean"),
         (lambda: _network().double(), r"'0\.weight' has dtype torch.float32, the model torch.fl"),
@@ -478,7 +479,7 @@ def _more_frozen() -> nn.Module:
 def test_the_state_of_another_model_is_refused(
     saved: Path, make: Callable[[], nn.Module], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"holds another state: .*{message}"):
+    with pytest.raises(ValueError, match=f"holds a state of another .*{message}"):
         tk.load(saved, CONFIG, make())
 
 
@@ -505,18 +506,18 @@ def test_the_state_of_another_optimizer_is_refused(
         (tk.TopKastConfig(0.75, 0.75, explore_until=9), r"'0\.weight' has \(42, 85\)"),
         (
             tk.TopKastConfig(0.75, 0.5, sparse="0.weight"),
-            r"sparse parameters: missing \[\], unknown \['6\.weight'\]",
+            r"sparse parameters missing \[\], unknown \['6\.weight'\]",
         ),
         (
             tk.TopKastConfig(0.75, 0.5, sparse="*.weight"),
-            r"sparse parameters: missing \['1\.weight'\], unknown \[\]",
+            r"sparse parameters missing \['1\.weight'\], unknown \[\]",
         ),
     ],
 )
 def test_the_state_of_another_configuration_is_refused(
     saved: Path, config: tk.TopKastConfig, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"holds another state: .*{message}"):
+    with pytest.raises(ValueError, match=f"holds a state of another .*{message}"):
         tk.load(saved, config)
 
 
@@ -540,13 +541,13 @@ def test_a_state_whose_exploration_ended_needs_a_configuration_that_ends_it(path
 def test_a_state_that_explores_needs_a_configuration_that_has_not_ended_it(path: Path) -> None:
     tk.save(_trained(_network(), MOMENTUM, CONFIG, 4), path)
     tk.load(path, tk.TopKastConfig(0.75, 0.5, explore_until=4))
-    with pytest.raises(ValueError, match=r"has \(42, 85\) entries in A and B, .* asks \(42, 42\)"):
+    with pytest.raises(ValueError, match=r"has \(42, 85\) entries in A .* asks for \(42, 42\)"):
         tk.load(path, tk.TopKastConfig(0.75, 0.5, explore_until=3))
 
 
 def test_every_problem_of_a_file_is_named_at_once(saved: Path) -> None:
     config = tk.TopKastConfig(0.8, 0.5)
-    with pytest.raises(ValueError, match=r"entries in A and B.*missing.*slots are"):
+    with pytest.raises(ValueError, match=r"missing.*entries in A and B.*slots are"):
         tk.load(saved, config, _deeper(), OPTIMIZERS["adam"])
 
 
@@ -555,10 +556,10 @@ def test_blocks_are_counted_whole(path: Path) -> None:
     state = tk.init_state({"weight": torch.randn(6, 6)}, config, MOMENTUM)
     tk.save(state, path)
     assert _differing(tk.load(path, config), state) == []
-    with pytest.raises(ValueError, match=r"has blocks of \(2, 2\), .* asks \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"has blocks of \(2, 2\), .* asks for \(1, 1\)"):
         tk.load(path, CONFIG)
     fewer = tk.TopKastConfig(0.75, 0.75, block_shape=(2, 2))
-    with pytest.raises(ValueError, match=r"has \(8, 20\) entries in A and B.* asks \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"has \(8, 20\) entries in A and B.* asks for \(8, 8\)"):
         tk.load(path, fewer)
 
 
@@ -641,7 +642,7 @@ def test_what_is_no_configuration_or_optimizer_is_refused(saved: Path, given: An
 
 def test_a_state_is_not_saved_with_the_configuration_of_another(saved: Path) -> None:
     state, content = tk.load(saved, CONFIG), saved.read_bytes()
-    with pytest.raises(ValueError, match=r"of the configuration: '0\.weight' has \(42, 85\) en"):
+    with pytest.raises(ValueError, match=r"another configuration: '0\.weight' has \(42, 85\)"):
         tk.save(state, saved, tk.TopKastConfig(0.8, 0.5))
     assert saved.read_bytes() == content
 
@@ -681,6 +682,23 @@ def test_a_predicate_that_asks_for_less_needs_no_model(path: Path) -> None:
     other = replace(config, sparse=lambda name, tensor: name == "0.weight")
     with pytest.raises(ValueError, match=r"unknown \['6.weight'\] \(the predicate was asked about"):
         tk.load(path, other)
+
+
+@dataclass(frozen=True)
+class _Own(TopKast):
+    """A method of one's own."""
+
+
+def test_a_method_of_ones_own_is_given_again(path: Path) -> None:
+    config = replace(CONFIG, method=_Own())
+    state = _trained(_network(), MOMENTUM, config, 4)
+    tk.save(state, path, config)
+    assert _differing(tk.load(path, config), state) == []
+    for read in (tk.load, tk.load_config):
+        with pytest.raises(ValueError, match=r"hold code, and method is the code of .*\._Own"):
+            read(path)
+    with pytest.raises(ValueError, match=r"method is {'code': .*_Own'} and not {'name': 'topkast'"):
+        tk.load(path, CONFIG)
 
 
 # --- what files hold ----------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_counts_are_exact_and_nothing_outside_b_moves(method: tk.Method, storage
     for t, (before, after) in enumerate(pairwise(path)):
         params, masks = tk.dense_params(after), tk.masks_of(after)
         check_nested(masks, params)
-        check_counts(masks, params, config, step=t)
+        check_counts(masks, params, config, step=t + 1)
         if t % 2 or t == 0:
             check_outside_untouched(before, after)
 
@@ -267,14 +267,14 @@ def test_gmp_goes_from_dense_to_sparse_in_stages_by_magnitude() -> None:
     assert config.schedule.starts == (4, 6)
     path = states(config, 8)
     sparsity = {0: 0.0, 2: 0.0, 4: 0.75 * (1 - 0.5**3), 6: 0.75}
-    for t, (before, after) in enumerate(pairwise(path)):
-        stage = max(start for start in sparsity if start <= t)
-        params = tk.dense_params(before)
+    for t, after in enumerate(path[1:]):
+        stage = max(start for start in sparsity if start <= t + 1)
+        params = tk.dense_params(after)
         for name, masks in tk.masks_of(after).items():
             assert torch.equal(masks.forward, masks.backward)
             count = reference.count(sparsity[stage], params[name].numel())
             assert int(masks.forward.sum()) == count
-            if t % 2 == 0 and t:
+            if t + 1 == stage:
                 expected = reference.top_mask(params[name].double().numpy(), sparsity[stage])
                 np.testing.assert_array_equal(masks.forward.numpy(), expected)
 
@@ -307,8 +307,8 @@ def test_staged_sparsities_change_the_counts_and_keep_the_weights(
     path = states(config, 7, compile, storage)
     for t, after in enumerate(path[1:]):
         params = tk.dense_params(after)
-        check_counts(tk.masks_of(after), params, config, step=t)
-        if t not in {3, 5}:
+        check_counts(tk.masks_of(after), params, config, step=t + 1)
+        if t + 1 not in {3, 5}:
             check_outside_untouched(path[t], after)
 
 
@@ -322,7 +322,73 @@ def test_every_method_follows_the_stages(
         tk.staged(sparsities), 0.4, refresh_every=2, method=method, allocation=allocation
     )
     for t, after in enumerate(states(config, 6)[1:]):
-        check_counts(tk.masks_of(after), tk.dense_params(after), config, step=t)
+        check_counts(tk.masks_of(after), tk.dense_params(after), config, step=t + 1)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 7, 30])
+@pytest.mark.parametrize("kind", ["gmp", "cubic", "staged"])
+@pytest.mark.parametrize("storage", ["compact", "dense"])
+def test_the_sparsity_that_was_asked_for_is_in_force_after_the_last_step_of_its_schedule(
+    kind: str, stages: int, storage: Any
+) -> None:
+    schedule: dict[str, dict[str, Any]] = {
+        "gmp": {"forward_sparsity": 0.75, "method": tk.gmp(1, 6, stages)},
+        "cubic": {"forward_sparsity": tk.cubic(0.25, 0.75, 1, 6, stages)},
+        "staged": {"forward_sparsity": tk.staged({0: 0.25, 6: 0.75})},
+    }
+    config = replace(tk.TopKastConfig(refresh_every=4), **schedule[kind])
+    reached = [
+        sum(int(masks.forward.sum()) for masks in tk.masks_of(state).values())
+        for state in states(config, 6, storage=storage)
+    ]
+    assert reached[6] == (8 * 12 + 12 * 4) // 4 < reached[1]
+
+
+def test_a_stage_that_begins_is_a_refresh_of_the_step_before() -> None:
+    config = replace(BASE, forward_sparsity=tk.staged({0: 0.6, 3: 0.7, 4: 0.75}), refresh_every=4)
+    model, optimizer = network(), tk.multi_steps(tk.sgd(0.1), 2)
+    state = tk.init_state(model, config, optimizer)
+    train_step = tk.make_train_step(model, mse, config, optimizer, compile=False)
+    told, changed = [], []
+    for seed in range(20):
+        before = tk.masks_of(state)["0.weight"].forward
+        state, metrics = train_step(state, batch(seed))
+        told.append(bool(metrics.refreshed))
+        changed.append(not torch.equal(before, tk.masks_of(state)["0.weight"].forward))
+    assert [t for t in range(20) if told[t]] == [5, 7, 16]
+    assert all(told[t] for t in range(20) if changed[t])
+    assert changed[5]
+    assert changed[7]
+
+
+@pytest.mark.parametrize("storage", ["compact", "dense"])
+def test_a_stage_that_a_state_has_not_come_to_is_chosen_first(storage: Any) -> None:
+    early = replace(BASE, forward_sparsity=0.6, refresh_every=None)
+    config = replace(early, forward_sparsity=tk.staged({0: 0.6, 3: 0.75}))
+    state = states(early, 3, storage=storage)[-1]
+    train_step = tk.make_train_step(
+        network(), mse, config, tk.sgd(0.1, momentum=0.9), compile=False
+    )
+    after, metrics = train_step(state, batch(3))
+    assert metrics.refreshed
+    check_counts(tk.masks_of(after), tk.dense_params(after), config, step=3)
+
+
+@every_method
+def test_a_run_resumed_where_a_stage_begins_equals_the_uninterrupted_one(
+    method: tk.Method, tmp_path: Any
+) -> None:
+    forward, backward = tk.staged({0: 0.6, 2: 0.75}), tk.staged({0: 0.3, 3: 0.5})
+    config = replace(BASE, forward_sparsity=forward, backward_sparsity=backward, method=method)
+    path = states(config, 6)
+    for t in (2, 3):
+        tk.save(path[t], tmp_path / "state", config)
+        state = tk.load(tmp_path / "state")
+        step = tk.make_train_step(network(), mse, config, tk.sgd(0.1, momentum=0.9), compile=False)
+        for seed in range(t, 6):
+            state, _ = step(state, batch(seed))
+        expected = tk.dense_params(path[-1])
+        torch.testing.assert_close(tk.dense_params(state), expected, rtol=0, atol=0)
 
 
 def test_static_sets_shrink_and_grow_by_as_little_as_they_can() -> None:

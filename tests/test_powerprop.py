@@ -108,12 +108,12 @@ def test_a_state_of_another_exponent_is_refused(tmp_path: Any) -> None:
     plain = tk.init_state(model, replace(CONFIG, powerprop=1.0), optimizer)
     powered = tk.init_state(model, CONFIG, optimizer)
     step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
-    with pytest.raises(ValueError, match=r"powerprop=1.0, not 2.0"):
+    with pytest.raises(ValueError, match=r"powerprop is 1.0, the configuration asks for 2.0"):
         step(plain, batch(0))
-    with pytest.raises(ValueError, match=r"not 3\.0"):
+    with pytest.raises(ValueError, match=r"asks for 3\.0"):
         tk.make_train_step(model, mse, replace(CONFIG, powerprop=3.0), optimizer)(powered, batch(0))
     tk.save(powered, tmp_path / "state")
-    with pytest.raises(ValueError, match=r"powerprop is .*2.0.*, the configuration asks 1.0"):
+    with pytest.raises(ValueError, match=r"powerprop is .*2.0.*, the configuration asks for 1.0"):
         tk.load(tmp_path / "state", replace(CONFIG, powerprop=1.0))
     loaded = tk.load(tmp_path / "state", CONFIG, model, optimizer)
     torch.testing.assert_close(tk.dense_params(loaded), tk.dense_params(powered), rtol=0, atol=0)

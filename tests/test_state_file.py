@@ -79,7 +79,7 @@ COMPACT: list[tuple[Edit, str]] = [
     (lambda h, t: t["forward/0.weight"].fill_(255), "0.weight.* entries in A and B"),
     (lambda h, t: t["forward/0.weight"].zero_(), r"'0.weight' has \(0, 40\) entries in A and B"),
     (lambda h, t: t["backward/0.weight"].zero_(), "forward/0.weight is .* no set among 0 ent"),
-    (_moved_within_b, r"'0.weight' has \(21, 40\) entries in A and B, .* asks \(20, 40\)"),
+    (_moved_within_b, r"'0.weight' has \(21, 40\) entries in A and B, .* asks for \(20, 40\)"),
     (lambda h, t: t.update({"frozen/0.weight": torch.ones(1)}), "'0.weight'.* both frozen and not"),
     (lambda h, t: t.update({"exponents/0.weight": torch.tensor(2.0)}), "exponents/0.weight is not"),
     (
@@ -92,8 +92,12 @@ COMPACT: list[tuple[Edit, str]] = [
     ),
     (
         lambda h, t: t.update({"exponents/0.weight": torch.tensor(2.0).double()}),
-        "powerprop is {'0.weight': 2.0}, the configuration asks 1.0",
+        "powerprop is {'0.weight': 2.0}, the configuration asks for 1.0",
     ),
+    (lambda h, t: t.update({"narrow/x": torch.ones(0).half()}), r"narrow has \['x'\], which are"),
+    (lambda h, t: t.update({"narrow/0.bias": torch.ones(1).half()}), "narrow/0.bias is no empty"),
+    (lambda h, t: t.update({"narrow/0.bias": torch.ones(0).double()}), "narrow/0.bias is no empty"),
+    (lambda h, t: t.update({"narrow/0.bias": torch.ones(0).int()}), "narrow/0.bias is no empty"),
     (
         lambda h, t: t.update({"slots/adam.exp_avg/x": torch.ones(1)}),
         r"slots/adam.exp_avg has \['x'\], which",
@@ -158,7 +162,9 @@ def test_what_no_state_is_like_is_refused(edit: Edit, message: str, tmp_path: Pa
     _forge(path, lambda header, tensors: None)
     tk.load(path, None, _network(), tk.adam())
     _forge(path, edit)
-    with pytest.raises(ValueError, match=rf"state (is dama|holds ano|cannot).*{message}") as info:
+    with pytest.raises(
+        ValueError, match=rf"state (is dama|holds a state of ano|cannot).*{message}"
+    ) as info:
         tk.load(path)
     assert len(str(info.value)) < 1000
 

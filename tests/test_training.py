@@ -634,9 +634,7 @@ def test_a_state_of_another_model_is_refused() -> None:
     optimizer = tk.sgd(0.1)
     state = tk.init_state(nn.Linear(6, 3), CONFIG, optimizer)
     train_step = tk.make_train_step(network(), mse, CONFIG, optimizer)
-    with pytest.raises(
-        ValueError, match=r"missing \['0.weight', .*\], unknown \['weight', 'bias'\]"
-    ):
+    with pytest.raises(ValueError, match=r"missing \['0.bias', .*\], unknown \['bias', 'weight'\]"):
         train_step(state, batches(1)[0])
 
 
@@ -653,7 +651,7 @@ def test_a_state_without_the_buffers_of_the_model_is_refused() -> None:
     params = {name: p.detach() for name, p in model.named_parameters()}
     optimizer = tk.sgd(0.1)
     train_step = tk.make_train_step(model, mse, CONFIG, optimizer)
-    with pytest.raises(ValueError, match=r"missing \['1.running_mean', .*\], unknown \[\]"):
+    with pytest.raises(ValueError, match=r"buffers missing \['1.num_batches_tracked'"):
         train_step(tk.init_state(params, CONFIG, optimizer), batches(1)[0])
 
 

@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+LARGEST = 3.4028234663852886e38
+"""The largest number of float32, in which much is computed."""
+MOST = 2**63 - 1
+"""The largest number of int64, in which steps and seeds are kept."""
+
 
 def check_number(name: str, value: object, low: float, high: float = float("inf")) -> float:
     """Return ``value`` as a float if it is a real number in [low, high).
@@ -18,11 +23,13 @@ def check_number(name: str, value: object, low: float, high: float = float("inf"
 
     Raises:
         TypeError: ``value`` is not a real number (booleans and strings are not).
-        ValueError: ``value`` is NaN or outside [low, high).
+        ValueError: ``value`` is NaN, outside [low, high), or too large for float32.
     """
     number = check_real(name, value, f"[{low}, {high})")
     if not low <= number < high:
         raise ValueError(f"{name} must be in [{low}, {high}), got {value!r}")
+    if number > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, as float32 is, got {value!r}")
     return number
 
 
@@ -98,32 +105,40 @@ def check_real(name: str, value: object, allowed: str) -> float:
 
     Raises:
         TypeError: ``value`` is not a real number (booleans and strings are not).
+        ValueError: It is too large for a float.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in {allowed}, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number in {allowed}, got one too large") from None
 
 
-def check_count(name: str, value: object, low: int) -> int:
-    """Return ``value`` as an int if it is a whole number of at least ``low``.
+def check_count(name: str, value: object, low: int, high: int = MOST) -> int:
+    """Return ``value`` as an int if it is a whole number in [low, high].
 
     Args:
         name: What the number is called in the error.
         value: The number to check.
         low: Lowest value allowed.
+        high: Largest value allowed.
 
     Returns:
         The number as an int.
 
     Raises:
         TypeError: ``value`` is not an integer (booleans are not).
-        ValueError: ``value`` is below ``low``.
+        ValueError: ``value`` is below ``low`` or above ``high``.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer of at least {low}, got {value!r}")
-    if value < low:
+    count = int(value)
+    if count < low:
         raise ValueError(f"{name} must be at least {low}, got {value!r}")
-    return int(value)
+    if count > high:
+        raise ValueError(f"{name} must be at most {high}, got a larger one")
+    return count
 
 
 def check_order(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
 from topkast_func.config.selection import check_present
@@ -42,7 +43,8 @@ def compute_masks(
             class that computes in a way of its own.
         ValueError: A leaf is empty or on the meta device, a selected leaf is of complex numbers
             or not divisible into blocks, a pattern of the configuration does not fit the names,
-            or the call is made within `torch.func.grad` or `vmap`.
+            ``step`` or ``seed`` is out of range, or the call is made within `torch.func.grad` or
+            `vmap`.
         NaNParameterError: A leaf holds NaN; a ValueError too.
 
     Departures:
@@ -54,6 +56,7 @@ def compute_masks(
         >>> masks["weight"].forward.int().tolist(), masks["weight"].backward.int().tolist()
         ([[1, 0], [0, 0]], [[1, 0], [0, 1]])
     """
+    step, seed = check_count("step", step, 0), check_count("seed", seed, 0)
     allocations = allocate(params, config, step=step)
     for name, leaf in params.items():
         check_present(name, leaf)

@@ -1,6 +1,5 @@
 """Sparsities: one for all, by pattern, or in stages over time."""
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,10 @@ from topkast_func.checks import check_count, check_number
 def density(sparsity: float) -> float:
     """Return the density D = 1 − sparsity, both fractions."""
     return 1.0 - sparsity
+
+
+STAGES = 10_000
+"""Most stages of a schedule; `train_step` compiles for each."""
 
 
 class Allocation(NamedTuple):
@@ -136,7 +139,7 @@ def cubic(initial: float, final: float, begin: int, end: int, stages: int = 8) -
         final: s_f, sparsity from ``end`` on.
         begin: t_0, step, at least 0.
         end: t_1, step after ``begin``.
-        stages: How many times the sparsity changes, at least 1.
+        stages: How many times the sparsity changes, from 1 to 10,000.
 
     Returns:
         What `TopKastConfig` takes as a sparsity.
@@ -172,7 +175,7 @@ def cubic_fractions(begin: int, end: int, stages: int) -> dict[int, float]:
     """
     begin = check_count("begin", begin, 0)
     end = check_count("end", end, begin + 1)
-    stages = check_count("stages", stages, 1)
+    stages = check_count("stages", stages, 1, STAGES)
     changes = range(1, stages + 1)
-    starts = {math.ceil(begin + (end - begin) * i / stages): i / stages for i in changes}
+    starts = {begin - (begin - end) * i // stages: i / stages for i in changes}
     return {0: 0.0} | {step: 1.0 - (1.0 - way) ** 3 for step, way in starts.items()}

@@ -101,7 +101,7 @@ def made(make: Callable[..., T], description: Mapping[str, Any], given: Mapping[
     try:
         fields = {name: _recalled(name, value) for name, value in plain.items()}
         return _called(make, {**fields, **given})
-    except (TypeError, OverflowError) as reason:
+    except TypeError as reason:
         raise ValueError(str(reason)) from reason
 
 

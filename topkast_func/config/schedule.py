@@ -66,7 +66,8 @@ class Schedule:
     Attributes:
         every: N, steps between refreshes, or by the step from which on it holds.
         until: Step before which B becomes A and the sets stay; None for never.
-        starts: Steps after 0 at which a sparsity changes, ascending.
+        starts: Steps after 0 from which on another sparsity is in force, ascending. Sets that
+            have it are chosen at the end of the step before: n steps reach what begins at n.
     """
 
     every: int | ByStep | None
@@ -82,7 +83,7 @@ class Schedule:
         return max(start for start in (0, *self.starts) if start <= step)
 
     def refreshes_at(self, step: int) -> bool:
-        """Return whether the sets are chosen anew before a step.
+        """Return whether the sets are chosen anew between a step and the one before.
 
         Args:
             step: Number t of the step, from 0.

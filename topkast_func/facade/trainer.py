@@ -109,7 +109,7 @@ class TopKastTrainer:
         self.update_every = _or(update_every, num_epochs // 5, "update_every", 1)
         self.patience = _or(patience, num_epochs, "patience", 1)
         self.batch_size = _or(batch_size, n_obs // 50, "batch_size", 1)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(check_count("seed", seed, 0))
         parts = random_split(data, _counts(train_val_test_split, n_obs), generator)
         self.train_dataset, self.validation_dataset, self.test_dataset = parts
         if not len(self.train_dataset):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -129,29 +128,6 @@ def tensors_of(model: object) -> Tensors:
     if not isinstance(model, nn.Module):
         return {}
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def check_fit(model: object, shapes: Mapping[str, torch.Size]) -> None:
-    """Check that tensors are those of a module: each parameter and buffer, in its shape.
-
-    Args:
-        model: The module.
-        shapes: Shapes of parameters and buffers by name.
-
-    Raises:
-        ValueError: A name is missing or unknown, or a shape differs.
-    """
-    own = tensors_of(model)
-    missing = [name for name in own if name not in shapes]
-    unknown = [name for name in shapes if name not in own]
-    if missing or unknown:
-        raise ValueError(f"the state is of another model: missing {missing}, unknown {unknown}")
-    for name, tensor in own.items():
-        if shapes[name] != tensor.shape:
-            raise ValueError(
-                f"the state is of another model: {name!r} has shape "
-                f"{tuple(shapes[name])}, the model {tuple(tensor.shape)}"
-            )
 
 
 def check_names(model: Model, names: Collection[str]) -> None:

@@ -3,7 +3,7 @@
 from topkast_func.checks import check_count
 from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.kernels.linear import layer_of
-from topkast_func.training.state import TrainState
+from topkast_func.training.state import TrainState, narrowed
 
 
 def explain(
@@ -45,7 +45,7 @@ def explain(
 def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str, Choice]:
     """Return which engine computes each sparse parameter; see `explain`."""
     batch = check_count("batch_size", batch_size, 1)
-    values, shapes = state.weights.values(), state.weights.shapes()
+    values, shapes = narrowed(state.weights.values(), state.narrow), state.weights.shapes()
     patterns = state.weights.layers()
     chosen = {}
     for name in state.weights.sparse():

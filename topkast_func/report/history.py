@@ -15,7 +15,7 @@ class Refresh(NamedTuple):
     """What is known of one refresh.
 
     Attributes:
-        step: Number of the step before which it was.
+        step: Number of the step that it was part of.
         exchanges: What it did, by parameter.
         exploration_rate: Share of the sparse weights that have ever been in A, fraction.
         flops: Operations of a step with the new sets; None where the history does not count them.

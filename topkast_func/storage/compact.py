@@ -71,17 +71,16 @@ class CompactWeights(NamedTuple):
         return self.sets(name) if name in self.theta else None
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Return how many entries A has, and how many B has places for, by name."""
+        """Return how many entries A and B have, by name."""
         found = {}
-        for name in self.theta:
-            value = self.held[name]
-            block = math.prod(value.shape[1:])
-            found[name] = (self.sets(name).active_count * block, value.shape[0] * block)
+        for name, theta in self.theta.items():
+            active = self.sets(name).active_count * math.prod(self.held[name].shape[1:])
+            found[name] = (active, int((self._where(name) < theta.numel()).sum()))
         return found
 
     def sets_key(self) -> Hashable:
-        """Return what differs where the sets have other sizes."""
-        return tuple(self.sizes().items())
+        """Return what differs where the sets are others, without counting them."""
+        return tuple((n, self.sets(n).active_count, self.held[n].shape) for n in self.theta)
 
     def penalty(self, values: Tensors, config: TopKastConfig, step: int) -> Tensor:
         """Return the exploration penalty of ``values``; see `exploration_penalty`."""

@@ -56,8 +56,9 @@ def positions_of(masks: Masks, exploring: int | None = None) -> Positions:
 
 
 def reindex(old: Index, masks: Masks, block: tuple[int, int]) -> Index:
-    """Return the index of ``masks``, in tensors of the shapes of ``old`` if A is as large."""
+    """Return the index of ``masks``, in tensors of the shapes of ``old`` if B has become A."""
     same = int(masks.forward.sum()) == old.active_count * math.prod(block)
+    same = same and torch.equal(masks.forward, masks.backward)
     if isinstance(old, Positions):
         return positions_of(masks, old.exploring.shape[0] if same else None)
     return pattern_of(*masks, block, old.exploring.columns.shape[0] if same else None)

@@ -1,14 +1,34 @@
-"""What must agree: the sets of a state with the configuration that is to go on from them."""
+"""What must agree: a state with the model, configuration and optimiser that go on from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from topkast_func.config import TopKastConfig
+from topkast_func.config.allocation import allocate, given_sparsity
 from topkast_func.kernels.pattern import block_of
 from topkast_func.masks import counts, counts_among, is_of_blocks
 from topkast_func.model.forward import check_weight_sets
+from topkast_func.model.modules import frozen, parameters_of, trainable
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.dense import DenseWeights
-from topkast_func.types import Masks, Params
+from topkast_func.training.optim import Optimizer, slot_problem
+from topkast_func.types import Masks, Model, Params, Tensors
+
+if TYPE_CHECKING:
+    from topkast_func.training.state import TrainState
+
+EXCHANGED = (
+    "{!r} requires {} gradient, but the state {} it: undo that, or, to change what is trained, "
+    "begin anew with init_state, from a module that has loaded dense_params(state)"
+)
+ROLES = {False: ("no", "trains"), True: ("a", "holds and freezes")}
+COMPACT = (
+    "{} may need the shapes of weights, and compact storage keeps the entries of B in one row: "
+    "pass storage='dense' to init_state, or make it with elementwise=True if it does not"
+)
 
 
 def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfig) -> None:
@@ -46,64 +66,241 @@ def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfi
             )
 
 
-def check_method(names: Sequence[str], config: TopKastConfig) -> None:
-    """Check that a configuration that goes on from sparse parameters keeps them sparse.
+def disagreements(
+    state: "TrainState",
+    config: TopKastConfig,
+    *,
+    params: Params | None = None,
+    model: Model | None = None,
+    optimizer: Optimizer | None = None,
+) -> list[str]:
+    """Say in what a state is not one of a model, a configuration and an optimiser.
 
     Args:
-        names: Names of the sparse parameters.
+        state: The state.
         config: The configuration.
+        params: Parameters to ask about which are sparse; None where only a module could tell.
+        model: The model; None, or a function, for any.
+        optimizer: The optimiser; None for any.
 
-    Raises:
-        ValueError: Its method is to train densely.
+    Returns:
+        What goes on after "the state is": the first difference from each of the three.
     """
-    if names and not config.method.sparsifies:
-        raise ValueError(
-            f"method={config.method} chooses no sets, and the state is sparse: begin dense "
-            "training with init_state, from a module that has loaded dense_params(state)"
-        )
+    of_model = _model_problem(state, model) if isinstance(model, nn.Module) else None
+    of_optimizer = None if optimizer is None else _optimizer_problem(state, optimizer)
+    told = {
+        "model": of_model,
+        "configuration": _config_problem(state, config, params),
+        "optimiser": of_optimizer,
+    }
+    return [f"of another {what}: {problem}" for what, problem in told.items() if problem]
 
 
-def check_blocks_agree(weights: CompactWeights | DenseWeights, config: TopKastConfig) -> None:
-    """Check that the values of the layers on the kernels are in the blocks of a configuration.
+def agreement(
+    model: Model, config: TopKastConfig, optimizer: Optimizer
+) -> Callable[["TrainState"], None]:
+    """Return a check that a state is one of a model, a configuration and an optimiser.
 
     Args:
-        weights: The weights of a state.
+        model: The model.
         config: The configuration.
+        optimizer: The optimiser.
+
+    Returns:
+        The check. It is quick for what looks as the last state did that agreed, and raises
+        ValueError where a state does not, or a parameter has begun or ceased to be trained.
+    """
+    parameters = parameters_of(model)
+    agreed: Hashable = None
+
+    def check(state: "TrainState") -> None:
+        nonlocal agreed
+        for name, (module, key) in parameters.items():
+            parameter = module._parameters.get(key)
+            if parameter is not None and parameter.requires_grad == (name in state.frozen):
+                raise ValueError(EXCHANGED.format(name, *ROLES[name in state.frozen]))
+        if (looks := _looks(state, config)) == agreed:
+            return
+        asked: Params | None = trainable(model) if isinstance(model, nn.Module) else None
+        if asked is None and not callable(config.sparse):
+            asked = outlines(state.weights)
+        problems = disagreements(state, config, params=asked, model=model, optimizer=optimizer)
+        if problems:
+            raise ValueError(f"the state is {problems[0]}")
+        agreed = looks
+
+    return check
+
+
+def check_refresh(weights: CompactWeights | DenseWeights, config: TopKastConfig, step: int) -> None:
+    """Check that the sets of a state can be chosen anew by a configuration.
+
+    Args:
+        weights: The weights of the state.
+        config: The configuration.
+        step: Number of the step that comes next.
 
     Raises:
-        ValueError: They are in blocks of another shape.
+        ValueError: Its method is to train densely, it has other blocks, or, where no predicate
+            says which, other parameters are sparse.
     """
-    values = weights.values()
+    problem = _method_problem(weights, config) or _block_problem(weights, config)
+    if not problem and not callable(config.sparse):
+        problem = _selection_problem(weights, config, outlines(weights), step)
+    if problem:
+        raise ValueError(f"the state is of another configuration: {problem}")
+
+
+def is_of_stage(weights: CompactWeights | DenseWeights, config: TopKastConfig, step: int) -> bool:
+    """Return whether sets have the sizes that a configuration asks for at a step."""
+    shapes = {name: weights.shapes()[name] for name in weights.sparse()}
+    return weights.sizes() == counts_among(shapes, config, step)
+
+
+def outlines(weights: CompactWeights | DenseWeights) -> Tensors:
+    """Return tensors without values in the place of all parameters."""
+    kinds = weights.values()
+    return {
+        name: torch.empty(shape, dtype=kinds[name].dtype, device="meta")
+        for name, shape in weights.shapes().items()
+    }
+
+
+def _looks(state: "TrainState", config: TopKastConfig) -> Hashable:
+    """Return what differs between any two states of which one may agree and the other not."""
+    step, weights = int(state.step), state.weights
+    trees = (weights.values(), state.frozen, state.buffers, state.narrow)
+    slots = state.optimizer.slots
+    return (
+        (config.schedule.stage(step), config.schedule.settled(step)),
+        (type(weights), weights.sets_key(), tuple(weights.shapes().items())),
+        tuple((name, float(exponent)) for name, exponent in state.exponents.items()),
+        tuple(_kinds(tree) for tree in trees),
+        tuple((kind, _kinds(tree)) for kind, tree in slots.items()),
+    )
+
+
+def _kinds(tensors: Params) -> Hashable:
+    return tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+
+
+def _config_problem(
+    state: "TrainState", config: TopKastConfig, params: Params | None
+) -> str | None:
+    weights, step = state.weights, int(state.step)
+    return (
+        _method_problem(weights, config)
+        or _block_problem(weights, config)
+        or (_selection_problem(weights, config, params, step) if params else None)
+        or _exponent_problem(state, config, params)
+        or _size_problem(weights, config, step)
+    )
+
+
+def _method_problem(weights: CompactWeights | DenseWeights, config: TopKastConfig) -> str | None:
+    if config.method.sparsifies or not weights.sparse():
+        return None
+    return (
+        f"method={config.method} chooses no sets, and there are some: begin dense training with "
+        "init_state, from a module that has loaded dense_params(state)"
+    )
+
+
+def _block_problem(weights: CompactWeights | DenseWeights, config: TopKastConfig) -> str | None:
+    values, block = weights.values(), config.block_shape
     for name in weights.layers():
-        if (found := block_of(values[name])) != config.block_shape:
-            raise ValueError(
-                f"the state has {name!r} in blocks of {found}, the configuration asks for "
-                f"{config.block_shape}: begin anew with init_state"
+        if (found := block_of(values[name])) != block:
+            return (
+                f"it has {name!r} in blocks of {found}, the configuration asks for {block}: begin "
+                "anew with init_state"
             )
-
-
-def check_sets(weights: CompactWeights | DenseWeights, config: TopKastConfig, step: int) -> None:
-    """Check that sets are those of a configuration at a step, in their names and sizes.
-
-    Args:
-        weights: The weights of a state.
-        config: The configuration.
-        step: Number of the step that comes next; a refresh that is due before it may be due still.
-
-    Raises:
-        ValueError: They are not; it names both sides.
-    """
-    names = weights.sparse()
-    check_method(names, config)
-    check_blocks_agree(weights, config)
-    shapes = {name: weights.shapes()[name] for name in names}
-    found, settled = weights.sizes(), config.schedule.settled(step)
-    asked = [counts_among(shapes, config, t) for t in (step, max(step - 1, 0))]
-    for name, sizes in found.items():
-        expected = [counts[name] for counts in asked]
-        if sizes not in expected and not (settled and sizes[0] == expected[0][0]):
-            raise ValueError(
-                f"the state has {sizes} entries of {name!r} in A and B, the configuration asks for "
-                f"{expected[0]} at step {step}: to go on with other sparsities, call "
-                "refresh(state, config) first"
+    for name, masks in weights.masks().items() if block != (1, 1) else ():
+        if not all(is_of_blocks(mask, block) for mask in masks):
+            return (
+                f"the sets of {name!r} are not made of blocks of {block}, which the configuration "
+                "asks for: begin anew with init_state"
             )
+    return None
+
+
+def _selection_problem(
+    weights: CompactWeights | DenseWeights, config: TopKastConfig, params: Params, step: int
+) -> str | None:
+    try:
+        asked = allocate(params, config, step=step)
+        problem = _difference("sparse parameters", weights.sparse(), asked)
+    except ValueError as reason:
+        problem = str(reason)
+    plain = not any(isinstance(parameter, nn.Parameter) for parameter in params.values())
+    if problem and callable(config.sparse) and plain:
+        problem += " (the predicate was asked about plain tensors: pass the module as model)"
+    return problem
+
+
+def _exponent_problem(
+    state: "TrainState", config: TopKastConfig, params: Params | None
+) -> str | None:
+    powered: Iterable[str] = ()
+    if config.powerprop > 1.0:
+        powered = given_sparsity(params, config) if params else state.weights.sparse()
+    found = {name: float(exponent) for name, exponent in state.exponents.items()}
+    if found == dict.fromkeys(powered, config.powerprop):
+        return None
+    return f"powerprop is {found or 1.0}, the configuration asks for {config.powerprop}"
+
+
+def _size_problem(
+    weights: CompactWeights | DenseWeights, config: TopKastConfig, step: int
+) -> str | None:
+    """Say what is not as it is asked for, before or after a refresh that is due."""
+    shapes = {name: weights.shapes()[name] for name in weights.sparse()}
+    found, asked = weights.sizes(), counts_among(shapes, config, step)
+    if found in (asked, counts_among(shapes, config, max(step - 1, 0))):
+        return None
+    name = next(name for name in found if found[name] != asked[name])
+    return (
+        f"{name!r} has {found[name]} entries in A and B, the configuration asks for {asked[name]} "
+        f"at step {step}: to go on with other sparsities, call refresh(state, config) first"
+    )
+
+
+def _model_problem(state: "TrainState", model: nn.Module) -> str | None:
+    values, shapes = state.weights.values(), state.weights.shapes()
+    parameters = {n: (shapes[n], state.narrow.get(n, value).dtype) for n, value in values.items()}
+    found = {
+        "parameters": parameters,
+        "frozen parameters": _shaped(state.frozen),
+        "buffers": _shaped(state.buffers),
+    }
+    expected = {
+        "parameters": _shaped(trainable(model)),
+        "frozen parameters": _shaped(frozen(model)),
+        "buffers": _shaped(dict(model.named_buffers())),
+    }
+    for what, tensors in expected.items():
+        if problem := _difference(what, found[what], tensors):
+            return problem
+        for name, (shape, dtype) in tensors.items():
+            held_shape, held_dtype = found[what][name]
+            if held_shape != shape:
+                return f"{name!r} has shape {tuple(held_shape)}, the model {tuple(shape)}"
+            if held_dtype != dtype:
+                return f"{name!r} has dtype {held_dtype}, the model {dtype}"
+    return None
+
+
+def _shaped(tensors: Params) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _optimizer_problem(state: "TrainState", optimizer: Optimizer) -> str | None:
+    if isinstance(state.weights, CompactWeights) and not optimizer.elementwise:
+        return COMPACT.format(optimizer)
+    return slot_problem(state.optimizer.slots, state.weights.values(), optimizer)
+
+
+def _difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str | None:
+    if {*found} == {*expected}:
+        return None
+    missing, unknown = {*expected} - {*found}, {*found} - {*expected}
+    return f"of the {what} missing {sorted(missing)}, unknown {sorted(unknown)}"

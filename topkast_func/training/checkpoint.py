@@ -1,8 +1,7 @@
 """States on disk: saved whole, and loaded where everything agrees."""
 
 import os
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,16 @@ import torch
 from torch import nn
 
 from topkast_func.config import TopKastConfig
-from topkast_func.config.allocation import allocate, given_sparsity
 from topkast_func.config.description import code_of, described, made, told
 from topkast_func.files.container import damage_of, opened, write
 from topkast_func.files.drafts import replacing
-from topkast_func.masks import counts
 from topkast_func.model.alone import alone_with, uncompiled
-from topkast_func.model.modules import check_names, frozen, trainable
-from topkast_func.training.optim import Optimizer, check_optimizer, slot_problem
-from topkast_func.training.state import TrainState, dense_params, masks_of
+from topkast_func.model.modules import check_names, trainable
+from topkast_func.training.agreement import disagreements, outlines
+from topkast_func.training.optim import Optimizer, check_optimizer
+from topkast_func.training.state import TrainState, theta_in
 from topkast_func.training.state_file import block_problem, flattened, restored, stored
-from topkast_func.types import Model, Params
+from topkast_func.types import Model
 
 
 def save(
@@ -34,8 +32,8 @@ def save(
     Its tensors are ``step``, ``seed``, ``mask_seed`` and ``optimizer_step``; ``theta/NAME``, θ,
     or φ where it has an exponent; ``backward/NAME``, B, and ``forward/NAME``, A among the entries
     of B in row-major order, each as `packed` has it; ``buffers/NAME``, ``frozen/NAME``,
-    ``exponents/NAME``; and ``slots/KIND/NAME``, KIND percent-encoded. Every byte is under a
-    checksum. The header, JSON in the metadata, has beside what `write` puts there:
+    ``exponents/NAME``, ``narrow/NAME``; and ``slots/KIND/NAME``, KIND percent-encoded. Every byte
+    is under a checksum. The header, JSON in the metadata, has beside what `write` puts there:
 
     - ``storage``, "compact" or "dense";
     - ``layers``, the names of the weights that kernels compute;
@@ -61,10 +59,9 @@ def save(
     header["config"] = None
     if config is not None:
         header["config"] = described(vars(config))
-        theta = {name: tensors[f"theta/{name}"] for name in state.weights.shapes()}
-        problem = None if callable(config.sparse) else _sparsity_problem(state, config, theta)
-        if problem:
-            raise ValueError(f"the state is not one of the configuration: {problem}")
+        params = None if callable(config.sparse) else outlines(state.weights)
+        if problems := disagreements(state, config, params=params):
+            raise ValueError(f"the state is {problems[0]}")
     with replacing(Path(path)) as file:
         write(file, header, tensors)
 
@@ -110,12 +107,11 @@ def load(
             parts = stored(file.header, file.tensors())
     if theta_device is not None and parts.values is None:
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
-    problems = [block_problem(parts, config.block_shape)]
-    if problems == [None]:
-        state = restored(parts, config.block_shape, device, theta_device)
-        problems = _problems(state, config, model, optimizer)
-    if found := [problem for problem in problems if problem]:
-        raise ValueError(f"{path} holds another state: {'; '.join(found)}")
+    if problem := block_problem(parts, config.block_shape):
+        raise ValueError(f"{path} holds a state of another configuration: {problem}")
+    state = restored(parts, config.block_shape, device, theta_device)
+    if problems := _problems(state, config, model, optimizer):
+        raise ValueError(f"{path} holds a state {'; '.join(problems)}")
     return state
 
 
@@ -170,70 +166,14 @@ def _agreed(path: Path, header: Mapping[str, Any], given: TopKastConfig | None) 
 
 def _problems(
     state: TrainState, config: TopKastConfig, model: Model | None, optimizer: Optimizer | None
-) -> list[str | None]:
+) -> list[str]:
     model = None if model is None else uncompiled(model)
-    of_model = None if model is None else alone_with(model, partial(_model_problem, state, model))
-    known = isinstance(model, nn.Module) and of_model is None
-    of_sets = _sparsity_problem(state, config, trainable(model) if known else dense_params(state))
-    if of_sets and callable(config.sparse) and not known:
-        of_sets += " (the predicate was asked about plain tensors: pass the module as model)"
-    of_optimizer = None if optimizer is None else _optimizer_problem(state, optimizer)
-    return [of_sets, of_model, of_optimizer]
-
-
-def _sparsity_problem(state: TrainState, config: TopKastConfig, params: Params) -> str | None:
-    """Say what is not as the configuration has it, before or after a refresh that is due."""
-    masks, step = masks_of(state), int(state.step)
-    try:
-        selected = allocate(params, config, step=step)
-        powered = given_sparsity(params, config) if config.powerprop > 1.0 else []
-        due = [counts(params, config, step=t) for t in (max(step - 1, 0), step)]
-    except (TypeError, ValueError) as reason:
-        return str(reason)
-    if problem := _difference("sparse parameters", masks, selected):
-        return problem
-    exponents = {name: float(exponent) for name, exponent in state.exponents.items()}
-    if exponents != dict.fromkeys(powered, config.powerprop):
-        return f"powerprop is {exponents or 1.0}, the configuration asks {config.powerprop}"
-    sizes = {n: tuple(int(mask.count_nonzero()) for mask in both) for n, both in masks.items()}
-    problems = [_count_problem(sizes, expected) for expected in due]
-    return problems[0] if all(problems) else None
-
-
-def _count_problem(
-    sizes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, int]]
-) -> str | None:
-    for name, asked in expected.items():
-        if sizes[name] != asked:
-            return f"{name!r} has {sizes[name]} entries in A and B, the configuration asks {asked}"
-    return None
-
-
-def _model_problem(state: TrainState, model: Model) -> str | None:
-    if not isinstance(model, nn.Module):
+    if model is not None and not isinstance(model, nn.Module):
         check_names(model, ())
-        return None
-    own_buffers = dict(model.named_buffers())
-    given = {"parameters": trainable(model), "frozen": frozen(model), "buffers": own_buffers}
-    found = {"parameters": dense_params(state), "frozen": state.frozen, "buffers": state.buffers}
-    for what, tensors in given.items():
-        if problem := _difference(f"{what} of the model", found[what], tensors):
-            return problem
-        for name, tensor in tensors.items():
-            held = found[what][name]
-            if held.shape != tensor.shape:
-                return f"{name!r} has shape {tuple(held.shape)}, the model {tuple(tensor.shape)}"
-            if held.dtype != tensor.dtype:
-                return f"{name!r} has dtype {held.dtype}, the model {tensor.dtype}"
-    return None
 
+    def found() -> list[str]:
+        known = trainable(model).keys() == state.weights.shapes().keys()
+        params = trainable(model) if known else theta_in(state)
+        return disagreements(state, config, params=params, model=model, optimizer=optimizer)
 
-def _optimizer_problem(state: TrainState, optimizer: Optimizer) -> str | None:
-    return slot_problem(state.optimizer.slots, state.weights.values(), optimizer)
-
-
-def _difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str | None:
-    if set(found) == set(expected):
-        return None
-    missing, unknown = set(expected) - set(found), set(found) - set(expected)
-    return f"{what}: missing {sorted(missing)}, unknown {sorted(unknown)}"
+    return found() if model is None else alone_with(model, found)

@@ -20,7 +20,7 @@ class Callback:
         """
 
     def on_refresh(self, before: TrainState, after: TrainState) -> None:
-        """Take note of a refresh; it is told before the step that it was part of.
+        """Take note of a refresh; it is told of before the step that it was part of.
 
         Args:
             before: The state before the refresh.

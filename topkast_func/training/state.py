@@ -22,7 +22,7 @@ from topkast_func.powerprop import check_moves, phi_of, theta_of
 from topkast_func.sparsity import ByPattern
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
-from topkast_func.training.agreement import check_blocks_agree, check_masks, check_method
+from topkast_func.training.agreement import COMPACT, check_masks, check_refresh
 from topkast_func.training.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.types import Masks, Params, Tensors
 
@@ -49,6 +49,8 @@ class TrainState(NamedTuple):
         optimizer: State of the optimiser.
         exponents: By name the exponent a, float64, 0-d, on the CPU, of each parameter that is
             trained as φ of powerpropagation; empty where θ itself is trained.
+        narrow: By name an empty tensor of the dtype that the forward pass computes in, for each
+            parameter of which θ is kept in a wider one; see ``master`` of `init_state`.
     """
 
     step: Tensor
@@ -59,6 +61,7 @@ class TrainState(NamedTuple):
     frozen: Tensors
     optimizer: OptimizerState
     exponents: Tensors
+    narrow: Tensors
 
 
 @torch.inference_mode(False)
@@ -72,6 +75,7 @@ def init_state(
     seed: int = 0,
     mask_seed: int | None = None,
     masks: Mapping[str, Masks] | None = None,
+    master: torch.dtype | None = None,
 ) -> TrainState:
     """Start training: copy the weights, choose A and B, make zero slots.
 
@@ -84,23 +88,28 @@ def init_state(
             θ and masks. The trajectories agree to rounding.
         theta_device: Where θ rests between refreshes in compact storage, such as "cpu"; None
             for the device of the weights.
-        seed: Seed of the random numbers that the model draws (dropout), at least 0.
-        mask_seed: Seed of the methods that draw sets, at least 0; None for ``seed``.
+        seed: Seed of the random numbers that the model draws (dropout), from 0 to 2⁶³ − 1.
+        mask_seed: Seed of the methods that draw sets, likewise; None for ``seed``.
         masks: Sets to start from (a lottery ticket, SNIP) in place of those that the method would
             choose, by the name of each sparse parameter; a refresh goes on from them.
+        master: `torch.float32` or `torch.float64`: θ of the parameters of a narrower dtype is kept,
+            penalised and moved in this one, and the model computes with α rounded to theirs, which
+            is what `forward_params` returns; gradients pass through the rounding. None keeps θ in
+            the dtype of each parameter, where an update below half its spacing is lost.
 
     Returns:
         The state before step 0. It shares no memory with the arguments.
 
     Raises:
-        TypeError: A leaf is no plain floating-point or complex tensor (see `compute_masks`),
-            ``optimizer`` is none of this library, or ``masks`` are not `Masks` of bool.
+        TypeError: ``master`` is no dtype, a leaf is no plain floating-point or complex tensor (see
+            `compute_masks`), ``optimizer`` is none of this library, or ``masks`` are not `Masks`
+            of bool.
         ValueError: There is nothing to train, a leaf is empty or without values (on the meta
             device, of a lazy module), the configuration does not fit, a tied weight is given two
             sparsities, ``masks`` are not what the configuration asks for, ``theta_device`` is
             given for dense storage, compact storage is asked for an optimiser that is not
-            elementwise, or a parameter that is to be trained by powerpropagation is zero
-            everywhere.
+            elementwise, a parameter that is to be trained by powerpropagation is zero
+            everywhere, or ``master`` is another dtype.
         NaNParameterError: A leaf holds NaN; a ValueError too.
     """
     if storage not in ("compact", "dense"):
@@ -109,15 +118,14 @@ def init_state(
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
     check_optimizer(optimizer)
     if storage == "compact" and not optimizer.elementwise:
-        raise ValueError(
-            f"{optimizer} may need the shapes of weights, and compact storage keeps the entries of "
-            "B in one row: pass storage='dense', or make it with elementwise=True if it does not"
-        )
+        raise ValueError(COMPACT.format(optimizer))
     model = uncompiled(model_or_params)
     seed = check_count("seed", seed, 0)
     mask_seed = seed if mask_seed is None else check_count("mask_seed", mask_seed, 0)
+    _check_master(master)
+    seeds = (seed, mask_seed)
     begin = partial(
-        _first_state, model, config, optimizer, storage, theta_device, (seed, mask_seed), masks
+        _first_state, model, config, optimizer, storage, theta_device, seeds, masks, master
     )
     return alone_with(model, begin)
 
@@ -130,6 +138,7 @@ def _first_state(
     theta_device: torch.device | str | None,
     seeds: tuple[int, int],
     masks: Mapping[str, Masks] | None,
+    master: torch.dtype | None,
 ) -> TrainState:
     params = trainable(model) if isinstance(model, nn.Module) else model
     if not params:
@@ -143,6 +152,9 @@ def _first_state(
         check_masks(params, masks, config)
         masks = {n: Masks(*(m.to(params[n].device, copy=True) for m in masks[n])) for n in masks}
     params = {name: theta.detach().as_subclass(Tensor) for name, theta in params.items()}
+    kinds = {name: theta.dtype for name, theta in params.items()}
+    if master is not None:
+        params = {n: p.to(torch.promote_types(p.dtype, master)) for n, p in params.items()}
     exponents: Tensors = {}
     if config.powerprop > 1.0:
         names = given_sparsity(params, config)
@@ -160,13 +172,16 @@ def _first_state(
         weights = DenseWeights(_copied(params), masks)
     return TrainState(
         step=torch.zeros((), dtype=torch.int64, device="cpu"),
-        seed=torch.tensor(seeds[0] % 2**63, device="cpu"),
-        mask_seed=torch.tensor(seeds[1] % 2**63, device="cpu"),
+        seed=torch.tensor(seeds[0], device="cpu"),
+        mask_seed=torch.tensor(seeds[1], device="cpu"),
         weights=weights,
         buffers=buffers(model),
         frozen=_copied(frozen(model)),
         optimizer=optimizer.init(weights.values()),
         exponents=exponents,
+        narrow={
+            n: p.new_empty(0, dtype=kinds[n]) for n, p in params.items() if p.dtype != kinds[n]
+        },
     )
 
 
@@ -187,13 +202,12 @@ def refresh(
         The state with its new sets.
 
     Raises:
-        ValueError: The method reads gradients and there are none, the configuration gives a
-            sparse parameter no sparsity, or its method is to train densely.
+        ValueError: The method reads gradients and there are none, or the configuration has other
+            sparse parameters or other blocks, or a method that is to train densely.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
     """
     state = ordinary(state) if state.step.is_inference() else state
-    check_method(state.weights.sparse(), config)
-    check_blocks_agree(state.weights, config)
+    check_refresh(state.weights, config, int(state.step))
     dense, masks = chosen_anew(
         state.weights.dense(),
         state.weights.sparse(),
@@ -270,7 +284,8 @@ def dense_params(state: TrainState) -> Tensors:
         state: The state.
 
     Returns:
-        θ, copies; in compact storage the sparse parameters are on ``theta_device``.
+        θ, copies, in the dtype that it is kept in; in compact storage the sparse parameters are on
+        ``theta_device``.
     """
     return _apart(state, theta_in(state))
 
@@ -298,9 +313,9 @@ def forward_params(state: TrainState) -> Tensors:
         state: The state.
 
     Returns:
-        Tensors by name, copies, which the model may write to: α, then frozen parameters, then
-        buffers. ``load_state_dict`` passes over buffers that are not persistent,
-        `functional_call` does not.
+        Tensors by name, copies, which the model may write to: α, in the dtype that the forward
+        pass computes in, then frozen parameters, then buffers. ``load_state_dict`` passes over
+        buffers that are not persistent, `functional_call` does not.
     """
     return _apart(state, alpha_in(state))
 
@@ -312,7 +327,13 @@ def theta_in(state: TrainState) -> Tensors:
 
 def alpha_in(state: TrainState) -> Tensors:
     """Return what `forward_params` does, to be read: some tensors are those of the state."""
-    return {**_powered(state.weights.forward(), state.exponents), **state.frozen, **state.buffers}
+    alpha = narrowed(_powered(state.weights.forward(), state.exponents), state.narrow)
+    return {**alpha, **state.frozen, **state.buffers}
+
+
+def narrowed(tensors: Tensors, narrow: Params) -> Tensors:
+    """Return tensors in the dtypes that the forward pass computes in; see `TrainState`."""
+    return tensors | {name: tensors[name].to(like.dtype) for name, like in narrow.items()}
 
 
 def ordinary(tree: Tree) -> Tree:
@@ -321,6 +342,15 @@ def ordinary(tree: Tree) -> Tree:
         return tree
     copied: Tree = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, tree)
     return copied
+
+
+def _check_master(master: object) -> None:
+    if master is None:
+        return
+    if not isinstance(master, torch.dtype):
+        raise TypeError(f"master must be torch.float32, torch.float64 or None, got {master!r}")
+    if master not in (torch.float32, torch.float64):
+        raise ValueError(f"master must be torch.float32, torch.float64 or None, got {master}")
 
 
 def check_ties(model: object, config: TopKastConfig) -> None:

@@ -19,7 +19,7 @@ from topkast_func.training.state import TrainState, Weights, masks_of
 from topkast_func.types import Masks, Tensors
 
 COUNTERS = ("step", "seed", "mask_seed", "optimizer_step")
-TREES = ("theta", "backward", "forward", "buffers", "frozen", "exponents")
+TREES = ("theta", "backward", "forward", "buffers", "frozen", "exponents", "narrow")
 
 
 class StoredState(NamedTuple):
@@ -32,6 +32,7 @@ class StoredState(NamedTuple):
         buffers: Buffers.
         frozen: Parameters that require no gradient.
         exponents: Exponents of powerpropagation.
+        narrow: Empty tensors of the dtypes of the forward pass, where θ has wider ones.
         slots: Slots of the optimiser by kind.
         values: Shapes of the values of the sparse parameters; None in dense storage.
         layers: Names of the weights that kernels compute.
@@ -43,6 +44,7 @@ class StoredState(NamedTuple):
     buffers: Tensors
     frozen: Tensors
     exponents: Tensors
+    narrow: Tensors
     slots: dict[str, Tensors]
     values: dict[str, list[int]] | None
     layers: list[str]
@@ -85,6 +87,7 @@ def _named(state: TrainState) -> Iterator[tuple[str, Tensor]]:
         "buffers": state.buffers,
         "frozen": state.frozen,
         "exponents": state.exponents,
+        "narrow": state.narrow,
         **{_slots(kind): tree for kind, tree in state.optimizer.slots.items()},
     }
     for tree, tensors in trees.items():
@@ -113,13 +116,16 @@ def stored(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredSt
         raise ValueError(f"no state has a tensor {next(iter(rest))}")
     theta = trees["theta"]
     _check_theta(theta)
-    for tree in ("backward", "exponents", *slots.values()):
+    for tree in ("backward", "exponents", "narrow", *slots.values()):
         _check_known(tree, trees[tree], theta)
     if both := trees["frozen"].keys() & theta.keys():
         raise ValueError(f"{sorted(both)} are both frozen and not")
     for name, exponent in trees["exponents"].items():
         if exponent.dtype != torch.float64 or exponent.ndim or not exponent > 1:
             raise ValueError(f"exponents/{name} is not a float64 number above 1")
+    for name, like in trees["narrow"].items():
+        if like.numel() or not _is_wider(theta[name].dtype, like.dtype):
+            raise ValueError(f"narrow/{name} is no empty tensor of a narrower dtype than theta")
     masks = _masks(trees)
     layers = _names(header, "layers")
     _check_known("layers", layers, {name for name in masks if theta[name].ndim == 2})
@@ -130,6 +136,7 @@ def stored(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredSt
         trees["buffers"],
         trees["frozen"],
         trees["exponents"],
+        trees["narrow"],
         {kind: trees[tree] for kind, tree in slots.items()},
         _values(header, theta, masks),
         layers,
@@ -141,7 +148,7 @@ def block_problem(file: StoredState, block_shape: tuple[int, int]) -> str | None
     for name, shape in (file.values or {}).items():
         found = tuple(shape[1:]) or (1, 1)
         if found != (block_shape if name in file.layers else (1, 1)):
-            return f"{name!r} has blocks of {found}, the configuration asks {block_shape}"
+            return f"{name!r} has blocks of {found}, the configuration asks for {block_shape}"
     for name, masks in file.masks.items():
         if not all(is_of_blocks(mask, block_shape) for mask in masks):
             return f"the sets of {name!r} are not made of blocks of {block_shape}"
@@ -185,7 +192,14 @@ def restored(
         frozen=moved(file.frozen),
         optimizer=OptimizerState(file.counters["optimizer_step"], slots),
         exponents=file.exponents,
+        narrow=moved(file.narrow),
     )
+
+
+def _is_wider(one: torch.dtype, other: torch.dtype) -> bool:
+    """Return whether one dtype holds what another of its kind does, and more."""
+    same_kind = one.is_complex == other.is_complex and (other.is_complex or other.is_floating_point)
+    return same_kind and one != other and torch.promote_types(one, other) == one
 
 
 def _slots(kind: str) -> str:

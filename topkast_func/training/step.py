@@ -20,11 +20,12 @@ from topkast_func.model.alone import (
     uncompiled,
 )
 from topkast_func.model.layers import StandIn, bound_to, stand_ins, standing_in
-from topkast_func.model.modules import bind, check_fit, modes, parameters_of, tensors_of, ties
+from topkast_func.model.modules import bind, modes, ties
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
-from topkast_func.training.agreement import check_sets
+from topkast_func.training.agreement import agreement, is_of_stage
 from topkast_func.training.compilation import compiled, signature
+from topkast_func.training.ensembles import by_member, is_ensemble
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.optim import (
     Optimizer,
@@ -34,9 +35,9 @@ from topkast_func.training.optim import (
     global_norm,
 )
 from topkast_func.training.purity import Draws, check_pure, random_numbers_of
-from topkast_func.training.state import TrainState, alpha_in, ordinary, refresh
+from topkast_func.training.state import TrainState, alpha_in, narrowed, ordinary, refresh
 from topkast_func.turns import RANDOM_NUMBERS, in_turn
-from topkast_func.types import LossFn, Model, Params, Tensors
+from topkast_func.types import LossFn, Model, Tensors
 from topkast_func.warn import warn_caller
 
 
@@ -49,7 +50,7 @@ class StepMetrics(NamedTuple):
         penalty: The exploration penalty before its weight λ.
         grad_norm: Euclidean norm of the gradient of the loss over B and the dense parameters, in
             float32 at the least.
-        refreshed: Whether the sets were chosen anew before the step, bool.
+        refreshed: Whether the sets were chosen anew, before the step or at its end, bool.
         aux: What ``loss_fn`` returned beside the loss; () where it returned nothing else.
     """
 
@@ -68,12 +69,6 @@ buffers as the model left them."""
 Moved: TypeAlias = tuple[TrainState, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Any, ...]]
 """The state after a step; loss, data loss, penalty and norm of the gradient; aux, if any."""
 
-EXCHANGED = (
-    "{!r} requires {} gradient, but the state {} it: undo that, or, to change what is trained, "
-    "begin anew with init_state, from a module that has loaded dense_params(state)"
-)
-_ROLES = {False: ("no", "trains"), True: ("a", "holds and freezes")}
-
 TrainStep: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
 
@@ -90,11 +85,15 @@ def make_train_step(
 
     The step is pure: it writes to none of its arguments and not to the module. Its first call in
     each mode of the module also runs the forward pass once on copies, to see that it is pure.
-    Before step t it chooses A and B anew when ``config.refresh_every`` divides t > 0 or a
-    sparsity changes, and makes B the forward set at t = ``config.explore_until``. The update,
+    Before step t it chooses A and B anew when ``config.refresh_every`` divides t > 0, and makes B
+    the forward set at t = ``config.explore_until``; where another sparsity is in force from t on,
+    the step before ends by choosing them, so that t steps reach it. The update,
     momentum and weight decay included, is restricted to B. The same state and batch give the same
     result, dropout included: random numbers follow from the state's seed and step. There is one
     graph for each stage of sparsities that change over time.
+
+    Under `torch.vmap` it makes the steps of an ensemble, of states that were stacked, batches, or
+    both, one member after another, each as it would be alone.
 
     A loss that is NaN is returned as it is; θ then holds NaN, and a refresh that comes due
     keeps the sets and warns.
@@ -141,7 +140,7 @@ def make_train_step(
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
     check_uncompiled(model)
     layers = alone_with(model, partial(stand_ins, model, engine))
-    check = alone_with(model, partial(_check_of, model, config, optimizer))
+    check = alone_with(model, partial(agreement, model, config, optimizer))
     schedule = config.schedule
 
     @cache
@@ -162,8 +161,17 @@ def make_train_step(
     tried: set[tuple[bool, ...]] = set()
 
     def due(state: TrainState) -> bool:
-        begins = int(state.optimizer.step) % optimizer.every == 0
-        return begins and schedule.refreshes_at(int(state.step))
+        step, begins = int(state.step), int(state.optimizer.step) % optimizer.every == 0
+        chosen = step in schedule.starts and is_of_stage(state.weights, config, step)
+        return begins and schedule.refreshes_at(step) and not chosen
+
+    def ends_stage(state: TrainState) -> bool:
+        ends = (int(state.optimizer.step) + 1) % optimizer.every == 0
+        return ends and int(state.step) + 1 in schedule.starts
+
+    def anew(state: TrainState, batch: Any, kind: Hashable) -> TrainState:
+        read = partial(draws.run, (kind, "gradients"), state, lambda: gradients(state, batch))
+        return _refreshed(state, config, read)
 
     def in_its_turn(
         state: TrainState, batch: Any, mode: tuple[bool, ...], kind: Hashable
@@ -172,12 +180,8 @@ def make_train_step(
         if mode not in tried:
             check_pure(model, loss_fn, state, batch)
             tried.add(mode)
-        refreshed = state
-        if due(state):
-            read = partial(draws.run, (kind, "gradients"), state, lambda: gradients(state, batch))
-            refreshed = _refreshed(state, config, read)
-        anew = torch.tensor(refreshed is not state, device="cpu")
-        state = refreshed
+        before = anew(state, batch, kind) if due(state) else state
+        refreshed, state = before is not state, before
         patterns = state.weights.layers()
         lent = {i: layer for i, layer in enumerate(layers) if layer.needed(patterns)}
 
@@ -190,18 +194,23 @@ def make_train_step(
                 after, numbers, aux = run(tuple(lent), phi, bare, batch, rate)
             return after._replace(exponents=state.exponents), numbers, aux
 
-        after, numbers, aux = draws.run(kind, state, step)
-        return after, StepMetrics(*numbers, anew, *(aux or ((),)))
+        moved, numbers, aux = draws.run(kind, state, step)
+        after = anew(moved, batch, kind) if ends_stage(state) else moved
+        told = torch.tensor(refreshed or after is not moved, device="cpu")
+        return after, StepMetrics(*numbers, told, *(aux or ((),)))
 
     @torch.inference_mode(False)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        if is_ensemble((state, batch)):
+            ensemble: tuple[TrainState, StepMetrics] = by_member(train_step, state, batch)
+            return ensemble
         state = ordinary(state) if state.step.is_inference() else state
         batch, mode = ordinary(batch), modes(model)
         kind: Hashable = mode
         if compile is not False:
             sizes = tuple(value.shape for value in state.weights.values().values())
-            told = (type(state.weights), sizes, schedule.stage(int(state.step)), due(state))
-            kind = (mode, *told, signature(batch))
+            chooses = (schedule.stage(int(state.step)), due(state), ends_stage(state))
+            kind = (mode, type(state.weights), sizes, *chooses, signature(batch))
         work = partial(in_its_turn, state, batch, mode, kind)
         return in_turn(own | draws.claims(kind), partial(as_written, parts, work))
 
@@ -278,9 +287,10 @@ def _step_of(
             written = {name: buffer.clone() for name, buffer in state.buffers.items()}
             powered = {n: theta_of(values[n], config.powerprop) for n in phi}
             values = values | powered
-            alpha, patterns = weights.alpha(values), weights.layers()
+            computed = narrowed(values, state.narrow)
+            alpha, patterns = weights.alpha(computed), weights.layers()
             apply = bind(model, tied, alpha, state.frozen, written)
-            with bound_to([layers[i] for i in lent], alpha, values, patterns):
+            with bound_to([layers[i] for i in lent], alpha, computed, patterns):
                 data_loss, aux = loss_and_aux(loss_fn(apply, batch))
             penalty = weights.penalty(values, config, start)
             loss = data_loss + config.penalty_weight * penalty
@@ -300,53 +310,12 @@ def _step_of(
                 frozen=state.frozen,
                 optimizer=OptimizerState(moved.step, weights.restricted(moved.slots)),
                 exponents=state.exponents,
+                narrow=state.narrow,
             )
             norm = global_norm(grads)
         return after, (loss, data_loss, penalty, norm), aux
 
     return step
-
-
-def _check_of(
-    model: Model, config: TopKastConfig, optimizer: Optimizer
-) -> Callable[[TrainState], None]:
-    """Return a check, quick where it passes, that a state is of this model and training."""
-    own, parameters = _shapes(tensors_of(model)), parameters_of(model)
-    kinds = optimizer.init({}).slots.keys()
-    agreed: Hashable = None
-
-    def check(state: TrainState) -> None:
-        nonlocal agreed
-        held = {**state.weights.shapes(), **_shapes({**state.frozen, **state.buffers})}
-        if own and held != own:
-            check_fit(model, held)
-        for name, (module, key) in parameters.items():
-            parameter = module._parameters.get(key)
-            if parameter is not None and parameter.requires_grad == (name in state.frozen):
-                raise ValueError(EXCHANGED.format(name, *_ROLES[name in state.frozen]))
-        if state.optimizer.slots.keys() != kinds:
-            found = sorted(state.optimizer.slots)
-            raise ValueError(
-                f"the state is of another optimiser: it has slots {found}, not {sorted(kinds)}"
-            )
-        exponents = dict.fromkeys(state.weights.sparse(), 1.0)
-        exponents |= {name: float(exponent) for name, exponent in state.exponents.items()}
-        for name, exponent in exponents.items():
-            if exponent != config.powerprop:
-                raise ValueError(
-                    f"the state trains {name!r} with powerprop={exponent}, not {config.powerprop}"
-                )
-        step = int(state.step)
-        stage = (config.schedule.stage(step), config.schedule.settled(step))
-        if (sets := (stage, state.weights.sets_key())) != agreed:
-            check_sets(state.weights, config, step)
-            agreed = sets
-
-    return check
-
-
-def _shapes(tensors: Params) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _refreshed(

@@ -39,13 +39,14 @@ def multi_steps(optimizer: Optimizer, every: int) -> Optimizer:
     """
     check_optimizer(optimizer)
     every = check_count("every", every, 1)
+    calls = check_count("every times that of the optimiser", every * optimizer.every, 1)
     kinds = tuple(optimizer.init({}).slots)
     check_distinct("multi_steps", [_gathered(every), *kinds])
     return Optimizer(
         Given(_start_gathering, (optimizer, every)),
         Given(_gather, (optimizer, every, kinds)),
         Given(_rate_of_updates, (optimizer, every)),
-        every=every * optimizer.every,
+        every=calls,
         elementwise=optimizer.elementwise,
         name=f"multi_steps({optimizer}, every={every})",
     )

@@ -1,0 +1,80 @@
+"""Steps of an ensemble under vmap: each member as it would be alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+import topkast_func as tk
+from tests.storage import STORAGES
+from tests.test_methods import METHODS, batch, mse, network
+from tests.test_metrics import with_outputs
+
+CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=2, explore_until=5)
+MEMBERS = 3
+
+
+def stacked(trees: list[Any]) -> Any:
+    return tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def member(tree: Any, i: int) -> Any:
+    return tree_map(lambda leaf: leaf[i], tree)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    for found, expected in zip(tree_leaves(one), tree_leaves(other), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    ("compile", "name"),
+    [(False, "topkast"), (False, "rigl"), (False, "gmp"), ({"backend": "aot_eager"}, "topkast")],
+)
+def test_each_member_is_as_it_would_be_alone(storage: Any, compile: Any, name: str) -> None:
+    until = None if name == "gmp" else 5
+    config = replace(CONFIG, method=METHODS[name], explore_until=until)
+    model, optimizer = network(), tk.adamw(0.01)
+    train_step = tk.make_train_step(model, with_outputs, config, optimizer, compile=compile)
+    alone = []
+    for seed in range(MEMBERS):
+        start = network()
+        with torch.no_grad():
+            start.get_parameter("0.weight").mul_(1 + seed)
+        alone.append(tk.init_state(start, config, optimizer, storage=storage, seed=seed))
+    ensemble = stacked(alone)
+    for t in range(7):
+        batches = [batch(10 * t + i) for i in range(MEMBERS)]
+        ensemble, metrics = torch.vmap(train_step)(ensemble, stacked(batches))
+        told = [train_step(*pair) for pair in zip(alone, batches, strict=True)]
+        alone = [state for state, _ in told]
+        for i in range(MEMBERS):
+            assert_same(member(metrics, i), told[i][1])
+            assert_same(member(ensemble, i), alone[i])
+
+
+def test_one_state_steps_on_many_batches_and_many_states_on_one() -> None:
+    model, optimizer = network(), tk.sgd(0.1)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
+    state = tk.init_state(model, CONFIG, optimizer)
+    batches = [batch(i) for i in range(MEMBERS)]
+    after, _ = torch.vmap(train_step, in_dims=(None, 0))(state, stacked(batches))
+    expected = [train_step(state, one)[0] for one in batches]
+    for i in range(MEMBERS):
+        assert_same(member(after, i), expected[i])
+    again, _ = torch.vmap(train_step, in_dims=(0, None))(after, batch(7))
+    for i in range(MEMBERS):
+        assert_same(member(again, i), train_step(expected[i], batch(7))[0])
+
+
+def test_ensembles_of_ensembles_step() -> None:
+    model, optimizer = network(), tk.sgd(0.1)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
+    state = tk.init_state(model, CONFIG, optimizer)
+    states, batches = stacked([stacked([state] * 2)] * 2), stacked([stacked([batch(0)] * 2)] * 2)
+    after, _ = torch.vmap(torch.vmap(train_step))(states, batches)
+    assert_same(member(member(after, 1), 0), train_step(state, batch(0))[0])
