@@ -14,7 +14,12 @@ import torch
 import torch.distributed as dist
 
 _FORKING = get_context("forkserver")
-_FORKING.set_forkserver_preload(["topkast_func", "pytest", "hypothesis", "torch.distributed.checkpoint"])
+_FORKING.set_forkserver_preload([
+    "topkast_func",
+    "pytest",
+    "hypothesis",
+    "torch.distributed.checkpoint",
+])
 
 
 class Outcome(NamedTuple):
@@ -58,7 +63,8 @@ def together(
 def results(function: Callable[..., Any], *arguments: Any, ranks: int = 2) -> list[Any]:
     """Return what the function returns on each rank; none may fail."""
     outcomes = together(function, *arguments, ranks=ranks)
-    assert [outcome.error for outcome in outcomes] == [None] * ranks
+    for outcome in outcomes:
+        assert outcome.error is None, outcome.error
     return [outcome.result for outcome in outcomes]
 
 

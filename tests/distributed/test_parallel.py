@@ -1,17 +1,23 @@
 """Data parallel: two ranks compute what one computes with their batches together."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
 
 import topkast_func as tk
 from tests.distributed.processes import results
 from tests.optimizers import EVERY
-from tests.storage import STORAGES
+from tests.storage import dense_slots
+from topkast_func.distributed.parallel import FILLER
+
+ADAM = tk.adamw(lr=0.01)
 
 CONFIG = tk.TopKastConfig(0.8, 0.5, refresh_every=4, explore_until=15)
 METHODS = {
@@ -25,6 +31,8 @@ METHODS = {
     "gmp": tk.gmp(2, 10),
     "dense": tk.dense(),
 }
+UNEVEN = [(4, 4), (1, 7), (8, 3), (0, 5), (6, 0)]
+STEPS = 20
 
 
 def network() -> nn.Sequential:
@@ -35,42 +43,106 @@ def network() -> nn.Sequential:
 def loss_fn(apply: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Any:
     outputs = apply(batch[0])
     errors = (outputs - batch[1]).square().mean(1)
-    return errors.mean(), {"largest": outputs.detach().abs().mean(), "errors": errors.detach()}
+    return errors.mean(), {"size": outputs.detach().abs().mean(), "errors": errors.detach()}
 
 
-def batches(sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+def batches(count: int) -> list[tuple[Tensor, Tensor, tuple[int, int]]]:
+    """Return inputs and targets of both ranks together, and how many are of each."""
     chance = torch.Generator().manual_seed(4)
-    return [
-        (torch.randn(sum(n), 6, generator=chance), torch.randn(sum(n), 3, generator=chance))
-        for n in sizes
-    ]
+    sizes = [UNEVEN[i % len(UNEVEN)] for i in range(count)]
+    tensors = [torch.randn(sum(size), 9, generator=chance).double() for size in sizes]
+    return [(t[:, :6], t[:, 6:], size) for t, size in zip(tensors, sizes, strict=True)]
 
 
 class Trained(NamedTuple):
+    """What a training came to."""
+
     theta: dict[str, Tensor]
     masks: dict[str, tk.Masks]
-    losses: list[Tensor]
-    norms: list[Tensor]
+    slots: dict[str, dict[str, Tensor]]
+    numbers: list[Tensor]
     refreshes: int
 
 
 def trained(
-    config: tk.TopKastConfig,
-    optimizer: tk.Optimizer,
-    storage: Any,
-    sizes: list[tuple[int, int]],
-    dtype: torch.dtype,
-    part: Callable[[Tensor, tuple[int, int]], Tensor],
-    **options: Any,
+    rank: int | None,
+    config: tk.TopKastConfig = CONFIG,
+    optimizer: tk.Optimizer = ADAM,
+    storage: Any = "compact",
+    steps: int = STEPS,
+    dtype: torch.dtype = torch.float64,
+    compile: Any = False,
 ) -> Trained:
+    """Train on the part of a rank, or alone on all."""
     model = network().to(dtype)
     state = tk.init_state(model, config, optimizer, storage=storage)
-    step = tk.make_train_step(model, loss_fn, config, optimizer, **options)
-    losses, norms, refreshes = [], [], 0
-    for size, batch in zip(sizes, batches(sizes), strict=True):
-        own = tuple(part(tensor.to(dtype), size) for tensor in batch)
-        state, metrics = step(state, own)
-        losses += [metrics.loss, metrics.data_loss, metrics.penalty, metrics.aux["largest"]]
-        norms.append(metrics.grad_norm)
+    group = None if rank is None else dist.group.WORLD
+    step = tk.make_train_step(
+        model, loss_fn, config, optimizer, compile=compile, process_group=group
+    )
+    numbers, refreshes = [], 0
+    for *batch, (first, _) in batches(steps):
+        part = slice(None) if rank is None else slice(first, None) if rank else slice(first)
+        state, metrics = step(state, tuple(tensor[part].to(dtype) for tensor in batch))
+        assert metrics.aux["errors"].shape[0] in (len(batch[0][part]), FILLER)
+        numbers += [*metrics[:4], metrics.aux["size"]]
         refreshes += int(metrics.refreshed)
-    return Trained(tk.dense_params(state), tk.masks_of(state), losses, norms, refreshes)
+    return Trained(
+        tk.dense_params(state), tk.masks_of(state), dense_slots(state), numbers, refreshes
+    )
+
+
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {"config": replace(CONFIG, method=method)} for name, method in METHODS.items()},
+    **{name: {"optimizer": optimizer, "steps": 9} for name, optimizer in EVERY.items()},
+    "dense storage": {"storage": "dense"},
+    "rigl, dense storage": {"storage": "dense", "config": replace(CONFIG, method=tk.rigl())},
+    "staged": {"config": replace(CONFIG, forward_sparsity=tk.staged({0: 0.5, 7: 0.8}))},
+    "powerprop": {"config": replace(CONFIG, powerprop=2.0)},
+    "blocks": {"config": replace(CONFIG, block_shape=(2, 2), sparse=["0.weight", "2.weight"])},
+}
+COMPILED = {"backend": "aot_eager"}
+
+
+def _every_case(rank: int) -> dict[str, Trained]:
+    return {name: trained(rank, **case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def pair() -> list[dict[str, Trained]]:
+    return results(_every_case)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_as_one_does_with_their_batches_together(
+    name: str, pair: list[dict[str, Trained]]
+) -> None:
+    one, (first, second) = trained(None, **CASES[name]), (rank[name] for rank in pair)
+    assert_close(first, one)
+    assert one.refreshes > 0 or name == "dense"
+    start = dict(network().double().named_parameters())
+    assert all((theta - start[n]).abs().max() > 1e-3 for n, theta in one.theta.items())
+    assert_close(second, first, rtol=0.0, atol=0.0)
+
+
+def _bits(rank: int) -> Trained:
+    return trained(rank, dtype=torch.float32, steps=STEPS)
+
+
+def test_ranks_are_the_same_bit_for_bit_in_float32() -> None:
+    first, second = results(_bits)
+    assert_close(second, first, rtol=0.0, atol=0.0)
+
+
+def _compiled(rank: int) -> tuple[Trained, int, int]:
+    found = trained(rank, compile=COMPILED, steps=10)
+    return found, len(counters["graph_break"]), counters["stats"]["unique_graphs"]
+
+
+def test_compiled_ranks_train_as_an_eager_process_in_a_graph_for_each_shape() -> None:
+    one, pair = trained(None, steps=10), results(_compiled)
+    for found, breaks, graphs in pair:
+        assert_close(found, one)
+        assert breaks == 0
+        assert graphs <= len({size for *_, size in batches(10)})
+    assert_close(pair[0][0], pair[1][0], rtol=0.0, atol=0.0)

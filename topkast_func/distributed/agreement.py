@@ -45,9 +45,9 @@ def check_same(ranks: Ranks, where: str, tree: Any) -> None:
     rank, place = differs.nonzero()[0].tolist()
     paths = [keystr(path) for path, _ in tree_flatten_with_path(tree)[0]]
     raise RuntimeError(
-        f"{where} rank {rank} holds another state than rank 0: {int(differs[rank].sum())} tensors, "
-        f"{paths[place]} the first; seen by rank {ranks.rank} of {ranks.size}. Ranks begin with one "
-        "state (the same seed, or the same file) and move it by train_step alone"
+        f"rank {ranks.rank} of {ranks.size}, {where}: rank {rank} holds another state than rank 0 "
+        f"in {int(differs[rank].sum())} tensors, {paths[place]} the first. Ranks are to begin with "
+        "one state (of one seed or file) and to move it by train_step alone"
     )
 
 

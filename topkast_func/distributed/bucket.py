@@ -22,7 +22,7 @@ def mean_over(group: dist.ProcessGroup, share: Tensor, tensors: Sequence[Tensor]
         m, in that order, the same bits on every rank.
     """
     flat = [_real(tensor).flatten() for tensor in tensors]
-    found = dict[int, Tensor]()
+    found: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(part.dtype for part in flat):
         places = [place for place, part in enumerate(flat) if part.dtype == dtype]
         bucket = torch.cat([flat[place] for place in places])
@@ -39,6 +39,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _like(flat: Tensor, tensor: Tensor) -> Tensor:
+    """Return a part of a bucket in a shape; one number alone must not keep the bucket."""
     if tensor.is_complex():
-        return torch.view_as_complex(flat.view(*tensor.shape, 2))
-    return flat.view(tensor.shape)
+        return torch.complex(*flat.view(*tensor.shape, 2).unbind(-1))
+    return flat.view(tensor.shape) if tensor.ndim else flat.view(()).clone()
