@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -146,3 +147,122 @@ def test_compiled_ranks_train_as_an_eager_process_in_a_graph_for_each_shape() ->
         assert breaks == 0
         assert graphs <= len({size for *_, size in batches(10)})
     assert_close(pair[0][0], pair[1][0], rtol=0.0, atol=0.0)
+
+
+NORMED = tk.TopKastConfig(0.8, 0.5, refresh_every=4)
+
+
+def _normed() -> nn.Sequential:
+    torch.manual_seed(2)
+    parts = (nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    return nn.Sequential(*parts).double()
+
+
+def _of_both(apply: Callable[..., Tensor], batch: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the loss of both parts, each normalised alone."""
+    rows = sum(len(inputs) for inputs, _ in batch)
+    losses = [len(part[0]) / rows * loss_fn(apply, part)[0] for part in batch if len(part[0])]
+    return torch.stack(losses).sum()
+
+
+def _parts(step: int) -> list[tuple[Tensor, Tensor]]:
+    first = (3, 5, 2, 8, 0)[step % 5]
+    chance = torch.Generator().manual_seed(step)
+    both = torch.randn(8, 9, generator=chance).double()
+    return [(part[:, :6], part[:, 6:]) for part in (both[:first], both[first:])]
+
+
+def _train_normed(rank: int | None) -> list[tk.TrainState]:
+    model = _normed()
+    states = [tk.init_state(model, NORMED, ADAM)]
+    whole = rank is None
+    step = tk.make_train_step(
+        model,
+        _of_both if whole else loss_fn,
+        NORMED,
+        ADAM,
+        compile=False,
+        process_group=None if whole else dist.group.WORLD,
+    )
+    for number in range(STEPS):
+        batch: Any = _parts(number)
+        state, _ = step(states[-1], batch if rank is None else batch[rank])
+        states.append(state)
+    return states
+
+
+def _dropping(rank: int | None) -> list[Tensor]:
+    """Return the errors of eight equal rows, by step, and θ at the end."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    config = tk.TopKastConfig(0.5, 0.2, refresh_every=2)
+    state = tk.init_state(model, config, ADAM)
+    group = None if rank is None else dist.group.WORLD
+    step = tk.make_train_step(model, loss_fn, config, ADAM, compile=False, process_group=group)
+    found = []
+    for _ in range(3):
+        state, metrics = step(state, (torch.ones(8, 6), torch.ones(8, 3)))
+        found.append(metrics.aux["errors"])
+    return [*found, tk.dense_params(state)["0.weight"]]
+
+
+def _of_words(apply: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
+    errors = (apply(batch["x"]) - 1.0).square().mean(-1)
+    return (errors * batch["mask"]).sum() / batch["mask"].sum()
+
+
+def _padded(rank: int | None) -> dict[str, Tensor]:
+    model, config = network(), tk.TopKastConfig(0.8, 0.5)
+    state = tk.init_state(model, config, ADAM)
+    options: dict[str, Any] = {}
+    if rank is not None:
+        options = {"process_group": dist.group.WORLD, "samples": lambda b: b["mask"].sum()}
+    step = tk.make_train_step(model, _of_words, config, ADAM, compile=False, **options)
+    chance = torch.Generator().manual_seed(4)
+    for shares in ((3, 1), (2, 0), (1, 4)):
+        x = torch.randn(2, 5, 6, generator=chance)
+        mask = torch.stack([(torch.arange(5) < share).float() for share in shares])
+        part = slice(None) if rank is None else slice(rank, rank + 1)
+        state, _ = step(state, {"x": x[part], "mask": mask[part], "scale": torch.tensor(1.0)})
+    return tk.dense_params(state)
+
+
+def _particulars(rank: int) -> dict[str, Any]:
+    return {"normed": _train_normed(rank), "dropping": _dropping(rank), "padded": _padded(rank)}
+
+
+@pytest.fixture(scope="module")
+def particular() -> list[dict[str, Any]]:
+    return results(_particulars)
+
+
+def test_running_statistics_are_averaged_over_the_samples(particular: Any) -> None:
+    one, (first, second) = _train_normed(None), (found["normed"] for found in particular)
+    assert_close(tk.dense_params(first[-1]), tk.dense_params(one[-1]))
+    assert_close(tk.masks_of(first[-1]), tk.masks_of(one[-1]))
+    for number, (before, after) in enumerate(pairwise(first)):
+        due = number > 0 and number % 4 == 0
+        alpha = tk.forward_params(tk.refresh(before, NORMED) if due else before)
+        outputs = [
+            nn.functional.linear(x, alpha["0.weight"], alpha["0.bias"]) for x, _ in _parts(number)
+        ]
+        for name, own in (("mean", lambda t: t.mean(0)), ("var", lambda t: t.var(0))):
+            means = torch.stack([len(out) / 8 * own(out) for out in outputs if len(out)]).sum(0)
+            expected = 0.9 * before.buffers[f"1.running_{name}"] + 0.1 * means
+            assert_close(after.buffers[f"1.running_{name}"], expected)
+    assert int(first[-1].buffers["1.num_batches_tracked"]) == STEPS
+    assert_close(second[-1], first[-1], rtol=0.0, atol=0.0)
+
+
+def test_dropout_differs_by_rank_and_the_sets_do_not(particular: Any) -> None:
+    first, second = (found["dropping"] for found in particular)
+    for own, other in zip(first[:-1], second[:-1], strict=True):
+        assert not torch.equal(own, other)
+    assert torch.equal(first[-1], second[-1])
+    assert torch.equal(first[0], _dropping(None)[0])
+
+
+def test_batches_count_as_samples_says(particular: Any) -> None:
+    first, second = (found["padded"] for found in particular)
+    assert_close(first, _padded(None))
+    assert_close(second, first, rtol=0.0, atol=0.0)

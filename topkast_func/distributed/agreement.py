@@ -31,7 +31,7 @@ def check_same(ranks: Ranks, where: str, tree: Any) -> None:
 
     Args:
         ranks: The processes.
-        where: Where in the training this is, for the error.
+        where: Which rank this is, and where in the training, for the error.
         tree: A tree of tensors, of the same structure on all ranks.
 
     Raises:
@@ -44,10 +44,11 @@ def check_same(ranks: Ranks, where: str, tree: Any) -> None:
         return
     rank, place = differs.nonzero()[0].tolist()
     paths = [keystr(path) for path, _ in tree_flatten_with_path(tree)[0]]
+    count = int(differs[rank].sum())
     raise RuntimeError(
-        f"rank {ranks.rank} of {ranks.size}, {where}: rank {rank} holds another state than rank 0 "
-        f"in {int(differs[rank].sum())} tensors, {paths[place]} the first. Ranks are to begin with "
-        "one state (of one seed or file) and to move it by train_step alone"
+        f"{where}: rank {rank} holds another state than rank 0, in {count} of its tensors, "
+        f"{paths[place]} the first. Ranks are to begin with one state (of one seed or file) and "
+        "to move it by train_step alone"
     )
 
 

@@ -22,8 +22,10 @@ Samples = Callable[[Any], float | Tensor]
 """``samples(batch)``: how much a batch counts, such as how many tokens its loss is the mean of."""
 
 FILLER = 2  # rows that the model sees of an empty batch: batch norm refuses one
-ROLL = ("call", "step", "calls of the optimiser", "kind")
-"""What all ranks must agree on before a step, in the order in which it travels."""
+BROKEN = (
+    "a rank that catches an error of train_step cannot go on without the others: end the process, "
+    "and begin again on all ranks, from a checkpoint"
+)
 
 
 class Alone:
@@ -98,10 +100,9 @@ class Alone:
 class DataParallel(Alone):
     """One process of several: see `make_train_step` for what it adds to a step.
 
-    Before anything that takes a rank for granted, ranks call the roll: a row of each, with the
-    number of the call and of the step, tells them whether they are about to do the same. So a
-    rank that caught an error and went on, or is elsewhere, is an error on all, and what is sent
-    in the step has the same sizes everywhere.
+    First the ranks call the roll: a row of each, with the number of its step and what it is about
+    to send, tells all whether they are to make the same step. So a rank that is elsewhere is an
+    error on all, and what is sent within the step has the same sizes everywhere.
     """
 
     several = True
@@ -109,7 +110,7 @@ class DataParallel(Alone):
     def __init__(self, ranks: Ranks, samples: Samples, averaged: tuple[str, ...]) -> None:
         self.rank = ranks.rank
         self._ranks, self._samples, self._averaged = ranks, samples, averaged
-        self._calls = 0
+        self._failed: int | None = None
         self._last: list[weakref.ref[Tensor]] = []
 
     def fed(self, loss_fn: LossFn) -> LossFn:
@@ -163,48 +164,49 @@ class DataParallel(Alone):
     ) -> tuple[Any, Result]:
         """Run a step once all ranks are about to make the same; see `Alone.take_part`."""
         step = int(state.step)
-        with self._ranks.waiting(f"in step {step}"):
-            self._calls += 1
-            samples = _checked_samples(self._samples(batch))
-            doing = [self._calls, step, int(state.optimizer.step), _digest(kind | {"due": due})]
-            table = self._ranks.gathered(
-                torch.tensor([*doing, due or self._is_other(state), *_bits(samples)])
+        if self._failed is not None:
+            told = f"its step {self._failed} failed"
+            raise RuntimeError(
+                f"rank {self.rank} of {self._ranks.size}, step {step}: {told}; {BROKEN}"
             )
-            self._check_roll(table[:, : len(ROLL)], kind)
-            counts = table[:, -1].view(torch.float64)
-            if not counts.sum() > 0:
-                raise ValueError("no rank has a sample: one batch at least must not be empty")
-            if table[:, len(ROLL)].any():
-                agreement.check_same(self._ranks, f"before step {step}", state)
-            self.share = (counts[self.rank] / counts.sum()).reshape(1)
+        self._failed = step
+        with self._ranks.waiting(f"in step {step}"):
+            samples = self._roll(state, batch, due, kind | {"due": due})
+            self.share = (samples[self.rank] / samples.sum()).reshape(1)
             after, result = run()
-        self._last = [weakref.ref(leaf) for leaf in tree_leaves(after)]
+        self._failed, self._last = None, [weakref.ref(leaf) for leaf in tree_leaves(after)]
         return after, result
 
-    def _is_other(self, state: Any) -> bool:
+    def _roll(self, state: Any, batch: Any, due: bool, kind: dict[str, object]) -> Tensor:
+        """Check that the ranks are about to do the same, and return the samples of each."""
+        step, leaves = int(state.step), tree_leaves(state)
+        kind |= {"tensors in the state": len(leaves)}
+        numbers = [step, int(state.optimizer.step), _digest(kind)]
+        check = due or self._are_others(leaves)
+        samples = torch.tensor([float(self._samples(batch))], dtype=torch.float64)
+        own = torch.tensor([*numbers, check, *samples.view(torch.int64)])
+        *told, checks, weights = self._ranks.gathered(own).unbind(1)
+        where = f"rank {self.rank} of {self._ranks.size}, step {step}"
+        for what, numbers in zip(("step", "call of the optimiser"), told, strict=False):
+            if (numbers != numbers[0]).any():
+                raise RuntimeError(f"{where}: the ranks are at {what} {numbers.tolist()}; {BROKEN}")
+        if (told[-1] != told[-1][0]).any():
+            self._ranks.check_alike(kind, f"in step {step}")
+        if checks.any():
+            agreement.check_same(self._ranks, where, state)
+        counts = weights.view(torch.float64)
+        if not ((counts >= 0).all() and 0 < counts.sum() < math.inf):
+            raise ValueError(
+                f"{where}: the ranks have {counts.tolist()} samples: numbers of at least 0 are "
+                "asked for, and one above"
+            )
+        return counts
+
+    def _are_others(self, leaves: list[Tensor]) -> bool:
         """Return whether a state is another than the last step left."""
-        leaves = tree_leaves(state)
         known = [last() for last in self._last]
         return len(leaves) != len(known) or any(
             leaf is not last for leaf, last in zip(leaves, known, strict=True)
-        )
-
-    def _check_roll(self, table: Tensor, kind: Mapping[str, object]) -> None:
-        """Check that the ranks are about to do the same; the first difference is told."""
-        differs = table != table[0]
-        if not differs.any():
-            return
-        rank = int(differs.any(1).nonzero()[0])
-        place = int(differs[rank].nonzero()[0])
-        here, first = (int(table[r, place]) for r in (rank, 0))
-        sides = f"rank {rank} is at {ROLL[place]} {here} of train_step, rank 0 at {first}"
-        where = f"step {int(table[self.rank, 1])}"
-        if ROLL[place] == "kind":
-            self._ranks.check_alike(kind, f"in {where}")
-        raise RuntimeError(
-            f"rank {self.rank} of {self._ranks.size}, {where}: {sides}. A "
-            "rank that catches an error of train_step cannot go on alone: end the process, and "
-            "begin again from a checkpoint on all ranks"
         )
 
 
@@ -306,14 +308,3 @@ def _about(model: object) -> dict[str, Any]:
 
 def _digest(value: Mapping[str, object]) -> int:
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
-
-
-def _bits(number: float) -> list[int]:
-    return torch.tensor([number], dtype=torch.float64).view(torch.int64).tolist()  # type: ignore[no-any-return]
-
-
-def _checked_samples(given: float | Tensor) -> float:
-    number = float(given)
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"samples must be a finite number of at least 0, got {number}")
-    return number

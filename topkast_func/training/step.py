@@ -167,8 +167,9 @@ def make_train_step(
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
     check_uncompiled(model)
+    options = described(compile) if isinstance(compile, Mapping) else compile
     about = {"config": described(vars(config)), "optimizer": repr(optimizer), "engine": engine}
-    ranks = data_parallel(process_group, mesh, samples, model, {**about, "compile": repr(compile)})
+    ranks = data_parallel(process_group, mesh, samples, model, {**about, "compile": options})
     loss_fn = ranks.fed(loss_fn)
     layers = alone_with(model, partial(kernel_layers, model))
     stand_ins = {name: StandIn(layer, engine) for name, layer in layers.items()}
