@@ -22,8 +22,13 @@ def tensors(rank: int) -> list[Tensor]:
 
 
 def _averaged(rank: int) -> tuple[int, list[Tensor], list[Tensor]]:
-    calls, own = [], dist.all_reduce
-    dist.all_reduce = lambda bucket, group: calls.append(own(bucket, group=group))
+    calls, own = list[int](), dist.all_reduce
+
+    def counted(bucket: Tensor, group: dist.ProcessGroup) -> None:
+        calls.append(bucket.numel())
+        own(bucket, group=group)
+
+    vars(dist)["all_reduce"] = counted
     group = dist.group.WORLD
     assert group is not None
     found = mean_over(group, torch.tensor(SHARES[rank]).double(), tensors(rank))

@@ -29,7 +29,7 @@ def mean_over(group: dist.ProcessGroup, share: Tensor, tensors: Sequence[Tensor]
         own = share.to(bucket.device)
         bucket = torch.where(own > 0, bucket * own, 0.0)
         dist.all_reduce(bucket, group=group)
-        sums = bucket.split([flat[place].numel() for place in places])
+        sums = torch.split(bucket, [flat[place].numel() for place in places])
         found |= zip(places, sums, strict=True)
     return [_like(found[place], tensor) for place, tensor in enumerate(tensors)]
 

@@ -181,10 +181,10 @@ class DataParallel(Alone):
         """Check that the ranks are about to do the same, and return the samples of each."""
         step, leaves = int(state.step), tree_leaves(state)
         kind |= {"tensors in the state": len(leaves)}
-        numbers = [step, int(state.optimizer.step), _digest(kind)]
+        doing = [step, int(state.optimizer.step), _digest(kind)]
         check = due or self._are_others(leaves)
         samples = torch.tensor([float(self._samples(batch))], dtype=torch.float64)
-        own = torch.tensor([*numbers, check, *samples.view(torch.int64)])
+        own = torch.tensor([*doing, check, *samples.view(torch.int64)])
         *told, checks, weights = self._ranks.gathered(own).unbind(1)
         where = f"rank {self.rank} of {self._ranks.size}, step {step}"
         for what, numbers in zip(("step", "call of the optimiser"), told, strict=False):
