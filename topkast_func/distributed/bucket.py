@@ -7,14 +7,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def mean_over(group: dist.ProcessGroup, share: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def mean_over(
+    group: dist.ProcessGroup | None, share: Tensor, tensors: Sequence[Tensor]
+) -> list[Tensor]:
     """Average over the ranks of a group, in one `all_reduce` for each dtype.
 
     m = Σ_r s_r·x_r with shares s_r that sum to 1. A rank whose share is 0 adds nothing, NaN
     neither. It can be traced; the order of what is sent does not depend on the compiler.
 
     Args:
-        group: The group.
+        group: The group; None for all processes.
         share: s of this rank, 0-d.
         tensors: x, floating or complex, in the same order, shapes and dtypes on every rank.
 

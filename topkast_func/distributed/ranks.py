@@ -19,17 +19,18 @@ LOST = (
 
 
 class Ranks:
-    """The processes of a group, of which this is one.
+    """The processes of a group, of which this is one, or this one alone.
 
     Attributes:
-        group: The group.
+        group: The group; None of this process alone.
         rank: Number of this process in it.
         size: How many there are.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group, self.rank, self.size = group, 0, 1
+        if group is not None:
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def gathered(self, own: Tensor) -> Tensor:
         """Collect a tensor of the same shape from each.
@@ -40,6 +41,8 @@ class Ranks:
         Returns:
             Those of all, [size, ...], on the CPU.
         """
+        if self.size == 1:
+            return own[None]
         here = own.to(self._device())
         found = [torch.empty_like(here) for _ in range(self.size)]
         dist.all_gather(found, here, group=self.group)
@@ -47,6 +50,8 @@ class Ranks:
 
     def told(self, own: Any) -> list[Any]:
         """Collect an object from each."""
+        if self.size == 1:
+            return [own]
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, own, group=self.group)
         return found
@@ -61,36 +66,37 @@ class Ranks:
             What it returned.
 
         Raises:
-            RuntimeError: It failed.
+            RuntimeError: It failed on rank 0, and this is another.
+            Exception: It failed on this one.
         """
-        outcome = self.attempted(work if self.rank == 0 else lambda: None)
-        return outcome[0]  # type: ignore[no-any-return]
+        own = self.attempted(work if self.rank == 0 else lambda: None)
+        return self.told(own)[0]  # type: ignore[no-any-return]
 
-    def attempted(self, work: Callable[[], Any]) -> list[Any]:
-        """Do work on every rank; where it fails on one, all fail.
+    def attempted(self, work: Callable[[], Result]) -> Result:
+        """Do work on every rank; where it fails on one, it fails on all.
 
         Args:
-            work: What to do; what it returns can be pickled.
+            work: What to do, without the other ranks.
 
         Returns:
-            What it returned on each.
+            What it returned on this one.
 
         Raises:
             RuntimeError: It failed on another rank.
-            BaseException: It failed on this one.
+            Exception: It failed on this one.
         """
-        result, failure = None, None
+        failure = None
         try:
             result = work()
         except Exception as reason:
             failure = reason
-        told = self.told((result, failure and f"{type(failure).__name__}: {failure}"))
+        told = self.told(failure and f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
-        for rank, (_, problem) in enumerate(told):
+        for rank, problem in enumerate(told):
             if problem:
                 raise RuntimeError(f"rank {rank} of {self.size}: {problem}")
-        return [result for result, _ in told]
+        return result
 
     def check_alike(self, facts: Mapping[str, Any], where: str) -> None:
         """Check that all processes are about to do the same.
