@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-_FORKING = get_context("forkserver")
-_FORKING.set_forkserver_preload([
+FORKING = get_context("forkserver")
+FORKING.set_forkserver_preload([
     "topkast_func",
     "pytest",
     "hypothesis",
@@ -44,9 +44,9 @@ def together(
         What came of each.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ends = [_FORKING.Pipe(duplex=False) for _ in range(ranks)]
+        ends = [FORKING.Pipe(duplex=False) for _ in range(ranks)]
         processes = [
-            _FORKING.Process(
+            FORKING.Process(
                 target=_run, args=(own, rank, ranks, folder, patience, function, arguments)
             )
             for rank, (_, own) in enumerate(ends)
