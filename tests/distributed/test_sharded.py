@@ -131,10 +131,10 @@ def test_a_checkpoint_of_two_ranks_is_one_of_three(kept: Any) -> None:
 
 REFUSED = {
     "states": r"RuntimeError: rank \d of 2, in save_sharded at step 0: rank 1 holds another state",
-    "folders": r"(FileNotFound|Runtime)Error: .*step-0.part was made by rank 0 and is not there",
-    "none": r"(FileNotFoundError|RuntimeError): .*there is no checkpoint in .*nothing",
+    "folders": r"FileNotFoundError: .*step-0.part was made by rank 0 and is not there",
+    "none": r"FileNotFoundError: .*there is no checkpoint in .*nothing",
     "config": r"ValueError: .* with another configuration .*: penalty_weight is 0.0001 and not 0.3",
-    "one config": r"(Value|Runtime)Error: .* with another configuration",
+    "one config": r"ValueError: .* with another configuration",
     "optimiser": r"ValueError: .*step-5 holds another state: slots are",
 }
 

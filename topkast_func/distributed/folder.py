@@ -57,8 +57,8 @@ def write(
         The checkpoint: ``folder/step-N``, or ``folder/step-N.1`` and so on where there is one.
 
     Raises:
-        RuntimeError: Another rank failed, or does not see the folder.
-        FileNotFoundError: This rank does not see the folder.
+        RuntimeError: A rank could not write.
+        FileNotFoundError: A rank does not see the folder.
     """
     name = ranks.by_first(lambda: _begun(folder, step))
     part = folder / f"{name}{PART}"
@@ -85,7 +85,6 @@ def read(ranks: Ranks, folder: Path) -> tuple[Path, dict[str, Any], Tensors]:
     Raises:
         FileNotFoundError: There is none.
         ValueError: It is damaged, foreign, or of another version.
-        RuntimeError: Another rank failed.
     """
     path = ranks.by_first(lambda: _latest(folder))
     about, reader, tensors = ranks.attempted(lambda: _opened(path))

@@ -11,6 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 Result = TypeVar("Result")
 
+KINDS = (FileNotFoundError, OSError, TypeError, ValueError, RuntimeError)
+"""Kinds of errors that all ranks raise where one does."""
+
 LOST = (
     "rank {rank} of {size} waited in vain for {others} {where}: a process has ended or hangs, or "
     "has no batch left (its own message says which; a rank without data is to give empty "
@@ -66,8 +69,7 @@ class Ranks:
             What it returned.
 
         Raises:
-            RuntimeError: It failed on rank 0, and this is another.
-            Exception: It failed on this one.
+            Exception: It failed; see `attempted`.
         """
         own = self.attempted(work if self.rank == 0 else lambda: None)
         return self.told(own)[0]  # type: ignore[no-any-return]
@@ -82,20 +84,21 @@ class Ranks:
             What it returned on this one.
 
         Raises:
-            RuntimeError: It failed on another rank.
-            Exception: It failed on this one.
+            Exception: It failed on this rank; or an error of the same kind, one of `KINDS`, that
+                tells on which other.
         """
         failure = None
         try:
             result = work()
         except Exception as reason:
             failure = reason
-        told = self.told(failure and f"{type(failure).__name__}: {failure}")
+        place = next((i for i, kind in enumerate(KINDS) if isinstance(failure, kind)), -1)
+        told = self.told(failure and (place, f"{type(failure).__name__}: {failure}"))
         if failure is not None:
             raise failure
         for rank, problem in enumerate(told):
             if problem:
-                raise RuntimeError(f"rank {rank} of {self.size}: {problem}")
+                raise KINDS[problem[0]](f"rank {rank} of {self.size}: {problem[1]}")
         return result
 
     def check_alike(self, facts: Mapping[str, Any], where: str) -> None:

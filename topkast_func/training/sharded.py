@@ -10,6 +10,7 @@ from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.distributed.agreement import check_same
 from topkast_func.distributed.folder import read, write
+from topkast_func.distributed.launched import world
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.files.container import damage_of
 from topkast_func.training.checkpoint import agreed, check_config, put_together, taken_apart
@@ -49,10 +50,10 @@ def save_sharded(
         TypeError: See `save`; or ``keep`` is no integer.
         ValueError: See `save`; or ``keep`` is below 1.
         RuntimeError: Ranks hold different states, a rank is lost, or one could not write.
-        FileNotFoundError: This rank does not see the folder that rank 0 does.
+        FileNotFoundError: A rank does not see the folder that rank 0 does.
     """
     keep = None if keep is None else check_count("keep", keep, 1)
-    ranks, step = _ranks(process_group), int(state.step)
+    ranks, step = Ranks(process_group or world()), int(state.step)
     where = f"in save_sharded at step {step}"
     with ranks.waiting(where):
         check_same(ranks, f"rank {ranks.rank} of {ranks.size}, {where}", state)
@@ -91,12 +92,12 @@ def load_sharded(
         FileNotFoundError: There is no checkpoint.
         TypeError: See `load`.
         ValueError: A tensor does not match its checksum, or see `load`.
-        RuntimeError: Another rank failed, or is lost.
+        RuntimeError: Another rank is lost.
     """
     check_config(config)
     if optimizer is not None:
         check_optimizer(optimizer)
-    ranks = _ranks(process_group)
+    ranks = Ranks(process_group or world())
 
     def put() -> TrainState:
         own = agreed(path, header, config)
@@ -107,9 +108,3 @@ def load_sharded(
     with ranks.waiting("in load_sharded"):
         path, header, tensors = read(ranks, Path(folder))
         return ranks.attempted(put)
-
-
-def _ranks(process_group: dist.ProcessGroup | None) -> Ranks:
-    if process_group is None and dist.is_available() and dist.is_initialized():
-        process_group = dist.group.WORLD
-    return Ranks(process_group)
