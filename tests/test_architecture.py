@@ -28,6 +28,7 @@ PACKAGES = [
     "model",
     "storage",
     "files",
+    "distributed",
     "training",
     "report",
     "integrations",

@@ -53,6 +53,7 @@ from topkast_func.training.optim import (
     partition,
     sgd,
 )
+from topkast_func.training.sharded import load_sharded, save_sharded
 from topkast_func.training.state import (
     TrainState,
     dense_params,
@@ -115,6 +116,7 @@ __all__ = [
     "lion",
     "load",
     "load_config",
+    "load_sharded",
     "make_train_step",
     "masks_of",
     "multi_steps",
@@ -124,6 +126,7 @@ __all__ = [
     "refresh",
     "rigl",
     "save",
+    "save_sharded",
     "set",
     "sgd",
     "sparse_forward",

@@ -15,6 +15,7 @@ from topkast_func import plots
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.demo import BATCH_SIZE, JOBS, METHOD, Run, train
+from topkast_func.distributed.launched import is_first, launched
 from topkast_func.report.summary import summary
 from topkast_func.training.checkpoint import save
 
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dense_twin:
         dense = replace(config, forward_sparsity=0.0, backward_sparsity=0.0)
         runs["dense"] = train(options.job, dense, options.epochs, options.seed, "dense twin")
+    if not is_first():
+        return
     _write(out, runs, vars(options), config)
     _report(Console(), runs)
     print(f"wrote loss.png, metrics.json and state.safetensors to {out}")
@@ -110,4 +113,5 @@ def _report(console: Console, runs: dict[str, Run]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with launched():
+        main()

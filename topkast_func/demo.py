@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from topkast_func.config import TopKastConfig
 from topkast_func.data import BostonHousing, SyntheticDataset
+from topkast_func.distributed.launched import is_first, own_rows, world
 from topkast_func.methods import topkast
 from topkast_func.training.optim import sgd
 from topkast_func.training.state import TrainState, forward_params, init_state
@@ -73,13 +74,17 @@ def train(
     model = _network(features.shape[1], seed)
     optimizer = sgd(lr=1e-3, momentum=0.9)
     state = best = init_state(model, config, optimizer, seed=seed)
-    train_step = make_train_step(model, _mean_squared_error, config, optimizer)
+    train_step = make_train_step(
+        model, _mean_squared_error, config, optimizer, process_group=world()
+    )
     order = torch.Generator("cpu").manual_seed(seed)
-    batches = DataLoader(parts[0], BATCH_SIZE, shuffle=True, drop_last=True, generator=order)
+    batches = DataLoader(
+        parts[0], BATCH_SIZE, True, drop_last=True, generator=order, collate_fn=own_rows
+    )
     train_losses: list[float] = []
     validation_losses: list[float] = []
     best_epoch, lowest = 0, math.inf
-    with tqdm(range(epochs), desc=label, unit="epoch") as progress:
+    with tqdm(range(epochs), desc=label, unit="epoch", disable=not is_first()) as progress:
         for epoch in progress:
             losses = []
             for batch in batches:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.description import code_of, described, made, told
@@ -17,7 +17,7 @@ from topkast_func.model.modules import check_names, trainable
 from topkast_func.training.agreement import disagreements, outlines
 from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.state import TrainState, theta_in
-from topkast_func.training.state_file import block_problem, flattened, restored, stored
+from topkast_func.training.state_file import StoredState, block_problem, flattened, restored, stored
 from topkast_func.types import Model
 
 
@@ -54,7 +54,28 @@ def save(
         ValueError: θ holds NaN, A is not within B, or the state is not one of ``config``; what
             was at ``path`` stays.
     """
-    _check_config(config)
+    header, tensors = taken_apart(state, config)
+    with replacing(Path(path)) as file:
+        write(file, header, tensors)
+
+
+def taken_apart(
+    state: TrainState, config: TopKastConfig | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Take a state apart for a file, its configuration included; see `save`.
+
+    Args:
+        state: The state.
+        config: The configuration, or None.
+
+    Returns:
+        The header and the tensors.
+
+    Raises:
+        TypeError: See `save`.
+        ValueError: See `save`.
+    """
+    check_config(config)
     header, tensors = flattened(state)
     header["config"] = None
     if config is not None:
@@ -62,8 +83,7 @@ def save(
         params = None if callable(config.sparse) else outlines(state.weights)
         if problems := disagreements(state, config, params=params):
             raise ValueError(f"the state is {problems[0]}")
-    with replacing(Path(path)) as file:
-        write(file, header, tensors)
+    return header, tensors
 
 
 def load(
@@ -97,14 +117,43 @@ def load(
         ValueError: The file is cut off, damaged or foreign, of another version, or of another
             configuration, model or optimiser; or ``theta_device`` is given for dense storage.
     """
-    _check_config(config)
+    check_config(config)
     if optimizer is not None:
         check_optimizer(optimizer)
     path = Path(path)
     with opened(path) as file:
-        config = _agreed(path, file.header, config)
+        config = agreed(path, file.header, config)
         with damage_of(path):
             parts = stored(file.header, file.tensors())
+    return put_together(path, parts, config, model, optimizer, device, theta_device)
+
+
+def put_together(
+    path: Path,
+    parts: StoredState,
+    config: TopKastConfig,
+    model: Model | None,
+    optimizer: Optimizer | None,
+    device: torch.device | str,
+    theta_device: torch.device | str | None,
+) -> TrainState:
+    """Put a state together where everything agrees.
+
+    Args:
+        path: Where it was, for errors.
+        parts: Its parts.
+        config: The configuration.
+        model: See `load`.
+        optimizer: See `load`.
+        device: See `load`.
+        theta_device: See `load`.
+
+    Returns:
+        The state.
+
+    Raises:
+        ValueError: See `load`.
+    """
     if theta_device is not None and parts.values is None:
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
     if problem := block_problem(parts, config.block_shape):
@@ -130,16 +179,36 @@ def load_config(path: str | os.PathLike[str]) -> TopKastConfig:
             configuration, or one with code.
     """
     with opened(Path(path)) as file:
-        return _agreed(Path(path), file.header, None)
+        return agreed(Path(path), file.header, None)
 
 
-def _check_config(config: object) -> None:
+def check_config(config: object) -> None:
+    """Check that a configuration, if given, is one.
+
+    Args:
+        config: What is given.
+
+    Raises:
+        TypeError: It is neither a configuration nor None.
+    """
     if config is not None and not isinstance(config, TopKastConfig):
         raise TypeError(f"config must be a TopKastConfig or None, got {type(config).__name__}")
 
 
-def _agreed(path: Path, header: Mapping[str, Any], given: TopKastConfig | None) -> TopKastConfig:
-    """Return the configuration of a file, which is the one that is given if any is."""
+def agreed(path: Path, header: Mapping[str, Any], given: TopKastConfig | None) -> TopKastConfig:
+    """Return the configuration of a file, which is the one that is given if any is.
+
+    Args:
+        path: The file, for errors.
+        header: Its header.
+        given: The configuration that is given.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: There is none, or another than the one given; or the header is damaged.
+    """
     description = header.get("config")
     if description is None:
         if given is None:

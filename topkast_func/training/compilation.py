@@ -26,6 +26,10 @@ COMPILES_FROM = "2.6"
 """First version of torch that compiles the step."""
 
 EAGER = "train_step runs eager, on small models several times slower: {}"
+ALONE = (
+    "this rank cannot compile train_step: {}. Mend that, or pass make_train_step(..., "
+    "compile=False) on all ranks"
+)
 BROKEN = (
     "the model or loss_fn breaks the graph of train_step: take the break out, or pass "
     "make_train_step(..., compile={{'fullgraph': False}}) or compile=False. The break: {}"
@@ -38,7 +42,9 @@ SHAPES = (
 )
 
 
-def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Callable[..., Any]:
+def compiled(
+    step: Callable[..., Any], compile: bool | Mapping[str, Any], *, required: bool = False
+) -> Callable[..., Any]:
     """Compile a pure step.
 
     A fault of the caller's own (a loss that is no scalar, a batch the model refuses) raises
@@ -49,6 +55,8 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
         step: A pure function of tensors.
         compile: False for the step as it is, True for one graph, or options of
             `torch.compile`, taken over ``fullgraph=True, dynamic=False``.
+        required: Whether to raise where the machine cannot compile: other processes run the
+            compiled step, and an eager one rounds otherwise.
 
     Returns:
         The compiled step. It raises RuntimeError, naming the break and the way on, where the
@@ -56,12 +64,13 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
 
     Raises:
         TypeError: ``compile`` is neither a bool nor a mapping.
+        RuntimeError: The step must be compiled, and torch is too old.
     """
     if compile is False:
         return step
     if TorchVersion(torch.__version__) < TorchVersion(COMPILES_FROM):
         reason = f"torch {torch.__version__} is too old, {COMPILES_FROM} is needed"
-        warn_caller(EAGER.format(reason))
+        _run_eager(reason, required)
         return step
     if compile is not True and not isinstance(compile, Mapping):
         raise TypeError(f"compile must be a bool or options of torch.compile, got {compile!r}")
@@ -78,7 +87,7 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
             raise RuntimeError(SHAPES) from failure
         except BackendCompilerFailed as failure:
             reason = f"torch.compile failed ({_cause(failure)}); is there a C++ compiler?"
-            warn_caller(EAGER.format(reason))
+            _run_eager(reason, required)
             fast = step
         except TorchDynamoException as failure:
             broken = failure
@@ -121,6 +130,13 @@ def _kind(leaf: Any) -> object:
         strides = leaf.stride() if leaf.layout == torch.strided else None
         return leaf.shape, strides, leaf.dtype, leaf.device, leaf.requires_grad
     return leaf if isinstance(leaf, (bool, int, float, str, bytes)) else type(leaf)
+
+
+def _run_eager(reason: str, required: bool) -> None:
+    """Warn that a step runs eager, or raise where it must not."""
+    if required:
+        raise RuntimeError(ALONE.format(reason))
+    warn_caller(EAGER.format(reason))
 
 
 def _fresh(step: Any) -> FunctionType:

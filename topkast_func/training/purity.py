@@ -95,8 +95,8 @@ def _depends_on(loss: Tensor, leaves: Iterable[Tensor]) -> bool:
 class Draws:
     """Which kinds of work draw random numbers, as found out by doing it."""
 
-    def __init__(self) -> None:
-        self._found: dict[Hashable, bool] = {}
+    def __init__(self, rank: int = 0) -> None:
+        self._rank, self._found = rank, dict[Hashable, bool]()
 
     def claims(self, kind: Hashable) -> Claims:
         """Return what work of a kind claims: the first of its kind, which may compile, all.
@@ -123,7 +123,7 @@ class Draws:
             What it returns.
         """
         if self._found.get(kind, True):
-            with random_numbers_of(state) as drawn:
+            with random_numbers_of(state, self._rank) as drawn:
                 result = work()
                 self._found[kind] = self._found.get(kind, False) or drawn()
             return result
@@ -139,17 +139,19 @@ class Draws:
 
 
 @contextmanager
-def random_numbers_of(state: TrainState) -> Iterator[Callable[[], bool]]:
+def random_numbers_of(state: TrainState, rank: int = 0) -> Iterator[Callable[[], bool]]:
     """Draw the random numbers of a step, and leave the caller's generators as they are.
 
     Args:
         state: The state; its seed, its step and the calls of its optimiser decide.
+        rank: The process of several that draws them; each has its own.
 
     Yields:
         A function that tells whether any have been drawn.
     """
     entropy = (int(state.seed), int(state.step), int(state.optimizer.step))
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    chance = np.random.SeedSequence(entropy, spawn_key=(rank,) if rank else ())
+    seed = int(chance.generate_state(1)[0])
     generators = _generators(state)
     with torch.random.fork_rng(devices=[g.device.index for g in generators[1:]]):
         before = [generator.manual_seed(seed).get_state() for generator in generators]

@@ -6,10 +6,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.func import grad, grad_and_value
 from torch.utils._pytree import tree_map
 
 from topkast_func.config import TopKastConfig
+from topkast_func.config.description import described
+from topkast_func.distributed.parallel import Alone, Samples, data_parallel
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.model.alone import (
     alone_with,
@@ -80,6 +84,9 @@ def make_train_step(
     *,
     compile: bool | Mapping[str, Any] = True,
     engine: EngineName = "auto",
+    process_group: ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
+    samples: Samples | None = None,
 ) -> TrainStep:
     """Build ``train_step(state, batch) -> (state, metrics)``.
 
@@ -98,6 +105,17 @@ def make_train_step(
     A loss that is NaN is returned as it is; θ then holds NaN, and a refresh that comes due
     keeps the sets and warns.
 
+    With a process group each of its ranks calls the step with the same state and a batch of its
+    own, and gets the state, the loss and the metrics that one process would get with all batches
+    together: the loss is to be a mean over the samples of a batch, gradients are averaged with
+    the samples of each rank as weights, and a rank without data takes part with an empty batch.
+    What is sent is one number for each value that is stored, those of B and of dense parameters.
+    Of ``aux`` floating 0-d tensors are averaged, others are those of the rank, where its batch is
+    empty of two rows of zeros. Floating buffers that are saved with the module, such as running
+    statistics, are averaged; others must be the same on all ranks. Dropout differs by rank, the
+    sets never do. That all ranks hold the same state is checked at the first step, at a refresh,
+    and where a state is not the one that the step before returned.
+
     Args:
         model: A module, in the training or evaluation mode it has at the call, or a pure
             function ``apply(params, *inputs)``.
@@ -109,17 +127,26 @@ def make_train_step(
             a mapping, or False to run eager, for debugging.
         engine: Who computes the products of sparse linear layers in compact storage: "numba",
             "dense", "reference" or "torch_sparse", or "auto" for the fastest of each layer.
+        process_group: The processes that train together, as `torch.distributed` has them; all
+            call this function and the step, from one thread. Its time-out says how long one
+            waits for another.
+        mesh: A device mesh of one axis in place of the group.
+        samples: ``samples(batch)``, how much a batch counts: how many tokens a loss is the mean
+            of, say. None for the length of the first axis of its tensors.
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
         state is of another model or optimiser or the forward pass changes a parameter or its
-        inputs, RuntimeError where the model breaks the graph, and whatever the model itself
-        raises; the caller's state is whole after any of these.
+        inputs, RuntimeError where the model breaks the graph, another rank is lost, elsewhere or
+        holds another state, and whatever the model itself raises; the caller's state is whole
+        after any of these.
 
     Raises:
         TypeError: The model or the loss function cannot be called, or the optimiser is none of
             this library.
-        ValueError: There is no such engine.
+        ValueError: There is no such engine; or ranks differ in configuration, model, optimiser or
+            torch, the mesh has several axes, or a part of the model is SyncBatchNorm.
+        RuntimeError: Another rank is lost.
 
     Example:
         >>> from topkast_func import init_state, sgd
@@ -139,24 +166,29 @@ def make_train_step(
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
     check_uncompiled(model)
+    options = described(compile) if isinstance(compile, Mapping) else compile
+    about = {"config": described(vars(config)), "optimizer": repr(optimizer), "engine": engine}
+    ranks = data_parallel(process_group, mesh, samples, model, {**about, "compile": options})
+    loss_fn = ranks.fed(loss_fn)
     layers = alone_with(model, partial(stand_ins, model, engine))
     check = alone_with(model, partial(agreement, model, config, optimizer))
     schedule = config.schedule
 
     @cache
     def run_from(start: int) -> Callable[..., Moved]:
-        return compiled(_step_of(model, loss_fn, config, start, optimizer, layers), compile)
+        step = _step_of(model, loss_fn, config, start, optimizer, layers, ranks)
+        return compiled(step, compile, required=ranks.several)
 
     @cache
     def gradients_from(start: int) -> Callable[[TrainState, Any], Tensors]:
-        return compiled(_gradients_of(model, loss_fn), compile)
+        return compiled(_gradients_of(model, loss_fn), compile, required=ranks.several)
 
     def gradients(state: TrainState, batch: Any) -> Tensors:
         last = max(int(state.step) - 1, 0)
-        return gradients_from(schedule.stage(last))(state, batch)
+        return ranks.mean(gradients_from(schedule.stage(last))(state, batch))
 
     alone_with(model, partial(run_from, 0))
-    parts, draws = parts_of(model), Draws()
+    parts, draws = parts_of(model), Draws(ranks.rank)
     own = claim(parts)
     tried: set[tuple[bool, ...]] = set()
 
@@ -191,7 +223,7 @@ def make_train_step(
             rate = tree_map(lambda lr: lr.reshape(1), rate)
             phi, bare = tuple(state.exponents), state._replace(exponents={})
             with standing_in(lent.values()):
-                after, numbers, aux = run(tuple(lent), phi, bare, batch, rate)
+                after, numbers, aux = run(tuple(lent), phi, bare, batch, rate, ranks.share)
             return after._replace(exponents=state.exponents), numbers, aux
 
         moved, numbers, aux = draws.run(kind, state, step)
@@ -207,12 +239,14 @@ def make_train_step(
         state = ordinary(state) if state.step.is_inference() else state
         batch, mode = ordinary(batch), modes(model)
         kind: Hashable = mode
+        sizes = tuple(value.shape for value in state.weights.values().values())
         if compile is not False:
-            sizes = tuple(value.shape for value in state.weights.values().values())
             chooses = (schedule.stage(int(state.step)), due(state), ends_stage(state))
             kind = (mode, type(state.weights), sizes, *chooses, signature(batch))
         work = partial(in_its_turn, state, batch, mode, kind)
-        return in_turn(own | draws.claims(kind), partial(as_written, parts, work))
+        turn = partial(in_turn, own | draws.claims(kind), partial(as_written, parts, work))
+        refreshes = due(state) or ends_stage(state)
+        return ranks.take_part(state, batch, turn, modes=mode, sizes=sizes, due=refreshes)
 
     vars(train_step)["config"] = config
     return train_step
@@ -270,6 +304,7 @@ def _step_of(
     start: int,
     optimizer: Optimizer,
     layers: Sequence[StandIn],
+    ranks: Alone,
 ) -> Callable[..., Moved]:
     """Return the step of a stage, without its refresh: a pure function of tensors.
 
@@ -279,7 +314,12 @@ def _step_of(
     tied = ties(model)
 
     def step(
-        lent: tuple[int, ...], phi: tuple[str, ...], state: TrainState, batch: Any, lr: Rate
+        lent: tuple[int, ...],
+        phi: tuple[str, ...],
+        state: TrainState,
+        batch: Any,
+        lr: Rate,
+        share: Tensor | None,
     ) -> Moved:
         weights = state.weights
 
@@ -299,6 +339,10 @@ def _step_of(
         with torch.no_grad():
             differentiate = grad_and_value(objective, has_aux=True)
             grads, (loss, (data_loss, penalty, aux, written)) = differentiate(weights.values())
+            if share is not None:
+                whole = ranks.whole(share, grads, data_loss, aux, state.buffers, written)
+                grads, data_loss, aux, written = whole
+                loss = data_loss + config.penalty_weight * penalty
             rate = tree_map(lambda given: given.reshape(()), lr)
             updates, moved = optimizer.update(grads, state.optimizer, weights.values(), rate)
             after = TrainState(

@@ -1,0 +1,1 @@
+"""Tests of many processes: pairs of them, on one machine."""

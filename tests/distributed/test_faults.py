@@ -1,0 +1,262 @@
+"""Faults of one rank: all ranks say so, and none trains on."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo import register_backend
+
+import topkast_func as tk
+from tests.distributed.processes import Outcome, results, together
+
+CONFIG, ADAM = tk.TopKastConfig(0.75, 0.5, refresh_every=5), tk.adamw(lr=0.01)
+AT, STEPS, SHORT = 7, 12, 3.0
+LOST = (
+    r"RuntimeError: rank 0 of 2 waited in vain for rank 1 in step 7: a process has ended or hangs"
+)
+
+
+def _network(seed: int = 0, width: int = 8) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+
+
+def _loss(apply: Callable[..., Tensor], batch: Tensor) -> Tensor:
+    return (apply(batch) - 1.0).square().mean()
+
+
+def _step(model: Any, config: tk.TopKastConfig = CONFIG, **options: Any) -> Any:
+    plain = {"compile": False, "process_group": dist.group.WORLD}
+    return tk.make_train_step(model, _loss, config, ADAM, **(plain | options))
+
+
+# --- faults that one rank alone sees -------------------------------------------------------
+
+
+def _raises(batch: Tensor) -> NoReturn:
+    raise ArithmeticError("a bad batch")
+
+
+def _is_killed(batch: Tensor) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hangs(batch: Tensor) -> None:
+    time.sleep(2 * SHORT)
+
+
+def _train_with(rank: int, fault: Callable[[Tensor], None] | None, catches: bool) -> int:
+    """Train, with a fault in the forward pass of rank 1 at one step; or it has fewer batches."""
+    model = _network()
+    now = -1
+
+    def forward(apply: Callable[..., Tensor], batch: Tensor) -> Tensor:
+        if now == AT and rank == 1 and fault:
+            fault(batch)
+        return _loss(apply, batch)
+
+    state = tk.init_state(model, CONFIG, ADAM)
+    step = tk.make_train_step(
+        model, forward, CONFIG, ADAM, compile=False, process_group=dist.group.WORLD
+    )
+    for number in range(AT if rank == 1 and fault is None else STEPS):
+        now = number
+        try:
+            state, _ = step(state, torch.randn(4, 6))
+        except ArithmeticError:
+            if not catches:
+                raise
+    return int(state.step)
+
+
+def _faulty(fault: Any, catches: bool = False) -> list[Outcome]:
+    return together(_train_with, fault, catches, patience=SHORT)
+
+
+def test_a_rank_that_raises_ends_the_others() -> None:
+    first, second = _faulty(_raises)
+    assert_says(first, LOST)
+    assert_says(second, r"ArithmeticError: a bad batch\non rank 1 of 2, in step 7")
+
+
+def test_a_rank_that_is_killed_ends_the_others() -> None:
+    first, second = _faulty(_is_killed)
+    assert_says(first, LOST)
+    assert second == Outcome(None, "died")
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_time_out() -> None:
+    first, second = _faulty(_hangs)
+    assert_says(first, LOST + r".*(Timed out|timeout)")
+    assert_says(second, r"rank 1 of 2 waited in vain for rank 0 in step 7")
+
+
+def test_a_rank_without_further_batches_ends_the_others() -> None:
+    first, second = _faulty(None)
+    assert_says(first, LOST + r", or has no batch left")
+    assert second == Outcome(AT, None)
+
+
+def test_a_rank_that_catches_an_error_does_not_go_on() -> None:
+    first, second = _faulty(_raises, catches=True)
+    assert_says(first, LOST)
+    assert_says(
+        second, r"RuntimeError: rank 1 of 2, step 7: its step 7 failed; a rank that catches"
+    )
+
+
+def _cannot_compile(rank: int) -> None:
+    @register_backend(name="flaky")
+    def flaky(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        if rank == 1:
+            raise OSError("no compiler")
+        return graph.forward
+
+    model = _network()
+    step = _step(model, compile={"backend": "flaky"})
+    step(tk.init_state(model, CONFIG, ADAM), torch.randn(4, 6))
+
+
+def test_a_rank_without_a_compiler_does_not_run_eager_beside_the_others() -> None:
+    first, second = together(_cannot_compile, patience=4 * SHORT)
+    assert_says(first, r"rank 0 of 2 waited in vain for rank 1 in step 0")
+    assert_says(second, r"this rank cannot compile train_step: .*OSError: no compiler")
+
+
+def assert_says(outcome: Outcome, pattern: str) -> None:
+    assert outcome.error is not None
+    with pytest.raises(AssertionError, match=f"(?s){pattern}"):
+        raise AssertionError(outcome.error)
+
+
+# --- faults that the ranks see by comparing ------------------------------------------------
+
+
+def _held(state: tk.TrainState, name: str, value: Tensor) -> tk.TrainState:
+    weights: Any = state.weights
+    return state._replace(weights=weights._replace(held={**weights.held, name: value}))
+
+
+def _flipped(state: tk.TrainState) -> tk.TrainState:
+    value = state.weights.values()["0.weight"].clone()
+    value.view(torch.int32)[3] ^= 1
+    return _held(state, "0.weight", value)
+
+
+def _flipped_in_place(state: tk.TrainState) -> tk.TrainState:
+    state.weights.values()["2.bias"].view(torch.int32)[1] ^= 1
+    return state
+
+
+def _of_other_sets(state: tk.TrainState) -> tk.TrainState:
+    theta = tk.dense_params(state)
+    other = tk.init_state({**theta, "0.weight": theta["0.weight"].flip(0)}, CONFIG, ADAM)
+    weights: Any = state.weights
+    return state._replace(weights=weights._replace(patterns=other.weights.layers()))
+
+
+def _of_earlier(state: tk.TrainState) -> tk.TrainState:
+    return state._replace(step=state.step - 1)
+
+
+def _refreshed(state: tk.TrainState) -> tk.TrainState:
+    return tk.refresh(state._replace(mask_seed=state.mask_seed + 1), RANDOM)
+
+
+RANDOM = replace(CONFIG, method=tk.random_backward())
+CHANGES: dict[str, tuple[Any, int, str]] = {
+    "one bit": (_flipped, 2, r"step 2: rank 1 holds another state .*\['0.weight'\] the first"),
+    "a bit in place": (_flipped_in_place, 2, r"step 5: rank 1 holds another state .*\['2.bias'\]"),
+    "other sets": (_of_other_sets, 3, r"step 3: rank 1 holds another state .*patterns"),
+    "another step": (_of_earlier, 3, r"step [23]: the ranks are at step \[3, 2\]; a rank that"),
+    "a refresh": (_refreshed, 4, r"step 4: rank 1 holds another state .*mask_seed"),
+}
+
+
+def _error(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except (RuntimeError, ValueError, TypeError) as reason:
+        return f"{type(reason).__name__}: {reason}"
+    return "none"
+
+
+def _change(rank: int, change: Any, at: int) -> None:
+    model = _network()
+    step, state = _step(model), tk.init_state(model, CONFIG, ADAM)
+    for number in range(STEPS):
+        if rank == 1 and number == at:
+            state = change(state)
+        state, _ = step(state, torch.randn(4, 6))
+
+
+def _differ(rank: int) -> dict[str, str]:
+    """Return what ranks say that differ in what they are given, by what that is."""
+    model, batch = _network(), torch.randn(4, 6)
+    other, sgd = replace(CONFIG, penalty_weight=0.1 * rank), [ADAM, tk.sgd(lr=0.1)][rank]
+    seeded, wide = _network(seed=rank), _network(width=8 + rank)
+    mode, calls = _network().train(rank == 0), dict[str, Callable[[], Any]]()
+    start = partial(tk.init_state, config=CONFIG, optimizer=ADAM)
+    group = dist.group.WORLD
+    storage: Any = ("compact", "dense")[rank]
+    calls = {
+        "configuration": lambda: _step(model, other),
+        "optimiser": lambda: tk.make_train_step(model, _loss, CONFIG, sgd, process_group=group),
+        "model": lambda: _step(wide),
+        "engine": lambda: _step(model, engine=("dense", "reference")[rank]),
+        "compiled": lambda: _step(model, compile=rank == 0),
+        "seed": lambda: _step(seeded)(start(seeded), batch),
+        "mode": lambda: _step(mode)(start(mode), batch),
+        "storage": lambda: _step(model)(start(model, storage=storage), batch),
+        "no data": lambda: _step(model)(start(model), batch[:0]),
+        "samples": lambda: _step(model, samples=lambda b: -1.0)(start(model), batch),
+    }
+    found = {name: _error(call) for name, call in calls.items()}
+    vars(torch)["__version__"] = ("2.13.0", "2.14.0")[rank]
+    return found | {"torch": _error(lambda: _step(model))}
+
+
+def _compare(rank: int) -> dict[str, str]:
+    changes = {n: _error(partial(_change, rank, *c[:2])) for n, c in CHANGES.items()}
+    return _differ(rank) | changes
+
+
+ALIKE = r"ValueError: ranks must train alike: in make_train_step "
+DIFFERENCES = {
+    "configuration": ALIKE + r"config of rank 1 is \{'penalty_weight': 0.1\}, rank 0 \{.*: 0.0\}",
+    "optimiser": ALIKE + r"optimizer of rank 1 is .*sgd.*, rank 0 .*adamw",
+    "model": ALIKE + r"the model of rank 1 is \{'0.weight': \(\(9, 6\), 'torch.float32'\)",
+    "engine": ALIKE + r"engine of rank 1 is 'reference', rank 0 'dense'",
+    "compiled": ALIKE + r"compile of rank 1 is False, rank 0 True",
+    "torch": ALIKE + r"torch of rank 1 is '2.14.0', rank 0 '2.13.0'",
+    "seed": r"step 0: rank 1 holds another state than rank 0, in \d+ of its tensors",
+    "mode": r"ranks must train alike: in step 0 modes of rank 1 is \(False, .*, rank 0 \(True",
+    "storage": r"ranks must train alike: in step 0 (sizes|tensors in the state) of rank 1 is",
+    "no data": r"ValueError: rank \d of 2, step 0: the ranks have \[0.0, 0.0\] samples",
+    "samples": r"ValueError: rank \d of 2, step 0: the ranks have \[-1.0, -1.0\] samples",
+}
+
+
+@pytest.fixture(scope="module")
+def compared() -> list[dict[str, str]]:
+    return results(_compare)
+
+
+EXPECTED = DIFFERENCES | {
+    name: f"RuntimeError: rank \\d of 2, {c[2]}" for name, c in CHANGES.items()
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_ranks_that_differ_all_say_in_what(name: str, compared: list[dict[str, str]]) -> None:
+    for rank, found in enumerate(compared):
+        assert_says(Outcome(None, found[name]), EXPECTED[name])
+        assert "rank" not in EXPECTED[name] or f"rank {rank} of 2" in found[name]

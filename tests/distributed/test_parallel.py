@@ -1,0 +1,265 @@
+"""Data parallel: two ranks compute what one computes with their batches together."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+import topkast_func as tk
+from tests.distributed.processes import results
+from tests.optimizers import EVERY
+from tests.storage import dense_slots
+from topkast_func.distributed.parallel import FILLER
+
+ADAM = tk.adamw(lr=0.01)
+
+CONFIG = tk.TopKastConfig(0.8, 0.5, refresh_every=4, explore_until=15)
+METHODS = {
+    "topkast": tk.topkast(),
+    "value": tk.topkast("value", exchange=None),
+    "random_backward": tk.random_backward(),
+    "rigl": tk.rigl(),
+    "set": tk.set(),
+    "static": tk.static(),
+    "ste": tk.ste(),
+    "gmp": tk.gmp(2, 10),
+    "dense": tk.dense(),
+}
+UNEVEN = [(4, 4), (1, 7), (8, 3), (0, 5), (6, 0)]
+STEPS = 20
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def loss_fn(apply: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Any:
+    outputs = apply(batch[0])
+    errors = (outputs - batch[1]).square().mean(1)
+    return errors.mean(), {"size": outputs.detach().abs().mean(), "errors": errors.detach()}
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor, tuple[int, int]]]:
+    """Return inputs and targets of both ranks together, and how many are of each."""
+    chance = torch.Generator().manual_seed(4)
+    sizes = [UNEVEN[i % len(UNEVEN)] for i in range(count)]
+    tensors = [torch.randn(sum(size), 9, generator=chance).double() for size in sizes]
+    return [(t[:, :6], t[:, 6:], size) for t, size in zip(tensors, sizes, strict=True)]
+
+
+class Trained(NamedTuple):
+    """What a training came to."""
+
+    theta: dict[str, Tensor]
+    masks: dict[str, tk.Masks]
+    slots: dict[str, dict[str, Tensor]]
+    numbers: list[Tensor]
+    refreshes: int
+
+
+def trained(
+    rank: int | None,
+    config: tk.TopKastConfig = CONFIG,
+    optimizer: tk.Optimizer = ADAM,
+    storage: Any = "compact",
+    steps: int = STEPS,
+    dtype: torch.dtype = torch.float64,
+    compile: Any = False,
+) -> Trained:
+    """Train on the part of a rank, or alone on all."""
+    model = network().to(dtype)
+    state = tk.init_state(model, config, optimizer, storage=storage)
+    group = None if rank is None else dist.group.WORLD
+    step = tk.make_train_step(
+        model, loss_fn, config, optimizer, compile=compile, process_group=group
+    )
+    numbers, refreshes = [], 0
+    for *batch, (first, _) in batches(steps):
+        part = slice(None) if rank is None else slice(first, None) if rank else slice(first)
+        state, metrics = step(state, tuple(tensor[part].to(dtype) for tensor in batch))
+        assert metrics.aux["errors"].shape[0] in (len(batch[0][part]), FILLER)
+        numbers += [*metrics[:4], metrics.aux["size"]]
+        refreshes += int(metrics.refreshed)
+    return Trained(
+        tk.dense_params(state), tk.masks_of(state), dense_slots(state), numbers, refreshes
+    )
+
+
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {"config": replace(CONFIG, method=method)} for name, method in METHODS.items()},
+    **{name: {"optimizer": optimizer, "steps": 9} for name, optimizer in EVERY.items()},
+    "dense storage": {"storage": "dense"},
+    "rigl, dense storage": {"storage": "dense", "config": replace(CONFIG, method=tk.rigl())},
+    "staged": {"config": replace(CONFIG, forward_sparsity=tk.staged({0: 0.5, 7: 0.8}))},
+    "powerprop": {"config": replace(CONFIG, powerprop=2.0)},
+    "blocks": {"config": replace(CONFIG, block_shape=(2, 2), sparse=["0.weight", "2.weight"])},
+}
+COMPILED = {"backend": "aot_eager"}
+
+
+def _every_case(rank: int) -> dict[str, Trained]:
+    return {name: trained(rank, **case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def pair() -> list[dict[str, Trained]]:
+    return results(_every_case)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_as_one_does_with_their_batches_together(
+    name: str, pair: list[dict[str, Trained]]
+) -> None:
+    one, (first, second) = trained(None, **CASES[name]), (rank[name] for rank in pair)
+    assert_close(first, one)
+    assert one.refreshes > 0 or name == "dense"
+    start = dict(network().double().named_parameters())
+    assert all((theta - start[n]).abs().max() > 1e-3 for n, theta in one.theta.items())
+    assert_close(second, first, rtol=0.0, atol=0.0)
+
+
+def _bits(rank: int) -> Trained:
+    return trained(rank, dtype=torch.float32, steps=STEPS)
+
+
+def test_ranks_are_the_same_bit_for_bit_in_float32() -> None:
+    first, second = results(_bits)
+    assert_close(second, first, rtol=0.0, atol=0.0)
+
+
+def _compiled(rank: int) -> tuple[Trained, int, int]:
+    found = trained(rank, compile=COMPILED, steps=10)
+    return found, len(counters["graph_break"]), counters["stats"]["unique_graphs"]
+
+
+def test_compiled_ranks_train_as_an_eager_process_in_a_graph_for_each_shape() -> None:
+    one, pair = trained(None, steps=10), results(_compiled)
+    for found, breaks, graphs in pair:
+        assert_close(found, one)
+        assert breaks == 0
+        assert graphs <= len({size for *_, size in batches(10)})
+    assert_close(pair[0][0], pair[1][0], rtol=0.0, atol=0.0)
+
+
+NORMED = tk.TopKastConfig(0.8, 0.5, refresh_every=4)
+
+
+def _normed() -> nn.Sequential:
+    torch.manual_seed(2)
+    parts = (nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    return nn.Sequential(*parts).double()
+
+
+def _of_both(apply: Callable[..., Tensor], batch: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the loss of both parts, each normalised alone."""
+    rows = sum(len(inputs) for inputs, _ in batch)
+    losses = [len(part[0]) / rows * loss_fn(apply, part)[0] for part in batch if len(part[0])]
+    return torch.stack(losses).sum()
+
+
+def _parts(step: int) -> list[tuple[Tensor, Tensor]]:
+    first = (3, 5, 2, 8, 0)[step % 5]
+    chance = torch.Generator().manual_seed(step)
+    both = torch.randn(8, 9, generator=chance).double()
+    return [(part[:, :6], part[:, 6:]) for part in (both[:first], both[first:])]
+
+
+def _train_normed(rank: int | None) -> list[tk.TrainState]:
+    model = _normed()
+    states = [tk.init_state(model, NORMED, ADAM)]
+    whole = rank is None
+    step = tk.make_train_step(
+        model,
+        _of_both if whole else loss_fn,
+        NORMED,
+        ADAM,
+        compile=False,
+        process_group=None if whole else dist.group.WORLD,
+    )
+    for number in range(STEPS):
+        batch: Any = _parts(number)
+        state, _ = step(states[-1], batch if rank is None else batch[rank])
+        states.append(state)
+    return states
+
+
+def _dropping(rank: int | None) -> list[Tensor]:
+    """Return the errors of eight equal rows, by step, and θ at the end."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    config = tk.TopKastConfig(0.5, 0.2, refresh_every=2)
+    state = tk.init_state(model, config, ADAM)
+    group = None if rank is None else dist.group.WORLD
+    step = tk.make_train_step(model, loss_fn, config, ADAM, compile=False, process_group=group)
+    found = []
+    for _ in range(3):
+        state, metrics = step(state, (torch.ones(8, 6), torch.ones(8, 3)))
+        found.append(metrics.aux["errors"])
+    return [*found, tk.dense_params(state)["0.weight"]]
+
+
+def _of_words(apply: Callable[..., Tensor], batch: dict[str, Tensor]) -> Tensor:
+    errors = (apply(batch["x"]) - 1.0).square().mean(-1)
+    return (errors * batch["mask"]).sum() / batch["mask"].sum()
+
+
+def _padded(rank: int | None) -> dict[str, Tensor]:
+    model, config = network(), tk.TopKastConfig(0.8, 0.5)
+    state = tk.init_state(model, config, ADAM)
+    options: dict[str, Any] = {}
+    if rank is not None:
+        options = {"process_group": dist.group.WORLD, "samples": lambda b: b["mask"].sum()}
+    step = tk.make_train_step(model, _of_words, config, ADAM, compile=False, **options)
+    chance = torch.Generator().manual_seed(4)
+    for shares in ((3, 1), (2, 0), (1, 4)):
+        x = torch.randn(2, 5, 6, generator=chance)
+        mask = torch.stack([(torch.arange(5) < share).float() for share in shares])
+        part = slice(None) if rank is None else slice(rank, rank + 1)
+        state, _ = step(state, {"x": x[part], "mask": mask[part], "scale": torch.tensor(1.0)})
+    return tk.dense_params(state)
+
+
+def _particulars(rank: int) -> dict[str, Any]:
+    return {"normed": _train_normed(rank), "dropping": _dropping(rank), "padded": _padded(rank)}
+
+
+@pytest.fixture(scope="module")
+def particular() -> list[dict[str, Any]]:
+    return results(_particulars)
+
+
+def test_running_statistics_are_averaged_over_the_samples(particular: Any) -> None:
+    one, (first, second) = _train_normed(None), (found["normed"] for found in particular)
+    assert_close(tk.dense_params(first[-1]), tk.dense_params(one[-1]))
+    assert_close(tk.masks_of(first[-1]), tk.masks_of(one[-1]))
+    for number, (before, after) in enumerate(pairwise(first)):
+        due = number > 0 and number % 4 == 0
+        alpha = tk.forward_params(tk.refresh(before, NORMED) if due else before)
+        outputs = [x @ alpha["0.weight"].T + alpha["0.bias"] for x, _ in _parts(number) if len(x)]
+        for name, of in (("1.running_mean", torch.mean), ("1.running_var", torch.var)):
+            mean = torch.stack([len(out) / 8 * of(out, 0) for out in outputs]).sum(0)
+            assert_close(after.buffers[name], 0.9 * before.buffers[name] + 0.1 * mean)
+    assert int(first[-1].buffers["1.num_batches_tracked"]) == STEPS
+    assert_close(second[-1], first[-1], rtol=0.0, atol=0.0)
+
+
+def test_dropout_differs_by_rank_and_the_sets_do_not(particular: Any) -> None:
+    first, second = (found["dropping"] for found in particular)
+    for own, other in zip(first[:-1], second[:-1], strict=True):
+        assert not torch.equal(own, other)
+    assert torch.equal(first[-1], second[-1])
+    assert torch.equal(first[0], _dropping(None)[0])
+
+
+def test_batches_count_as_samples_says(particular: Any) -> None:
+    first, second = (found["padded"] for found in particular)
+    assert_close(first, _padded(None))
+    assert_close(second, first, rtol=0.0, atol=0.0)

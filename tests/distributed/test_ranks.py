@@ -1,0 +1,134 @@
+"""Groups and meshes, and what ranks tell each other."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import topkast_func as tk
+from tests.distributed.processes import results
+from topkast_func.distributed.ranks import Ranks
+
+CONFIG, ADAM = tk.TopKastConfig(0.75, 0.5, refresh_every=2), tk.adamw(lr=0.01)
+
+
+def _network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.25), nn.Linear(8, 2))
+
+
+def _loss(apply: Callable[..., Tensor], batch: Tensor) -> Tensor:
+    return (apply(batch) - 1.0).square().mean()
+
+
+def _step(model: Any = None, **options: Any) -> Any:
+    model = _network() if model is None else model
+    return tk.make_train_step(model, _loss, CONFIG, ADAM, compile=False, **options)
+
+
+def _train(**options: Any) -> tk.TrainState:
+    state, step = tk.init_state(_network(), CONFIG, ADAM), _step(**options)
+    for batch in torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(2)):
+        state, _ = step(state, batch)
+    return state
+
+
+def _refuse(*arguments: object, **options: object) -> NoReturn:
+    raise AssertionError("something is sent")
+
+
+def _error(work: Callable[[], Any]) -> str:
+    try:
+        return f"{work()}"
+    except Exception as reason:
+        return f"{type(reason).__name__}: {reason}"
+
+
+def _fail_on(rank: int, failing: int) -> str:
+    if rank == failing:
+        raise OSError("disk full")
+    return f"from {rank}"
+
+
+def _groups(rank: int) -> dict[str, Any]:
+    world = dist.group.WORLD
+    assert world is not None
+    ranks, synced = Ranks(world), nn.Sequential(nn.Linear(6, 8), nn.SyncBatchNorm(8))
+    mesh, axes = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    alone = [dist.new_group([member]) for member in range(2)]
+    errors = {
+        "both": lambda: _step(process_group=world, mesh=mesh),
+        "axes": lambda: _step(mesh=axes),
+        "no mesh": lambda: _step(mesh=2),
+        "no group": lambda: _step(process_group="world"),
+        "outside": lambda: _step(process_group=alone[1 - rank]),
+        "synced": lambda: _step(synced, process_group=world),
+        "samples": lambda: _step(process_group=world, samples=3),
+        "lengths": lambda: _rows(world),
+        "first": lambda: ranks.by_first(lambda: f"from {rank}"),
+        "first fails": lambda: ranks.by_first(lambda: _fail_on(rank, 0)),
+        "second fails": lambda: ranks.attempted(lambda: _fail_on(rank, 1)),
+    }
+    found: dict[str, Any] = {name: _error(work) for name, work in errors.items()}
+    found["mesh"], found["group"] = _train(mesh=mesh), _train(process_group=world)
+    for name in ("all_reduce", "all_gather", "all_gather_object"):
+        setattr(dist, name, _refuse)
+    return found | {"alone": _train(process_group=alone[rank])}
+
+
+def _rows(world: dist.ProcessGroup) -> None:
+    step = tk.make_train_step(
+        _network(), lambda a, b: _loss(a, b[0]), CONFIG, ADAM, compile=False, process_group=world
+    )
+    step(tk.init_state(_network(), CONFIG, ADAM), (torch.ones(4, 6), torch.ones(3)))
+
+
+@pytest.fixture(scope="module")
+def pair() -> list[dict[str, Any]]:
+    return results(_groups)
+
+
+EXPECTED = {
+    "both": r"ValueError: process_group and mesh are both given",
+    "axes": r"ValueError: mesh must have one axis, got 2 of sizes \(2, 1\): give that over which",
+    "no mesh": r"TypeError: mesh must be a DeviceMesh, got int",
+    "no group": r"TypeError: process_group must be a ProcessGroup, got 'world'",
+    "outside": r"ValueError: process_group must be one that this process is in",
+    "synced": r"ValueError: the parts \['1'\] of the model are SyncBatchNorm.*: use BatchNorm",
+    "samples": r"TypeError: samples must be a function of the batch, got 3",
+    "lengths": r"ValueError: the first axes .* have lengths \[3, 4\].*: pass .*samples=f",
+    "first": r"from 0",
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_what_is_wrong_is_named_on_every_rank(name: str, pair: list[dict[str, Any]]) -> None:
+    for found in pair:
+        with pytest.raises(AssertionError, match=EXPECTED[name]):
+            raise AssertionError(found[name])
+
+
+@pytest.mark.parametrize(("name", "failing"), [("first fails", 0), ("second fails", 1)])
+def test_work_that_fails_on_a_rank_fails_on_all(
+    name: str, failing: int, pair: list[dict[str, Any]]
+) -> None:
+    assert pair[failing][name] == "OSError: disk full"
+    assert pair[1 - failing][name] == f"OSError: rank {failing} of 2: OSError: disk full"
+
+
+def test_a_mesh_of_one_axis_is_its_group(pair: list[dict[str, Any]]) -> None:
+    torch.testing.assert_close(pair[0]["mesh"], pair[0]["group"], rtol=0.0, atol=0.0)
+
+
+def test_a_group_of_one_trains_as_no_group_and_sends_nothing(pair: list[dict[str, Any]]) -> None:
+    for found in pair:
+        torch.testing.assert_close(found["alone"], _train(), rtol=0.0, atol=0.0)
+
+
+def test_samples_are_asked_for_with_a_group_alone() -> None:
+    with pytest.raises(ValueError, match="samples is for several processes: pass process_group"):
+        _step(samples=len)

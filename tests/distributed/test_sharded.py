@@ -1,0 +1,272 @@
+"""Checkpoints of many processes: round trips, other numbers of ranks, kills, damage."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.testing import assert_close
+
+import topkast_func as tk
+from tests.distributed.processes import FORKING, results, together
+from tests.storage import STORAGES
+
+CONFIG, ADAM = tk.TopKastConfig(0.75, 0.5, refresh_every=3), tk.adamw(lr=0.05)
+
+
+def _network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.25), nn.Linear(8, 2))
+
+
+def _loss(apply: Callable[..., Tensor], batch: Tensor) -> Tensor:
+    return (apply(batch) - 1.0).square().mean()
+
+
+def _start(storage: Any = "compact") -> tk.TrainState:
+    return tk.init_state(_network(), CONFIG, ADAM, storage=storage)
+
+
+def _train(state: tk.TrainState, until: int) -> tk.TrainState:
+    group = dist.group.WORLD if dist.is_initialized() else None
+    step = tk.make_train_step(_network(), _loss, CONFIG, ADAM, compile=False, process_group=group)
+    rank = 0 if group is None else dist.get_rank()
+    for number in range(int(state.step), until):
+        chance = torch.Generator().manual_seed(10 * number + rank)
+        state, _ = step(state, torch.randn(4, 6, generator=chance))
+    return state
+
+
+def _load(folder: Any, **options: Any) -> tk.TrainState:
+    return tk.load_sharded(folder, CONFIG, _network(), ADAM, **options)
+
+
+def same(one: tk.TrainState, other: tk.TrainState) -> None:
+    """Compare states bit for bit, but for what θ at rest holds on B, which no one reads."""
+    assert_close(_read(one), _read(other), rtol=0.0, atol=0.0)
+
+
+def _read(state: tk.TrainState) -> tuple[Any, ...]:
+    theta, sets = tk.dense_params(state), tk.masks_of(state)
+    return theta, sets, state.weights.values(), state[:3], state[4:]
+
+
+def _error(work: Callable[[], Any]) -> str:
+    try:
+        work()
+    except (RuntimeError, ValueError, TypeError, OSError) as reason:
+        return f"{type(reason).__name__}: {reason}"
+    return "none"
+
+
+# --- by two ranks ----------------------------------------------------------------------------
+
+
+def _save_and_go_on(rank: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for storage in STORAGES:
+        middle = _train(_start(storage), 5)
+        tk.save_sharded(middle, folder / storage, CONFIG)
+        end, loaded = _train(middle, 10), _load(folder / storage)
+        same(loaded, middle)
+        same(_train(loaded, 10), end)
+        found[storage] = middle
+    return found | _refused(rank, folder)
+
+
+def _refused(rank: int, folder: Path) -> dict[str, str]:
+    state, kept = _start(), folder / "compact"
+    other = state._replace(seed=state.seed + rank)
+    works: dict[str, Callable[[], Any]] = {
+        "states": lambda: tk.save_sharded(other, folder / "new"),
+        "folders": lambda: tk.save_sharded(state, folder / f"of {rank}"),
+        "none": lambda: tk.load_sharded(folder / "nothing"),
+        "config": lambda: tk.load_sharded(kept, replace(CONFIG, penalty_weight=0.3)),
+        "one config": lambda: tk.load_sharded(
+            kept, replace(CONFIG, penalty_weight=0.3) if rank else CONFIG
+        ),
+        "optimiser": lambda: tk.load_sharded(kept, optimizer=tk.sgd(lr=0.1)),
+    }
+    return {name: _error(work) for name, work in works.items()}
+
+
+def _load_in_threes(rank: int, folder: Path) -> list[tk.TrainState]:
+    return [_load(folder / storage) for storage in STORAGES]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("kept")
+    return folder, results(_save_and_go_on, folder)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_checkpoint_of_two_ranks_is_one_of_one(storage: str, kept: Any) -> None:
+    folder, pair = kept
+    state = _load(folder / storage)
+    for found in pair:
+        same(state, found[storage])
+    assert int(state.step) == 5
+    assert state.optimizer.slots["adamw.exp_avg"]["0.weight"].count_nonzero() > 0
+    parts = {path.name for path in (folder / storage / "step-5").glob("*.distcp")}
+    assert parts == {"__0_0.distcp", "__1_0.distcp"}
+
+
+def test_a_checkpoint_of_two_ranks_is_one_of_three(kept: Any) -> None:
+    folder, (first, _) = kept
+    for found in results(_load_in_threes, folder, ranks=3):
+        for state, storage in zip(found, STORAGES, strict=True):
+            same(state, first[storage])
+
+
+REFUSED = {
+    "states": r"RuntimeError: rank \d of 2, in save_sharded at step 0: rank 1 holds another state",
+    "folders": r"FileNotFoundError: .*step-0.part was made by rank 0 and is not there",
+    "none": r"FileNotFoundError: .*there is no checkpoint in .*nothing",
+    "config": r"ValueError: .* with another configuration .*: penalty_weight is 0.0001 and not 0.3",
+    "one config": r"ValueError: .* with another configuration",
+    "optimiser": r"ValueError: .*step-5 holds another state: slots are",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_one_rank_cannot_save_or_load_no_rank_does(name: str, kept: Any) -> None:
+    folder, pair = kept
+    for found in pair:
+        with pytest.raises(AssertionError, match=f"(?s){REFUSED[name]}"):
+            raise AssertionError(found[name])
+    assert not (folder / "new").exists()
+
+
+def _dies_in_the_middle(rank: int, folder: Path) -> None:
+    tk.save_sharded(_train(_start(), 1), folder)
+    if rank == 1:
+        setattr(FileSystemWriter, "write_data", _die)  # noqa: B010
+    tk.save_sharded(_train(_start(), 2), folder)
+
+
+def _die(*arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _save_once_more(rank: int, folder: Path) -> tk.TrainState:
+    state = _train(_load(folder), 3)
+    tk.save_sharded(state, folder)
+    return state
+
+
+def test_a_rank_that_is_killed_while_it_writes_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    first, second = together(_dies_in_the_middle, tmp_path, patience=3.0)
+    assert second.error == "died"
+    assert first.error
+    assert "rank 0 of 2 waited in vain for rank 1 in save_sharded at step 2" in first.error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1", "step-2.part"]
+    assert int(_load(tmp_path).step) == 1
+    state, _ = results(_save_once_more, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-1", "step-3"]
+    same(_load(tmp_path), state)
+
+
+# --- by one process --------------------------------------------------------------------------
+
+
+def test_the_newest_checkpoints_stay_and_none_is_written_over(tmp_path: Path) -> None:
+    state = _start()
+    whole = [tk.save_sharded(state, tmp_path, keep=3).name for _ in range(2)]
+    whole += [tk.save_sharded(_train(state, n), tmp_path, keep=3).name for n in (3, 1)]
+    assert whole == ["step-0", "step-0.1", "step-3", "step-1"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"latest", "step-0.1", "step-3", "step-1"}
+    assert int(_load(tmp_path).step) == 1
+    assert int(_load(tmp_path / "step-3").step) == 3
+    (tmp_path / "latest").unlink()
+    assert int(_load(tmp_path).step) == 1
+    shutil.rmtree(tmp_path / "step-1")
+    assert int(_load(tmp_path).step) == 3
+    for keep, error in ((0, ValueError), (True, TypeError)):
+        with pytest.raises(error, match="keep must be"):
+            tk.save_sharded(state, tmp_path, keep=keep)
+
+
+def _save_until_killed(folder: Path, end: Any) -> None:
+    state = _start()
+    while True:
+        state = state._replace(step=state.step + 1)
+        marked = {n: v + float(state.step) for n, v in state.weights.values().items()}
+        weights: Any = state.weights
+        tk.save_sharded(state._replace(weights=weights._replace(held=marked)), folder, keep=2)
+        end.send(int(state.step))
+
+
+def killed_while_saving(folder: Path, seconds: float) -> tuple[int, int]:
+    """Return the last step that was saved before a kill, and the one that loads."""
+    own, end = FORKING.Pipe(duplex=False)
+    process = FORKING.Process(target=_save_until_killed, args=(folder, end))
+    process.start()
+    end.close()
+    saved = own.recv()
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+    try:
+        while True:
+            saved = own.recv()
+    except EOFError:
+        state = tk.load_sharded(folder, CONFIG)
+    values, start = state.weights.values(), _start().weights.values()
+    for name, value in values.items():
+        assert_close(value - start[name], torch.full_like(value, float(state.step)))
+    return saved, int(state.step)
+
+
+@pytest.mark.parametrize("kill", range(6))
+def test_after_a_kill_the_last_whole_checkpoint_loads(kill: int, tmp_path: Path) -> None:
+    saved, loaded = killed_while_saving(tmp_path, 0.011 * kill)
+    assert loaded in (saved, saved + 1)
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    state = _start()
+    where = tk.save_sharded(state, tmp_path, CONFIG)
+    data = next(where.glob("*.distcp"))
+    content, found = bytearray(data.read_bytes()), 0
+    for place in range(0, len(content), len(content) // 40):
+        content[place] ^= 16
+        data.write_bytes(content)
+        content[place] ^= 16
+        said = _error(lambda: same(tk.load_sharded(tmp_path), state))
+        assert said == "none" or "step-0 is damaged, so nothing was loaded" in said
+        found += said != "none"
+    assert found > 5
+    data.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="step-0 is damaged, so nothing was loaded"):
+        tk.load_sharded(tmp_path)
+    data.write_bytes(content)
+    same(tk.load_sharded(tmp_path), state)
+
+
+def test_what_is_told_of_a_checkpoint_is_believed_as_it_was_written_alone(tmp_path: Path) -> None:
+    where = tk.save_sharded(_start(), tmp_path, CONFIG) / "about.json"
+    about = json.loads(where.read_text())
+    about["header"]["config"]["penalty_weight"] = 0.5
+    where.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"damaged, .*about.json is not as it was written"):
+        tk.load_sharded(tmp_path)
+
+
+def test_a_checkpoint_without_its_configuration_asks_for_it(tmp_path: Path) -> None:
+    state = _start()
+    tk.save_sharded(state, tmp_path)
+    with pytest.raises(ValueError, match="was saved without its configuration"):
+        tk.load_sharded(tmp_path)
+    same(tk.load_sharded(tmp_path, CONFIG, theta_device="cpu"), state)

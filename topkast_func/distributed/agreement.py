@@ -1,0 +1,63 @@
+"""Checksums of trees of tensors, and whether all ranks hold the same."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+
+from topkast_func.distributed.ranks import Ranks
+
+CHUNK = 1 << 20  # entries that are weighted at a time, for the memory it takes
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return Σ_i (2i + 1)·b_i mod 2⁶⁴ of the bits b_i of the entries, as integers.
+
+    Any one entry that differs changes it, as an odd number has an inverse.
+
+    Args:
+        tensor: Any.
+
+    Returns:
+        The sum, int64.
+    """
+    return int(_checksum(tensor))
+
+
+def check_same(ranks: Ranks, where: str, tree: Any) -> None:
+    """Check that all ranks hold the same tensors, bit for bit.
+
+    Args:
+        ranks: The processes.
+        where: Which rank this is, and where in the training, for the error.
+        tree: A tree of tensors, of the same structure on all ranks.
+
+    Raises:
+        RuntimeError: They do not; the same on every rank.
+    """
+    sums = [_checksum(leaf).cpu() for leaf in tree_leaves(tree)]
+    table = ranks.gathered(torch.stack(sums))
+    differs = table != table[0]
+    if not differs.any():
+        return
+    rank, place = differs.nonzero()[0].tolist()
+    paths = [keystr(path) for path, _ in tree_flatten_with_path(tree)[0]]
+    count = int(differs[rank].sum())
+    raise RuntimeError(
+        f"{where}: rank {rank} holds another state than rank 0, in {count} of its tensors, "
+        f"{paths[place]} the first. Ranks are to begin with one state (of one seed or file) and "
+        "to move it by train_step alone"
+    )
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = real.detach().contiguous().flatten().view(INTEGERS[real.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), CHUNK):
+        part = bits[start : start + CHUNK].to(torch.int64)
+        place = torch.arange(start, start + part.numel(), device=bits.device)
+        total += (part * (2 * place + 1)).sum()
+    return total

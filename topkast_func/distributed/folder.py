@@ -1,0 +1,186 @@
+"""Checkpoints in a folder, each whole or not there: tensors by `torch.distributed.checkpoint`.
+
+A checkpoint is a folder ``step-N``, written under another name, ``step-N.part``, and renamed by
+rank 0 once every rank has its part on the disk; then ``latest``, a text, is made to name it. So
+whoever is killed when, a name without ``.part`` stands for a checkpoint that is whole.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from topkast_func.distributed.agreement import checksum
+from topkast_func.distributed.ranks import Ranks
+from topkast_func.files.drafts import replacing
+from topkast_func.types import Tensors
+
+FORMAT, VERSION = "topkast_func checkpoint", 1
+DAMAGED = "{} is damaged, so nothing was loaded"
+ABOUT, LATEST, PART = "about.json", "latest", ".part"
+
+
+def write(
+    ranks: Ranks,
+    folder: Path,
+    step: int,
+    header: Mapping[str, Any],
+    tensors: Tensors,
+    keep: int | None = None,
+) -> Path:
+    """Write a checkpoint; a collective call.
+
+    Beside what `torch.distributed.checkpoint` writes it has ``about.json``: ``format``,
+    ``version``, ``header``, the ``checksums`` of the tensors, see `checksum`, in their order, and
+    under ``digest`` BLAKE2b of all that in JSON.
+
+    Args:
+        ranks: The processes, which all hold the same tensors.
+        folder: Where checkpoints are kept; no other job may write there.
+        step: Number of the step.
+        header: JSON object.
+        tensors: Tensors by name, on any device.
+        keep: How many checkpoints stay, the newest; None for all.
+
+    Returns:
+        The checkpoint: ``folder/step-N``, or ``folder/step-N.1`` and so on where there is one.
+
+    Raises:
+        RuntimeError: A rank could not write.
+        FileNotFoundError: A rank does not see the folder.
+    """
+    name = ranks.by_first(lambda: _begun(folder, step))
+    part = folder / f"{name}{PART}"
+    ranks.attempted(lambda: _check_seen(part))
+    writer = FileSystemWriter(part)
+    with _by_torch(RuntimeError, f"{part} was not written, and the checkpoints before it stay"):
+        save(tensors, storage_writer=writer, process_group=ranks.group)
+    about = {"format": FORMAT, "version": VERSION, "header": header}
+    about["checksums"] = {key: checksum(tensor) for key, tensor in tensors.items()}
+    ranks.by_first(lambda: _finish(part, folder / name, about, keep))
+    return folder / name
+
+
+def read(ranks: Ranks, folder: Path) -> tuple[Path, dict[str, Any], Tensors]:
+    """Read a checkpoint on every rank, and check every tensor; a collective call.
+
+    Args:
+        ranks: The processes.
+        folder: A checkpoint, or a folder of them, of which the latest is read.
+
+    Returns:
+        The checkpoint, its header, and the tensors by name on the CPU.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, foreign, or of another version.
+    """
+    path = ranks.by_first(lambda: _latest(folder))
+    about, reader, tensors = ranks.attempted(lambda: _opened(path))
+    with _by_torch(ValueError, DAMAGED.format(path)):
+        load(tensors, storage_reader=reader, process_group=ranks.group)
+    ranks.attempted(lambda: _check_tensors(path, tensors, about["checksums"]))
+    return path, about["header"], tensors
+
+
+def _begun(folder: Path, step: int) -> str:
+    """Make the folder of a checkpoint that is to be written, and return its name to be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"*{PART}"):
+        shutil.rmtree(left)
+    names = (f"step-{step}{f'.{again}' if again else ''}" for again in count())
+    name = next(name for name in names if not (folder / name).exists())
+    (folder / f"{name}{PART}").mkdir()
+    return name
+
+
+def _check_seen(part: Path) -> None:
+    if not part.is_dir():
+        raise FileNotFoundError(
+            f"{part} was made by rank 0 and is not there on this rank: checkpoints of several "
+            "processes need a folder that all of them see"
+        )
+
+
+def _finish(part: Path, whole: Path, about: dict[str, Any], keep: int | None) -> None:
+    """Give a checkpoint its name, let `latest` name it, and remove what is too old."""
+    with replacing(part / ABOUT) as file:
+        file.write(json.dumps({**about, "digest": _digest(about)}).encode())
+    part.rename(whole)
+    with replacing(whole.parent / LATEST) as file:  # which puts the new names on the disk too
+        file.write(whole.name.encode())
+    for old in _by_age(whole.parent)[:-keep] if keep else []:
+        doomed = old.with_name(f"{old.name}{PART}")
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the oldest first."""
+    found = [path.parent for path in folder.glob(f"step-*/{ABOUT}")]
+    whole = [path for path in found if not path.name.endswith(PART)]
+    return sorted(whole, key=lambda path: (path / ABOUT).stat().st_mtime_ns)
+
+
+def _latest(folder: Path) -> Path:
+    if (folder / ABOUT).is_file():
+        return folder
+    with suppress(FileNotFoundError):
+        named = folder / (folder / LATEST).read_text()
+        if (named / ABOUT).is_file():
+            return named
+    if found := _by_age(folder):
+        return found[-1]
+    raise FileNotFoundError(f"there is no checkpoint in {folder}")
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """Return what is told of a checkpoint, what reads it, and tensors to read into."""
+    with _by_torch(ValueError, DAMAGED.format(path)):
+        about = dict(json.loads((path / ABOUT).read_text()))
+        if about.pop("digest", None) != _digest(about) or about.get("format") != FORMAT:
+            raise ValueError(f"{ABOUT} is not as it was written")
+        reader = FileSystemReader(path)
+        kinds: Any = reader.read_metadata().state_dict_metadata
+        tensors = {
+            name: torch.empty(kinds[name].size, dtype=kinds[name].properties.dtype, device="cpu")
+            for name in about["checksums"]
+        }
+    if about["version"] != VERSION:
+        raise ValueError(
+            f"{path} has format version {about['version']}, this topkast_func reads {VERSION}"
+        )
+    return about, reader, tensors
+
+
+def _check_tensors(path: Path, tensors: Tensors, checksums: Mapping[str, int]) -> None:
+    wrong = [name for name, tensor in tensors.items() if checksum(tensor) != checksums[name]]
+    if wrong:
+        raise ValueError(f"{DAMAGED.format(path)}: {wrong} do not match their checksums")
+
+
+@contextmanager
+def _by_torch(kind: type[Exception], problem: str) -> Iterator[None]:
+    """Let errors of torch, some of them no `Exception`, say what they mean; hush one warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
+        try:
+            yield
+        except (Exception, CheckpointException) as reason:
+            told = f"{type(reason).__name__}: {reason}"
+            raise kind(f"{problem}: {told:.500}") from reason
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()

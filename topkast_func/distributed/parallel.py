@@ -1,0 +1,310 @@
+"""Data parallel: what a step does beside its own work where several processes share a batch."""
+
+import hashlib
+import math
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+import topkast_func.distributed.agreement as agreement
+from topkast_func.distributed.bucket import mean_over
+from topkast_func.distributed.ranks import Ranks, ranks_of
+from topkast_func.model.modules import tensors_of
+from topkast_func.types import LossFn, Tensors
+
+Result = TypeVar("Result")
+
+Samples = Callable[[Any], float | Tensor]
+"""``samples(batch)``: how much a batch counts, such as how many tokens its loss is the mean of."""
+
+FILLER = 2  # rows that the model sees of an empty batch: batch norm refuses one
+BROKEN = (
+    "a rank that catches an error of train_step cannot go on without the others: end the process, "
+    "and begin again on all ranks, from a checkpoint"
+)
+
+
+class Alone:
+    """One process: it adds nothing to a step.
+
+    Attributes:
+        rank: 0.
+        several: Whether there are several.
+        share: Fraction of the samples of the step that are this rank's, float64, [1]; None alone.
+    """
+
+    rank = 0
+    share: Tensor | None = None
+    several = False
+
+    def fed(self, loss_fn: LossFn) -> LossFn:
+        """Return the loss function as the step is to call it."""
+        return loss_fn
+
+    def mean(self, tensors: Tensors) -> Tensors:
+        """Return tensors averaged over the samples of the step."""
+        return tensors
+
+    def whole(
+        self,
+        share: Tensor,
+        grads: Tensors,
+        loss: Tensor,
+        aux: tuple[Any, ...],
+        before: Tensors,
+        after: Tensors,
+    ) -> tuple[Tensors, Tensor, tuple[Any, ...], Tensors]:
+        """Return gradients, loss, aux and buffers of the whole batch, of those of this rank.
+
+        Args:
+            share: Share of this rank, as the step got it.
+            grads: Gradients of the values.
+            loss: The loss, 0-d.
+            aux: What came with it.
+            before: Buffers before the step.
+            after: Buffers after it.
+
+        Returns:
+            Those of the whole batch.
+        """
+        return grads, loss, aux, after
+
+    def take_part(
+        self,
+        state: Any,
+        batch: Any,
+        run: Callable[[], tuple[Any, Result]],
+        *,
+        due: bool,
+        **kind: object,
+    ) -> tuple[Any, Result]:
+        """Run a step.
+
+        Args:
+            state: The state, with its ``step``.
+            batch: The batch of this rank.
+            run: The step of this rank.
+            due: Whether a refresh is due before or after it.
+            **kind: What else must be alike on all ranks, by what it is called.
+
+        Returns:
+            What it returns.
+        """
+        return run()
+
+
+class DataParallel(Alone):
+    """One process of several: see `make_train_step` for what it adds to a step.
+
+    First the ranks call the roll: a row of each, with the number of its step and what it is about
+    to send, tells all whether they are to make the same step. So a rank that is elsewhere is an
+    error on all, and what is sent within the step has the same sizes everywhere.
+    """
+
+    several = True
+
+    def __init__(self, ranks: Ranks, samples: Samples, averaged: tuple[str, ...]) -> None:
+        self.rank = ranks.rank
+        self._ranks, self._samples, self._averaged = ranks, samples, averaged
+        self._failed: int | None = None
+        self._last: list[weakref.ref[Tensor]] = []
+
+    def fed(self, loss_fn: LossFn) -> LossFn:
+        """Return a loss function that sees rows of zeros where the batch has none."""
+
+        def fed(apply: Callable[..., Any], batch: Any) -> Any:
+            return loss_fn(apply, tree_map_only(Tensor, _filled, batch))
+
+        return fed
+
+    def mean(self, tensors: Tensors) -> Tensors:
+        """Return tensors averaged over the samples of the step."""
+        if self.share is None:
+            return tensors
+        found = mean_over(self._ranks.group, self.share.reshape(()), list(tensors.values()))
+        return dict(zip(tensors, found, strict=True))
+
+    def whole(
+        self,
+        share: Tensor,
+        grads: Tensors,
+        loss: Tensor,
+        aux: tuple[Any, ...],
+        before: Tensors,
+        after: Tensors,
+    ) -> tuple[Tensors, Tensor, tuple[Any, ...], Tensors]:
+        """Return gradients, loss, aux and buffers of the whole batch; see `Alone.whole`."""
+        leaves, structure = tree_flatten(aux)
+        numbers = [i for i, leaf in enumerate(leaves) if leaf.ndim == 0 and _is_mean(leaf)]
+        changes = [
+            torch.where(after[name] == before[name], 0.0, after[name] - before[name])
+            for name in self._averaged
+        ]
+        own = [loss, *(leaves[i] for i in numbers), *changes, *grads.values()]
+        means = mean_over(self._ranks.group, share.reshape(()), own)
+        for i, number in zip(numbers, means[1:], strict=False):
+            leaves[i] = number
+        moved = means[1 + len(numbers) : len(means) - len(grads)]
+        buffers = {n: before[n] + move for n, move in zip(self._averaged, moved, strict=True)}
+        grads = dict(zip(grads, means[len(means) - len(grads) :], strict=True))
+        return grads, means[0], tree_unflatten(leaves, structure), after | buffers
+
+    def take_part(
+        self,
+        state: Any,
+        batch: Any,
+        run: Callable[[], tuple[Any, Result]],
+        *,
+        due: bool,
+        **kind: object,
+    ) -> tuple[Any, Result]:
+        """Run a step once all ranks are about to make the same; see `Alone.take_part`."""
+        step = int(state.step)
+        if self._failed is not None:
+            told = f"its step {self._failed} failed"
+            raise RuntimeError(
+                f"rank {self.rank} of {self._ranks.size}, step {step}: {told}; {BROKEN}"
+            )
+        self._failed = step
+        with self._ranks.waiting(f"in step {step}"):
+            samples = self._roll(state, batch, due, kind | {"due": due})
+            self.share = (samples[self.rank] / samples.sum()).reshape(1)
+            after, result = run()
+        self._failed, self._last = None, [weakref.ref(leaf) for leaf in tree_leaves(after)]
+        return after, result
+
+    def _roll(self, state: Any, batch: Any, due: bool, kind: dict[str, object]) -> Tensor:
+        """Check that the ranks are about to do the same, and return the samples of each."""
+        step, leaves = int(state.step), tree_leaves(state)
+        kind |= {"tensors in the state": len(leaves)}
+        doing = [step, int(state.optimizer.step), _digest(kind)]
+        check = due or self._are_others(leaves)
+        samples = torch.tensor([float(self._samples(batch))], dtype=torch.float64)
+        own = torch.tensor([*doing, check, *samples.view(torch.int64)])
+        *told, checks, weights = self._ranks.gathered(own).unbind(1)
+        where = f"rank {self.rank} of {self._ranks.size}, step {step}"
+        for what, numbers in zip(("step", "call of the optimiser"), told, strict=False):
+            if (numbers != numbers[0]).any():
+                raise RuntimeError(f"{where}: the ranks are at {what} {numbers.tolist()}; {BROKEN}")
+        if (told[-1] != told[-1][0]).any():
+            self._ranks.check_alike(kind, f"in step {step}")
+        if checks.any():
+            agreement.check_same(self._ranks, where, state)
+        counts = weights.view(torch.float64)
+        if not ((counts >= 0).all() and 0 < counts.sum() < math.inf):
+            raise ValueError(
+                f"{where}: the ranks have {counts.tolist()} samples: numbers of at least 0 are "
+                "asked for, and one above"
+            )
+        return counts
+
+    def _are_others(self, leaves: list[Tensor]) -> bool:
+        """Return whether a state is another than the last step left."""
+        known = [last() for last in self._last]
+        return len(leaves) != len(known) or any(
+            leaf is not last for leaf, last in zip(leaves, known, strict=True)
+        )
+
+
+def data_parallel(
+    process_group: object,
+    mesh: object,
+    samples: Samples | None,
+    model: object,
+    facts: Mapping[str, Any],
+) -> Alone:
+    """Return what a step does for its ranks; it is a collective call.
+
+    Args:
+        process_group: See `make_train_step`.
+        mesh: See `make_train_step`.
+        samples: See `make_train_step`.
+        model: The model.
+        facts: What must be alike on all ranks, by what it is called.
+
+    Returns:
+        What the step is to call.
+
+    Raises:
+        TypeError: The group, the mesh or ``samples`` is none.
+        ValueError: See `make_train_step`.
+    """
+    ranks = ranks_of(process_group, mesh)
+    if samples is not None and not callable(samples):
+        raise TypeError(f"samples must be a function of the batch, got {samples!r}")
+    if ranks is None:
+        if samples is not None:
+            raise ValueError("samples is for several processes: pass process_group or mesh too")
+        return Alone()
+    synced = [
+        name
+        for name, part in (model.named_modules() if isinstance(model, nn.Module) else ())
+        if isinstance(part, nn.SyncBatchNorm)
+    ]
+    if synced:
+        raise ValueError(
+            f"the parts {synced} of the model are SyncBatchNorm, which sends within what is "
+            "differentiated: use BatchNorm; its running statistics are averaged over the ranks"
+        )
+    if ranks.size == 1:
+        return Alone()
+    with ranks.waiting("in make_train_step"):
+        ranks.check_alike({**facts, **_about(model)}, "in make_train_step")
+    return DataParallel(ranks, samples or rows, _averaged(model))
+
+
+def rows(batch: Any) -> int:
+    """Return how many samples a batch has: the length of the first axis of its tensors.
+
+    Args:
+        batch: A tree of tensors; those without an axis do not count.
+
+    Returns:
+        How many.
+
+    Raises:
+        ValueError: The tensors do not agree, or there are none.
+    """
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    found = {leaf.shape[0] for leaf in leaves}
+    if len(found) != 1:
+        raise ValueError(
+            f"the first axes of the tensors of the batch have lengths {sorted(found)}, so that it "
+            "does not tell how many samples it has: pass make_train_step(..., samples=f), f(batch) "
+            "to that number"
+        )
+    return found.pop()
+
+
+def _averaged(model: object) -> tuple[str, ...]:
+    """Name the buffers that are averaged: the floating ones that are saved."""
+    if not isinstance(model, nn.Module):
+        return ()
+    kept = model.state_dict(keep_vars=True)
+    return tuple(n for n, buffer in model.named_buffers() if n in kept and _is_mean(buffer))
+
+
+def _is_mean(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _filled(tensor: Tensor) -> Tensor:
+    empty = tensor.ndim > 0 and tensor.shape[0] == 0
+    return tensor.new_zeros((FILLER, *tensor.shape[1:])) if empty else tensor
+
+
+def _about(model: object) -> dict[str, Any]:
+    """Return what of a model and of the installed torch must be alike on all ranks."""
+    tensors = tensors_of(model)
+    return {
+        "torch": str(torch.__version__),
+        "the model": {n: (tuple(t.shape), str(t.dtype)) for n, t in tensors.items()},
+    }
+
+
+def _digest(value: Mapping[str, object]) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")

@@ -1,0 +1,200 @@
+"""The processes of a group: who they are, what each of them says, and what is said of a fault."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+Result = TypeVar("Result")
+
+KINDS = (FileNotFoundError, OSError, TypeError, ValueError, RuntimeError)
+"""Kinds of errors that all ranks raise where one does."""
+
+LOST = (
+    "rank {rank} of {size} waited in vain for {others} {where}: a process has ended or hangs, or "
+    "has no batch left (its own message says which; a rank without data is to give empty "
+    "batches). {reason}"
+)
+
+
+class Ranks:
+    """The processes of a group, of which this is one, or this one alone.
+
+    Attributes:
+        group: The group; None of this process alone.
+        rank: Number of this process in it.
+        size: How many there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group, self.rank, self.size = group, 0, 1
+        if group is not None:
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """Collect a tensor of the same shape from each.
+
+        Args:
+            own: That of this process, [...], on the CPU.
+
+        Returns:
+            Those of all, [size, ...], on the CPU.
+        """
+        if self.size == 1:
+            return own[None]
+        here = own.to(self._device())
+        found = [torch.empty_like(here) for _ in range(self.size)]
+        dist.all_gather(found, here, group=self.group)
+        return torch.stack(found).cpu()
+
+    def told(self, own: Any) -> list[Any]:
+        """Collect an object from each."""
+        if self.size == 1:
+            return [own]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, own, group=self.group)
+        return found
+
+    def by_first(self, work: Callable[[], Result]) -> Result:
+        """Do work on rank 0, and tell all what came of it.
+
+        Args:
+            work: What to do; what it returns can be pickled.
+
+        Returns:
+            What it returned.
+
+        Raises:
+            Exception: It failed; see `attempted`.
+        """
+        own = self.attempted(work if self.rank == 0 else lambda: None)
+        return self.told(own)[0]  # type: ignore[no-any-return]
+
+    def attempted(self, work: Callable[[], Result]) -> Result:
+        """Do work on every rank; where it fails on one, it fails on all.
+
+        Args:
+            work: What to do, without the other ranks.
+
+        Returns:
+            What it returned on this one.
+
+        Raises:
+            Exception: It failed on this rank; or an error of the same kind, one of `KINDS`, that
+                tells on which other.
+        """
+        failure = None
+        try:
+            result = work()
+        except Exception as reason:
+            failure = reason
+        place = next((i for i, kind in enumerate(KINDS) if isinstance(failure, kind)), -1)
+        told = self.told(failure and (place, f"{type(failure).__name__}: {failure}"))
+        if failure is not None:
+            raise failure
+        for rank, problem in enumerate(told):
+            if problem:
+                raise KINDS[problem[0]](f"rank {rank} of {self.size}: {problem[1]}")
+        return result
+
+    def check_alike(self, facts: Mapping[str, Any], where: str) -> None:
+        """Check that all processes are about to do the same.
+
+        Args:
+            facts: What is to agree, by what it is called.
+            where: Where in the training this is, for the error.
+
+        Raises:
+            ValueError: It does not; the same on every rank.
+        """
+        told = self.told(facts)
+        for rank, other in enumerate(told):
+            for name, here in told[0].items():
+                if other[name] != here:
+                    sides = f"{_short(other[name], here)}, rank 0 {_short(here, other[name])}"
+                    raise ValueError(
+                        f"ranks must train alike: {where} {name} of rank {rank} is {sides}; seen "
+                        f"by rank {self.rank} of {self.size}"
+                    )
+
+    @contextmanager
+    def waiting(self, where: str) -> Iterator[None]:
+        """Say of an error on which rank and where it is, and of a lost rank what that means.
+
+        Args:
+            where: Where in the training this is, such as "in step 7".
+
+        Yields:
+            Nothing.
+
+        Raises:
+            RuntimeError: Another process takes no part any more.
+        """
+        try:
+            yield
+        except Exception as reason:
+            if _is_lost(reason):
+                others = f"rank {1 - self.rank}" if self.size == 2 else "the other ranks"
+                told = {"rank": self.rank, "size": self.size, "others": others}
+                raise RuntimeError(LOST.format(**told, where=where, reason=reason)) from reason
+            if hasattr(reason, "add_note"):  # from Python 3.11 on
+                reason.add_note(f"on rank {self.rank} of {self.size}, {where}")
+            raise
+
+    def _device(self) -> torch.device:
+        """Return where tensors that all exchange are to be: on the CPU, if the group can."""
+        if "gloo" in str(dist.get_backend_config(self.group)):
+            return torch.device("cpu")
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def ranks_of(process_group: object, mesh: object) -> Ranks | None:
+    """Return the processes that are to train together.
+
+    Args:
+        process_group: A group, or None.
+        mesh: A mesh of one axis in its place, or None.
+
+    Returns:
+        The processes; None without a group or mesh.
+
+    Raises:
+        TypeError: They are no group and no mesh.
+        ValueError: Both are given, the mesh has several axes, or this process is not in the group.
+    """
+    if process_group is not None and mesh is not None:
+        raise ValueError("process_group and mesh are both given: one says which ranks train")
+    if mesh is not None:
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
+        if mesh.ndim != 1:
+            raise ValueError(
+                f"mesh must have one axis, got {mesh.ndim} of sizes {tuple(mesh.shape)}: give that "
+                "over which batches are spread, as mesh['name']"
+            )
+        process_group = mesh.get_group()
+    if process_group is None:
+        return None
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group must be one that this process is in")
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a ProcessGroup, got {process_group!r}")
+    return Ranks(process_group)
+
+
+def _is_lost(reason: Exception) -> bool:
+    """Return whether an error is one of communication."""
+    return isinstance(reason, dist.DistError) or (
+        isinstance(reason, RuntimeError) and "gloo" in str(reason)
+    )
+
+
+def _short(value: Any, other: Any) -> str:
+    """Print a value, of a mapping what differs from another."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        value = {k: v for k, v in value.items() if k not in other or other[k] != v}
+    return f"{value!r:.300}"

@@ -1,0 +1,110 @@
+"""States of many processes on disk: checkpoints in a folder, each whole or not there."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from topkast_func.checks import check_count
+from topkast_func.config import TopKastConfig
+from topkast_func.distributed.agreement import check_same
+from topkast_func.distributed.folder import read, write
+from topkast_func.distributed.launched import world
+from topkast_func.distributed.ranks import Ranks
+from topkast_func.files.container import damage_of
+from topkast_func.training.checkpoint import agreed, check_config, put_together, taken_apart
+from topkast_func.training.optim import Optimizer, check_optimizer
+from topkast_func.training.state import TrainState
+from topkast_func.training.state_file import stored
+from topkast_func.types import Model
+
+
+def save_sharded(
+    state: TrainState,
+    folder: str | os.PathLike[str],
+    config: TopKastConfig | None = None,
+    *,
+    keep: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write a state by all ranks of a group, each a part; a collective call.
+
+    The checkpoint ``folder/step-N`` appears whole or not at all, whoever is killed when, and one
+    that is there is never written to; ``folder/latest`` names the last. Its tensors are those of
+    `save`, by name, in the format of `torch.distributed.checkpoint`; any number of ranks can load
+    them. Reading that format runs pickle: load checkpoints of your own alone.
+
+    Args:
+        state: The state, the same on all ranks.
+        folder: Where the checkpoints of a run are kept; all ranks must see it, and no other run
+            write there.
+        config: The configuration it is trained with, so that `load_sharded` needs none.
+        keep: How many checkpoints stay, the newest, at least 1; None for all.
+        process_group: The group; None for all processes, or for one where there are no others.
+
+    Returns:
+        The checkpoint; ``folder/step-N.1`` and so on where there was one of that step.
+
+    Raises:
+        TypeError: See `save`; or ``keep`` is no integer.
+        ValueError: See `save`; or ``keep`` is below 1.
+        RuntimeError: Ranks hold different states, a rank is lost, or one could not write.
+        FileNotFoundError: A rank does not see the folder that rank 0 does.
+    """
+    keep = None if keep is None else check_count("keep", keep, 1)
+    ranks, step = Ranks(process_group or world()), int(state.step)
+    where = f"in save_sharded at step {step}"
+    with ranks.waiting(where):
+        check_same(ranks, f"rank {ranks.rank} of {ranks.size}, {where}", state)
+        header, tensors = ranks.attempted(lambda: taken_apart(state, config))
+        return write(ranks, Path(folder), step, header, tensors, keep)
+
+
+def load_sharded(
+    folder: str | os.PathLike[str],
+    config: TopKastConfig | None = None,
+    model: Model | None = None,
+    optimizer: Optimizer | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    theta_device: torch.device | str | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> TrainState:
+    """Read a state that `save_sharded` wrote, on every rank of a group; a collective call.
+
+    The group may have another number of ranks than that which wrote it. With the same number
+    training goes on from it bit for bit.
+
+    Args:
+        folder: A checkpoint, or a folder of them, of which the last whole one is read.
+        config: See `load`.
+        model: See `load`.
+        optimizer: See `load`.
+        device: Where the tensors go; counters stay on the CPU.
+        theta_device: Where θ rests in compact storage; None for ``device``.
+        process_group: The group; None for all processes, or for one where there are no others.
+
+    Returns:
+        The state, the same on all ranks.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint.
+        TypeError: See `load`.
+        ValueError: A tensor does not match its checksum, or see `load`.
+        RuntimeError: Another rank is lost.
+    """
+    check_config(config)
+    if optimizer is not None:
+        check_optimizer(optimizer)
+    ranks = Ranks(process_group or world())
+
+    def put() -> TrainState:
+        own = agreed(path, header, config)
+        with damage_of(path):
+            parts = stored(header, tensors)
+        return put_together(path, parts, own, model, optimizer, device, theta_device)
+
+    with ranks.waiting("in load_sharded"):
+        path, header, tensors = read(ranks, Path(folder))
+        return ranks.attempted(put)
