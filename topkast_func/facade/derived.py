@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topkast_func.checks import dispatches
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.pattern import Pattern, pattern_of
@@ -90,7 +91,7 @@ def counts_of(masks: Masks) -> tuple[int, int] | None:
 def readable(tensor: Tensor) -> bool:
     """Return whether Python can look at the numbers of a tensor."""
     return (
-        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        not dispatches(tensor)
         and not tensor.is_meta
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )

@@ -14,7 +14,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import given_sparsity, shared_among_all
 from topkast_func.config.selection import check_present
 from topkast_func.entry import entered
-from topkast_func.masks import compute_masks, masks_at
+from topkast_func.masks import compute_masks, counts_among, masks_at
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.layers import kernel_layers
 from topkast_func.model.modules import buffers, frozen, tensors_of, ties, trainable
@@ -204,8 +204,17 @@ def refresh(
         exponents=state.exponents,
         gradients=gradients,
     )
-    weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots)
+    sizes = sizes_after(state.weights, config, int(state.step))
+    weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots, sizes)
     return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
+
+
+def sizes_after(weights: Weights, config: TopKastConfig, step: int) -> dict[str, tuple[int, int]]:
+    """Return |A| and |B| by name after a refresh, of which the host knows without counting."""
+    if config.schedule.settled(step):
+        return {name: (active, active) for name, (active, _) in weights.sizes().items()}
+    shapes = weights.shapes()
+    return counts_among({name: shapes[name] for name in weights.sparse()}, config, step)
 
 
 def chosen_anew(
