@@ -7,7 +7,6 @@ noted, with the line of the library that asked. Operators of the library run the
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -17,13 +16,15 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import topkast_func
 from topkast_func.checks import dispatches
 from topkast_func.config import selection
 from topkast_func.facade import derived
 from topkast_func.training import compilation
+
+DEVICE = torch.device("lazy:0")
+"""Of a kind that torch has no kernels for, and whose gradients it takes in the caller's thread."""
 
 ROOT = str(Path(topkast_func.__file__).parent)
 
@@ -58,7 +59,7 @@ class Pretended(Tensor):
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=device(),
+            device=DEVICE,
         )
         made.inner = inner
         return made  # type: ignore[no-any-return]
@@ -74,13 +75,6 @@ class Pretended(Tensor):
             return operator(*args, **(kwargs or {}))
 
 
-@cache
-def device() -> torch.device:
-    """Return the device, which a process has from the first call on."""
-    _setup_privateuseone_for_python_backend("pretended")
-    return torch.device("pretended:0")
-
-
 def on_cpu(tree: Any) -> Any:
     """Return a tree with its tensors on the CPU, unseen."""
     return tree_map_only(Pretended, lambda t: t.inner, tree)
@@ -90,12 +84,16 @@ def on_cpu(tree: Any) -> Any:
 def pretending() -> Iterator[torch.device]:
     """Let there be such a device, on which nobody has waited yet."""
     WAITS.clear()
-    where = device()
     with ExitStack() as patched:
         for module in (selection, compilation, derived):
             patched.enter_context(patch.object(module, "dispatches", _dispatches))
+        patched.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
         patched.enter_context(_Mode())
-        yield where
+        yield DEVICE
+
+
+def _casts(kind: str, ask: Callable[[str], bool] = torch.is_autocast_enabled) -> bool:
+    return kind != DEVICE.type and ask(kind)
 
 
 def _dispatches(tensor: Tensor) -> bool:
@@ -114,7 +112,7 @@ class _Mode(TorchDispatchMode):
         ours = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
         name = operator._schema.name.removeprefix("aten::")
         asked = kwargs.get("device")
-        here = bool(ours) if asked is None else torch.device(asked).type == device().type
+        here = bool(ours) if asked is None else torch.device(asked).type == DEVICE.type
         if here and asked is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         if name == "_to_copy":

@@ -22,7 +22,7 @@ def counted(masks: Sequence[Tensor]) -> list[int]:
     sums = torch.stack([m.sum().to(there[0].device) for m in there]).cpu().tolist() if there else []
     found = iter(sums)
     return [
-        np.count_nonzero(mask.numpy()) if mask.device.type == "cpu" else next(found)
+        int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else next(found)
         for mask in masks
     ]
 
