@@ -154,7 +154,9 @@ def _wrapped(operator: Callable[..., Any], args: Any, kwargs: Any, here: bool) -
     if not here:
         return found
     known = {id(t.inner): t for t in tree_leaves((args, kwargs)) if isinstance(t, Pretended)}
-    wrapped = tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else Pretended(t), found)
+    wrapped = tree_map_only(
+        Tensor, lambda t: known[id(t)] if id(t) in known else Pretended(t), found
+    )
     return return_and_correct_aliasing(operator, args, kwargs, wrapped)
 
 

@@ -212,7 +212,9 @@ class Generous(tk.Method):
 
 
 def test_a_method_that_chooses_too_many_is_named() -> None:
-    with pytest.raises(ValueError, match=r"chose \(6, 6\) entries .* of 'weight' .*\(5, 5\) were asked"):
+    with pytest.raises(
+        ValueError, match=r"chose \(6, 6\) entries .* of 'weight' .*\(5, 5\) were asked"
+    ):
         tk.compute_masks({"weight": torch.randn(4, 5)}, tk.TopKastConfig(0.75, method=Generous()))
 
 

@@ -229,9 +229,7 @@ def exchanged_sets(
     return top_sets(name, torch.where(stay, torch.inf, scores), forward, backward)
 
 
-def drawn_among(
-    candidates: Tensor, among: int, count: int, generator: torch.Generator
-) -> Tensor:
+def drawn_among(candidates: Tensor, among: int, count: int, generator: torch.Generator) -> Tensor:
     """Mark candidates at random, each set of them being as likely as any other.
 
     Args:

@@ -1,6 +1,5 @@
 """Patterns: where the stored values of a sparse weight stand, row-compressed."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -111,7 +111,5 @@ def drawn(situation: Situation) -> Sets:
     if situation.scores.isnan().any():
         raise NaNParameterError(f"params[{situation.name!r}] holds NaN")
     everything = torch.ones_like(situation.scores, dtype=torch.bool)
-    active = drawn_among(
-        everything, everything.numel(), situation.forward, situation.generator
-    )
+    active = drawn_among(everything, everything.numel(), situation.forward, situation.generator)
     return active, active

@@ -190,10 +190,26 @@ def refresh(
         ValueError: The method reads gradients and there are none, the configuration gives a
             sparse parameter no sparsity, or its method is to train densely.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
+        torch.OutOfMemoryError: The device has too little memory; the text says the way on.
     """
     state = ordinary(state) if state.step.is_inference() else state
     check_method(state.weights.sparse(), config)
     check_blocks_agree(state.weights, config)
+    try:
+        return _refreshed(state, config, gradients)
+    except torch.OutOfMemoryError as reason:
+        raise torch.OutOfMemoryError(TOO_LARGE) from reason
+
+
+TOO_LARGE = (
+    "the device has too little memory to choose sets anew, which takes up to 40 bytes for each "
+    "entry of the largest weight; the state is as it was. Let θ rest, and be ranked, on the host: "
+    "save the state and load(..., theta_device='cpu'), or begin with init_state(..., "
+    "theta_device='cpu')"
+)
+
+
+def _refreshed(state: TrainState, config: TopKastConfig, gradients: Params | None) -> TrainState:
     dense, masks = chosen_anew(
         state.weights.dense(),
         state.weights.sparse(),

@@ -108,8 +108,9 @@ def make_train_step(
         optimizer: The optimiser.
         compile: True for one graph per shape of batch by `torch.compile`, its own options as
             a mapping, or False to run eager, for debugging.
-        engine: Who computes the products of sparse linear layers in compact storage: "numba",
-            "dense", "reference" or "torch_sparse", or "auto" for the fastest of each layer.
+        engine: Who computes the products of sparse linear layers in compact storage: "numba" on
+            a CPU, "triton" on a GPU, "dense", "reference" or "torch_sparse", or "auto" for the
+            fastest of each layer.
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
