@@ -17,6 +17,7 @@ PACKAGES = [
     "sparsity",
     "tiebreak",
     "bits",
+    "places",
     "kernels",
     "ranking",
     "methods",

@@ -176,8 +176,9 @@ def test_at_most_a_share_of_a_is_exchanged(case: Any, fraction: float) -> None:
     numbers, active, *sizes = case
     scores, old = torch.tensor(numbers), torch.tensor(active)
     forward, backward = sorted(sizes)
-    new, wider = exchanged_sets("theta", scores, old, forward, backward, fraction)
-    keep = min(int(old.sum()), forward)
+    held = int(old.sum())
+    new, wider = exchanged_sets("theta", scores, old, held, forward, backward, fraction)
+    keep = min(held, forward)
     stay = max(0, keep - max(1, math.floor(fraction * keep + 0.5)))
     assert (int(new.sum()), int(wider.sum())) == (forward, backward)
     assert not (new & ~wider).any()

@@ -47,7 +47,8 @@ def test_merge_is_the_inverse_of_split_on_b(given: Problem, kind: str) -> None:
 @given(problems(), every_kind)
 def test_unused_places_hold_zero_and_reach_nothing(given: Problem, kind: str) -> None:
     sets, block = sets_of(given, kind)
-    frozen = reindex(sets, Masks(given.forward, given.forward), block)
+    size = int(given.forward.sum())
+    frozen = reindex(sets, Masks(given.forward, given.forward), block, (size, size))
     assert (
         frozen.flat_index(block, given.theta.shape).shape
         == sets.flat_index(block, given.theta.shape).shape
@@ -86,7 +87,7 @@ def test_a_slot_follows_its_weight(given: Problem, seed: int, kind: str) -> None
     )
     after = Masks(ranks < active, ranks < chosen)
     sets, block = sets_of(given, kind)
-    new = reindex(sets, after, block)
+    new = reindex(sets, after, block, (int(after.forward.sum()), int(after.backward.sum())))
     places = [s.flat_index(block, given.theta.shape) for s in (sets, new)]
     assert places[0].shape == places[1].shape
     dense = torch.arange(1.0, given.theta.numel() + 1).view(given.theta.shape) * given.backward

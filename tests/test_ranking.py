@@ -1,6 +1,6 @@
-"""One ranking, whichever way it is computed: by bits, by values, as on a device."""
+"""One ranking, whichever way it is computed: by bits or by values; see `test_device` too."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -18,23 +18,10 @@ from topkast_func.types import BlockNorm
 NEVER = 2**62
 
 
-def on_a_device(numbers: Tensor, k: int) -> Tensor:
-    return numbers.topk(k, sorted=False).values
-
-
-WAYS: dict[str, tuple[int, Callable[[Tensor, int], Tensor]]] = {
-    "bits": (1, ranking._largest),
-    "values": (NEVER, ranking._largest),
-    "device": (NEVER, on_a_device),
-}
-
-
-@pytest.fixture(autouse=True, params=WAYS)
+@pytest.fixture(autouse=True, params=[1, NEVER], ids=["bits", "values"])
 def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank every tensor in one way."""
-    many, largest = WAYS[request.param]
-    monkeypatch.setattr(ranking, "MANY", many)
-    monkeypatch.setattr(ranking, "_largest", largest)
+    monkeypatch.setattr(ranking, "MANY", request.param)
 
 
 def fractions() -> st.SearchStrategy[list[float]]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+from torch import Tensor
+
 LARGEST = 3.4028234663852886e38
 """The largest number of float32, in which much is computed."""
 MOST = 2**63 - 1
@@ -182,3 +184,8 @@ def check_block_shape(name: str, value: object) -> tuple[int, int]:
         raise TypeError(f"{name} must be a pair (rows, columns), got {value!r}")
     rows, columns = (check_count(name, side, 1) for side in value)
     return rows, columns
+
+
+def dispatches(tensor: Tensor) -> bool:
+    """Return whether a tensor is of a class that computes in a way of its own."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__

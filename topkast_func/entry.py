@@ -38,12 +38,13 @@ def entered(
     """
     if entry == "value":
         return raw
-    came = (new.forward & ~old.forward).to(raw.device)
+    was, now = (sets.forward.to(raw.device) for sets in (old, new))
+    came = now & ~was
     if entry == "zero" and exponent == 1.0:
         return torch.where(came, 0.0, raw)
     theta = raw if exponent == 1.0 else theta_of(raw, exponent)
     scores = magnitudes(name, theta, block_shape, block_norm).abs()
-    stays = blocks((new.forward & old.forward).to(raw.device), block_shape)
+    stays = blocks(now & was, block_shape)
     threshold = torch.where(stays, scores, torch.inf).min()
     scale = torch.where(scores > threshold, threshold / scores, 1.0)
     squared = block_shape != (1, 1) and block_norm == "l2"

@@ -14,7 +14,8 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
 from topkast_func.config.selection import check_present
 from topkast_func.methods import Situation
-from topkast_func.ranking import NaNParameterError, kept, magnitudes
+from topkast_func.places import counted
+from topkast_func.ranking import NO_RANKING, NaNParameterError, kept, magnitudes
 from topkast_func.sparsity import Allocation
 from topkast_func.types import Masks, Params
 
@@ -135,10 +136,13 @@ def masks_at(
         Masks by name.
 
     Raises:
-        ValueError: A parameter holds NaN or is not divisible into blocks.
+        ValueError: A parameter holds NaN or is not divisible into blocks, or the method chose
+            another number of entries than it was asked for.
     """
-    masks = {}
+    chosen, asked = {}, {}
     block, norm = config.block_shape, config.block_norm
+    active = {name: blocks(sets.forward, block) for name, sets in (old or {}).items()}
+    held = dict(zip(active, counted([*active.values()]), strict=True))
     for name, sparsity in allocations.items():
         theta = params[name].detach().as_subclass(Tensor)
         scores = magnitudes(name, theta, block, norm)
@@ -148,16 +152,26 @@ def masks_at(
             scores,
             kept(sparsity.forward, scores.numel()),
             kept(sparsity.backward, scores.numel()),
-            active=blocks(old[name].forward.to(device), block) if old else None,
+            active=active[name].to(device) if old else None,
             gradient=magnitudes(name, gradients[name].to(device), block, norm)
             if gradients
             else None,
             progress=min(1.0, step / config.explore_until) if config.explore_until else 0.0,
             generator=_generator(seed, step, name),
+            held=held.get(name, 0),
         )
-        chosen = config.method.sets(situation)
-        masks[name] = Masks(*(spread(m, block) for m in chosen))
-    return masks
+        chosen[name] = config.method.sets(situation)
+        asked[name] = (situation.forward, situation.backward)
+    found = iter(counted([mask for sets in chosen.values() for mask in sets]))
+    for name, sizes in asked.items():
+        if (have := (next(found), next(found))) != sizes:
+            if any(tree[name].isnan().any() for tree in (params, gradients) if tree):
+                raise NaNParameterError(NO_RANKING.format(name))
+            raise ValueError(
+                f"{config.method} chose {have} entries or blocks of {name!r} for A and B, where "
+                f"{sizes} were asked for"
+            )
+    return {n: Masks(*(spread(mask, block) for mask in sets)) for n, sets in chosen.items()}
 
 
 def _generator(seed: int, step: int, name: str) -> torch.Generator:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.engines import installed
+from topkast_func.places import order_of, places_of
 from topkast_func.sparsity import density
 from topkast_func.tiebreak import tie_key
 from topkast_func.types import BlockNorm
@@ -19,6 +20,9 @@ Sets: TypeAlias = tuple[Tensor, Tensor]
 
 MANY = 2**16
 """Entries from which on a ranking by bits pays for the threads it takes."""
+
+
+NO_RANKING = "params[{!r}] holds NaN; its entries cannot be ranked"
 
 
 class NaNParameterError(ValueError):
@@ -90,6 +94,8 @@ def magnitudes(
 def top_sets(name: str, scores: Tensor, forward: int, backward: int) -> Sets:
     """Mark the largest magnitudes, ties going in the order of `tie_key`.
 
+    The host does not wait for a device: on one, where a score is NaN, nothing is marked.
+
     Args:
         name: Name of the parameter, for errors.
         scores: float32 or float64, any shape.
@@ -100,14 +106,14 @@ def top_sets(name: str, scores: Tensor, forward: int, backward: int) -> Sets:
         Two bool tensors of the shape of ``scores``, the first contained in the second.
 
     Raises:
-        NaNParameterError: A score is NaN.
+        NaNParameterError: A score on the CPU is NaN.
     """
     first, second = _top(name, scores.flatten(), None, forward, backward)
     return first.view(scores.shape), second.view(scores.shape)
 
 
 def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> Tensor:
-    """Mark the candidates of largest magnitude, ties going in the order of `tie_key`.
+    """Mark the candidates of largest magnitude, as `top_sets` does.
 
     Args:
         name: Name of the parameter, for errors.
@@ -119,8 +125,11 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
         bool, of the same shape.
 
     Raises:
-        NaNParameterError: The score of a candidate is NaN.
+        NaNParameterError: The score of a candidate on the CPU is NaN.
     """
+    if scores.device.type != "cpu":
+        among = torch.where(candidates, scores.abs(), -1.0).flatten()
+        return _top_in_order(among, count, count)[0].view(candidates.shape)
     marked = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
     if count:
         places = candidates.flatten().nonzero().squeeze(1)
@@ -130,11 +139,24 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
 
 def _top(name: str, scores: Tensor, places: Tensor | None, forward: int, backward: int) -> Sets:
     """Mark the largest of 1-D scores, which stand at ``places`` (all of them at None)."""
-    many = scores.device.type == "cpu" and scores.numel() >= MANY and installed("numba")
+    if scores.device.type != "cpu":
+        return _top_in_order(scores.abs(), forward, backward)
+    many = scores.numel() >= MANY and installed("numba")
     marks = (_top_by_bits if many else _top_by_values)(scores, places, forward, backward)
     if marks is None:
-        raise NaNParameterError(f"params[{name!r}] holds NaN; its entries cannot be ranked")
+        raise NaNParameterError(NO_RANKING.format(name))
     return marks
+
+
+def _top_in_order(magnitudes: Tensor, forward: int, backward: int) -> Sets:
+    """Mark the largest of 1-D magnitudes by sorting all, first by their tie keys."""
+    keys = tie_key(torch.arange(magnitudes.shape[0], device=magnitudes.device))
+    order = order_of(keys)
+    ranked = order[magnitudes[order].sort(descending=True, stable=True).indices]
+    blank = torch.zeros_like(magnitudes, dtype=torch.bool)
+    whole = ~magnitudes.isnan().any()
+    first, second = (blank.index_fill(0, ranked[:k], True) & whole for k in (forward, backward))
+    return first, second
 
 
 def _top_by_bits(scores: Tensor, places: Tensor | None, forward: int, backward: int) -> Sets | None:
@@ -158,9 +180,7 @@ def _top_by_values(
 
 
 def _largest(numbers: Tensor, k: int) -> Tensor:
-    """Return the k largest of 1-D numbers, NaN counting as largest, in no order."""
-    if numbers.device.type != "cpu":
-        return numbers.topk(k, sorted=False).values
+    """Return the k largest of 1-D numbers on the CPU, NaN counting as largest, in no order."""
     n = numbers.numel()
     return torch.from_numpy(np.partition(numbers.numpy(), n - k)[n - k :])
 
@@ -177,7 +197,13 @@ def _mark(magnitudes: Tensor, places: Tensor | None, largest: Tensor) -> Tensor:
 
 
 def exchanged_sets(
-    name: str, scores: Tensor, active: Tensor, forward: int, backward: int, fraction: float
+    name: str,
+    scores: Tensor,
+    active: Tensor,
+    held: int,
+    forward: int,
+    backward: int,
+    fraction: float,
 ) -> Sets:
     """Mark the largest magnitudes, of which the largest of the old A are to be.
 
@@ -185,6 +211,7 @@ def exchanged_sets(
         name: Name of the parameter, for errors.
         scores: float32 or float64, any shape.
         active: 1_A as it is, bool, of the same shape.
+        held: How many entries that has.
         forward: How many to mark first, at least 1.
         backward: How many to mark second, at least as many.
         fraction: Share of A that may go, in (0, 1]: max(1, floor(fraction·n + 1/2)) of the n
@@ -194,29 +221,27 @@ def exchanged_sets(
         Two bool tensors of the shape of ``scores``, the first contained in the second.
 
     Raises:
-        NaNParameterError: A score is NaN.
+        NaNParameterError: A score on the CPU is NaN; see `top_sets`.
     """
-    keep = min(int(active.sum()), forward)
+    keep = min(held, forward)
     exchanged = max(1, math.floor(fraction * keep + 0.5))
     stay = largest_among(name, active, scores, max(0, keep - exchanged))
-    if scores.isnan().any():
-        raise NaNParameterError(f"params[{name!r}] holds NaN; its entries cannot be ranked")
     return top_sets(name, torch.where(stay, torch.inf, scores), forward, backward)
 
 
-def drawn_among(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def drawn_among(candidates: Tensor, among: int, count: int, generator: torch.Generator) -> Tensor:
     """Mark candidates at random, each set of them being as likely as any other.
 
     Args:
-        candidates: bool; at least ``count`` of them are set.
+        candidates: bool.
+        among: How many of them are set, at least ``count``.
         count: How many to mark, at least 0.
         generator: Of random numbers, on the CPU.
 
     Returns:
         bool, of the same shape.
     """
-    places = candidates.flatten().nonzero().squeeze(1)
-    drawn = torch.randperm(len(places), generator=generator, device="cpu")[:count]
+    places = places_of(candidates, among)
+    drawn = torch.randperm(among, generator=generator, device="cpu")[:count]
     marked = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
-    marked[places[drawn.to(places.device)]] = True
-    return marked.view(candidates.shape)
+    return marked.index_fill_(0, places[drawn.to(places.device)], True).view(candidates.shape)

@@ -9,11 +9,14 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from tests import reference
-from topkast_func.kernels import Pattern, pattern_of
+from topkast_func.kernels import ENGINES, Pattern, pattern_of
 from topkast_func.kernels.engines import engine, layout
 
 BLOCKS = [(1, 1), (4, 1), (1, 4), (4, 4), (8, 8), (16, 16), (3, 5)]
 DTYPES = [torch.float32, torch.float64]
+ON_CPU = tuple(name for name in ENGINES if name != "triton")
+"""The engines that compute here; Triton's is in `interpreted`."""
+
 BATCHES = [0, 1, 5, 128, 300]
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kernels.problems import check_products, integers, problem
-from topkast_func.kernels import ENGINES, Layer, choose, engine, engines, sparse_linear
+from tests.kernels.problems import ON_CPU, check_products, integers, problem
+from topkast_func.kernels import Layer, choose, engine, engines, sparse_linear
 from topkast_func.kernels.engines import cost
 
 LAYER = Layer(512, 1024, 52429, 104858, (1, 1), 128, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_every_engine_is_installed_here_and_chosen_by_name(name: Any) -> None:
     assert choose(name, LAYER) == (name, "asked for")
     assert all(callable(part) for part in engine(name))
@@ -72,6 +72,57 @@ def test_an_engine_asked_for_by_name_tells_the_devices_it_has(name: Any, devices
         choose(name, LAYER._replace(device="mps"))
 
 
+ON_GPU = Layer(4096, 4096, 2**24 // 10, 2**24 // 5, (64, 64), 8192, torch.bfloat16, device="cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_chooses_between_triton_and_dense_on_a_gpu() -> None:
+    for layer, expected in (
+        (ON_GPU, "triton"),
+        (ON_GPU._replace(dtype=torch.float32), "triton"),
+        (ON_GPU._replace(forward=2**24, backward=2**24), "dense"),
+    ):
+        found = choose("auto", layer)
+        assert found.engine == expected
+        assert "triton" in found.reason
+        assert "dense" in found.reason
+        assert "projected" in found.reason
+    assert cost("triton", ON_GPU._replace(block_shape=(16, 16))) > cost("triton", ON_GPU)
+    assert cost("dense", ON_GPU._replace(batch=64)) < cost("dense", ON_GPU)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("block", [(1, 1), (8, 16), (16, 24)])
+def test_blocks_that_triton_cannot_take_go_dense_or_are_named(block: tuple[int, int]) -> None:
+    layer = ON_GPU._replace(block_shape=block)
+    found = choose("auto", layer)
+    assert found.engine == "dense"
+    assert f"multiples of 16, not {block}: choose such blocks by block_shape" in found.reason
+    with pytest.raises(TypeError, match="multiples of 16"):
+        choose("triton", layer)
+
+
+def test_an_old_gpu_is_named(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(TypeError, match=r"capability 8.0 for torch.bfloat16, this one has 7.5"):
+        choose("triton", ON_GPU)
+    assert choose("auto", ON_GPU).engine == "dense"
+    assert choose("auto", ON_GPU._replace(dtype=torch.float16)).engine == "triton"
+    with pytest.raises(TypeError, match="supports torch.float32 and .*, not torch.float64"):
+        choose("triton", ON_GPU._replace(dtype=torch.float64))
+
+
+def test_numba_refuses_what_is_on_a_gpu() -> None:
+    with pytest.raises(TypeError, match="engine 'numba' runs on cpu, not on cuda"):
+        choose("numba", LAYER._replace(device="cuda"))
+
+
 @pytest.mark.parametrize("name", ["cuda", "", "Numba", None, "engines"])
 def test_an_unknown_engine_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match=r"engine must be 'auto' or one of .*'numba'.* got "):
@@ -99,6 +150,13 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str, module: str) -> None:
     monkeypatch.delitem(sys.modules, f"topkast_func.kernels.{module}", raising=False)
 
 
+@pytest.mark.usefixtures("gpu")
+def test_without_triton_auto_goes_dense(missing: pytest.MonkeyPatch) -> None:
+    without(missing, "triton", "triton_gpu")
+    found = choose("auto", ON_GPU)
+    assert found == ("dense", "triton is not installed (pip install 'topkast_func[triton]')")
+
+
 def test_without_numba_auto_goes_on(missing: pytest.MonkeyPatch) -> None:
     without(missing, "numba", "numba_cpu")
     found = choose("auto", LAYER)
@@ -113,6 +171,7 @@ def test_without_numba_auto_goes_on(missing: pytest.MonkeyPatch) -> None:
     ("name", "module", "line"),
     [
         ("numba", "numba_cpu", "pip install numba"),
+        ("triton", "triton_gpu", r"pip install 'topkast_func\[triton\]'"),
         ("torch_sparse", "torch_sparse", r"--no-build-isolation 'topkast_func\[torch-sparse\]'"),
     ],
 )
@@ -128,5 +187,5 @@ def test_an_engine_that_is_not_installed_says_how_to_get_it(
 
 
 def test_engines_are_found_again_after_that() -> None:
-    for name in ENGINES:
+    for name in ON_CPU:
         check_products(name, problem(), 2)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
 
-from tests.kernels.problems import Problem, integers, problem
-from topkast_func.kernels import ENGINES, pattern_of, sparse_linear
+from tests.kernels.problems import ON_CPU, Problem, integers, problem
+from topkast_func.kernels import pattern_of, sparse_linear
 
-every_engine = pytest.mark.parametrize("engine", ENGINES)
+every_engine = pytest.mark.parametrize("engine", ON_CPU)
 every_block = pytest.mark.parametrize("block", [(1, 1), (4, 4)])
 Gradients = tuple[Tensor, Tensor, Tensor]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
+from topkast_func.checks import dispatches
 from topkast_func.config.topkast_config import TopKastConfig
 from topkast_func.types import Params
 
@@ -39,7 +40,7 @@ def check_params(params: Params) -> None:
                 f"params[{name!r}] has layout {kind}: give dense tensors; which of their entries "
                 "are stored is for masks to say"
             )
-        if type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        if dispatches(leaf):
             raise TypeError(
                 f"params[{name!r}] is a {type(leaf).__name__}, which computes in a way of its own: "
                 "give plain tensors"

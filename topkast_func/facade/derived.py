@@ -5,9 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topkast_func.checks import dispatches
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.pattern import Pattern, pattern_of
+from topkast_func.places import counted
 from topkast_func.types import Masks
 
 
@@ -75,22 +77,21 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
     kernel = None
     if counts is not None and whole and rule.choice(theta, *counts).engine != "dense":
         block = rule.config.block_shape
-        pattern = pattern_of(*masks, block)
+        pattern = pattern_of(*masks, block, sizes=counts)
         kernel = Kernel(pattern, pattern.flat_index(block, theta.shape))
     return Derived(sets, _version(sets), sets.clone(), whole, kernel)
 
 
 def counts_of(masks: Masks) -> tuple[int, int] | None:
     """Return |A| and |B|; None where A is no part of B."""
-    forward, backward = masks
-    nested = not (forward & ~backward).any()
-    return (int(forward.sum()), int(backward.sum())) if nested else None
+    outside, forward, backward = counted([masks.forward & ~masks.backward, *masks])
+    return None if outside else (forward, backward)
 
 
 def readable(tensor: Tensor) -> bool:
     """Return whether Python can look at the numbers of a tensor."""
     return (
-        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        not dispatches(tensor)
         and not tensor.is_meta
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )

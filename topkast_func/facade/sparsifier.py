@@ -205,8 +205,8 @@ class Sparsifier:
                 "no backward pass has reached a sparse weight since the last step(): call "
                 "loss.backward() and optimizer.step() first"
             )
-        skipped = any(p.grad is not None and not p.grad.isfinite().all() for p in theta)
-        if theta and not optimized and steps_made() > self._others and not skipped:
+        others = theta and not optimized and steps_made() > self._others
+        if others and all(p.grad is None or p.grad.isfinite().all() for p in theta):
             raise RuntimeError(
                 "the optimizer that has made a step holds none of the sparse weights: build it "
                 "from model.parameters()"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from topkast_func.kernels.tiles import pack, unpack
 
-EngineName: TypeAlias = Literal["auto", "numba", "dense", "reference", "torch_sparse"]
+EngineName: TypeAlias = Literal["auto", "numba", "triton", "dense", "reference", "torch_sparse"]
 
-ENGINES: tuple[EngineName, ...] = ("numba", "dense", "reference", "torch_sparse")
+ENGINES: tuple[EngineName, ...] = ("numba", "triton", "dense", "reference", "torch_sparse")
 """Every engine, the ones that auto chooses among first."""
 
 
@@ -82,10 +82,18 @@ class Choice(NamedTuple):
 _FLOATS = (torch.float32, torch.float64)
 _RUNS: dict[str, tuple[tuple[torch.dtype, ...], tuple[str, ...]]] = {
     "numba": (_FLOATS, ("cpu",)),
+    "triton": ((torch.float32, torch.float16, torch.bfloat16), ("cuda",)),
     "torch_sparse": (_FLOATS, ("cpu", "cuda")),
 }
+_KERNELS = {"cpu": "numba", "cuda": "triton"}
+"""The engine beside "dense" that auto chooses, by the type of the device."""
+
+TRITON_SIDE = 16
+"""What divides the sides of the blocks that Triton computes: the least tile of a tensor core."""
+
 _INSTALL = {
     "numba": "pip install numba",
+    "triton": "pip install 'topkast_func[triton]'",
     "torch_sparse": "install torch first, then "
     "pip install --no-build-isolation 'topkast_func[torch-sparse]'",
 }
@@ -104,7 +112,7 @@ def engine(name: str) -> Engine:
     Raises:
         ImportError: It needs a package that is not installed; the text says how to get it.
     """
-    modules = {"numba": "numba_cpu"}
+    modules = {"numba": "numba_cpu", "triton": "triton_gpu"}
     try:
         module = import_module(f"topkast_func.kernels.{modules.get(name, name)}")
     except ImportError as reason:
@@ -139,7 +147,7 @@ def choose(name: EngineName, layer: Layer) -> Choice:
 
     Raises:
         ImportError: An engine asked for by name is not installed.
-        TypeError: An engine asked for by name does not support the dtype or device.
+        TypeError: An engine asked for by name does not support the dtype, device or block.
         ValueError: There is no engine of that name.
     """
     check_engine(name)
@@ -148,13 +156,15 @@ def choose(name: EngineName, layer: Layer) -> Choice:
         if problem := _problem(name, layer):
             raise TypeError(problem)
         return Choice(name, "asked for")
-    if problem := _problem("numba", layer):
+    kernels = _KERNELS.get(layer.device, "numba")
+    if problem := _problem(kernels, layer):
         return Choice("dense", problem)
-    if not installed("numba"):
-        return Choice("dense", f"numba is not installed ({_INSTALL['numba']})")
-    costs = {name: cost(name, layer) for name in ("numba", "dense")}
+    if not installed(kernels):
+        return Choice("dense", f"{kernels} is not installed ({_INSTALL[kernels]})")
+    costs = {name: cost(name, layer) for name in (kernels, "dense")}
     best = min(costs, key=lambda name: costs[name])
-    return Choice(best, ", ".join(f"{name} {1e-6 * c:.3g} ms" for name, c in costs.items()))
+    told = ", ".join(f"{name} {1e-6 * c:.3g} ms" for name, c in costs.items())
+    return Choice(best, told if layer.device == "cpu" else f"{told}, projected, not measured")
 
 
 def check_engine(name: str) -> None:
@@ -171,17 +181,21 @@ def check_engine(name: str) -> None:
 
 
 def cost(name: str, layer: Layer) -> float:
-    """Estimate the time of the three products of a layer, in nanoseconds on two fast cores.
+    """Estimate the time of the three products of a layer, in nanoseconds.
 
-    Only the ratio of two engines matters. The constants are fits to benchmarks/results.
+    Only the ratio of two engines on one device matters. On a CPU the constants are fits to
+    benchmarks/results, of two fast cores. On a GPU they are projected from published rates of an
+    H100, and measured by nobody yet.
 
     Args:
-        name: "numba" or "dense".
+        name: "numba", "triton" or "dense".
         layer: The layer.
 
     Returns:
         The estimate.
     """
+    if layer.device != "cpu":
+        return _projected(name, layer)
     entries = layer.out_features * layer.in_features
     activations = layer.batch * (layer.out_features + layer.in_features)
     if name == "dense":
@@ -190,6 +204,19 @@ def cost(name: str, layer: Layer) -> float:
     columns = -(-layer.batch // 16) * 16
     products = (2 * layer.forward + layer.backward) * columns
     return 45e3 + products / _speed(layer.block_shape) + 0.3 * activations
+
+
+def _projected(name: str, layer: Layer) -> float:
+    """Estimate the time on a GPU: launches, multiplications at a rate, and bytes that are moved."""
+    entries = layer.out_features * layer.in_features
+    half = layer.dtype in (torch.float16, torch.bfloat16)
+    rate = 300e3 if half else 25e3  # multiplications per nanosecond, dense
+    if name == "dense":
+        moved = (2 * entries + 8 * (layer.forward + layer.backward)) * layer.dtype.itemsize
+        return 60e3 + 3 * entries * layer.batch / rate + moved / 2e3
+    side = min(*layer.block_shape, 128)
+    reached = side / (side + 64)  # a fifth of that at 16, half at 64, two thirds at 128
+    return 40e3 + (2 * layer.forward + layer.backward) * layer.batch / (rate * reached)
 
 
 def _speed(block_shape: tuple[int, int]) -> float:
@@ -216,7 +243,24 @@ def _problem(name: str, layer: Layer) -> str | None:
         return f"engine {name!r} supports {supported}, not {layer.dtype}"
     if devices and layer.device not in devices:
         return f"engine {name!r} runs on {' and '.join(devices)}, not on {layer.device}"
-    return None
+    if name == "triton" and any(side % TRITON_SIDE for side in layer.block_shape):
+        return (
+            f"engine 'triton' computes blocks whose sides are multiples of {TRITON_SIDE}, not "
+            f"{layer.block_shape}: choose such blocks by block_shape, or engine='dense'"
+        )
+    return _too_old(layer) if name == "triton" and layer.device == "cuda" else None
+
+
+def _too_old(layer: Layer) -> str | None:
+    """Say why the GPU cannot compute a layer in Triton, if it cannot."""
+    least = (8, 0) if layer.dtype == torch.bfloat16 else (7, 0)
+    found = torch.cuda.get_device_capability()
+    if found >= least:
+        return None
+    return (
+        f"engine 'triton' needs a GPU of compute capability {least[0]}.{least[1]} for "
+        f"{layer.dtype}, this one has {found[0]}.{found[1]}: use engine='dense'"
+    )
 
 
 def _same(x: Tensor, batch: int | None = None) -> Tensor:

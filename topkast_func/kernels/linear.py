@@ -28,7 +28,8 @@ def sparse_linear(
 
     Args:
         x: [..., in_features], of the dtype and device of ``values``, any strides. Under
-            autocast it is cast to that dtype, and float32 that is returned to that of autocast.
+            autocast it is cast to that dtype, and float32 that is returned to that of autocast; on
+            a device other than the CPU the values too are cast to that of autocast first.
         values: θ on B, A first: [|B|], or [blocks, r, c].
         pattern: The sets.
         shape: Of α: out_features and in_features.
@@ -54,6 +55,9 @@ def sparse_linear(
         )
     device = values.device.type
     if autocast := torch.is_autocast_enabled(device):
+        if device != "cpu" and values.dtype != torch.float64:
+            values = values.to(torch.get_autocast_dtype(device))
+            bias = None if bias is None else bias.to(values.dtype)
         x = x.to(values.dtype)
     if x.dtype != values.dtype:
         raise TypeError(f"inputs are {x.dtype}, the weight is {values.dtype}")

@@ -1,15 +1,13 @@
 """Patterns: where the stored values of a sparse weight stand, row-compressed."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from topkast_func.kernels.library import define
+from topkast_func.places import counted, order_of, places_of
 
 INDEX_LIMIT = 2**31 - 1
 """Most entries that int32 indices can count."""
@@ -77,14 +75,16 @@ def pattern_of(
     backward: Tensor,
     block_shape: tuple[int, int] = (1, 1),
     exploring: int | None = None,
+    sizes: tuple[int, int] | None = None,
 ) -> Pattern:
-    """Index the sets of a matrix in time proportional to its size.
+    """Index the sets of a matrix, on its device, in time proportional to its size.
 
     Args:
         forward: 1_A, bool, [rows, columns], whole blocks.
         backward: 1_B, the same; contains A.
         block_shape: (r, c) of a block.
         exploring: Places to keep for B∖A at the least; None for as many as it has blocks.
+        sizes: |A| and |B|, entries; None to count them, for which the host waits.
 
     Returns:
         The pattern, on the device of the masks.
@@ -93,24 +93,30 @@ def pattern_of(
         ValueError: There are more blocks than int32 can count.
     """
     rows, columns = block_shape
-    active = forward[::rows, ::columns].cpu().numpy()
-    ghosts = (backward & ~forward)[::rows, ::columns].cpu().numpy()
-    if active.size > INDEX_LIMIT:
+    active = forward[::rows, ::columns]
+    ghosts = backward[::rows, ::columns] & ~active
+    if active.numel() > INDEX_LIMIT:
         raise ValueError(
-            f"a matrix of shape {tuple(forward.shape)} has {active.size} blocks of {block_shape}; "
-            f"patterns count up to {INDEX_LIMIT}: use larger blocks or split the layer"
+            f"a matrix of shape {tuple(forward.shape)} has {active.numel()} blocks of "
+            f"{block_shape}; patterns count up to {INDEX_LIMIT}: use larger blocks or split the "
+            "layer"
         )
-    row, column = np.divmod(np.flatnonzero(active), active.shape[1])
-    ghost_row, ghost_column = np.divmod(np.flatnonzero(ghosts), active.shape[1])
-    order = np.argsort(_short(column, active.shape[1]), kind="stable")
+    height, width = active.shape
     size = rows * columns
-    pattern = Pattern(
-        _block_rows(row, column, active.shape, size, columns, len(row)),
-        _block_rows(ghost_row, ghost_column, active.shape, size, columns, exploring),
-        _block_rows(column[order], row[order], active.shape[::-1], size, rows, len(row)),
-        _int32(order),
+    count, ghost_count = (
+        (sizes[0] // size, (sizes[1] - sizes[0]) // size) if sizes else counted((active, ghosts))
     )
-    return nested([tensor.to(forward.device) for tensor in flattened(pattern)])
+    stored = places_of(active, count)
+    row, column = stored // width, stored % width
+    order = order_of(_short(column, width))
+    turned = (column * height + row)[order]
+    others = places_of(ghosts, max(ghost_count, exploring or 0))
+    return Pattern(
+        _block_rows(stored, (height, width), size, columns),
+        _block_rows(others, (height, width), size, columns),
+        _block_rows(turned, (width, height), size, rows),
+        order.int(),
+    )
 
 
 def flattened(pattern: Pattern) -> tuple[Tensor, ...]:
@@ -174,24 +180,18 @@ def block_of(values: Tensor) -> tuple[int, int]:
     return (values.shape[1], values.shape[2]) if values.ndim == 3 else (1, 1)
 
 
-def _block_rows(
-    row: npt.NDArray[np.intp],
-    column: npt.NDArray[np.intp],
-    shape: tuple[int, ...],
-    size: int,
-    width: int,
-    places: int | None,
-) -> BlockRows:
-    """Compress the rows of sorted blocks of ``size`` entries, ``width`` of them in a row."""
-    count = max(len(row), places or 0)
-    density = count / math.prod(shape)
-    panels = _panels(shape[1], width, SEGMENT * size / max(density, 1e-9))
-    segment = row * panels + column * panels // shape[1]
-    pointers = np.zeros(shape[0] * panels + 1, np.int64)
-    np.cumsum(np.bincount(segment, minlength=shape[0] * panels), out=pointers[1:])
-    columns = np.zeros(count, np.int64)
-    columns[: len(column)] = column
-    return BlockRows(_int32(pointers), _int32(columns))
+def _block_rows(places: Tensor, shape: tuple[int, int], size: int, width: int) -> BlockRows:
+    """Compress the rows of blocks of ``size`` entries, ``width`` of them in a row.
+
+    The places are flat indices, ascending; unused ones are beyond the last block.
+    """
+    rows, columns = shape
+    density = places.shape[0] / (rows * columns)
+    panels = _panels(columns, width, SEGMENT * size / max(density, 1e-9))
+    row, panel = (torch.arange(n, device=places.device) for n in (rows + 1, panels))
+    starts = row[:, None] * columns + (panel * columns + panels - 1) // panels
+    pointers = torch.searchsorted(places, starts.flatten()[: rows * panels + 1], out_int32=True)
+    return BlockRows(pointers, (places % columns).int())
 
 
 def _panels(columns: int, width: int, features: float) -> int:
@@ -200,10 +200,6 @@ def _panels(columns: int, width: int, features: float) -> int:
     return max(1, round(columns * width / min(max(features, least), most)))
 
 
-def _short(numbers: npt.NDArray[np.intp], limit: int) -> npt.NDArray[np.integer]:
-    """Return the numbers in 16 bits if they fit: those are sorted by radix, in linear time."""
-    return numbers.astype(np.uint16) if limit <= 2**16 else numbers
-
-
-def _int32(numbers: npt.NDArray[np.integer]) -> Tensor:
-    return torch.from_numpy(numbers.astype(np.int32))
+def _short(numbers: Tensor, limit: int) -> Tensor:
+    """Return the numbers in 16 bits, in the same order, if they fit: they sort in linear time."""
+    return (numbers - 2**15).short() if limit <= 2**16 else numbers

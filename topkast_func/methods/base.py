@@ -27,6 +27,7 @@ class Situation(NamedTuple):
             reads it.
         progress: Share of the exploration that is over, in [0, 1]; 0 where it has no end.
         generator: Of random numbers, on the CPU.
+        held: How many entries A has as it is; 0 where ``active`` is None.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Situation(NamedTuple):
     gradient: Tensor | None
     progress: float
     generator: torch.Generator
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Method:
             situation: What they are chosen from.
 
         Returns:
-            1_A and 1_B, bool, of the shape of the scores.
+            1_A and 1_B, bool, of the shape of the scores, with as many entries as are asked for.
 
         Raises:
             NotImplementedError: The method is abstract.
@@ -109,5 +111,5 @@ def drawn(situation: Situation) -> Sets:
     if situation.scores.isnan().any():
         raise NaNParameterError(f"params[{situation.name!r}] holds NaN")
     everything = torch.ones_like(situation.scores, dtype=torch.bool)
-    active = drawn_among(everything, situation.forward, situation.generator)
+    active = drawn_among(everything, everything.numel(), situation.forward, situation.generator)
     return active, active

@@ -24,9 +24,11 @@ class Static(Method):
         """Draw A once, and stay with it; where its size changes, draw which go or come."""
         if situation.active is None:
             return drawn(situation)
-        old, count = situation.active, situation.forward
-        stay = drawn_among(old, min(int(old.sum()), count), situation.generator)
-        active = stay | drawn_among(~old, count - int(stay.sum()), situation.generator)
+        old, held = situation.active, situation.held
+        staying = min(held, situation.forward)
+        stay = drawn_among(old, held, staying, situation.generator)
+        others, coming = old.numel() - held, situation.forward - staying
+        active = stay | drawn_among(~old, others, coming, situation.generator)
         return active, active
 
 
@@ -53,8 +55,9 @@ class Exchanging(Method):
         """Keep the largest of A, and let as many come as are missing."""
         if situation.active is None:
             return drawn(situation)
-        stay = _survivors(situation, situation.active, self.drop_fraction)
-        active = stay | self.grown(situation, ~stay, situation.forward - int(stay.sum()))
+        staying = _surviving(situation, self.drop_fraction)
+        stay = largest_among(situation.name, situation.active, situation.scores, staying)
+        active = stay | self.grown(situation, ~stay, situation.forward - staying)
         return active, active
 
     def grown(self, situation: Situation, candidates: Tensor, count: int) -> Tensor:
@@ -80,7 +83,8 @@ class SparseEvolution(Exchanging):
 
     def grown(self, situation: Situation, candidates: Tensor, count: int) -> Tensor:
         """Draw them at random."""
-        return drawn_among(candidates, count, situation.generator)
+        among = candidates.numel() - (situation.forward - count)
+        return drawn_among(candidates, among, count, situation.generator)
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,11 @@ class RigL(Exchanging):
         return largest_among(name, candidates, situation.gradient, count)
 
 
-def _survivors(situation: Situation, active: Tensor, drop_fraction: float) -> Tensor:
-    """Drop the smallest of A: α/2·(1 + cos(π t / T_end)) of it (RigL, section 3)."""
+def _surviving(situation: Situation, drop_fraction: float) -> int:
+    """Return how many of A stay: all but α/2·(1 + cos(π t / T_end)) of it (RigL, section 3)."""
     fraction = drop_fraction / 2 * (1 + math.cos(math.pi * situation.progress))
-    size = min(int(active.sum()), situation.forward)  # where A is to shrink, it does so first
-    dropped = min(int(fraction * size), active.numel() - size)
-    return largest_among(situation.name, active, situation.scores, size - dropped)
+    size = min(situation.held, situation.forward)  # where A is to shrink, it does so first
+    return size - min(int(fraction * size), situation.scores.numel() - size)
 
 
 def static() -> Method:

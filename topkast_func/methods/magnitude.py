@@ -55,6 +55,7 @@ class TopKast(Magnitude):
             situation.name,
             situation.scores,
             situation.active,
+            situation.held,
             situation.forward,
             situation.backward,
             self.exchange,
@@ -68,8 +69,8 @@ class RandomBackward(TopKast):
     def sets(self, situation: Situation) -> Sets:
         """Choose A as Top-KAST does, and add others at random for B."""
         active, _ = super().sets(situation._replace(backward=situation.forward))
-        more = situation.backward - situation.forward
-        return active, active | drawn_among(~active, more, situation.generator)
+        more, others = (n - situation.forward for n in (situation.backward, active.numel()))
+        return active, active | drawn_among(~active, others, more, situation.generator)
 
 
 @dataclass(frozen=True)

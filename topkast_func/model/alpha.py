@@ -38,8 +38,10 @@ def merge(values: Tensor, theta: Tensor, index: Tensor) -> Tensor:
         θ, up to date on B, in the shape and on the device of ``theta``.
     """
     merged = theta.clone(memory_format=torch.contiguous_format)
-    stored = index < theta.numel()
-    merged.view(-1)[index[stored].to(theta.device)] = values[stored].to(theta.device)
+    index, values = (tensor.flatten().to(theta.device) for tensor in (index, values))
+    stored = index < theta.numel()  # where not, write the first value, which is of A, once more
+    index, values = (torch.where(stored, tensor, tensor[0]) for tensor in (index, values))
+    merged.view(-1)[index] = values
     return merged
 
 

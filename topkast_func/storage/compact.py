@@ -11,6 +11,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern, block_of, pattern_of
 from topkast_func.model.alpha import alpha, merge, split
 from topkast_func.penalty import summed_penalty
+from topkast_func.places import sizes_of
 from topkast_func.storage.index import Index, Positions, carry, old_slots, positions_of, reindex
 from topkast_func.types import Masks, Params, Tensors
 
@@ -120,7 +121,11 @@ class CompactWeights(NamedTuple):
         return {name: self._masks(name) for name in self.theta}
 
     def chosen(
-        self, dense: Params, masks: Mapping[str, Masks], slots: dict[str, Tensors]
+        self,
+        dense: Params,
+        masks: Mapping[str, Masks],
+        slots: dict[str, Tensors],
+        sizes: Mapping[str, tuple[int, int]],
     ) -> tuple["CompactWeights", dict[str, Tensors]]:
         """Take over new sets; see `DenseWeights.chosen`."""
         held, moved = dict(self.held), {}
@@ -129,7 +134,7 @@ class CompactWeights(NamedTuple):
         for name, merged in theta.items():
             value = self.held[name]
             here = Masks(*(mask.to(value.device) for mask in masks[name]))
-            sets = reindex(self.sets(name), here, block_of(value))
+            sets = reindex(self.sets(name), here, block_of(value), sizes[name])
             new = sets.flat_index(block_of(value), merged.shape)
             held[name] = split(merged, new.to(merged.device)).to(value.device)
             moved[name] = old_slots(self._where(name), new, merged.numel())
@@ -155,7 +160,7 @@ class CompactWeights(NamedTuple):
         masks = []
         for chosen in (places[:active], places):
             mask = torch.zeros(size + 1, dtype=torch.bool, device=places.device)
-            mask[chosen.flatten()] = True
+            mask.index_fill_(0, chosen.flatten(), True)
             masks.append(mask[:-1].view(self.theta[name].shape))
         return Masks(*masks)
 
@@ -181,18 +186,22 @@ def compact(
     Returns:
         The weights.
     """
-    kept = stored or {}
+    kept, sizes = stored or {}, sizes_of(masks)
+
+    def exploring(name: str, block: tuple[int, int]) -> int:
+        return kept.get(name, 0) - sizes[name][0] // math.prod(block)
+
     theta = {name: params[name].detach().to(theta_device, copy=True) for name in masks}
     held = {n: theta[n] if n in theta else p.detach().clone() for n, p in params.items()}
     weights = CompactWeights(
         held,
         {
-            name: pattern_of(*sets, block_shape, _exploring(sets, block_shape, kept.get(name, 0)))
+            name: pattern_of(*sets, block_shape, exploring(name, block_shape), sizes[name])
             for name, sets in masks.items()
             if name in layers
         },
         {
-            name: positions_of(sets, _exploring(sets, (1, 1), kept.get(name, 0)))
+            name: positions_of(sets, exploring(name, (1, 1)), sizes[name])
             for name, sets in masks.items()
             if name not in layers
         },
@@ -203,8 +212,3 @@ def compact(
         places = weights.sets(name).flat_index(block, dense.shape).to(dense.device)
         held[name] = split(dense, places).to(params[name].device)
     return weights
-
-
-def _exploring(sets: Masks, block_shape: tuple[int, int], stored: int) -> int:
-    """Return how many of the stored values, or blocks of them, are not those of A."""
-    return stored - int(sets.forward.sum()) // math.prod(block_shape)

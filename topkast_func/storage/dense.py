@@ -10,6 +10,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern
 from topkast_func.model.alpha import straight_through_all
 from topkast_func.penalty import masked_parts, summed_penalty
+from topkast_func.places import sizes_of
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -56,10 +57,7 @@ class DenseWeights(NamedTuple):
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return how many entries A and B have, by name."""
-        return {
-            name: (int(masks.forward.sum()), int(masks.backward.sum()))
-            for name, masks in self.sets.items()
-        }
+        return sizes_of(self.sets)
 
     def sets_key(self) -> Hashable:
         """Return what differs where the sets are others, without counting them."""
@@ -108,7 +106,11 @@ class DenseWeights(NamedTuple):
         return {k: {n: within(n, slot) for n, slot in tree.items()} for k, tree in slots.items()}
 
     def chosen(
-        self, dense: Params, masks: Mapping[str, Masks], slots: dict[str, Tensors]
+        self,
+        dense: Params,
+        masks: Mapping[str, Masks],
+        slots: dict[str, Tensors],
+        sizes: Mapping[str, tuple[int, int]],
     ) -> tuple["DenseWeights", dict[str, Tensors]]:
         """Take over new sets; a slot follows its weight where that stays in B, else is zero.
 
@@ -118,6 +120,7 @@ class DenseWeights(NamedTuple):
             dense: What `dense` returns, of which the sets were chosen.
             masks: The new sets.
             slots: Slots of the optimiser.
+            sizes: |A| and |B| of the new sets.
 
         Returns:
             The weights and the slots.

@@ -3,11 +3,11 @@
 import math
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from topkast_func.kernels.pattern import INDEX_LIMIT, Pattern, pattern_of
+from topkast_func.places import counted, places_of
 from topkast_func.types import Masks
 
 
@@ -36,32 +36,31 @@ Index: TypeAlias = Pattern | Positions
 """A and B∖A of a weight: a pattern, of entries or blocks, where a kernel computes it."""
 
 
-def positions_of(masks: Masks, exploring: int | None = None) -> Positions:
+def positions_of(
+    masks: Masks, exploring: int | None = None, sizes: tuple[int, int] | None = None
+) -> Positions:
     """Return the positions of the sets.
 
     Args:
         masks: The sets.
         exploring: Places to keep for B∖A at the least; None for as many as it has entries.
+        sizes: |A| and |B|; None to count them, for which the host waits.
 
     Returns:
         The positions, on the device of the masks.
     """
-    active, ghosts = (
-        torch.from_numpy(np.flatnonzero(mask.cpu().numpy())).to(mask.device)
-        for mask in (masks.forward, masks.backward & ~masks.forward)
-    )
-    spare = max(0, (exploring or 0) - len(ghosts))
-    unused = ghosts.new_full((spare,), masks.forward.numel())
-    return Positions(active, torch.cat((ghosts, unused)))
+    forward, backward = sizes or counted(masks)
+    ghosts = places_of(masks.backward & ~masks.forward, max(backward - forward, exploring or 0))
+    return Positions(places_of(masks.forward, forward), ghosts)
 
 
-def reindex(old: Index, masks: Masks, block: tuple[int, int]) -> Index:
+def reindex(old: Index, masks: Masks, block: tuple[int, int], sizes: tuple[int, int]) -> Index:
     """Return the index of ``masks``, in tensors of the shapes of ``old`` if B has become A."""
-    same = int(masks.forward.sum()) == old.active_count * math.prod(block)
-    same = same and torch.equal(masks.forward, masks.backward)
+    active = old.active_count * math.prod(block)
+    same = sizes == (active, active)
     if isinstance(old, Positions):
-        return positions_of(masks, old.exploring.shape[0] if same else None)
-    return pattern_of(*masks, block, old.exploring.columns.shape[0] if same else None)
+        return positions_of(masks, old.exploring.shape[0] if same else None, sizes)
+    return pattern_of(*masks, block, old.exploring.columns.shape[0] if same else None, sizes)
 
 
 def old_slots(old: Tensor, new: Tensor, size: int) -> Tensor:

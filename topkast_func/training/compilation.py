@@ -14,6 +14,7 @@ from torch._dynamo.exc import (
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten
 
+from topkast_func.checks import dispatches
 from topkast_func.warn import warn_caller
 
 ONE_GRAPH: Mapping[str, Any] = {"fullgraph": True, "dynamic": False}
@@ -120,8 +121,7 @@ def signature(arguments: Any) -> Hashable:
 
 def _kind(leaf: Any) -> object:
     if isinstance(leaf, Tensor):
-        own_dispatch = type(leaf).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        if not own_dispatch and type(leaf) not in (Tensor, nn.Parameter, nn.Buffer):
+        if not dispatches(leaf) and type(leaf) not in (Tensor, nn.Parameter, nn.Buffer):
             raise TypeError(
                 f"the batch holds a {type(leaf).__name__}, which a compiled step does not take: "
                 "give it as plain tensor (tensor.as_subclass(torch.Tensor)), or pass "

@@ -14,7 +14,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import given_sparsity, shared_among_all
 from topkast_func.config.selection import check_present
 from topkast_func.entry import entered
-from topkast_func.masks import compute_masks, masks_at
+from topkast_func.masks import compute_masks, counts_among, masks_at
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.layers import kernel_weights
 from topkast_func.model.modules import buffers, frozen, tensors_of, ties, trainable
@@ -205,9 +205,25 @@ def refresh(
         ValueError: The method reads gradients and there are none, or the configuration has other
             sparse parameters or other blocks, or a method that is to train densely.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
+        torch.OutOfMemoryError: The device has too little memory; the text says the way on.
     """
     state = ordinary(state) if state.step.is_inference() else state
     check_refresh(state.weights, config, int(state.step))
+    try:
+        return _refreshed(state, config, gradients)
+    except torch.OutOfMemoryError as reason:
+        raise torch.OutOfMemoryError(TOO_LARGE) from reason
+
+
+TOO_LARGE = (
+    "the device has too little memory to choose sets anew, which takes up to 40 bytes for each "
+    "entry of the largest weight; the state is as it was. Let θ rest, and be ranked, on the host: "
+    "save the state and load(..., theta_device='cpu'), or begin with init_state(..., "
+    "theta_device='cpu')"
+)
+
+
+def _refreshed(state: TrainState, config: TopKastConfig, gradients: Params | None) -> TrainState:
     dense, masks = chosen_anew(
         state.weights.dense(),
         state.weights.sparse(),
@@ -218,8 +234,17 @@ def refresh(
         exponents=state.exponents,
         gradients=gradients,
     )
-    weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots)
+    sizes = sizes_after(state.weights, config, int(state.step))
+    weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots, sizes)
     return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
+
+
+def sizes_after(weights: Weights, config: TopKastConfig, step: int) -> dict[str, tuple[int, int]]:
+    """Return |A| and |B| by name after a refresh, of which the host knows without counting."""
+    if config.schedule.settled(step):
+        return {name: (active, active) for name, (active, _) in weights.sizes().items()}
+    shapes = weights.shapes()
+    return counts_among({name: shapes[name] for name in weights.sparse()}, config, step)
 
 
 def chosen_anew(

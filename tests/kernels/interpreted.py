@@ -1,0 +1,89 @@
+"""The engine "triton" on the CPU, by Triton's interpreter: what `test_triton` runs apart.
+
+It multiplies bfloat16 wrongly, so that this dtype is for a GPU to test.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from tests.kernels.problems import check_products, integers, problem
+from tests.kernels.test_linear import (
+    Case,
+    Gradients,
+    by_backward,
+    by_compiled_backward,
+    by_compiled_func,
+    by_func,
+)
+from topkast_func.kernels import engines, triton_gpu
+
+HALF = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes, _ = engines._RUNS["triton"]
+    monkeypatch.setitem(engines._RUNS, "triton", (dtypes, ("cpu",)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("block", [(16, 16), (48, 32)])
+@pytest.mark.parametrize("batch", [0, 1, 37])
+def test_products_are_exact(block: tuple[int, int], batch: int, dtype: torch.dtype) -> None:
+    check_products("triton", problem(block, dtype, grid=(3, 4)), batch)
+
+
+def test_products_of_a_matrix_of_several_panels() -> None:
+    wide = problem((16, 16), grid=(3, 160), densities=(0.1, 0.2))
+    assert wide.pattern.forward.pointers.shape[0] > 4
+    check_products("triton", wide, 3)
+
+
+def test_large_blocks_are_cut_into_tiles() -> None:
+    assert [triton_gpu._tile(side, 128) for side in (16, 48, 64, 256)] == [16, 16, 64, 128]
+    check_products("triton", problem((256, 64), grid=(1, 2), densities=(2.0, 2.0)), 2)
+
+
+@pytest.mark.parametrize("way", [by_func, by_compiled_func, by_backward, by_compiled_backward])
+def test_the_gradient_is_the_dense_one_at_alpha_on_b(way: Callable[[Case], Gradients]) -> None:
+    case = Case("triton", (16, 16), torch.float32)
+    for found, expected in zip(way(case), case.gradients(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_inputs_of_any_leading_axes_and_strides() -> None:
+    case = Case("triton", (16, 16), torch.float32)
+    n = case.given.shape[1]
+    for x in (integers(n), integers(2, 3, n), integers(n, 5).T, integers(4, 2 * n)[::2, ::2]):
+        y = case(case.given.values, x, case.bias)
+        assert torch.equal(y, x @ case.given.alpha.T + case.bias)
+
+
+def test_gradients_per_sample() -> None:
+    case = Case("triton", (16, 16), torch.float32)
+    per_sample = vmap(grad(case.loss, argnums=(0, 1)), in_dims=(None, 0, None))
+    for_values, for_x = per_sample(case.given.values, case.x, case.bias)
+    expected = case.gradients()
+    assert torch.equal(for_values.sum(0), expected[0])
+    assert torch.equal(for_x, expected[1])
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = Case("triton", (16, 16), torch.float32)
+
+    def once(values: Tensor, *others: Any) -> Tensor:
+        return grad(case.loss)(values, *others).square().sum()
+
+    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
+        grad(once)(*case.leaves)
+
+
+def test_the_same_call_has_the_same_result() -> None:
+    case = Case("triton", (16, 16), torch.float32)
+    x = torch.randn(40, case.given.shape[1])
+    assert torch.equal(case(case.given.values, x), case(case.given.values, x))

@@ -1,0 +1,377 @@
+"""Weights on a device of their own: all of it there, and the host hardly ever waits.
+
+Where it may, and why: `places.counted` reads the sizes of sets, of all tensors at once: of the
+old A, from which a method takes away, and of the new sets, which are to be what was asked for.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import topkast_func as tk
+from tests import pretend
+from tests.kernels.problems import Problem, integers, problem, problems
+from tests.pretend import DEVICE, WAITS, Pretended, on_cpu, pretending
+from tests.storage import STORAGES
+from topkast_func.kernels import pattern_of
+from topkast_func.kernels.pattern import flattened
+from topkast_func.places import counted, order_of, places_of
+from topkast_func.ranking import drawn_among, largest_among, top_sets
+from topkast_func.testing import weights
+
+READ = pretend.Wait("places.counted", "_to_copy")
+METHODS = [
+    tk.topkast(),
+    tk.topkast("threshold"),
+    tk.topkast("value", exchange=None),
+    tk.random_backward(),
+    tk.ste(),
+    tk.gmp(0, 4, 2),
+    tk.static(),
+    tk.set(),
+    tk.rigl(),
+]
+OPTIMIZERS = [
+    tk.sgd(0.1, momentum=0.9),
+    tk.adamw(lambda step: 0.1 / (1 + step)),
+    tk.lion(torch.tensor(0.01)),
+    tk.chain(tk.clip_by_global_norm(1.0), tk.adam(0.01)),
+    tk.multi_steps(tk.sgd(0.1), 2),
+    tk.partition({"*bias": tk.sgd(0.1), "*": tk.adam(0.01)}),
+]
+Run = tuple[tk.TrainState, tk.StepMetrics]
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    with pretending() as there:
+        yield there
+
+
+def there(tree: Any) -> Any:
+    """Move the tensors of a tuple to the device."""
+    return tuple(tensor.to(DEVICE) for tensor in tree)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Linear(60, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1))
+    return nn.Sequential(nn.Conv1d(1, 4, 5), nn.Flatten(), nn.Linear(48, 60), *layers)
+
+
+def mse(apply: Any, batch: Any) -> Tensor:
+    return nn.functional.mse_loss(apply(batch[0]), batch[1])
+
+
+def batch(where: torch.device | str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(8, *n, generator=generator) for n in ((1, 16), (16,)))
+    return x.to(where), y.to(where)
+
+
+def config_of(method: tk.Method, **options: Any) -> tk.TopKastConfig:
+    return tk.TopKastConfig(0.75, 0.5, refresh_every=2, explore_until=5, method=method, **options)
+
+
+def step_of(model: nn.Module, config: tk.TopKastConfig, optimizer: tk.Optimizer) -> Any:
+    """Make a step that sums in one order on every device."""
+    return tk.make_train_step(model, mse, config, optimizer, compile=False, engine="reference")
+
+
+def run(
+    where: torch.device | str,
+    config: tk.TopKastConfig,
+    optimizer: tk.Optimizer,
+    steps: int = 6,
+    **options: Any,
+) -> Run:
+    """Train a network on a device; refreshes come before steps 2 and 4, the end at 5."""
+    model = network().to(where)
+    state = tk.init_state(model, config, optimizer, **options)
+    train_step = step_of(model, config, optimizer)
+    for _ in range(steps):
+        state, metrics = train_step(state, batch(where))
+    return state, metrics
+
+
+def same(one: Any, other: Any) -> bool:
+    pairs = zip(tree_leaves(on_cpu(one)), tree_leaves(on_cpu(other)), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def elsewhere(tree: Any) -> int:
+    """Count the tensors of more than a number that are not on the device."""
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.ndim]
+    return sum(not isinstance(leaf, Pretended) for leaf in leaves)
+
+
+# Training.
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_training_is_that_of_the_cpu(method: tk.Method, storage: str) -> None:
+    config, optimizer = config_of(method), tk.adam(0.01)
+    expected = run("cpu", config, optimizer, storage=storage)
+    with pretending() as device:
+        found = run(device, config, optimizer, storage=storage)
+        assert elsewhere(found) == 0
+    assert same(found, expected)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_every_optimizer_stays_on_the_device(optimizer: tk.Optimizer, storage: str) -> None:
+    expected = run("cpu", config_of(tk.topkast()), optimizer, storage=storage)
+    with pretending() as device:
+        found = run(device, config_of(tk.topkast()), optimizer, storage=storage)
+        assert elsewhere(found) == 0
+    assert same(found, expected)
+
+
+@pytest.mark.parametrize("options", [{"block_shape": (4, 4), "keep_dense": "0.weight"}, {}])
+@pytest.mark.parametrize("powerprop", [1.0, 2.0])
+def test_blocks_and_powers_stay_on_the_device(options: Any, powerprop: float) -> None:
+    config = config_of(tk.topkast(), powerprop=powerprop, **options)
+    expected = run("cpu", config, tk.adam(0.01))
+    with pretending() as device:
+        assert same(run(device, config, tk.adam(0.01)), expected)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_the_host_waits_for_sizes_alone(
+    method: tk.Method, storage: Any, device: torch.device
+) -> None:
+    config = replace(config_of(method), refresh_every=None, explore_until=None)
+    model, optimizer = network().to(device), tk.adam(0.01)
+    state = tk.init_state(model, config, optimizer, storage=storage)
+    train_step = step_of(model, config, optimizer)
+    state, _ = train_step(state, batch(device))
+    WAITS.clear()
+    state, _ = train_step(state, batch(device))
+    assert not WAITS
+    gradients = tk.dense_gradients(model, mse, state, batch(device))
+    assert not WAITS
+    state = tk.refresh(state, config, gradients)
+    assert Counter(WAITS) == {READ: 1 + config.method.reads_sets}
+    assert len(state.weights.sparse()) > len(WAITS)
+    WAITS.clear()
+    train_step(state._replace(step=state.step + 1), batch(device))
+    assert Counter(WAITS) == ({READ: 1} if storage == "dense" else {})  # it asks for their sizes
+
+
+def test_theta_that_rests_on_the_host_is_waited_for_at_a_refresh_alone(
+    device: torch.device,
+) -> None:
+    config, optimizer = config_of(tk.topkast()), tk.adam(0.01)
+    state, _ = run(device, config, optimizer, steps=2, theta_device="cpu")
+    WAITS.clear()
+    model = network().to(device)
+    train_step = step_of(model, config, optimizer)
+    train_step(state._replace(step=torch.tensor(1)), batch(device))
+    assert not WAITS
+    refreshed = tk.refresh(state, config)
+    assert {wait.where for wait in WAITS} == {
+        "model/alpha.<genexpr>",  # the values go home
+        "masks.masks_at",  # with the sets they are of,
+        "entry.<genexpr>",
+        "storage/compact.chosen",  # and where they were
+        "places.counted",
+    }
+    assert all(theta.device.type == "cpu" for theta in refreshed.weights.theta.values())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", [tk.topkast(), tk.ste(), tk.set()], ids=str)
+def test_nan_is_refused_on_the_device_too(method: tk.Method, device: torch.device) -> None:
+    config = config_of(method)
+    state, _ = run(device, config, tk.sgd(0.1), steps=1)
+    values = dict(state.weights.values())
+    values["2.weight"] = values["2.weight"] * torch.nan
+    broken = state._replace(weights=state.weights._replace(held=values))  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"params\['2.weight'\] holds NaN"):
+        tk.refresh(broken, config)
+
+
+class Generous(tk.Method):
+    """Chooses one entry more than it is asked for."""
+
+    def sets(self, situation: Any) -> Any:
+        return top_sets(
+            situation.name, situation.scores, situation.forward + 1, situation.backward + 1
+        )
+
+
+def test_a_method_that_chooses_too_many_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"chose \(6, 6\) entries .* of 'weight' .*\(5, 5\) were asked"
+    ):
+        tk.compute_masks({"weight": torch.randn(4, 5)}, tk.TopKastConfig(0.75, method=Generous()))
+
+
+# Reading, files and the facade.
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_state_is_read_saved_and_loaded(storage: str, tmp_path: Path) -> None:
+    config, optimizer = config_of(tk.topkast()), tk.adam(0.01)
+    expected, _ = run("cpu", config, optimizer, steps=3, storage=storage)
+    with pretending() as device:
+        state, _ = run(device, config, optimizer, steps=3, storage=storage)
+        for read in (tk.dense_params, tk.forward_params, tk.masks_of):
+            assert elsewhere(read(state)) == 0
+            assert same(read(state), read(expected))
+        tk.save(state, tmp_path / "state", config)
+        loaded = tk.load(tmp_path / "state", model=network(), optimizer=optimizer, device=device)
+        assert elsewhere(loaded) == 0
+        assert same(tk.dense_params(loaded), tk.dense_params(expected))
+        assert same(loaded.optimizer, expected.optimizer)
+        model = network().to(device)
+        train_step = step_of(model, config, optimizer)
+        (after, metrics), (other, told) = (
+            train_step(start, batch(device)) for start in (loaded, state)
+        )
+        assert same(tk.dense_params(after), tk.dense_params(other))
+        assert same(metrics, told)
+        assert tk.summary(state).rows
+        assert tk.explain(state)
+
+
+def sparsified(where: torch.device | str, config: tk.TopKastConfig, steps: int) -> tk.Sparsifier:
+    model = network().to(where)
+    sparsifier = tk.sparsify(model, config, engine="reference")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    x, y = batch(where)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y) + sparsifier.penalty()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        WAITS.clear()
+        sparsifier.step()
+    return sparsifier
+
+
+@pytest.mark.parametrize("method", [tk.topkast(), tk.rigl()], ids=str)
+def test_an_ordinary_loop_stays_on_the_device(method: tk.Method) -> None:
+    config = config_of(method)
+    expected = sparsified("cpu", config, 4)
+    with pretending() as device:
+        found = sparsified(device, config, 4)
+        assert same(found.model.state_dict(), expected.model.state_dict())
+        weights = len(found.masks())
+        assert {wait.where for wait in WAITS} <= {"places.counted", "facade/derived.same"}
+        assert len(WAITS) <= 2 + 2 * weights
+        tk.densify(found.model)
+
+
+def test_an_ordinary_step_waits_for_nothing(device: torch.device) -> None:
+    sparsified(device, config_of(tk.topkast()), 3)
+    assert not WAITS
+
+
+# What it is made of.
+
+
+@settings(max_examples=20)
+@given(weights(), st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_rankings_equal_those_of_the_cpu(theta: Tensor, shares: tuple[float, float]) -> None:
+    scores = theta.double()
+    forward, backward = (1 + int(share * (theta.numel() - 1)) for share in sorted(shares))
+    candidates = scores.round() == scores
+    count = min(forward, int(candidates.sum()))
+    expected = top_sets("w", scores, forward, backward)
+    among = largest_among("w", candidates, scores, count)
+    with pretending():
+        ours, on_device = there((scores, candidates))
+        assert same(top_sets("w", ours, forward, backward), expected)
+        assert same(largest_among("w", on_device, ours, count), among)
+        assert not WAITS
+
+
+@settings(max_examples=20)
+@given(problems(), st.integers(0, 3))
+def test_patterns_equal_those_of_the_cpu(given: Problem, spare: int) -> None:
+    sizes = (int(given.forward.sum()), int(given.backward.sum()))
+    places = given.pattern.exploring.columns.shape[0] + spare
+    expected = pattern_of(given.forward, given.backward, given.block, places)
+    with pretending():
+        masks = there((given.forward, given.backward))
+        found = pattern_of(*masks, given.block, places, sizes)
+        assert not WAITS
+        again = pattern_of(*masks, given.block, places)
+        assert len(WAITS) == 1
+    assert same(flattened(found), flattened(expected))
+    assert same(flattened(again), flattened(expected))
+
+
+def test_a_wide_pattern_equals_that_of_the_cpu() -> None:
+    wide = problem(grid=(3, 2**16 + 8), densities=(0.1, 0.2))
+    with pretending():
+        found = pattern_of(*there((wide.forward, wide.backward)))
+    assert same(flattened(found), flattened(wide.pattern))
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 11), (3, 4, 5)])
+def test_places_orders_and_counts(shape: tuple[int, ...]) -> None:
+    masks = [torch.rand(shape) < share for share in (0.0, 0.4, 1.0)]
+    numbers = torch.randint(0, 5, (40,), dtype=torch.int16)
+    with pretending():
+        assert counted([*there(masks[:2]), masks[2]]) == [int(mask.sum()) for mask in masks]
+        assert len(WAITS) == 1
+        for mask, ours in zip(masks, there(masks), strict=True):
+            count = int(mask.sum()) + 2
+            expected = [*mask.flatten().nonzero().flatten().tolist(), mask.numel(), mask.numel()]
+            assert on_cpu(places_of(ours, count)).tolist() == expected
+            assert places_of(mask, count).tolist() == expected
+        assert same(order_of(there((numbers,))[0]), order_of(numbers))
+    assert torch.equal(numbers[order_of(numbers)], numbers.sort(stable=True).values)
+
+
+def test_draws_equal_those_of_the_cpu() -> None:
+    mask = torch.rand(6, 9) < 0.5
+    draw = lambda m: drawn_among(m, int(mask.sum()), 7, torch.Generator().manual_seed(3))  # noqa: E731
+    with pretending():
+        assert same(draw(*there((mask,))), draw(mask))
+
+
+# The device itself.
+
+
+def test_tensors_of_two_devices_may_not_meet(device: torch.device) -> None:
+    ours, theirs = torch.ones(3, device=device), torch.ones(3)
+    for meet in (torch.add, torch.dot, lambda a, b: torch.cat((a, b)), lambda a, b: a[b.long()]):
+        with pytest.raises(pretend.MixedError):
+            meet(ours, theirs)
+    assert on_cpu(ours + torch.tensor(2.0)).tolist() == [3, 3, 3]
+    assert (ours * 2).device == device
+
+
+def waiting(tensor: Tensor) -> list[Callable[[], Any]]:
+    mask = tensor > 0
+    return [
+        tensor[0].item,
+        tensor.tolist if type(tensor) is Tensor else tensor.cpu,
+        mask.nonzero,
+        lambda: tensor[mask],
+        lambda: bool(mask.all()),
+        lambda: torch.equal(tensor, tensor),
+        lambda: torch.repeat_interleave(tensor.long()),
+    ]
+
+
+def test_every_wait_is_noted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretend, "ROOT", str(Path(__file__).parent))
+    for wait in waiting(integers(4).abs().to(device)):
+        WAITS.clear()
+        wait()
+        assert len(WAITS) == 1

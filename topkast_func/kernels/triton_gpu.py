@@ -1,0 +1,203 @@
+"""Sparse products on a GPU in Triton, for blocks whose sides are multiples of 16.
+
+A program computes one tile of the output in float32 and walks the stored blocks that it needs:
+those of a block row of A for the products, the batch for the gradient of one stored block. Blocks
+are cut into tiles of powers of two. Nothing is added by two programs, so that results are the same
+at every call.
+"""
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from topkast_func.kernels.pattern import BlockRows, Pattern, block_of
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_ROWS = [(128, 4, 3), (64, 4, 4), (128, 8, 3), (32, 2, 2)]
+"""Rows of activations in a tile, warps, and stages of the pipeline; the last fits any GPU."""
+
+
+def forward(values: Tensor, x: Tensor, pattern: Pattern, features: int) -> Tensor:
+    """Return x·W_Aᵀ of activations [batch, in]."""
+    height, depth = block_of(values)
+    return _sums(values, x, pattern.forward, features, None, (height, depth), (depth, 1))
+
+
+def input_gradient(values: Tensor, g: Tensor, pattern: Pattern, features: int) -> Tensor:
+    """Return g·W_A of gradients [batch, out]."""
+    depth, height = block_of(values)
+    turned = pattern.transposed
+    return _sums(values, g, turned, features, pattern.places, (height, depth), (1, height))
+
+
+def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> Tensor:
+    """Return gᵀ·x sampled on B, in the order and shape of ``values``."""
+    gradient = torch.empty_like(values, memory_format=torch.contiguous_format)
+    g, x = g.contiguous(), x.contiguous()
+    height, width = block_of(values)
+    rows, tile = g.shape[1] // height, (_tile(height, 128), _tile(width, 128))
+    tiles = (height // tile[0]) * (width // tile[1])
+    parts = (pattern.forward, pattern.exploring)
+    found = torch.split(gradient, [part.columns.shape[0] for part in parts])
+    for part, out in zip(parts, found, strict=True):
+        if out.shape[0]:
+            _dots[out.shape[0] * tiles,](
+                *(g, x, out, *part, g.shape[0], _size(g), g.shape[1], x.shape[1]),
+                *(rows, (part.pointers.shape[0] - 1) // rows, rows.bit_length()),
+                *(height, width, *tile, _precision()),
+            )
+    return gradient
+
+
+def _sums(
+    values: Tensor,
+    x: Tensor,
+    part: BlockRows,
+    features: int,
+    places: Tensor | None,
+    block: tuple[int, int],
+    strides: tuple[int, int],
+) -> Tensor:
+    """Multiply with blocks that have ``block`` outputs and inputs, each with a stride in memory."""
+    y = x.new_empty(x.shape[0], features)
+    x, values, (height, depth) = x.contiguous(), values.contiguous(), block
+    tile = (_tile(height, 128), _tile(depth, 128 // x.element_size()))
+    panels = (part.pointers.shape[0] - 1) // (features // height)
+    if not x.shape[0]:
+        return y
+
+    def grid(chosen: dict[str, Any]) -> tuple[int, int]:
+        return features // tile[0], triton.cdiv(x.shape[0], chosen["BATCH"])
+
+    _rows[grid](
+        *(x, values, y, *part, part.columns if places is None else places),
+        *(x.shape[0], _size(x), x.shape[1], features, panels),
+        *(places is not None, *block, *strides, *tile, _precision()),
+    )
+    return y
+
+
+def _tile(side: int, most: int) -> int:
+    """Return the largest power of two that divides a side, ``most`` at most."""
+    return min(side & -side, most)
+
+
+def _size(x: Tensor) -> int:
+    """Return the power of two that a batch is within: kernels are tuned for each."""
+    return x.shape[0].bit_length()
+
+
+def _precision() -> str:
+    """Return in what float32 is multiplied: as `torch.set_float32_matmul_precision` says."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _tuned(names: list[str], configs: list[tuple[int, int, int]]) -> Any:
+    """Let Triton take the fastest of a few ways at the first call for each of what is named."""
+    ways = [triton.Config({"BATCH": n}, num_warps=w, num_stages=s) for n, w, s in configs]
+    return triton.autotune(ways[-1:] if _INTERPRETED else ways, names)
+
+
+@_tuned(["size", "HEIGHT", "DEPTH"], _ROWS)
+@triton.jit
+def _rows(  # type: ignore[no-untyped-def]
+    x,
+    values,
+    y,
+    pointers,
+    columns,
+    places,
+    batch,
+    size,
+    features_in,
+    features_out,
+    panels,
+    PLACED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DOWN: tl.constexpr,
+    ACROSS: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """y[n, o] = Σ_i x[n, i]·W[o, i], of which a block is values[place]: o by DOWN, i by ACROSS."""
+    first = tl.program_id(0) * TILE_H
+    row = first // HEIGHT
+    outputs = tl.arange(0, TILE_H)
+    inner = tl.arange(0, TILE_D)
+    n = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    there = n[:, None] < batch
+    line = n.to(tl.int64)[:, None]
+    within = (first % HEIGHT + outputs)[None, :] * DOWN + inner[:, None] * ACROSS
+    total = tl.zeros((BATCH, TILE_H), tl.float32)
+    for k in range(tl.load(pointers + row * panels), tl.load(pointers + (row + 1) * panels)):
+        place = tl.load(places + k) if PLACED else k
+        block = values + place.to(tl.int64) * (HEIGHT * DEPTH) + within
+        feature = tl.load(columns + k) * DEPTH
+        for d in tl.static_range(0, DEPTH, TILE_D):
+            inputs = tl.load(
+                x + line * features_in + (feature + d + inner)[None, :], mask=there, other=0.0
+            )
+            weights = tl.load(block + d * ACROSS)
+            total = tl.dot(inputs, weights, total, input_precision=PRECISION)
+    out = y + line * features_out + (first + outputs)[None, :]
+    tl.store(out, total.to(y.dtype.element_ty), mask=there)
+
+
+@_tuned(["size", "HEIGHT", "WIDTH"], [(64, 4, 3), (64, 8, 3), (32, 4, 4), (32, 2, 2)])
+@triton.jit
+def _dots(  # type: ignore[no-untyped-def]
+    g,
+    x,
+    gradient,
+    pointers,
+    columns,
+    batch,
+    size,
+    features_out,
+    features_in,
+    rows,
+    panels,
+    halvings,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """gradient[k][o, i] = Σ_n g[n, o]·x[n, i] of a stored block k; zero where a place is unused."""
+    across: tl.constexpr = WIDTH // TILE_W
+    tiles: tl.constexpr = HEIGHT // TILE_H * across
+    k = tl.program_id(0) // tiles
+    top = tl.program_id(0) % tiles // across * TILE_H
+    left = tl.program_id(0) % across * TILE_W
+    row = 0  # the first that ends beyond k
+    end = rows
+    for _ in range(halvings):
+        middle = (row + end) // 2
+        beyond = tl.load(pointers + tl.minimum(middle + 1, rows) * panels) > k
+        end = tl.where(beyond, middle, end)
+        row = tl.where(beyond | (row >= end), row, middle + 1)
+    used = row < rows
+    o = top + tl.arange(0, TILE_H)
+    i = left + tl.arange(0, TILE_W)
+    gs = g + (row * HEIGHT + o)[None, :]
+    xs = x + (tl.load(columns + k) * WIDTH + i)[None, :]
+    total = tl.zeros((TILE_H, TILE_W), tl.float32)
+    for start in range(0, batch, BATCH):
+        n = start + tl.arange(0, BATCH)
+        there = (n[:, None] < batch) & used
+        line = n.to(tl.int64)[:, None]
+        left_ = tl.load(gs + line * features_out, mask=there, other=0.0)
+        right = tl.load(xs + line * features_in, mask=there, other=0.0)
+        total = tl.dot(tl.trans(left_), right, total, input_precision=PRECISION)
+    out = gradient + k.to(tl.int64) * (HEIGHT * WIDTH) + o[:, None] * WIDTH + i[None, :]
+    tl.store(out, total.to(gradient.dtype.element_ty))

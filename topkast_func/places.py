@@ -1,0 +1,58 @@
+"""Where masks are set, computed on their device; the host waits for counts alone, all at once."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topkast_func.types import Masks
+
+
+def counted(masks: Sequence[Tensor]) -> list[int]:
+    """Count the entries that are set, in one wait for all masks that are not on the CPU.
+
+    Args:
+        masks: bool, any shapes and devices.
+
+    Returns:
+        One number for each.
+    """
+    there = [mask for mask in masks if mask.device.type != "cpu"]
+    sums = torch.stack([m.sum().to(there[0].device) for m in there]).cpu().tolist() if there else []
+    found = iter(sums)
+    return [
+        int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else next(found)
+        for mask in masks
+    ]
+
+
+def sizes_of(sets: Mapping[str, Masks]) -> dict[str, tuple[int, int]]:
+    """Return |A| and |B| by name, entries."""
+    numbers = iter(counted([mask for masks in sets.values() for mask in masks]))
+    return dict(zip(sets, zip(numbers, numbers, strict=True), strict=True))
+
+
+def places_of(mask: Tensor, count: int) -> Tensor:
+    """Return where a mask is set, without a wait for its device.
+
+    Args:
+        mask: bool, any shape, n entries.
+        count: How many places to return, at least as many as are set.
+
+    Returns:
+        Flat indices, int64, [count], ascending; n where there are no more.
+    """
+    if mask.device.type != "cpu":
+        numbers = torch.arange(1, count + 1, device=mask.device)
+        return torch.searchsorted(mask.flatten().cumsum(0), numbers)
+    places = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    spare = count - places.shape[0]
+    return torch.cat((places, places.new_full((spare,), mask.numel()))) if spare else places
+
+
+def order_of(numbers: Tensor) -> Tensor:
+    """Return the order that sorts numbers, equals staying as they are: int64, [n] of [n]."""
+    if numbers.device.type != "cpu":
+        return torch.sort(numbers, stable=True).indices
+    return torch.from_numpy(np.argsort(numbers.numpy(), kind="stable"))  # radix, of 16 bits
