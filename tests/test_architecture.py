@@ -13,6 +13,7 @@ PACKAGES = [
     "types",
     "turns",
     "warn",
+    "compiling",
     "checks",
     "sparsity",
     "tiebreak",

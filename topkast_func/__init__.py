@@ -3,6 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
+from topkast_func.compiling import compilation_seconds
 from topkast_func.config import TopKastConfig, allocate, first_weight, last_weight
 from topkast_func.facade import (
     Sparsifier,
@@ -95,6 +96,7 @@ __all__ = [
     "allocate",
     "chain",
     "clip_by_global_norm",
+    "compilation_seconds",
     "compute_masks",
     "cubic",
     "dense",

@@ -1,11 +1,13 @@
 """torch.compile for a pure step: one graph, and a clear word where that cannot be."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import (
     BackendCompilerFailed,
     FailOnRecompileLimitHit,
@@ -14,6 +16,7 @@ from torch._dynamo.exc import (
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten
 
+from topkast_func import compiling
 from topkast_func.warn import warn_caller
 
 ONE_GRAPH: Mapping[str, Any] = {"fullgraph": True, "dynamic": False}
@@ -73,7 +76,8 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
     def call(*arguments: Any) -> Any:
         nonlocal fast
         try:
-            return fast(*arguments)
+            with _watched():
+                return fast(*arguments)
         except FailOnRecompileLimitHit as failure:
             raise RuntimeError(SHAPES) from failure
         except BackendCompilerFailed as failure:
@@ -88,6 +92,19 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
         raise RuntimeError(BROKEN.format(broken)) from broken
 
     return call
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Let Dynamo say when it compiles."""
+    starts, ends = callback_handler.start_callbacks, callback_handler.end_callbacks
+    starts.append(compiling.begin)
+    ends.append(compiling.end)
+    try:
+        yield
+    finally:
+        starts.remove(compiling.begin)
+        ends.remove(compiling.end)
 
 
 def signature(arguments: Any) -> Hashable:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value
 from torch.utils._pytree import tree_map
 
+from topkast_func.compiling import one_report
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.model.alone import (
@@ -205,7 +206,8 @@ def make_train_step(
             told = (type(state.weights), sizes, schedule.stage(int(state.step)), due(state))
             kind = (mode, *told, signature(batch))
         work = partial(in_its_turn, state, batch, mode, kind)
-        return in_turn(own | draws.claims(kind), partial(as_written, parts, work))
+        with one_report():
+            return in_turn(own | draws.claims(kind), partial(as_written, parts, work))
 
     vars(train_step)["config"] = config
     return train_step
