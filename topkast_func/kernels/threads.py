@@ -29,7 +29,6 @@ FAST = {"cache": _can_cache(), "nogil": True, "boundscheck": False, "error_model
 """How kernels are compiled; caches between processes, where there is a place for them."""
 
 
-
 class _Listener(event.Listener):  # type: ignore[misc]
     """Tells when Numba compiles."""
 
