@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,8 @@ def test_a_step_tells_of_each_compilation_once(caplog: pytest.LogCaptureFixture)
 def test_a_kernel_tells(caplog: pytest.LogCaptureFixture) -> None:
     from numba import njit
 
-    kernel = njit(lambda parts, array: None, **{**FAST, "cache": False})
+    options: dict[str, Any] = {**FAST, "cache": False}
+    kernel = njit(lambda parts, array: None, **options)
     with caplog.at_level(logging.INFO, "topkast_func"):
         for _ in range(2):
             in_parallel(lambda threaded: kernel, np.zeros(3))

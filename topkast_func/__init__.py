@@ -38,6 +38,7 @@ from topkast_func.report.flops import TrainingFlops, training_flops
 from topkast_func.report.history import History, Refresh
 from topkast_func.report.summary import Summary, summary
 from topkast_func.sparsity import Allocation, Staged, cubic, staged
+from topkast_func.training.best import Best
 from topkast_func.training.checkpoint import load, load_config, save
 from topkast_func.training.loop import Callback, train
 from topkast_func.training.loss import exploration_penalty, penalized_loss
@@ -67,6 +68,7 @@ from topkast_func.types import Masks
 
 __all__ = [
     "Allocation",
+    "Best",
     "Callback",
     "Exchange",
     "History",

@@ -4,9 +4,9 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
@@ -85,6 +85,37 @@ def compilation_seconds() -> float:
         Seconds of wall time.
     """
     return _WATCH.total
+
+
+class Times(NamedTuple):
+    """Seconds of wall time.
+
+    Attributes:
+        training: All but compilation.
+        compilation: What goes to compiling, which is done once.
+    """
+
+    training: float
+    compilation: float
+
+    def __str__(self) -> str:
+        """Tell both."""
+        return f"training {self.training:.1f} s, compilation {self.compilation:.1f} s, once"
+
+
+def stopwatch() -> Callable[[], Times]:
+    """Start to measure.
+
+    Returns:
+        A function that returns the times since.
+    """
+    start, compiled = time.perf_counter(), compilation_seconds()
+
+    def times() -> Times:
+        compilation = compilation_seconds() - compiled
+        return Times(time.perf_counter() - start - compilation, compilation)
+
+    return times
 
 
 def _tell(text: str) -> None:
