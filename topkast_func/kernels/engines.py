@@ -146,7 +146,7 @@ def choose(name: EngineName, layer: Layer) -> Choice:
     if name != "auto":
         engine(name)
         if problem := _problem(name, layer):
-            raise TypeError(problem)
+            raise TypeError(f"engine {problem}")
         return Choice(name, "asked for")
     if problem := _problem("numba", layer):
         return Choice("dense", problem)
@@ -212,10 +212,10 @@ def _problem(name: str, layer: Layer) -> str | None:
     """Say why an engine cannot compute a layer, if it cannot."""
     dtypes, devices = _RUNS.get(name, ((), ()))
     if dtypes and layer.dtype not in dtypes:
-        supported = " and ".join(str(dtype) for dtype in dtypes)
-        return f"engine {name!r} supports {supported}, not {layer.dtype}"
+        given, *supported = (str(d).removeprefix("torch.") for d in (layer.dtype, *dtypes))
+        return f"{name} supports {' and '.join(supported)}, not {given}"
     if devices and layer.device not in devices:
-        return f"engine {name!r} runs on {' and '.join(devices)}, not on {layer.device}"
+        return f"{name} runs on {' and '.join(devices)}, not on {layer.device}"
     return None
 
 
