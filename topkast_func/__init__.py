@@ -17,6 +17,7 @@ from topkast_func.facade import (
     densify,
     sparsify,
 )
+from topkast_func.inference import SparseLinear, sparse_module
 from topkast_func.integrations.tensorboard import TensorBoardLogger
 from topkast_func.masks import compute_masks
 from topkast_func.methods import (
@@ -77,6 +78,7 @@ __all__ = [
     "Optimizer",
     "OptimizerState",
     "Refresh",
+    "SparseLinear",
     "Sparsifier",
     "Staged",
     "StepMetrics",
@@ -131,6 +133,7 @@ __all__ = [
     "set",
     "sgd",
     "sparse_forward",
+    "sparse_module",
     "sparsify",
     "staged",
     "static",
@@ -141,6 +144,9 @@ __all__ = [
     "train",
     "training_flops",
 ]
+
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -29,7 +29,7 @@ FAST = {"cache": _can_cache(), "nogil": True, "boundscheck": False, "error_model
 """How kernels are compiled; caches between processes, where there is a place for them."""
 
 
-class _Listener(event.Listener):  # type: ignore[misc]
+class _Listener(event.Listener):
     """Tells when Numba compiles."""
 
     def on_start(self, event: Any) -> None:
