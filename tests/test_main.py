@@ -257,9 +257,12 @@ def test_method_rate_and_eager_mode_reach_the_training(
 ) -> None:
     seen: list[dict[str, Any]] = []
     real = demo.train
-    monkeypatch.setattr(
-        "topkast_func.__main__.train", lambda *a, **o: seen.append(o) or real(*a, **o)
-    )
+
+    def noting(*arguments: Any, **options: Any) -> demo.Run:
+        seen.append(options)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr("topkast_func.__main__.train", noting)
     words = "boston --epochs 1 --method set --lr 0.002 --no-compile --no-dense-twin"
     main([*words.split(), "--out", str(tmp_path)])
     run = real("boston", replace(CONFIG, method=tk.set()), 1, 42, "again", lr=2e-3)
@@ -290,7 +293,7 @@ def test_ctrl_c_leaves_what_there_was_and_says_where(
 ) -> None:
     """In the third epoch, while the twin begins, and before anything."""
     starts = itertools.count()
-    network, loop = demo._network, demo.loop
+    network, loop = demo._network, tk.train
 
     def begin(features: int, seed: int) -> Any:
         if next(starts) == {"step": 9, "twin": 1, "start": 0}[when]:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from topkast_func.checks import check_count
 from topkast_func.kernels.inference import pays, product
-from topkast_func.kernels.pattern import block_of
+from topkast_func.kernels.pattern import BlockRows, block_of, flat
 from topkast_func.model.alone import alone_with, check_uncompiled, uncompiled
 from topkast_func.model.layers import kernel_layers
 from topkast_func.model.modules import check_fit
@@ -54,10 +54,11 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight, dense, [out_features, in_features]."""
-        make = torch.sparse_csr_tensor if self.values.ndim == 1 else torch.sparse_bsr_tensor
         shape = (self.out_features, self.in_features)
-        matrix = make(self.crow_indices, self.col_indices, self.values, shape)  # type: ignore[operator]
-        return matrix.to_dense()
+        places = flat(BlockRows(self.crow_indices, self.col_indices), block_of(self.values), shape)
+        entries = self.values.new_zeros(self.out_features * self.in_features)
+        dense: Tensor = entries.index_put((places,), self.values).view(shape)
+        return dense
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what `torch.nn.Linear` returns.
@@ -84,15 +85,11 @@ class SparseLinear(nn.Module):
             raise TypeError(f"inputs are {x.dtype}, the weight is {self.values.dtype}")
         if torch.is_grad_enabled() and x.requires_grad:
             return functional.linear(x, self.weight, self.bias)
-        y = product(
-            x.reshape(-1, self.in_features),
-            self.values,
-            self.crow_indices,
-            self.col_indices,
-            self.out_features,
-        )
+        rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        index = self.crow_indices, self.col_indices
+        y = product(rows, self.values, *index, self.out_features)
         y = y if self.bias is None else y + self.bias
-        y = y.reshape(*input.shape[:-1], self.out_features)
+        y = y if x.ndim == 2 else y.reshape(*input.shape[:-1], self.out_features)
         cast = autocast and y.dtype == torch.float32
         return y.to(torch.get_autocast_dtype(input.device.type)) if cast else y
 

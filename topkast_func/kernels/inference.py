@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from topkast_func.kernels.engines import installed
+from topkast_func.kernels.layouts import csr_matrix
 from topkast_func.kernels.library import define
 from topkast_func.kernels.pattern import BlockRows, block_of
 from topkast_func.kernels.tiles import pack, unpack
@@ -15,19 +16,19 @@ from topkast_func.kernels.tiles import pack, unpack
 FLOATS = (torch.float32, torch.float64)
 """Dtypes that can be computed sparsely."""
 
-NUMBA_FROM = 16
-"""Rows of activations from which on a tile of the batch is full enough for the kernels."""
+VECTORS, NUMBA_FROM = 2, 16
+"""Rows of activations up to which each is a product of its own, and from which on they fill a tile
+of the kernels."""
 
-_SOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+_SOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By the columns of a matrix, which versions of its indices have been checked."""
 
 
 def pays(shape: tuple[int, int], stored: int, batch: int, dtype: torch.dtype, device: str) -> bool:
     """Return whether a matrix is smaller and faster sparse than dense.
 
-    The estimate is a fit to one thread of a processor with AVX-512, where dense products take
-    0.06 + 0.02·batch nanoseconds for an entry, and sparse ones 0.3 with one row, 0.7 + 0.06·batch
-    with fewer than `NUMBA_FROM`, and 0.6 for each 16 rows with more.
+    The estimate, in nanoseconds, is a fit to one thread of a processor with AVX-512, of layers that
+    together do not fit its cache.
 
     Args:
         shape: Rows and columns.
@@ -42,10 +43,11 @@ def pays(shape: tuple[int, int], stored: int, batch: int, dtype: torch.dtype, de
     if dtype not in FLOATS or device != "cpu":
         return False
     entries = math.prod(shape)
-    kernel = stored * 0.6 * -(-batch // 16) + 0.3 * batch * sum(shape)
-    few = stored * (0.3 if batch == 1 else 0.7 + 0.06 * batch)
-    sparse = kernel if batch >= NUMBA_FROM and installed("numba") else few
-    return 2 * stored < entries and sparse < entries * (0.06 + 0.02 * batch)
+    dense = entries * (0.35 + 0.02 * batch)
+    few = 35e3 + stored * (0.4 * batch if batch <= VECTORS else 0.8 + 0.05 * batch)
+    many = 50e3 + stored * 0.65 * -(-batch // 16) + 2.5 * batch * sum(shape)
+    sparse = many if batch >= NUMBA_FROM and installed("numba") else few
+    return 2 * stored < entries and sparse < dense
 
 
 def _compute(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, features: int) -> Tensor:
@@ -58,11 +60,9 @@ def _compute(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, features:
 
         part = BlockRows(rows, columns)
         return unpack(numba_cpu.rows_times(values, pack(x), part, features), x.shape[0])
-    matrix = torch.sparse_csr_tensor(
-        rows, columns, values, (features, x.shape[1]), check_invariants=False
-    )
-    if x.shape[0] == 1:
-        return torch.mv(matrix, x[0])[None]
+    matrix = csr_matrix(rows, columns, values, (features, x.shape[1]))
+    if 0 < x.shape[0] <= VECTORS:
+        return torch.stack([torch.mv(matrix, row) for row in x])
     return (matrix @ x.t()).t().contiguous()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.checks import check_count
+from topkast_func.kernels.layouts import csr_matrix
 from topkast_func.training.state import TrainState, alpha_in, masks_of
 
 
@@ -66,14 +67,7 @@ def _coo(alpha: Tensor, mask: Tensor) -> Tensor:
 def csr(alpha: Tensor, mask: Tensor) -> Tensor:
     """Return the entries of a matrix that a mask marks, of layout CSR."""
     pointers = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-    return torch.sparse_csr_tensor(
-        pointers,
-        mask.nonzero()[:, 1],
-        alpha[mask],
-        alpha.shape,
-        device=alpha.device,
-        check_invariants=True,
-    )
+    return csr_matrix(pointers, mask.nonzero()[:, 1], alpha[mask], (*alpha.shape,), check=True)
 
 
 def bsr(block: tuple[int, int], alpha: Tensor, mask: Tensor) -> Tensor:
@@ -100,14 +94,8 @@ def bsr(block: tuple[int, int], alpha: Tensor, mask: Tensor) -> Tensor:
 
     stored = blocks(mask).any(3).any(2)
     pointers = torch.nn.functional.pad(stored.sum(1).cumsum(0), (1, 0))
-    return torch.sparse_bsr_tensor(
-        pointers,
-        stored.nonzero()[:, 1],
-        blocks(alpha)[stored],
-        alpha.shape,
-        device=alpha.device,
-        check_invariants=True,
-    )
+    found = blocks(alpha)[stored]
+    return csr_matrix(pointers, stored.nonzero()[:, 1], found, (*alpha.shape,), check=True)
 
 
 def _scipy(alpha: Tensor, mask: Tensor) -> Any:
