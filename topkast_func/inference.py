@@ -87,7 +87,7 @@ class SparseLinear(nn.Module):
             return functional.linear(x, self.weight, self.bias)
         rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
         index = self.crow_indices, self.col_indices
-        y = product(rows, self.values, *index, self.out_features)
+        y: Tensor = product(rows, self.values, *index, self.out_features)
         y = y if self.bias is None else y + self.bias
         y = y if x.ndim == 2 else y.reshape(*input.shape[:-1], self.out_features)
         cast = autocast and y.dtype == torch.float32
