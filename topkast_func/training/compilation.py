@@ -7,12 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.callback import callback_handler
-from torch._dynamo.exc import (
-    BackendCompilerFailed,
-    FailOnRecompileLimitHit,
-    TorchDynamoException,
-)
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten
 
@@ -68,6 +62,8 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
         return step
     if compile is not True and not isinstance(compile, Mapping):
         raise TypeError(f"compile must be a bool or options of torch.compile, got {compile!r}")
+    from torch._dynamo import callback, exc  # loads Dynamo: a second
+
     options = {**ONE_GRAPH, **({} if compile is True else compile)}
     if not {"backend", "mode", "options"} & options.keys():
         options.update(AS_EAGER)
@@ -76,15 +72,15 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
     def call(*arguments: Any) -> Any:
         nonlocal fast
         try:
-            with _watched():
+            with _watched(callback.callback_handler):
                 return fast(*arguments)
-        except FailOnRecompileLimitHit as failure:
+        except exc.FailOnRecompileLimitHit as failure:
             raise RuntimeError(SHAPES) from failure
-        except BackendCompilerFailed as failure:
+        except exc.BackendCompilerFailed as failure:
             reason = f"torch.compile failed ({_cause(failure)}); is there a C++ compiler?"
             warn_caller(EAGER.format(reason))
             fast = step
-        except TorchDynamoException as failure:
+        except exc.TorchDynamoException as failure:
             broken = failure
         result = step(*arguments)
         if fast is step:
@@ -95,9 +91,9 @@ def compiled(step: Callable[..., Any], compile: bool | Mapping[str, Any]) -> Cal
 
 
 @contextmanager
-def _watched() -> Iterator[None]:
+def _watched(handler: Any) -> Iterator[None]:
     """Let Dynamo say when it compiles."""
-    starts, ends = callback_handler.start_callbacks, callback_handler.end_callbacks
+    starts, ends = handler.start_callbacks, handler.end_callbacks
     starts.append(compiling.begin)
     ends.append(compiling.end)
     try:
@@ -151,7 +147,7 @@ def _fresh(step: Any) -> FunctionType:
     )
 
 
-def _cause(failure: BackendCompilerFailed) -> str:
+def _cause(failure: Any) -> str:
     """Name the exception behind a failure and the first line of its text."""
     cause = failure.inner_exception
     return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
