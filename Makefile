@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .PHONY: demo test lint results bench evidence notebooks clean
 
 demo: .venv/package
-	$(BIN)/python -m topkast_func boston
+	$(BIN)/python -m topkast_func boston --overwrite
 
 test: .venv/tests
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal

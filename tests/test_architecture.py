@@ -13,6 +13,7 @@ PACKAGES = [
     "types",
     "turns",
     "warn",
+    "compiling",
     "checks",
     "sparsity",
     "tiebreak",
@@ -32,6 +33,7 @@ PACKAGES = [
     "distributed",
     "training",
     "report",
+    "inference",
     "integrations",
     "testing",
     "facade",
@@ -88,7 +90,7 @@ def test_only_the_state_knows_how_the_state_is_stored() -> None:
 
 
 def test_importing_the_package_is_lean() -> None:
-    heavy = "matplotlib torch_sparse scipy rich numba"
+    heavy = "matplotlib torch_sparse scipy numba torch._dynamo"
     program = f"import sys, topkast_func; print(*set({heavy.split()}) & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -1,6 +1,8 @@
 """The main demo: the split, the choice of the epoch, the numbers it reports."""
 
-from functools import partial
+import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.testing import assert_close
 from torch.utils.data import random_split
 
 import topkast_func as tk
+from tests.eager import eager_step
 from topkast_func import demo
 from topkast_func.data import BostonHousing
 
@@ -24,7 +27,7 @@ EPOCHS = 7
 
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "make_train_step", partial(tk.make_train_step, compile=False))
+    monkeypatch.setattr(demo, "make_train_step", eager_step)
 
 
 def _run(epochs: int = EPOCHS, seed: int = 42, name: str = "boston") -> demo.Run:
@@ -35,7 +38,7 @@ def _run(epochs: int = EPOCHS, seed: int = 42, name: str = "boston") -> demo.Run
 def run() -> demo.Run:
     """One run, for tests that only read it; its last epoch is not its best."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "make_train_step", partial(tk.make_train_step, compile=False))
+        patch.setattr(demo, "make_train_step", eager_step)
         return _run()
 
 
@@ -64,7 +67,9 @@ def test_there_is_a_job_for_each_data_set() -> None:
 def test_the_run_reports_a_loss_for_each_epoch(run: demo.Run) -> None:
     assert len(run.train_losses) == len(run.validation_losses) == EPOCHS
     assert run.train_losses[-1] < 0.2 * run.train_losses[0]
-    assert run.seconds > 0.0
+    assert run.times.training > 0.0
+    assert run.times.compilation == 0.0
+    assert not run.interrupted
 
 
 def test_the_state_is_that_of_the_lowest_validation_loss(run: demo.Run) -> None:
@@ -82,21 +87,71 @@ def test_the_test_error_is_that_of_the_forward_weights_on_the_held_out_rows(run:
     training, _, test = _parts()
     assert len(test[1]) == 50
     error = _mean_squared_error(tk.forward_params(run.state), test)
-    assert_close(run.test_mse, error, rtol=1e-5, atol=0)
+    assert_close(run.test.mean, error, rtol=1e-5, atol=0)
     dense_error = _mean_squared_error(tk.dense_params(run.state), test)
-    assert abs(dense_error - run.test_mse) > 1e-3
-    mean_error = float((test[1] - training[1].mean()).square().mean())
-    assert_close(run.mean_mse, mean_error, rtol=1e-5, atol=0)
+    assert abs(dense_error - run.test.mean) > 1e-3
+    squares = (test[1] - training[1].mean()).square().double()
+    assert_close(run.mean.mean, float(squares.mean()), rtol=1e-5, atol=0)
+    spread = float(squares.var() / len(squares)) ** 0.5
+    assert_close(run.mean.spread, spread, rtol=1e-5, atol=0)
+    assert run.rows == (355, 101, 50)
+
+
+def test_the_validation_error_is_the_lowest_loss(run: demo.Run) -> None:
+    assert run.validation.mean == min(run.validation_losses)
+    assert 0.0 < run.validation.spread < run.validation.mean
+
+
+def _interrupting(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Press Ctrl-C in a step."""
+    real = demo._mean_squared_error
+    calls = itertools.count(-1)  # the first is the trial of the forward pass
+
+    def loss(apply: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return real(apply, batch)
+
+    monkeypatch.setattr(demo, "_mean_squared_error", loss)
+
+
+def test_ctrl_c_leaves_the_run_as_far_as_it_came(
+    run: demo.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps_per_epoch = len(_parts()[0][1]) // demo.BATCH_SIZE
+    _interrupting(monkeypatch, 2 * steps_per_epoch + 1)
+    broken = _run()
+    assert broken.interrupted
+    assert broken.train_losses == run.train_losses[:2]
+    assert broken.validation_losses == run.validation_losses[:2]
+    assert broken.best_epoch == 1
+    assert int(broken.state.step) == 2 * steps_per_epoch
+
+
+def test_ctrl_c_in_the_first_epoch_leaves_the_last_whole_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _interrupting(monkeypatch, 3)
+    broken = _run()
+    assert (broken.best_epoch, broken.train_losses, int(broken.state.step)) == (None, [], 3)
+    assert broken.test.mean > 0.0
+
+
+@pytest.mark.parametrize("method", demo.METHODS)
+def test_every_method_of_the_command_line_trains(method: str) -> None:
+    config = replace(CONFIG, method=demo.METHODS[method])
+    run = demo.train("boston", config, 3, 42, "test")
+    assert run.train_losses[-1] < 0.8 * run.train_losses[0]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
     first, again, other = _run(2), _run(2), _run(2, seed=1)
-    assert first[1:6] == again[1:6]
+    assert first[1:8] == again[1:8]
     assert torch.equal(
         tk.dense_params(first.state)["2.weight"], tk.dense_params(again.state)["2.weight"]
     )
     assert first.train_losses != other.train_losses
-    assert first.mean_mse == other.mean_mse
+    assert first.mean == other.mean
 
 
 def test_the_seed_sets_the_order_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +182,7 @@ def test_the_state_can_be_trained_further_with_the_configuration(run: demo.Run) 
 def test_the_synthetic_job_approaches_the_variance_of_its_noise() -> None:
     """The noise is uniform in [0, 1): variance 1/12; the mean alone leaves more."""
     run = _run(8, name="synthetic")
-    assert 0.9 / 12 < run.test_mse < 1.35 / 12 < run.mean_mse
+    assert 0.9 / 12 < run.test.mean < 1.35 / 12 < run.mean.mean
 
 
 def test_tied_epochs_agree_on_the_state(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,17 @@ def test_losses_draws_both_curves_over_epochs_from_1() -> None:
     assert _texts(figure) == ["training", "validation"]
 
 
+def test_losses_draws_others_dashed_the_best_epoch_and_a_title() -> None:
+    figure = plots.losses([4.0, 2.0], [5.0, 3.0], others={"dense": [3.0, 1.0]}, best=1, title="T")
+    (axes,) = figure.axes
+    styles = {str(line.get_label()): line.get_linestyle() for line in axes.get_lines()}
+    assert styles == {"training": "-", "validation": "-", "dense": "--", "best epoch, 2": ":"}
+    assert _curves(figure)["dense"] == [[1, 2], [3.0, 1.0]]
+    assert _curves(figure)["best epoch, 2"][0] == [2, 2]
+    assert axes.get_title() == "T"
+    assert _texts(figure) == [*styles]
+
+
 @pytest.mark.parametrize("validation", [[], [math.nan, math.nan]])
 def test_losses_leaves_out_a_validation_that_there_is_not(validation: list[float]) -> None:
     figure = plots.losses([4.0, 2.0], validation)

@@ -44,27 +44,140 @@ def test_a_row_for_every_parameter_with_its_counts_and_bytes() -> None:
     assert conv.bytes == 3 * 4 * 36 + 8 * 36
     assert "of no layer that kernels know" in conv.reason
     bias = rows["3.bias"]
-    assert (bias.engine, bias.reason, bias.bytes) == ("torch", "left dense", 3 * 4 * 8)
+    assert (bias.engine, bias.reason, bias.bytes) == ("torch", "one dimension", 3 * 4 * 8)
 
 
-def test_a_weight_that_cannot_be_sparse_is_said_to_be_dense() -> None:
-    config = replace(CONFIG, block_shape=(4, 4))
+@pytest.mark.parametrize(
+    ("name", "leaf", "options", "reason"),
+    [
+        (
+            "a.weight",
+            torch.ones(8, 3),
+            {"block_shape": (4, 4)},
+            "not divisible into blocks of (4, 4)",
+        ),
+        ("a.weight", torch.ones(8, 8), {"keep_dense": "a.*"}, "keep_dense"),
+        ("a.weight", torch.ones(8, 8), {"sparse": "b.*"}, "not in sparse="),
+        ("a.weight", torch.ones(8, 8), {"method": tk.dense()}, "the method is dense"),
+        ("a.weight", torch.ones(8, dtype=torch.complex64), {}, "complex numbers"),
+        ("a.bias", torch.ones(8), {}, "one dimension"),
+        ("a.scale", torch.ones(()), {}, "a number"),
+        ("a.table", torch.ones(8, 8), {}, 'its name does not end in "weight"'),
+    ],
+)
+def test_a_dense_parameter_has_the_reason(
+    name: str, leaf: Tensor, options: dict[str, Any], reason: str
+) -> None:
+    config = replace(CONFIG, **options)
+    state = tk.init_state({name: leaf, "b.weight": torch.randn(8, 8)}, config, tk.sgd(0.1))
+    rows = {row.name: row for row in tk.summary(state, config=config).rows}
+    assert (rows[name].reason, rows[name].forward_density) == (reason, 1.0)
+    assert f"{name}" in tk.summary(state, config=config).notes[0]
+    assert reason in tk.summary(state, config=config).notes[0]
+
+
+def test_without_the_configuration_the_reason_is_what_can_be_seen() -> None:
+    config = replace(CONFIG, keep_dense="1.*")
     state = tk.init_state(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), config, tk.sgd(0.1))
     reasons = {row.name: row.reason for row in tk.summary(state).rows}
-    assert reasons["1.weight"] == "left dense"
-    assert reasons["0.weight"] != "left dense"
+    assert reasons["1.weight"] == "left out by the configuration"
+    assert reasons["1.bias"] == "one dimension"
+
+
+class Language(nn.Module):
+    """An embedding tied to the output, another one, a position table, a convolution."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(40, 8), nn.Embedding(10, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(12))
+        self.mix = nn.Conv1d(8, 8, 3)
+        self.head = nn.Linear(8, 40, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("facade", [False, True])
+def test_what_is_sparse_by_default_and_often_kept_dense_is_named(tied: bool, facade: bool) -> None:
+    def warned(config: tk.TopKastConfig) -> list[str]:
+        model = Language(tied)
+        if facade:
+            told = tk.sparsify(model, config).summary()
+        else:
+            told = tk.summary(tk.init_state(model, config, tk.sgd(0.1)), 8, "auto", model, config)
+        return [note for note in told.notes if "by default" in note]
+
+    heads = [] if tied else ["head.*"]
+    words = "words.weight (tied)" if tied else "words.weight (embedding)"
+    head = "" if tied else ", head.weight (output layer)"
+    told = f"{words}, places.weight (embedding){head}"
+    assert warned(CONFIG) == [f"warning: sparse by default, keep_dense= leaves them dense: {told}"]
+    assert warned(replace(CONFIG, keep_dense=("words.*", "places.*", *heads))) == []
+    assert warned(replace(CONFIG, sparse="*.weight")) == []
+
+
+def test_what_no_kernel_computes_is_named_by_family() -> None:
+    model = nn.Sequential(*[nn.Conv1d(8, 8, 3) for _ in range(12)], nn.Linear(8, 8))
+    state = tk.init_state(model, CONFIG, tk.sgd(0.1))
+    warned = [note for note in tk.summary(state).notes if "kernel" in note]
+    told = "all of α: of no layer that kernels know: *.weight (12)"
+    assert warned == [f"warning: on no kernel, {told}"]
+    state = tk.init_state(model, CONFIG, tk.sgd(0.1), storage="dense")
+    warned = [note for note in tk.summary(state).notes if "kernel" in note]
+    assert warned == ["warning: on no kernel, all of α: storage='dense': *.weight (13)"]
+
+
+def test_rows_and_columns_without_an_entry_are_counted() -> None:
+    weight = torch.zeros(4, 6)
+    weight[1, 2:4], weight[3, 2] = 1.0, 1.0
+    config = tk.TopKastConfig(1 - 3 / 24, 0.5, sparse="w")
+    told = tk.summary(tk.init_state({"w": weight}, config, tk.sgd(0.1)))
+    assert (told.rows[0].empty_rows, told.rows[0].empty_columns) == (2, 4)
+    assert told.notes == [
+        "warning: rows without an entry in A, so outputs without an input: w 2 of 4"
+    ]
+    full = tk.TopKastConfig(0.0, 0.0, sparse="w")
+    assert tk.summary(tk.init_state({"w": weight}, full, tk.sgd(0.1))).notes == []
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_tables_are_as_wide_as_the_terminal_and_have_one_line_a_row(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    name = "encoder.layers.7.attention.self_attention.projection_of_the_query.weight"
+    params = {name: torch.randn(1024, 1024), "mixed.weight": torch.randn(64, 64).half()}
+    state = tk.init_state(params, tk.TopKastConfig(0.99), tk.adamw(0.1))
+    table, *notes = repr(tk.summary(state)).split("\nwarning")
+    lines = table.splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) == columns
+    assert lines[1].startswith("…")
+    assert name.endswith(lines[1].split()[0][1:])
+    assert lines[1].split()[1:] == [
+        "1024×1024", "10,486", "20,972", "1.0%", "2.0%", "numba", "432k",
+    ]  # fmt: skip
+    assert all(len(line) <= columns for note in notes for line in note.splitlines())
+    tk.explain(state)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= columns
+    assert lines[2].endswith("numba supports float32 and float64, not float16")
 
 
 def test_the_table_prints_as_text_and_as_html() -> None:
     summary = tk.summary(trained(1))
     assert "3.weight" in repr(summary)
-    assert "8 × 16" in repr(summary)
+    assert "8×16" in repr(summary)
     html = summary._repr_html_()
     assert html.count("<tr>") == 5
+    assert html.count("<p>") == len(summary.notes) == 2
     assert "<td>25.0%</td>" in html
 
 
-def test_names_with_brackets_are_whole_as_text() -> None:
+def test_names_with_brackets_are_whole_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     params = {"blocks[i].weight": torch.randn(8, 8), "[/a]": torch.randn(8)}
     state = tk.init_state(params, tk.TopKastConfig(), tk.sgd(0.1))
     assert all(name in repr(tk.summary(state)) for name in params)
@@ -121,7 +234,10 @@ def test_a_model_without_products_has_no_ratio() -> None:
     assert math.isnan(tk.training_flops(model, state, torch.zeros(3, dtype=torch.int64)).ratio)
 
 
-def test_a_frozen_parameter_has_a_row_and_long_names_are_whole() -> None:
+def test_a_frozen_parameter_has_a_row_and_a_terminal_that_is_wide_enough_shows_long_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
     model[0].weight.requires_grad_(False)
     layers = nn.ModuleDict({"a_name_of_forty_characters_" + 200 * "x": model})

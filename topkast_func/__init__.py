@@ -3,6 +3,7 @@
 from importlib import import_module
 from types import ModuleType
 
+from topkast_func.compiling import compilation_seconds
 from topkast_func.config import TopKastConfig, allocate, first_weight, last_weight
 from topkast_func.facade import (
     Sparsifier,
@@ -16,6 +17,7 @@ from topkast_func.facade import (
     densify,
     sparsify,
 )
+from topkast_func.inference import SparseLinear, sparse_module
 from topkast_func.integrations.tensorboard import TensorBoardLogger
 from topkast_func.masks import compute_masks
 from topkast_func.methods import (
@@ -37,6 +39,7 @@ from topkast_func.report.flops import TrainingFlops, training_flops
 from topkast_func.report.history import History, Refresh
 from topkast_func.report.summary import Summary, summary
 from topkast_func.sparsity import Allocation, Staged, cubic, staged
+from topkast_func.training.best import Best
 from topkast_func.training.checkpoint import load, load_config, save
 from topkast_func.training.loop import Callback, train
 from topkast_func.training.loss import exploration_penalty, penalized_loss
@@ -67,6 +70,7 @@ from topkast_func.types import Masks
 
 __all__ = [
     "Allocation",
+    "Best",
     "Callback",
     "Exchange",
     "History",
@@ -75,6 +79,7 @@ __all__ = [
     "Optimizer",
     "OptimizerState",
     "Refresh",
+    "SparseLinear",
     "Sparsifier",
     "Staged",
     "StepMetrics",
@@ -96,6 +101,7 @@ __all__ = [
     "allocate",
     "chain",
     "clip_by_global_norm",
+    "compilation_seconds",
     "compute_masks",
     "cubic",
     "dense",
@@ -130,6 +136,7 @@ __all__ = [
     "set",
     "sgd",
     "sparse_forward",
+    "sparse_module",
     "sparsify",
     "staged",
     "static",
@@ -140,6 +147,9 @@ __all__ = [
     "train",
     "training_flops",
 ]
+
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,23 +1,27 @@
-"""Command line: ``python -m topkast_func boston`` or ``synthetic``."""
+"""Command line: ``python -m topkast_func boston`` or ``synthetic``, or ``topkast-func``."""
 
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from topkast_func import plots
-from topkast_func.checks import check_count
+from topkast_func import __version__, plots
+from topkast_func.checks import check_count, check_number
 from topkast_func.config import TopKastConfig
-from topkast_func.demo import BATCH_SIZE, JOBS, METHOD, Run, train
+from topkast_func.demo import BATCH_SIZE, JOBS, LEARNING_RATE, METHODS, Error, Run, train
 from topkast_func.distributed.launched import is_first, launched
 from topkast_func.report.summary import summary
+from topkast_func.report.table import paragraph, table
 from topkast_func.training.checkpoint import save
+from topkast_func.training.state import Storage
+
+FILES = ("loss.png", "metrics.json", "state.safetensors")
+INTERRUPTED = 130
+"""What a shell returns where Ctrl-C ended a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,43 +32,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    out = options.out = options.out or Path("runs") / options.job
     try:
         config = TopKastConfig(
             forward_sparsity=options.forward_sparsity,
             backward_sparsity=options.backward_sparsity,
             refresh_every=options.refresh_every,
             penalty_weight=options.penalty_weight,
-            method=METHOD,
+            method=METHODS[options.method],
         )
         check_count("epochs", options.epochs, 1)
         check_count("seed", options.seed, 0)
+        check_number("lr", options.lr, 0.0)
+        out.mkdir(parents=True, exist_ok=True)
     except ValueError as problem:
         parser.error(str(problem))
-    out = options.out or Path("runs") / options.job
-    try:
-        out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         parser.error(f"--out: {problem}")
-    runs = {"sparse": train(options.job, config, options.epochs, options.seed, "sparse")}
-    if options.dense_twin:
-        dense = replace(config, forward_sparsity=0.0, backward_sparsity=0.0)
-        runs["dense"] = train(options.job, dense, options.epochs, options.seed, "dense twin")
+    if not options.overwrite and any((out / name).exists() for name in FILES):
+        parser.error(f"{out} holds an earlier run: name another folder by --out, or --overwrite it")
+    runs: dict[str, Run] = {}
+    written: list[str] = []
+    with suppress(KeyboardInterrupt):
+        _train(runs, options, config)
     if not is_first():
         return
-    _write(out, runs, vars(options), config)
-    _report(Console(), runs)
-    print(f"wrote loss.png, metrics.json and state.safetensors to {out}")
+    with suppress(KeyboardInterrupt):
+        if runs:
+            _report(runs, config)
+            written.extend(_written(out, runs, options, config))
+    told = ", ".join(f"{name} {len(run.train_losses)}" for name, run in runs.items())
+    print(f"wrote {', '.join(written) or 'nothing'} to {out}")
+    whole = len(runs) == 1 + options.dense_twin and written == [*FILES]
+    if not whole or any(run.interrupted for run in runs.values()):
+        done = f"of {options.epochs} epochs: {told or 'none'}"
+        parser.exit(INTERRUPTED, f"interrupted; {done}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m topkast_func",
+        prog="topkast-func",
         description=main.__doc__.splitlines()[0] if main.__doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("job", choices=sorted(JOBS), help="the data to train on")
+    parser.add_argument("--version", action="version", version=f"topkast_func {__version__}")
+    parser.add_argument("--method", choices=METHODS, default="topkast", help="who chooses the sets")
     parser.add_argument("--seed", type=int, default=42, help="of weights and batches")
     parser.add_argument("--epochs", type=int, default=200, help="passes over the data")
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="learning rate")
     parser.add_argument("--forward-sparsity", type=float, default=0.7, help="1 - D, in [0, 1)")
     parser.add_argument("--backward-sparsity", type=float, default=0.5, help="1 - (D + M)")
     parser.add_argument("--refresh-every", type=int, default=10, help="steps between refreshes")
@@ -75,41 +91,112 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="train the same network at sparsity 0 too, with the same penalty",
     )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile the step: it takes a while once, and less at each step",
+    )
     parser.add_argument("--out", type=Path, help="folder for the results; runs/JOB if not given")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in it")
     return parser
 
 
-def _write(out: Path, runs: dict[str, Run], options: dict[str, Any], config: TopKastConfig) -> None:
+def _train(runs: dict[str, Run], options: argparse.Namespace, config: TopKastConfig) -> None:
+    """Add the run, and that of the dense twin, which computes as torch does, unless Ctrl-C ends."""
+    twin = replace(config, forward_sparsity=0.0, backward_sparsity=0.0, method=METHODS["topkast"])
+    storages: dict[str, Storage] = {"sparse": "compact", "dense": "dense"}
+    for name, its in (("sparse", config), ("dense", twin))[: 1 + options.dense_twin]:
+        runs[name] = train(
+            options.job,
+            its,
+            options.epochs,
+            options.seed,
+            name,
+            lr=options.lr,
+            storage=storages[name],
+            compile=options.compile,
+        )
+        if runs[name].interrupted:
+            break
+
+
+def _written(
+    out: Path, runs: dict[str, Run], options: argparse.Namespace, config: TopKastConfig
+) -> Iterator[str]:
+    """Write the results, and name each file when it is there."""
+    sparse, dense = runs["sparse"], runs.get("dense")
+    plots.losses(
+        sparse.train_losses,
+        sparse.validation_losses,
+        others={"dense, validation": dense.validation_losses} if dense else None,
+        best=sparse.best_epoch,
+        title=f"{options.job}, {options.method} at {config.forward_sparsity:.0%}: squared error",
+    ).savefig(out / FILES[0])
+    yield FILES[0]
+    (out / FILES[1]).write_text(json.dumps(_metrics(runs, options, config), indent=2) + "\n")
+    yield FILES[1]
+    save(sparse.state, out / FILES[2], config)
+    yield FILES[2]
+
+
+def _metrics(
+    runs: dict[str, Run], options: argparse.Namespace, config: TopKastConfig
+) -> dict[str, Any]:
     sparse = runs["sparse"]
-    plots.losses(sparse.train_losses, sparse.validation_losses).savefig(out / "loss.png")
-    save(sparse.state, out / "state.safetensors", config)
+    told = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
     metrics = {
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in options.items()},
-        "test_mse": {
-            **{name: _finite(run.test_mse) for name, run in runs.items()},
-            "mean": sparse.mean_mse,
-        },
-        "seconds": {name: run.seconds for name, run in runs.items()},
+        "options": told,
+        "test_mse": {name: run.test.mean for name, run in runs.items()}
+        | {"mean": sparse.mean.mean},
+        "validation_mse": {name: run.validation.mean for name, run in runs.items()},
+        "seconds": {name: run.times._asdict() for name, run in runs.items()},
         "best_epoch": {name: run.best_epoch for name, run in runs.items()},
-        "layers": [row._asdict() for row in summary(sparse.state, BATCH_SIZE).rows],
-        "train_losses": [_finite(loss) for loss in sparse.train_losses],
-        "validation_losses": [_finite(loss) for loss in sparse.validation_losses],
+        "interrupted": {name: run.interrupted for name, run in runs.items()},
+        "layers": [row._asdict() for row in summary(sparse.state, BATCH_SIZE, config=config).rows],
+        "train_losses": {name: run.train_losses for name, run in runs.items()},
+        "validation_losses": {name: run.validation_losses for name, run in runs.items()},
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    finite: dict[str, Any] = _finite(metrics)
+    return finite
 
 
-def _finite(number: float) -> float | None:
-    """Return a number as JSON can hold it: null for infinity and NaN."""
-    return number if math.isfinite(number) else None
+def _finite(tree: Any) -> Any:
+    """Return a tree as JSON can hold it: null for infinity and NaN."""
+    if isinstance(tree, dict):
+        return {name: _finite(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def _report(console: Console, runs: dict[str, Run]) -> None:
-    console.print(summary(runs["sparse"].state, BATCH_SIZE))
-    errors = Table("network", "test MSE", "seconds")
-    for name, run in runs.items():
-        errors.add_row(name, f"{run.test_mse:.4g}", f"{run.seconds:.1f}")
-    errors.add_row("predicting the mean", f"{runs['sparse'].mean_mse:.4g}", "")
-    console.print(errors)
+def _report(runs: dict[str, Run], config: TopKastConfig) -> None:
+    sparse = runs["sparse"]
+    print(summary(sparse.state, BATCH_SIZE, config=config), end="\n\n")
+    head = ("squared error", "validation", "test", "best epoch", "training", "compilation")
+    rows = [
+        (
+            name,
+            _shown(run.validation),
+            _shown(run.test),
+            "-" if run.best_epoch is None else str(run.best_epoch + 1),
+            *(f"{seconds:.1f} s" for seconds in run.times),
+        )
+        for name, run in runs.items()
+    ]
+    print(table(head, [*rows, ("predicting the mean", "", _shown(sparse.mean), "", "", "")]))
+    _, validation, test = sparse.rows
+    print(
+        paragraph(
+            f"± is the standard error over the rows of a part, {validation} and {test} that are "
+            "other ones: validation and test differ by chance, by as much as that. The epoch is "
+            "the best on validation; no choice has seen the test. Compilation is done once."
+        )
+    )
+
+
+def _shown(error: Error) -> str:
+    return f"{error.mean:.4g} ± {error.spread:.2g}"
 
 
 if __name__ == "__main__":

@@ -1,31 +1,26 @@
 """The demo by the processes that torchrun started."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-import topkast_func as tk
 from tests.distributed.processes import results
 from topkast_func import __main__ as command
-from topkast_func import demo
 from topkast_func.distributed.launched import is_first, launched, own_rows, world
 
 
 def _demo(rank: int, out: Path) -> str:
-    vars(demo)["make_train_step"] = partial(tk.make_train_step, compile=False)
-    options = ["--epochs", "3", "--refresh-every", "2", "--no-dense-twin", "--out"]
+    options = ["--epochs", "3", "--refresh-every", "2", "--no-dense-twin", "--no-compile", "--out"]
     command.main(["boston", *options, str(out)])
     return f"{is_first()}"
 
 
 def test_two_processes_run_the_demo_as_one_does_and_one_of_them_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     assert results(_demo, tmp_path / "both") == ["True", "False"]
-    monkeypatch.setattr(demo, "make_train_step", partial(tk.make_train_step, compile=False))
     _demo(0, tmp_path / "one")
     both, one = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("both", "one"))
     for key in ("train_losses", "validation_losses", "test_mse"):

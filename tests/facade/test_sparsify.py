@@ -254,12 +254,16 @@ def test_summary_has_a_row_for_each_parameter() -> None:
     assert first.engine == "numba"
     assert first.bytes == 4 * 192 + 2 * 24
     assert [row.name for row in others] == ["0.bias", "2.weight", "2.bias"]
-    assert {(row.engine, row.reason) for row in others} == {("torch", "left dense")}
+    assert {row.engine for row in others} == {"torch"}
+    assert [row.reason for row in others] == ["one dimension", "keep_dense", "keep_dense"]
+    assert handle.summary().notes[:1] == [
+        "dense: 0.bias: one dimension; 2.weight, 2.bias: keep_dense"
+    ]
     assert "0.weight" in repr(handle.summary())
     dense = tk.sparsify(convolutional(), CONFIG).summary().rows[0]
     assert (dense.engine, dense.reason) == (
         "dense",
-        "with all of α: not the weight of a plain nn.Linear",
+        "all of α: not of a plain nn.Linear",
     )
 
 

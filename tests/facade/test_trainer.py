@@ -104,8 +104,8 @@ def _refreshes(monkeypatch: pytest.MonkeyPatch, trainer: TopKastTrainer) -> list
     return epochs
 
 
-def test_arguments_are_the_seeds() -> None:
-    parameters = inspect.signature(TopKastTrainer).parameters.values()
+def test_arguments_are_the_seeds_and_callbacks_by_name() -> None:
+    parameters = [*inspect.signature(TopKastTrainer).parameters.values()]
     assert [(p.name, p.default) for p in parameters] == [
         ("net", inspect.Parameter.empty),
         ("loss", inspect.Parameter.empty),
@@ -121,7 +121,9 @@ def test_arguments_are_the_seeds() -> None:
         ("seed", 42),
         ("data", None),
         ("device", None),
+        ("callbacks", ()),
     ]
+    assert parameters[-1].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 # --- training ------------------------------------------------------------------------------
@@ -673,3 +675,35 @@ def test_a_step_to_nan_at_the_end_of_an_epoch_ends_training_with_the_best_networ
         trainer.train()
     assert trainer.best_epoch == 0
     assert _mse(net, trainer.validation_dataset) == pytest.approx(trainer.best_loss)
+
+
+def test_a_callback_ends_the_training_after_all_were_called() -> None:
+    net, epochs = _net(), []
+
+    def note(trainer: TopKastTrainer) -> None:
+        epochs.append(len(trainer.losses_validation))
+
+    trainer = _trainer(net, callbacks=[lambda trainer: len(trainer.losses_train) == 2, note])
+    trainer.train()
+    assert epochs == [1, 2]
+    trainer.train()
+    assert epochs == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), ValueError("own")], ids=repr)
+def test_an_exception_leaves_the_best_epoch_and_its_losses(failure: BaseException) -> None:
+    net, losses = _net(), []
+
+    def break_off(trainer: TopKastTrainer) -> None:
+        losses.append(_mse(net, trainer.validation_dataset))
+        if len(losses) == 3:
+            raise failure
+
+    steps = 2 * math.ceil(28 / 8)
+    optimizer = _climb_after(steps, SGD(net.parameters(), lr=0.02), -20.0)
+    trainer = _trainer(net, optimizer=optimizer, callbacks=[break_off])
+    with pytest.raises(type(failure)):
+        trainer.train()
+    assert len(trainer.losses_train) == 3
+    assert losses[2] > losses[1] == min(losses)
+    assert _mse(net, trainer.validation_dataset) == pytest.approx(losses[1], rel=1e-5)

@@ -43,7 +43,7 @@ def test_the_cost_grows_with_the_work() -> None:
 def test_auto_takes_dense_for_what_no_kernel_computes(dtype: torch.dtype) -> None:
     found = choose("auto", LAYER._replace(dtype=dtype))
     assert found.engine == "dense"
-    assert str(dtype) in found.reason
+    assert found.reason.endswith(f"not {str(dtype).removeprefix('torch.')}")
     half = problem(dtype=dtype, grid=(4, 4))
     x = integers(2, 4, dtype=dtype)
     y = sparse_linear(x, half.values, half.pattern, half.shape)
@@ -57,7 +57,7 @@ def test_auto_takes_dense_where_no_kernel_runs() -> None:
 
 @pytest.mark.parametrize("name", ["numba", "torch_sparse"])
 def test_an_engine_asked_for_by_name_tells_the_dtypes_it_has(name: Any) -> None:
-    message = f"engine '{name}' supports torch.float32 and torch.float64, not torch.bfloat16"
+    message = f"engine {name} supports float32 and float64, not bfloat16"
     with pytest.raises(TypeError, match=message):
         choose(name, LAYER._replace(dtype=torch.bfloat16))
     half = problem(dtype=torch.bfloat16)
@@ -68,7 +68,7 @@ def test_an_engine_asked_for_by_name_tells_the_dtypes_it_has(name: Any) -> None:
 
 @pytest.mark.parametrize(("name", "devices"), [("numba", "cpu"), ("torch_sparse", "cpu and cuda")])
 def test_an_engine_asked_for_by_name_tells_the_devices_it_has(name: Any, devices: str) -> None:
-    with pytest.raises(TypeError, match=f"engine '{name}' runs on {devices}, not on mps"):
+    with pytest.raises(TypeError, match=f"engine {name} runs on {devices}, not on mps"):
         choose(name, LAYER._replace(device="mps"))
 
 
@@ -114,7 +114,7 @@ def test_an_old_gpu_is_named(gpu: pytest.MonkeyPatch) -> None:
         choose("triton", ON_GPU)
     assert choose("auto", ON_GPU).engine == "dense"
     assert choose("auto", ON_GPU._replace(dtype=torch.float16)).engine == "triton"
-    with pytest.raises(TypeError, match="supports torch.float32 and .*, not torch.float64"):
+    with pytest.raises(TypeError, match=r"supports float32 and .*, not float64"):
         choose("triton", ON_GPU._replace(dtype=torch.float64))
 
 

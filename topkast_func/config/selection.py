@@ -148,10 +148,43 @@ def last_weight(params: Params) -> str:
 def _weights(params: Params) -> list[str]:
     check_params(params)
     trained = {n: p for n, p in params.items() if not isinstance(p, Parameter) or p.requires_grad}
-    names = [escape(name) for name, leaf in trained.items() if _is_weight(name, leaf)]
+    names = [escape(name) for name in weights_among(trained)]
     if not names:
         raise ValueError(f"no parameter is a weight; there are: {_listed(params)}")
     return names
+
+
+def weights_among(params: Params) -> list[str]:
+    """Return the names of the parameters of two or more dimensions named ``…weight``."""
+    return [name for name, leaf in params.items() if _is_weight(name, leaf)]
+
+
+def reason_dense(name: str, leaf: Tensor, config: TopKastConfig | None) -> str:
+    """Say why a parameter was not selected; see `select`.
+
+    Args:
+        name: Its name.
+        leaf: The parameter.
+        config: The configuration; None if it is not known.
+
+    Returns:
+        A few words.
+    """
+    if config and not config.method.sparsifies:
+        return "the method is dense"
+    if leaf.is_complex():
+        return "complex numbers"
+    if config and any(fnmatchcase(name, glob) for glob in config.keep_dense):
+        return "keep_dense"
+    if config and config.sparse is not None:
+        return "not in sparse="
+    if leaf.ndim < 2:
+        return "one dimension" if leaf.ndim else "a number"
+    if not _is_weight(name, leaf):
+        return 'its name does not end in "weight"'
+    if config and not _by_default(name, leaf, config):
+        return f"not divisible into blocks of {config.block_shape}"
+    return "left out by the configuration"
 
 
 def _is_weight(name: str, leaf: Tensor) -> bool:

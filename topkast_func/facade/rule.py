@@ -6,12 +6,13 @@ from torch import Tensor
 
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.engines import Choice, EngineName, Layer, choose
+from topkast_func.report.notes import ALPHA
 from topkast_func.sparsity import Allocation
 
 BATCH = 256
 """Rows of activations for which it is decided whether kernels compute a layer."""
 
-ALPHA = "with all of α: not the weight of a plain nn.Linear"
+WHOLE = f"{ALPHA}not of a plain nn.Linear"
 
 
 class Rule(NamedTuple):
@@ -53,7 +54,7 @@ class Rule(NamedTuple):
             TypeError: The engine asked for does not support the dtype or device.
         """
         if not self.matrix:
-            return Choice("dense", ALPHA)
+            return Choice("dense", WHOLE)
         rows, columns = theta.shape
         block, device = self.config.block_shape, theta.device.type
         layer = Layer(rows, columns, forward, backward, block, BATCH, theta.dtype, device)

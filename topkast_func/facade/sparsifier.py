@@ -10,10 +10,12 @@ from torch import Tensor, distributed, nn
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
+from topkast_func.config.selection import reason_dense
 from topkast_func.facade.guard import steps_made
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.ranking import NaNParameterError
-from topkast_func.report.summary import Row, Summary
+from topkast_func.report.notes import Row, notes
+from topkast_func.report.summary import Summary, empty_lines
 from topkast_func.sparsity import Allocation
 from topkast_func.training.loss import exploration_penalty
 from topkast_func.training.state import chosen_anew
@@ -114,10 +116,11 @@ class Sparsifier:
     def summary(self) -> Summary:
         """Tell what the module consists of, one row for each parameter."""
         owners = {id(w.theta(m)): (m, w) for several in self._owners().values() for m, w in several}
-        return Summary([
-            _row(name, parameter, *owners.get(id(parameter), (None, None)))
+        rows = [
+            _row(name, parameter, self.config, *owners.get(id(parameter), (None, None)))
             for name, parameter in self.model.named_parameters()
-        ])
+        ]
+        return Summary(rows, notes(rows, self._owners(), self.model, self.config))
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of the step and the seed; the rest is in the module's state dict."""
@@ -215,15 +218,23 @@ class Sparsifier:
 
 
 def _row(
-    name: str, parameter: nn.Parameter, layer: nn.Module | None, weight: SparseWeight | None
+    name: str,
+    parameter: nn.Parameter,
+    config: TopKastConfig,
+    layer: nn.Module | None,
+    weight: SparseWeight | None,
 ) -> Row:
-    size, engine, reason = parameter.numel(), "torch", "left dense"
-    forward, backward, stored = size, size if parameter.requires_grad else 0, parameter.nbytes
+    size, engine = parameter.numel(), "torch"
+    trained = parameter.requires_grad
+    reason = reason_dense(name, parameter, config) if trained else "frozen"
+    masks = None
+    forward, backward, stored = size, size if trained else 0, parameter.nbytes
     if layer is not None and weight is not None:
         masks = weight.masks(layer)
         forward, backward = int(masks.forward.sum()), int(masks.backward.sum())
         engine, reason = weight.choice(layer)
         stored += weight.sets(layer).nbytes
+    empty = empty_lines(masks)
     return Row(
         name=name,
         shape=tuple(parameter.shape),
@@ -234,4 +245,6 @@ def _row(
         engine=engine,
         reason=reason,
         bytes=stored,
+        empty_rows=empty[0],
+        empty_columns=empty[1],
     )

@@ -1,7 +1,6 @@
 """The seed's training loop: refreshes by epoch, early stopping, the best network kept."""
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import isclose, isfinite
@@ -19,6 +18,7 @@ from topkast_func.facade.loss import TopKastLoss
 from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.facade.topkast_layer import TopKastLayer
 from topkast_func.ranking import NaNParameterError
+from topkast_func.warn import warn_caller
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,6 +51,8 @@ class TopKastTrainer:
         seed: Seed of the split and of the order of the batches.
         data: A map-style data set of pairs (features, target).
         device: Where to train; None takes the GPU if there is one.
+        callbacks: Functions of the trainer, each called after every epoch; one that returns True
+            ends the training.
 
     Attributes:
         losses_train: Mean loss of each epoch's batches without penalty, float64, [epochs run].
@@ -89,6 +91,8 @@ class TopKastTrainer:
         seed: int = 42,
         data: "Dataset[Any] | None" = None,
         device: torch.device | str | None = None,
+        *,
+        callbacks: "Sequence[Callable[[TopKastTrainer], bool | None]]" = (),
     ) -> None:
         if data is None:
             raise ValueError("data is missing: pass a data set of pairs (features, target)")
@@ -126,6 +130,7 @@ class TopKastTrainer:
         self.loss = loss
         self.data_loss = loss.loss if isinstance(loss, TopKastLoss) else loss
         self.optimizer = optimizer
+        self.callbacks = callbacks
         self.losses_train = np.zeros(0)
         self.losses_validation = np.zeros(0)
         self.best_loss = float("inf")
@@ -136,9 +141,19 @@ class TopKastTrainer:
     def train(self) -> None:
         """Train, then give the network the weights of its best epoch.
 
-        A second call goes on where the first ended, from its best epoch. A loss or weight that
-        is not finite ends the training with a warning.
+        It gets them too where an exception ends the training, such as `KeyboardInterrupt`
+        (Ctrl-C). A second call goes on where the first ended, from its best epoch. A loss or
+        weight that is not finite ends the training with a warning.
         """
+        try:
+            self._train()
+        finally:
+            self._restore_best()
+        if self.print_loss_history:
+            print("training loss:", self.losses_train[: self.best_epoch + 1])
+            print("validation loss:", self.losses_validation[: self.best_epoch + 1])
+
+    def _train(self) -> None:
         first = len(self.losses_train)
         span = range(first, first + self.num_epochs)
         with tqdm(span, desc="training", unit="epoch") as epochs:
@@ -146,7 +161,7 @@ class TopKastTrainer:
                 try:
                     self._refresh_when_due(epoch)
                 except NaNParameterError as reason:
-                    warnings.warn(f"training ends before epoch {epoch + 1}: {reason}", stacklevel=2)
+                    warn_caller(f"training ends before epoch {epoch + 1}: {reason}")
                     break
                 train, validation = self._train_epoch(), self._mean_loss(self.validation_dataset)
                 self.losses_train = np.append(self.losses_train, train)
@@ -161,16 +176,11 @@ class TopKastTrainer:
                     )
                 self._keep_if_best(epoch, validation if len(self.validation_dataset) else train)
                 if not isfinite(train):
-                    warnings.warn(
-                        f"training ends: the loss of epoch {epoch + 1} is {train}", stacklevel=2
-                    )
+                    warn_caller(f"training ends: the loss of epoch {epoch + 1} is {train}")
                     break
-                if epoch - max(self.best_epoch, first - 1) >= self.patience:
+                stops = [callback(self) for callback in self.callbacks]
+                if any(stops) or epoch - max(self.best_epoch, first - 1) >= self.patience:
                     break
-        self._restore_best()
-        if self.print_loss_history:
-            print("training loss:", self.losses_train[: self.best_epoch + 1])
-            print("validation loss:", self.losses_validation[: self.best_epoch + 1])
 
     def predict(self, data: Tensor) -> Any:
         """Run the trained network in evaluation mode.

@@ -154,7 +154,7 @@ def choose(name: EngineName, layer: Layer) -> Choice:
     if name != "auto":
         engine(name)
         if problem := _problem(name, layer):
-            raise TypeError(problem)
+            raise TypeError(f"engine {problem}")
         return Choice(name, "asked for")
     kernels = _KERNELS.get(layer.device, "numba")
     if problem := _problem(kernels, layer):
@@ -239,13 +239,13 @@ def _problem(name: str, layer: Layer) -> str | None:
     """Say why an engine cannot compute a layer, if it cannot."""
     dtypes, devices = _RUNS.get(name, ((), ()))
     if dtypes and layer.dtype not in dtypes:
-        supported = " and ".join(str(dtype) for dtype in dtypes)
-        return f"engine {name!r} supports {supported}, not {layer.dtype}"
+        given, *supported = (str(d).removeprefix("torch.") for d in (layer.dtype, *dtypes))
+        return f"{name} supports {' and '.join(supported)}, not {given}"
     if devices and layer.device not in devices:
-        return f"engine {name!r} runs on {' and '.join(devices)}, not on {layer.device}"
+        return f"{name} runs on {' and '.join(devices)}, not on {layer.device}"
     if name == "triton" and any(side % TRITON_SIDE for side in layer.block_shape):
         return (
-            f"engine 'triton' computes blocks whose sides are multiples of {TRITON_SIDE}, not "
+            f"triton computes blocks whose sides are multiples of {TRITON_SIDE}, not "
             f"{layer.block_shape}: choose such blocks by block_shape, or engine='dense'"
         )
     return _too_old(layer) if name == "triton" and layer.device == "cuda" else None
@@ -258,8 +258,8 @@ def _too_old(layer: Layer) -> str | None:
     if found >= least:
         return None
     return (
-        f"engine 'triton' needs a GPU of compute capability {least[0]}.{least[1]} for "
-        f"{layer.dtype}, this one has {found[0]}.{found[1]}: use engine='dense'"
+        f"triton needs a GPU of compute capability {least[0]}.{least[1]} for {layer.dtype}, this "
+        f"one has {found[0]}.{found[1]}: use engine='dense'"
     )
 
 

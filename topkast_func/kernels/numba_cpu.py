@@ -21,7 +21,12 @@ from topkast_func.kernels.threads import FAST, Kernel, compiled, in_parallel
 
 def forward(values: Tensor, x: Tensor, pattern: Pattern, features: int) -> Tensor:
     """Return W_A·x of tiles."""
-    return _sums(values, x, pattern.forward, features, None)
+    return rows_times(values, x, pattern.forward, features)
+
+
+def rows_times(values: Tensor, x: Tensor, rows: BlockRows, features: int) -> Tensor:
+    """Return the same of block rows alone."""
+    return _sums(values, x, rows, features, None)
 
 
 def input_gradient(values: Tensor, g: Tensor, pattern: Pattern, features: int) -> Tensor:

@@ -7,7 +7,9 @@ from typing import Any, TypeAlias
 
 import torch
 from numba import njit
+from numba.core import event
 
+from topkast_func import compiling
 from topkast_func.kernels.tiles import VECTOR_BYTES
 
 Kernel: TypeAlias = Callable[..., None]
@@ -26,6 +28,18 @@ def _can_cache() -> bool:
 FAST = {"cache": _can_cache(), "nogil": True, "boundscheck": False, "error_model": "numpy"}
 """How kernels are compiled; caches between processes, where there is a place for them."""
 
+
+class _Listener(event.Listener):
+    """Tells when Numba compiles."""
+
+    def on_start(self, event: Any) -> None:
+        compiling.begin()
+
+    def on_end(self, event: Any) -> None:
+        compiling.end()
+
+
+_LISTENER = _Listener()
 _FREE = threading.Lock()
 _FORKED = threading.Event()
 
@@ -57,10 +71,11 @@ def in_parallel(make: Callable[[bool], Kernel], *arguments: Any) -> None:
         *arguments: What the kernel takes after the number of parts.
     """
     parts = torch.get_num_threads()
-    if parts == 1 or _FORKED.is_set() or not _FREE.acquire(blocking=False):
-        make(False)(1, *arguments)
-        return
-    try:
-        make(True)(parts, *arguments)
-    finally:
-        _FREE.release()
+    with event.install_listener("numba:compile", _LISTENER):
+        if parts == 1 or _FORKED.is_set() or not _FREE.acquire(blocking=False):
+            make(False)(1, *arguments)
+            return
+        try:
+            make(True)(parts, *arguments)
+        finally:
+            _FREE.release()

@@ -3,6 +3,8 @@
 from topkast_func.checks import check_count
 from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.kernels.linear import layer_of
+from topkast_func.report.notes import ALPHA
+from topkast_func.report.table import table
 from topkast_func.training.state import TrainState, narrowed
 
 
@@ -34,11 +36,12 @@ def explain(
         >>> from topkast_func import TopKastConfig, init_state, sgd
         >>> state = init_state(torch.nn.Conv1d(4, 4, 3), TopKastConfig(), sgd(lr=0.1))
         >>> choices = explain(state)
-        weight [4, 4, 3]: dense, with all of α: of no layer that kernels know, or dense storage
+        parameter shape engine why
+        weight    4×4×3  dense all of α: of no layer that kernels know
     """
     chosen, shapes = choices(state, batch_size, engine), state.weights.shapes()
-    for name, choice in chosen.items():
-        print(f"{name} {list(shapes[name])}: {choice.engine}, {choice.reason}")
+    rows = [(name, "×".join(map(str, shapes[name])), *choice) for name, choice in chosen.items()]
+    print(table(("parameter", "shape", "engine", "why"), rows, last="<"))
     return chosen
 
 
@@ -54,8 +57,7 @@ def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str,
             layer = layer_of(values[name], patterns[name], (rows, columns), batch)
             chosen[name] = choose(engine, layer)
         else:
-            chosen[name] = Choice("dense", ALPHA)
+            compact = state.weights.stands(name) is not None
+            why = "of no layer that kernels know" if compact else "storage='dense'"
+            chosen[name] = Choice("dense", ALPHA + why)
     return chosen
-
-
-ALPHA = "with all of α: of no layer that kernels know, or dense storage"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.checks import check_count
+from topkast_func.kernels.layouts import csr_matrix
 from topkast_func.training.state import TrainState, alpha_in, masks_of
 
 
@@ -43,7 +44,7 @@ def to_sparse(
     if layout not in (*LAYOUTS, "bsr"):
         raise ValueError(f"layout must be one of {(*LAYOUTS, 'bsr')}, got {layout!r}")
     alpha = alpha_in(state)
-    to_layout = partial(_bsr, block_shape) if layout == "bsr" else LAYOUTS[layout]
+    to_layout = partial(bsr, block_shape) if layout == "bsr" else LAYOUTS[layout]
     return {
         name: to_layout(alpha[name], masks.forward)
         for name, masks in masks_of(state).items()
@@ -63,19 +64,26 @@ def _coo(alpha: Tensor, mask: Tensor) -> Tensor:
     )
 
 
-def _csr(alpha: Tensor, mask: Tensor) -> Tensor:
+def csr(alpha: Tensor, mask: Tensor) -> Tensor:
+    """Return the entries of a matrix that a mask marks, of layout CSR."""
     pointers = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
-    return torch.sparse_csr_tensor(
-        pointers,
-        mask.nonzero()[:, 1],
-        alpha[mask],
-        alpha.shape,
-        device=alpha.device,
-        check_invariants=True,
-    )
+    return csr_matrix(pointers, mask.nonzero()[:, 1], alpha[mask], (*alpha.shape,), check=True)
 
 
-def _bsr(block: tuple[int, int], alpha: Tensor, mask: Tensor) -> Tensor:
+def bsr(block: tuple[int, int], alpha: Tensor, mask: Tensor) -> Tensor:
+    """Return the blocks of a matrix that have an entry which a mask marks, of layout BSR.
+
+    Args:
+        block: (r, c) of a block.
+        alpha: The matrix.
+        mask: The mask, bool, of its shape.
+
+    Returns:
+        The blocks, whole.
+
+    Raises:
+        ValueError: The blocks do not divide the matrix.
+    """
     rows, columns = alpha.shape
     height, width = (check_count("block_shape", side, 1) for side in block)
     if rows % height or columns % width:
@@ -86,22 +94,16 @@ def _bsr(block: tuple[int, int], alpha: Tensor, mask: Tensor) -> Tensor:
 
     stored = blocks(mask).any(3).any(2)
     pointers = torch.nn.functional.pad(stored.sum(1).cumsum(0), (1, 0))
-    return torch.sparse_bsr_tensor(
-        pointers,
-        stored.nonzero()[:, 1],
-        blocks(alpha)[stored],
-        alpha.shape,
-        device=alpha.device,
-        check_invariants=True,
-    )
+    found = blocks(alpha)[stored]
+    return csr_matrix(pointers, stored.nonzero()[:, 1], found, (*alpha.shape,), check=True)
 
 
 def _scipy(alpha: Tensor, mask: Tensor) -> Any:
-    csr = _csr(alpha, mask).cpu()
-    values = csr.values()
+    matrix = csr(alpha, mask).cpu()
+    values = matrix.values()
     if values.dtype.itemsize < 4:
         values = values.float()
-    parts = (values.numpy(), csr.col_indices().numpy(), csr.crow_indices().numpy())
+    parts = (values.numpy(), matrix.col_indices().numpy(), matrix.crow_indices().numpy())
     return _optional("scipy.sparse").csr_array(parts, shape=tuple(alpha.shape))
 
 
@@ -123,7 +125,7 @@ def _optional(module: str) -> ModuleType:
 
 
 LAYOUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "csr": _csr,
+    "csr": csr,
     "coo": _coo,
     "scipy": _scipy,
     "torch_sparse": _torch_sparse,

@@ -53,24 +53,40 @@ def sets(masks: Masks, title: str = "") -> Figure:
     return figure
 
 
-def losses(train: ArrayLike, validation: ArrayLike = (), xlabel: str = "epoch") -> Figure:
+def losses(
+    train: ArrayLike,
+    validation: ArrayLike = (),
+    xlabel: str = "epoch",
+    *,
+    others: Mapping[str, ArrayLike] | None = None,
+    best: int | None = None,
+    title: str = "",
+) -> Figure:
     """Draw training and validation loss, logarithmically where all are positive.
 
     Args:
         train: Losses in order, such as the mean of each epoch's batches or those of a `History`.
         validation: Loss on the validation part after each epoch; may be empty.
         xlabel: What is counted, "epoch" or "step".
+        others: Losses to compare with, such as those of a dense twin, by their label.
+        best: Number of the best epoch, from 0, to be marked; None for none.
+        title: Words above the picture.
 
     Returns:
         The figure.
     """
-    curves = {"training": np.asarray(train), "validation": np.asarray(validation)}
-    drawn = {label: curve for label, curve in curves.items() if not np.isnan(curve).all()}
+    curves = {"training": train, "validation": validation, **(others or {})}
+    arrays = {label: np.asarray(curve) for label, curve in curves.items()}
+    drawn = {label: curve for label, curve in arrays.items() if not np.isnan(curve).all()}
     figure, axes = plt.subplots(layout="constrained")
     for label, curve in drawn.items():
-        axes.plot(range(1, len(curve) + 1), curve, label=label)
+        style = "--" if others and label in others else "-"
+        axes.plot(range(1, len(curve) + 1), curve, style, label=label)
+    if best is not None:
+        label = f"best {xlabel}, {best + 1}"
+        axes.axvline(best + 1, color="grey", linestyle=":", label=label)
     logarithmic = not any((curve <= 0).any() for curve in drawn.values())
-    axes.set(xlabel=xlabel, ylabel="loss", yscale="log" if logarithmic else "linear")
+    axes.set(title=title, xlabel=xlabel, ylabel="loss", yscale="log" if logarithmic else "linear")
     if drawn:
         axes.legend()
     return figure

@@ -1,85 +1,62 @@
 """What a state consists of: one row for each parameter."""
 
+from collections.abc import Sequence
 from html import escape
-from io import StringIO
-from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from topkast_func.kernels.engines import EngineName
+from topkast_func.config import TopKastConfig
+from topkast_func.config.selection import reason_dense
+from topkast_func.kernels.engines import Choice, EngineName
 from topkast_func.report.explain import choices
+from topkast_func.report.notes import Row, notes
+from topkast_func.report.table import in_bytes, paragraph, table
 from topkast_func.training.state import TrainState, masks_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-WIDTH = 1000
-"""Characters of a line of the printed table, at most: no name is cut short."""
-
-
-class Row(NamedTuple):
-    """One parameter.
-
-    Attributes:
-        name: Its name.
-        shape: Its shape.
-        forward: Entries in A.
-        backward: Entries in B; none of a parameter that requires no gradient.
-        forward_density: Share of entries in A.
-        backward_density: Share of entries in B.
-        engine: Who computes it.
-        reason: Why; for a parameter that is not sparse, that it is left dense or frozen.
-        bytes: Of what is trained: values, where they stand, and optimiser slots; θ at rest, and
-            in dense storage the masks, apart.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    forward: int
-    backward: int
-    forward_density: float
-    backward_density: float
-    engine: str
-    reason: str
-    bytes: int
+from topkast_func.types import Masks, Model
 
 
 class Summary:
     """A table of parameters; prints as text, and as HTML in a notebook.
 
+    The text is as wide as the terminal, 80 columns where there is none: names that are too long
+    for it lose their beginning. HTML has them whole, and why each layer has its engine.
+
     Args:
         rows: One for each parameter.
+        notes: What is said below the table.
 
     Attributes:
         rows: The same.
+        notes: The same.
     """
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[Row], notes: Sequence[str] = ()) -> None:
         self.rows = rows
-
-    def __rich__(self) -> "Table":
-        """Return the table for `rich`."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*HEAD)
-        for cells in self._cells():
-            table.add_row(*map(Text, cells))
-        return table
+        self.notes = list(notes)
 
     def __repr__(self) -> str:
         """Print the table as text."""
-        from rich.console import Console
-
-        text = StringIO()
-        plain = Console(file=text, width=WIDTH, color_system=None, force_jupyter=False)
-        plain.print(self.__rich__())
-        return text.getvalue()
+        head = ("parameter", "shape", "|A|", "|B|", "A", "B", "engine", "bytes")
+        rows = [
+            (
+                row.name,
+                "×".join(map(str, row.shape)),
+                f"{row.forward:,}",
+                f"{row.backward:,}",
+                f"{row.forward_density:.1%}",
+                f"{row.backward_density:.1%}",
+                row.engine,
+                in_bytes(row.bytes),
+            )
+            for row in self.rows
+        ]
+        return "\n".join([table(head, rows), *map(paragraph, self.notes)])
 
     def _repr_html_(self) -> str:
         lines = [_line("th", HEAD), *(_line("td", cells) for cells in self._cells())]
-        return f"<table>{''.join(lines)}</table>"
+        said = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return f"<table>{''.join(lines)}</table>{said}"
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [
@@ -102,17 +79,29 @@ SETS = ("|A|", "|B|", "density of A", "density of B")
 HEAD = ("parameter", "shape", *SETS, "engine", "why", "bytes")
 
 
-def summary(state: TrainState, batch_size: int = 256, engine: EngineName = "auto") -> Summary:
+def summary(
+    state: TrainState,
+    batch_size: int = 256,
+    engine: EngineName = "auto",
+    model: Model | None = None,
+    config: TopKastConfig | None = None,
+) -> Summary:
     """Tell what a state consists of.
+
+    Below the table it says why weights are dense, and warns of weights that no kernel computes,
+    and of rows and columns of A without an entry.
 
     Args:
         state: The state.
         batch_size: Rows of activations that a layer sees at a time; see `explain`, also for
             what engines are told of a state that was not made of a module.
         engine: What `make_train_step` is told.
+        model: If given, embeddings, tied weights and the output layer are warned of where they
+            are sparse by default.
+        config: The configuration, if it is to say more exactly why weights are dense.
 
     Returns:
-        The table. ``rows`` holds it as data.
+        The table. ``rows`` holds it as data, ``notes`` what is said below it.
 
     Raises:
         ImportError: The engine asked for is not installed.
@@ -127,12 +116,13 @@ def summary(state: TrainState, batch_size: int = 256, engine: EngineName = "auto
         [('weight', 10, 20), ('bias', 10, 10)]
     """
     chosen, masks = choices(state, batch_size, engine), masks_of(state)
+    values = state.weights.values()
     rows = []
     for name, shape in state.weights.shapes().items():
         size = shape.numel()
         sets = masks.get(name)
         forward, backward = (int(mask.sum()) for mask in sets) if sets else (size, size)
-        choice = chosen.get(name)
+        choice = chosen.get(name) or Choice("torch", reason_dense(name, values[name], config))
         rows.append(
             Row(
                 name,
@@ -141,13 +131,22 @@ def summary(state: TrainState, batch_size: int = 256, engine: EngineName = "auto
                 backward,
                 forward / size,
                 backward / size,
-                choice.engine if choice else "torch",
-                choice.reason if choice else "left dense",
+                *choice,
                 _bytes(state, name),
+                *empty_lines(sets),
             )
         )
     rows += [_frozen(name, tensor) for name, tensor in state.frozen.items()]
-    return Summary(rows)
+    return Summary(rows, notes(rows, masks, model, config))
+
+
+def empty_lines(sets: Masks | None) -> tuple[int, int]:
+    """Return how many rows and columns of A have no entry; of a dense parameter none."""
+    if sets is None:
+        return 0, 0
+    active = sets.forward.flatten(1)
+    rows, columns = (int((~active.any(axis)).sum()) for axis in (1, 0))
+    return rows, columns
 
 
 def _frozen(name: str, tensor: Tensor) -> Row:

@@ -1,19 +1,16 @@
 """torch.compile for a pure step: one graph, and a clear word where that cannot be."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import (
-    BackendCompilerFailed,
-    FailOnRecompileLimitHit,
-    TorchDynamoException,
-)
 from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten
 
+from topkast_func import compiling
 from topkast_func.checks import dispatches
 from topkast_func.warn import warn_caller
 
@@ -75,6 +72,8 @@ def compiled(
         return step
     if compile is not True and not isinstance(compile, Mapping):
         raise TypeError(f"compile must be a bool or options of torch.compile, got {compile!r}")
+    from torch._dynamo import callback, exc  # loads Dynamo: a second
+
     options = {**ONE_GRAPH, **({} if compile is True else compile)}
     if not {"backend", "mode", "options"} & options.keys():
         options.update(AS_EAGER)
@@ -83,14 +82,15 @@ def compiled(
     def call(*arguments: Any) -> Any:
         nonlocal fast
         try:
-            return fast(*arguments)
-        except FailOnRecompileLimitHit as failure:
+            with _watched(callback.callback_handler):
+                return fast(*arguments)
+        except exc.FailOnRecompileLimitHit as failure:
             raise RuntimeError(SHAPES) from failure
-        except BackendCompilerFailed as failure:
+        except exc.BackendCompilerFailed as failure:
             reason = f"torch.compile failed ({_cause(failure)}); is there a C++ compiler?"
             _run_eager(reason, required)
             fast = step
-        except TorchDynamoException as failure:
+        except exc.TorchDynamoException as failure:
             broken = failure
         result = step(*arguments)
         if fast is step:
@@ -98,6 +98,19 @@ def compiled(
         raise RuntimeError(BROKEN.format(broken)) from broken
 
     return call
+
+
+@contextmanager
+def _watched(handler: Any) -> Iterator[None]:
+    """Let Dynamo say when it compiles."""
+    starts, ends = handler.start_callbacks, handler.end_callbacks
+    starts.append(compiling.begin)
+    ends.append(compiling.end)
+    try:
+        yield
+    finally:
+        starts.remove(compiling.begin)
+        ends.remove(compiling.end)
 
 
 def signature(arguments: Any) -> Hashable:
@@ -150,7 +163,7 @@ def _fresh(step: Any) -> FunctionType:
     )
 
 
-def _cause(failure: BackendCompilerFailed) -> str:
+def _cause(failure: Any) -> str:
     """Name the exception behind a failure and the first line of its text."""
     cause = failure.inner_exception
     return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"

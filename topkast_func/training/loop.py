@@ -1,22 +1,34 @@
 """A loop over batches that tells others what happens: callbacks."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tqdm.auto import tqdm
+
+from topkast_func.compiling import stopwatch
 from topkast_func.config import TopKastConfig
 from topkast_func.training.state import TrainState
 from topkast_func.training.step import StepMetrics, TrainStep
 
+KEPT = (
+    "topkast_func: the state after {} steps is kept as the attribute `state` of this exception; "
+    "at a prompt it is sys.last_value.state"
+)
+
 
 class Callback:
-    """Is told of steps and refreshes; override what you need."""
+    """Is told of steps and refreshes, and may stop the training; override what you need."""
 
-    def on_step(self, state: TrainState, metrics: StepMetrics) -> None:
+    def on_step(self, state: TrainState, metrics: StepMetrics) -> bool | None:
         """Take note of a step.
 
         Args:
             state: The state after it; ``state.step`` steps have been made.
             metrics: What the step returned.
+
+        Returns:
+            True to let this step be the last; None or False to go on.
         """
 
     def on_refresh(self, before: TrainState, after: TrainState) -> None:
@@ -34,15 +46,23 @@ def train(
     batches: Iterable[Any],
     config: TopKastConfig,
     callbacks: Sequence[Callback] = (),
+    *,
+    progress: bool = False,
 ) -> TrainState:
-    """Train on batches, one step each.
+    """Train on batches, one step each, until they or a callback end it.
+
+    Nothing is lost where an exception ends it, a callback's, the model's or `KeyboardInterrupt`
+    (Ctrl-C): the exception goes on its way as it is, and has the state after the last whole step
+    as its attribute ``state``.
 
     Args:
         train_step: What `make_train_step` returned.
         state: Where to start.
         batches: Whatever the loss takes.
         config: The configuration of the step.
-        callbacks: Who is told.
+        callbacks: Who is told; all are told of a step before one of them stops the training.
+        progress: Whether to show a progress bar with the loss, and in the end the seconds of
+            training and of compilation, on the standard error.
 
     Returns:
         The state after the last step.
@@ -64,11 +84,33 @@ def train(
     own = getattr(train_step, "config", config)
     if own != config:
         raise ValueError(f"train_step was made with another configuration, {own}, than {config}")
-    for batch in batches:
-        before = state
-        state, metrics = train_step(before, batch)
-        for callback in callbacks:
-            if metrics.refreshed:
-                callback.on_refresh(before, state)
-            callback.on_step(state, metrics)
+    times = stopwatch()
+    try:
+        with tqdm(batches, desc="training", unit="step", disable=not progress) as bar:
+            for batch in bar:
+                before = state
+                state, metrics = train_step(before, batch)
+                if progress:
+                    bar.set_postfix(loss=f"{float(metrics.data_loss):.4g}", refresh=False)
+                if _told(callbacks, before, state, metrics):
+                    break
+    except BaseException as failure:
+        vars(failure)["state"] = state
+        if sys.version_info >= (3, 11):
+            failure.add_note(KEPT.format(int(state.step)))
+        raise
+    if progress:
+        print(times(), file=sys.stderr)
     return state
+
+
+def _told(
+    callbacks: Sequence[Callback], before: TrainState, after: TrainState, metrics: StepMetrics
+) -> bool:
+    """Tell of a step; return whether a callback asks to stop."""
+    asked = []
+    for callback in callbacks:
+        if metrics.refreshed:
+            callback.on_refresh(before, after)
+        asked.append(callback.on_step(after, metrics))
+    return any(asked)

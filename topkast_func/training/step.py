@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.func import grad, grad_and_value
 from torch.utils._pytree import tree_map
 
+from topkast_func.compiling import one_report
 from topkast_func.config import TopKastConfig
 from topkast_func.config.description import described
 from topkast_func.distributed.parallel import Alone, Samples, data_parallel
@@ -247,7 +248,8 @@ def make_train_step(
         work = partial(in_its_turn, state, batch, mode, kind)
         turn = partial(in_turn, own | draws.claims(kind), partial(as_written, parts, work))
         refreshes = due(state) or ends_stage(state)
-        return ranks.take_part(state, batch, turn, modes=mode, sizes=sizes, due=refreshes)
+        with one_report():
+            return ranks.take_part(state, batch, turn, modes=mode, sizes=sizes, due=refreshes)
 
     vars(train_step)["config"] = config
     return train_step

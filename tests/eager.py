@@ -1,0 +1,10 @@
+"""The step without compilation, for tests that are about something else."""
+
+from typing import Any
+
+import topkast_func as tk
+
+
+def eager_step(*arguments: Any, **options: Any) -> Any:
+    """Make the step that `make_train_step` makes, but for its compilation."""
+    return tk.make_train_step(*arguments, **{**options, "compile": False})

@@ -1,0 +1,300 @@
+"""A sparse module computes what the model at α does, is smaller, and exports."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.testing import assert_close
+
+import topkast_func as tk
+from topkast_func import inference
+from topkast_func.kernels import inference as kernels
+from topkast_func.kernels.layouts import csr_matrix
+
+BATCHES = [0, 1, 2, 3, 15, 16, 17, 64, 300]
+
+
+@pytest.fixture
+def _small_layers_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As layers of this size do not, for the time that a call takes."""
+    monkeypatch.setattr(inference, "pays", lambda *_: True)
+
+
+small = pytest.mark.usefixtures("_small_layers_pay")
+
+
+def perceptron(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32, bias=False)).to(dtype)
+
+
+def made(
+    model: nn.Module, config: tk.TopKastConfig | None = None, batch_size: int = 64, **options: Any
+) -> tuple[nn.Module, nn.Module, tk.TrainState]:
+    """The sparse module, the plain model at α, and the state."""
+    state = tk.init_state(model, config or tk.TopKastConfig(0.9), tk.sgd(0.1), **options)
+    plain = copy.deepcopy(model).eval()
+    plain.load_state_dict(tk.forward_params(state), strict=False)
+    return tk.sparse_module(state, model, batch_size), plain, state
+
+
+def layers(module: nn.Module) -> list[tk.SparseLinear]:
+    return [part for part in module.modules() if isinstance(part, tk.SparseLinear)]
+
+
+@small
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (1, 16)])
+def test_it_computes_what_the_model_at_alpha_does(
+    batch: int, dtype: torch.dtype, block: tuple[int, int]
+) -> None:
+    sparse, plain, _ = made(perceptron(dtype), tk.TopKastConfig(0.9, block_shape=block))
+    assert len(layers(sparse)) == 2
+    x = torch.randn(batch, 48, dtype=dtype)
+    with torch.no_grad():
+        assert_close(sparse(x), plain(x))
+
+
+@small
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=3))
+def test_inputs_have_any_number_of_axes(sizes: list[int]) -> None:
+    sparse, plain, _ = made(perceptron())
+    x = torch.randn(*sizes, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(sparse(x), plain(x))
+        assert_close(
+            sparse(x.select(0, 0)) if sizes[0] else sparse(x),
+            plain(x.select(0, 0)) if sizes[0] else plain(x),
+        )
+
+
+@small
+def test_without_numba_torch_computes_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse, plain, _ = made(perceptron())
+    monkeypatch.setattr(kernels, "installed", lambda name: False)
+    x = torch.randn(40, 48)
+    with torch.no_grad():
+        assert_close(sparse(x), plain(x))
+
+
+@small
+def test_the_tensors_are_those_of_csr_and_the_file_is_smaller_than_dense(tmp_path: Path) -> None:
+    sparse, plain, state = made(perceptron(), tk.TopKastConfig(0.8))
+    tensors = sparse.state_dict()
+    assert [*tensors] == [
+        "0.values", "0.crow_indices", "0.col_indices", "0.bias",
+        "2.values", "2.crow_indices", "2.col_indices",
+    ]  # fmt: skip
+    parts = [tensors[f"0.{name}"] for name in ("crow_indices", "col_indices", "values")]
+    weight = csr_matrix(parts[0], parts[1], parts[2], (64, 48), check=True).to_dense()
+    assert torch.equal(weight, tk.forward_params(state)["0.weight"])
+    assert torch.equal(layers(sparse)[0].weight, weight)
+    assert len(tensors["0.values"]) == tk.masks_of(state)["0.weight"].forward.sum()
+    save_file(tensors, tmp_path / "sparse")
+    save_file(plain.state_dict(), tmp_path / "dense")
+    assert (tmp_path / "sparse").stat().st_size < 0.6 * (tmp_path / "dense").stat().st_size
+    other, *_ = made(perceptron().apply(_shuffled), tk.TopKastConfig(0.8))
+    x = torch.randn(20, 48)
+    with torch.no_grad():
+        assert not torch.allclose(other(x), plain(x))
+        other.load_state_dict(load_file(tmp_path / "sparse"))
+        assert_close(other(x), plain(x))
+
+
+def _shuffled(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.weight.data = module.weight.data.flip(0)
+
+
+@small
+@pytest.mark.parametrize("batch", [1, 40])
+def test_compiled_equals_eager(batch: int) -> None:
+    sparse, _, _ = made(perceptron())
+    fast = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    x = torch.randn(batch, 48)
+    with torch.no_grad():
+        assert torch.equal(fast(x), sparse(x))
+
+
+@small
+def test_it_exports_for_any_batch() -> None:
+    sparse, plain, _ = made(perceptron())
+    rows = {0: torch.export.Dim("batch", min=1, max=4096)}
+    program = torch.export.export(sparse, (torch.randn(8, 48),), dynamic_shapes=(rows,))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for batch in (1, 2, 16, 100):
+        x = torch.randn(batch, 48)
+        assert_close(loaded(x), plain(x))
+
+
+@small
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_it_can_be_copied_and_converted(copied: Any) -> None:
+    sparse, plain, _ = made(perceptron())
+    x = torch.randn(20, 48)
+    with torch.no_grad():
+        assert_close(copied(sparse)(x), plain(x))
+        assert_close(copied(sparse).double()(x.double()), plain.double()(x.double()))
+
+
+@small
+def test_an_input_that_requires_a_gradient_gets_that_of_the_model() -> None:
+    sparse, plain, _ = made(perceptron())
+    x = torch.randn(20, 48)
+    grads = []
+    for function in (plain, sparse, torch.compile(sparse, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        function(leaf).square().sum().backward()
+        grads.append(leaf.grad)
+    assert grads[0] is not None
+    assert grads[0].count_nonzero()
+    assert_close(grads[1], grads[0])
+    assert_close(grads[2], grads[0])
+    assert not any(p.requires_grad for p in sparse.parameters())
+    found = torch.func.grad(lambda leaf: sparse(leaf).square().sum())(x)
+    assert_close(found, grads[0])
+
+
+@small
+def test_vmap_and_autocast() -> None:
+    sparse, plain, _ = made(perceptron())
+    x = torch.randn(3, 7, 48)
+    with torch.no_grad():
+        assert_close(torch.vmap(sparse, in_dims=1)(x), plain(x.transpose(0, 1)))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = sparse(x)
+            assert y.dtype == torch.bfloat16
+            assert_close(y, plain(x), rtol=0.05, atol=0.05)
+
+
+class Encoder(nn.Module):
+    """Layers that read the weights of their parts, a tied weight, a convolution, an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(40, 64)
+        layer = nn.TransformerEncoderLayer(64, 4, 96, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2)
+        self.mix = nn.Conv1d(6, 6, 3, padding=1)
+        self.norm = nn.BatchNorm1d(6)
+        self.shared = nn.Linear(64, 64)
+        self.again = self.shared
+        self.head = nn.Linear(64, 40)
+        self.head.weight = self.words.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        hidden = self.norm(self.mix(self.layers(self.words(words))))
+        out: Tensor = self.head(self.again(self.shared(hidden)))
+        return out
+
+
+@small
+def test_all_else_of_a_model_stays_and_the_model_itself_too() -> None:
+    torch.manual_seed(0)
+    model = Encoder()
+    model(torch.randint(0, 40, (5, 6)))
+    before = copy.deepcopy(model.state_dict())
+    sparse, plain, state = made(model)
+    names = {name for name, part in sparse.named_modules() if isinstance(part, tk.SparseLinear)}
+    linears = {f"layers.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    assert names == linears | {"shared"}
+    assert sparse.shared is sparse.again
+    assert not sparse.training
+    words = torch.randint(0, 40, (3, 6))
+    with torch.no_grad():
+        assert_close(sparse(words), plain(words))
+    assert_close(functional_call(plain, tk.forward_params(state), words), plain(words))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.training
+
+
+@small
+def test_it_shares_no_memory_with_the_state_or_the_model() -> None:
+    model = perceptron()
+    sparse, _, state = made(model, tk.TopKastConfig(0.9, keep_dense="2.*"))
+    held = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(state)}
+    held |= {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {t.untyped_storage().data_ptr() for t in sparse.state_dict().values()}
+    assert not own & held
+
+
+def test_a_layer_that_would_be_slower_or_larger_stays_dense() -> None:
+    large, little = (nn.Sequential(nn.Linear(n, n)) for n in (512, 32))
+    assert len(layers(made(large)[0])) == 1
+    assert layers(made(large, tk.TopKastConfig(0.3))[0]) == []
+    assert layers(made(large.bfloat16())[0]) == []
+    assert layers(made(little)[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("density", "batch", "expected"),
+    [(0.2, 1, True), (0.2, 8, True), (0.4, 8, False), (0.2, 256, True), (0.51, 256, False)],
+)
+def test_the_cost_model_knows_sizes_and_batches(density: float, batch: int, expected: bool) -> None:
+    shape, stored = (1024, 1024), int(density * 1024**2)
+    assert kernels.pays(shape, stored, batch, torch.float32, "cpu") is expected
+    assert not kernels.pays(shape, stored, batch, torch.float32, "cuda")
+    assert not kernels.pays(shape, stored, batch, torch.float16, "cpu")
+
+
+@small
+@pytest.mark.parametrize("storage", ["compact", "dense"])
+@pytest.mark.parametrize("powerprop", [1.0, 2.0])
+def test_either_storage_and_powerprop_give_alpha(storage: Any, powerprop: float) -> None:
+    config = tk.TopKastConfig(0.9, powerprop=powerprop)
+    sparse, plain, _ = made(perceptron(), config, storage=storage)
+    assert len(layers(sparse)) == 2
+    x = torch.randn(20, 48)
+    with torch.no_grad():
+        assert_close(sparse(x), plain(x))
+
+
+@small
+def test_a_model_that_is_one_layer_is_replaced_itself() -> None:
+    model = nn.Linear(64, 64)
+    assert isinstance(made(model)[0], tk.SparseLinear)
+
+
+@small
+@pytest.mark.parametrize(
+    ("key", "value"), [("col_indices", 48), ("col_indices", -1), ("crow_indices", 10**6)]
+)
+@pytest.mark.parametrize("batch", [1, 20])
+def test_indices_that_point_beyond_the_matrix_are_refused(key: str, value: int, batch: int) -> None:
+    sparse, *_ = made(perceptron())
+    x = torch.randn(batch, 48)
+    sparse(x)
+    tensors = {name: tensor.clone() for name, tensor in sparse.state_dict().items()}
+    tensors[f"0.{key}"][-1] = value
+    sparse.load_state_dict(tensors)
+    with pytest.raises(RuntimeError, match="`"):
+        sparse(x)
+
+
+@small
+def test_bad_arguments_and_inputs_are_refused() -> None:
+    model = perceptron()
+    sparse, _, state = made(model)
+    with pytest.raises(ValueError, match="of another model"):
+        tk.sparse_module(state, nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
+        tk.sparse_module(state, lambda params, x: x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        tk.sparse_module(state, model, 0)
+    with pytest.raises(ValueError, match=r"\(2, 3\) do not fit a layer of in_features=48"):
+        sparse(torch.randn(2, 3))
+    with pytest.raises(TypeError, match=r"inputs are torch\.float64, the weight is torch\.float32"):
+        sparse(torch.randn(2, 48, dtype=torch.float64))

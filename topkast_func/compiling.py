@@ -1,0 +1,126 @@
+"""Word of what compiles, which takes from seconds to minutes, and of how long it took."""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+LOGGER = logging.getLogger("topkast_func")
+"""Gets the word at level INFO."""
+
+BEGUN = "topkast_func: compiling, once for each shape of batch; this may take a minute"
+ENDED = "topkast_func: compiled in {:.1f} s"
+
+
+class _Watch:
+    """Adds up the time of compilations; what compiles within another does not count twice."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.running = self.reports = 0
+        self.since = self.unreported = self.total = 0.0
+        self.told = False
+
+    def begin(self, *_: Any) -> None:
+        with self.lock:
+            if not self.running:
+                self.since = time.perf_counter()
+            self.running += 1
+            if not self.told:
+                self.told = True
+                _tell(BEGUN)
+
+    def end(self, *_: Any) -> None:
+        with self.lock:
+            self.running -= 1
+            if not self.running:
+                spent = time.perf_counter() - self.since
+                self.total += spent
+                self.unreported += spent
+                self.report()
+
+    def report(self) -> None:
+        if self.told and not self.reports:
+            _tell(ENDED.format(self.unreported))
+            self.told, self.unreported = False, 0.0
+
+
+_WATCH = _Watch()
+
+begin, end = _WATCH.begin, _WATCH.end
+"""What compiles calls these before and after; arguments are ignored."""
+
+
+@contextmanager
+def one_report() -> Iterator[None]:
+    """Tell once of all that compiles in here.
+
+    The word is a record of the logger "topkast_func" at level INFO. Where no logging is
+    configured at all, which would lose it, it goes to the standard error.
+
+    Yields:
+        Nothing.
+    """
+    with _WATCH.lock:
+        _WATCH.reports += 1
+    try:
+        yield
+    finally:
+        with _WATCH.lock:
+            _WATCH.reports -= 1
+            _WATCH.report()
+
+
+def compilation_seconds() -> float:
+    """Return how long this process has compiled steps and kernels so far.
+
+    Of two calls the difference is what is to be taken off the time between them.
+
+    Returns:
+        Seconds of wall time.
+    """
+    return _WATCH.total
+
+
+class Times(NamedTuple):
+    """Seconds of wall time.
+
+    Attributes:
+        training: All but compilation.
+        compilation: What goes to compiling, which is done once.
+    """
+
+    training: float
+    compilation: float
+
+    def __str__(self) -> str:
+        """Tell both."""
+        return f"training {self.training:.1f} s, compilation {self.compilation:.1f} s, once"
+
+
+def stopwatch() -> Callable[[], Times]:
+    """Start to measure.
+
+    Returns:
+        A function that returns the times since.
+    """
+    start, compiled = time.perf_counter(), compilation_seconds()
+
+    def times() -> Times:
+        compilation = compilation_seconds() - compiled
+        return Times(time.perf_counter() - start - compilation, compilation)
+
+    return times
+
+
+def _tell(text: str) -> None:
+    disabled = LOGGER.manager.disable >= logging.INFO
+    if LOGGER.level or LOGGER.hasHandlers() or disabled:
+        LOGGER.info(text)
+    else:
+        tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,105 @@
+"""What a summary says below its table: why weights are dense, and what one may not have meant."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from topkast_func.config import TopKastConfig
+from topkast_func.config.selection import weights_among
+from topkast_func.model.alone import uncompiled
+from topkast_func.model.modules import ties
+from topkast_func.report.table import families, some
+
+ALPHA = "all of α: "
+"""How the reason of a weight begins that no kernel computes."""
+
+
+class Row(NamedTuple):
+    """One parameter.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        forward: Entries in A.
+        backward: Entries in B; none of a parameter that requires no gradient.
+        forward_density: Share of entries in A.
+        backward_density: Share of entries in B.
+        engine: Who computes it.
+        reason: Why; for a parameter that is not sparse, why it is dense.
+        bytes: Of what is trained: values, where they stand, and optimiser slots; θ at rest, and
+            in dense storage the masks, apart.
+        empty_rows: Rows without an entry in A: outputs that depend on no input.
+        empty_columns: Columns without an entry in A, over all axes but the first.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    forward: int
+    backward: int
+    forward_density: float
+    backward_density: float
+    engine: str
+    reason: str
+    bytes: int
+    empty_rows: int = 0
+    empty_columns: int = 0
+
+
+def notes(
+    rows: Sequence[Row], sparse: Iterable[str], model: object, config: TopKastConfig | None
+) -> list[str]:
+    """Return what is to be said of the parameters.
+
+    Args:
+        rows: One for each.
+        sparse: Names of the sparse ones.
+        model: The module; of anything else the roles of weights are not known.
+        config: The configuration; None for one that selects by default.
+
+    Returns:
+        Sentences.
+    """
+    sparse = set(sparse)
+    dense = _by_reason(row for row in rows if row.name not in sparse)
+    told = [f"{families(names)}: {why}" for why, names in dense.items()]
+    off = _by_reason(row for row in rows if row.name in sparse and row.reason.startswith(ALPHA))
+    return [
+        *([f"dense: {'; '.join(told)}"] if told else []),
+        *_by_default([row.name for row in rows if row.name in sparse], model, config),
+        *(f"warning: on no kernel, {why}: {families(names)}" for why, names in off.items()),
+        *_empty(rows),
+    ]
+
+
+def _by_reason(rows: Iterable[Row]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        found[row.reason].append(row.name)
+    return found
+
+
+def _by_default(sparse: list[str], model: object, config: TopKastConfig | None) -> list[str]:
+    """Warn of weights of a kind that one often keeps dense, where nobody asked for them."""
+    model = uncompiled(model)
+    if not isinstance(model, nn.Module) or (config and config.sparse is not None):
+        return []
+    tied = ties(model)
+    last = weights_among(dict(model.named_parameters(remove_duplicate=False)))[-1:]
+    kinds = {tied.get(name, name): "output layer" for name in last}
+    kinds |= {
+        f"{name}.weight".lstrip("."): "embedding"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    }
+    kinds |= dict.fromkeys(tied.values(), "tied")
+    found = {name: kinds[name] for name in sparse if name in kinds}
+    told = ", ".join(f"{name} ({kind})" for name, kind in found.items())
+    return [f"warning: sparse by default, keep_dense= leaves them dense: {told}"] if found else []
+
+
+def _empty(rows: Sequence[Row]) -> list[str]:
+    found = [f"{row.name} {row.empty_rows} of {row.shape[0]}" for row in rows if row.empty_rows]
+    told = f"warning: rows without an entry in A, so outputs without an input: {some(found)}"
+    return [told] if found else []
