@@ -198,6 +198,33 @@ def test_a_run_resumed_at_any_time_equals_the_uninterrupted_one(make: Make, step
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
+class _Wide(Optimizer):
+    """Momentum in float32, whatever the weight is."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for theta in self.param_groups[0]["params"]:
+            slot = self.state[theta].setdefault("momentum", torch.zeros_like(theta).float())
+            slot.mul_(0.9).add_(theta.grad.float() + 0.1 * theta.float())
+            theta.sub_(0.1 * slot.to(theta.dtype))
+
+
+def test_slots_of_another_precision_and_an_optimizer_of_ones_own() -> None:
+    layer = _layer(dtype=torch.bfloat16)
+    optimizer = _Wide(layer.parameters())
+    for _ in range(2):
+        before, backward = layer.weight.detach().clone(), layer.masks.backward
+        layer(torch.randn(7, 6).bfloat16()).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(layer.weight != before, backward)
+        assert torch.equal(optimizer.state[layer.weight]["momentum"] != 0.0, backward)
+        _swap(layer)
+        layer.update_active_param_set()
+
+
 def test_lbfgs_trains_through_refreshes_and_resumes() -> None:
     torch.manual_seed(4)
     layer, batch = _layer(), _batches(1)[0]

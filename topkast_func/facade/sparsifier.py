@@ -178,17 +178,18 @@ class Sparsifier:
         """Return the gradients that the method reads, summed over the processes."""
         if not self.config.method.reads_gradient or self.config.schedule.settled(self.steps):
             return None
+        probes = {name: owners[0][1].probe for name, owners in self._owners().items()}
+        if all(probe is None or probe.grad is None for probe in probes.values()):
+            raise RuntimeError(
+                f"{self.config.method} chooses by the gradient at α, and there is none: a backward "
+                "pass comes before; with refresh_every=None that of any step is kept"
+            )
         found = {}
-        for name, owners in self._owners().items():
-            probe = owners[0][1].probe
-            if probe is None or probe.grad is None:
-                raise RuntimeError(
-                    f"{self.config.method} chooses by the gradient of {name!r} at α, and there is "
-                    "none: a backward pass comes before; with refresh_every=None any step has it"
-                )
-            found[name] = probe.grad
-            if distributed.is_available() and distributed.is_initialized():
-                distributed.all_reduce(found[name])
+        for name, probe in probes.items():
+            if probe is not None:  # zeros where the loss did not depend on the weight
+                found[name] = torch.zeros_like(probe) if probe.grad is None else probe.grad
+                if distributed.is_available() and distributed.is_initialized():
+                    distributed.all_reduce(found[name])
         return found
 
     def _note_backward(self, parameter: Tensor) -> None:
@@ -205,13 +206,18 @@ class Sparsifier:
                 "no backward pass has reached a sparse weight since the last step(): call "
                 "loss.backward() and optimizer.step() first"
             )
-        skipped = any(p.grad is not None and not p.grad.isfinite().all() for p in theta)
-        if theta and not optimized and steps_made() > self._others and not skipped:
+        others_only = not optimized and steps_made() > self._others
+        if theta and others_only and not _overflown(theta):
             raise RuntimeError(
                 "the optimizer that has made a step holds none of the sparse weights: build it "
                 "from model.parameters()"
             )
         self._reached, self._optimized = False, optimized
+
+
+def _overflown(theta: list[nn.Parameter]) -> bool:
+    """Return whether a gradient is not finite, for which a scaler leaves the step out."""
+    return any(p.grad is not None and not p.grad.isfinite().all() for p in theta)
 
 
 def _row(

@@ -59,7 +59,7 @@ def sparsify(
     Args:
         model: The module, before it is wrapped or compiled.
         config: The configuration. Methods that read the gradient of every entry (`rigl`) get that
-            of the step before a refresh.
+            of the step before a refresh, summed over the processes of a process group.
         engine: Who computes linear layers: "auto" for the fastest, "dense" for torch itself.
         seed: Seed of the methods that draw sets, at least 0.
         masks: Sets to start from in place of those that the method would choose, see `init_state`.
