@@ -30,9 +30,9 @@ PACKAGES = [
     "files",
     "training",
     "report",
-    "integrations",
     "testing",
     "facade",
+    "integrations",
     "data",
     "demo",
     "",
@@ -86,7 +86,7 @@ def test_only_the_state_knows_how_the_state_is_stored() -> None:
 
 
 def test_importing_the_package_is_lean() -> None:
-    heavy = "matplotlib torch_sparse scipy rich numba"
+    heavy = "matplotlib torch_sparse scipy rich numba transformers lightning"
     program = f"import sys, topkast_func; print(*set({heavy.split()}) & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
@@ -106,6 +107,24 @@ class Sparsifier:
             return torch.zeros((), dtype=torch.float32, device="cpu")
         penalty = exploration_penalty(theta, self.masks(), self.config, step=self.steps)
         return self.config.penalty_weight * penalty
+
+    def penalize(self, optimizer: Optimizer, scale: float = 1.0) -> bool:
+        """Add the gradient of the penalty to that of the loss, for loops whose loss is without it.
+
+        Args:
+            optimizer: Whose step comes next; the gradients of its parameters alone are added to.
+            scale: What the loss is multiplied by before its gradient is taken, by a
+                `torch.amp.GradScaler` say.
+
+        Returns:
+            Whether the optimiser has parameters of the module, so that its step is to be counted.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        theta = [p for p in self._theta().values() if p.requires_grad and id(p) in held]
+        penalty = scale * self.penalty()
+        if theta and penalty.requires_grad:
+            torch.autograd.backward(penalty, inputs=theta)
+        return not held.isdisjoint(map(id, self.model.parameters()))
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B of the sparse weights by name."""
