@@ -90,7 +90,12 @@ def _sparse_weights_of(
 ) -> Iterator[tuple[nn.Module, SparseWeight, nn.Parameter]]:
     """Find the sparse weights among the parameters of an optimiser, each once."""
     layers = [layer for ref in _LAYERS.valuerefs() if (layer := ref()) is not None]
-    found = [(layer, weight) for layer in layers for weight in weights_of(layer).values()]
+    found = [
+        (layer, weight)
+        for layer in layers
+        for key, weight in weights_of(layer).items()
+        if key in layer._parameters
+    ]
     watched = {id(weight.theta(layer)): (layer, weight) for layer, weight in found}
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         if id(parameter) in watched:
