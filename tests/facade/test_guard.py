@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear, mse_loss
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import Optimizer
@@ -297,17 +298,19 @@ def test_lbfgs_trains_through_refreshes_and_resumes() -> None:
     assert torch.equal(other.weight, layer.weight)
 
 
-def test_a_compiled_step_of_the_optimizer_is_guarded() -> None:
+def test_a_compiled_step_of_the_optimizer_is_guarded_and_compiled_once() -> None:
     torch.compiler.reset()
-    layer = _layer()
+    layer, counter = _layer(), CompileCounterWithBackend("aot_eager")
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
-    step = torch.compile(optimizer.step, backend="aot_eager")
-    for batch in _batches(3):
+    step = torch.compile(optimizer.step, backend=counter)
+    for batch in _batches(4):
         before = layer.weight.detach().clone()
+        optimizer.zero_grad()
         mse_loss(layer(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
         step()
         assert torch.equal(layer.weight != before, layer.masks.backward)
         layer.update_active_param_set()
+    assert counter.frame_count == 1
 
 
 FRESH = """

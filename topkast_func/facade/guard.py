@@ -58,8 +58,10 @@ def steps_made() -> int:
 
 @cache
 def _hook() -> None:
-    register_optimizer_step_pre_hook(_before)
-    register_optimizer_step_post_hook(_after)
+    """Hook into every step, where it is compiled between its graphs."""
+    apart: Any = torch.compiler.disable
+    register_optimizer_step_pre_hook(apart(_before))
+    register_optimizer_step_post_hook(apart(_after))
 
 
 @torch.no_grad()
