@@ -205,6 +205,38 @@ def test_a_sparse_part_is_stepped_with_its_own_optimizer(tmp_path: Path) -> None
     assert type(module.sparse) is nn.Linear
 
 
+class Tied(LightningModule):
+    """Reads the weight of its embedding in a step, outside any forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+
+    def training_step(self, batch: tuple[Tensor]) -> Tensor:
+        return cross_entropy(self.embedding(batch[0]) @ self.embedding.weight.T, batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_step_of_a_module_reads_alpha(whole: bool, tmp_path: Path) -> None:
+    module, tokens = Tied().double(), torch.arange(12)
+    config = tk.TopKastConfig(0.5, 0.25, penalty=None)
+    sparsifier = tk.sparsify(module if whole else module.embedding, config)
+    start, (masks,) = module.embedding.weight.detach().clone(), sparsifier.masks().values()
+    alpha = torch.where(masks.forward, start, 0.0).requires_grad_()
+    (gradient,) = torch.autograd.grad(cross_entropy(alpha[tokens] @ alpha.T, tokens), alpha)
+    callback = TopKastCallback(sparsifier, densify_at_end=False)
+    options: Any = {"max_epochs": 1, "gradient_clip_val": None, "accumulate_grad_batches": 1}
+    trainer = trainer_of(tmp_path, callback, **options)
+    trainer.fit(module, DataLoader(TensorDataset(tokens), 12))
+    moved = module.embedding.weight - start
+    torch.testing.assert_close(moved, torch.where(masks.backward, -0.1 * gradient, 0.0))
+    assert moved[masks.backward & ~masks.forward].any()
+    assert "training_step" not in vars(module)
+
+
 # --- bad input -----------------------------------------------------------------------------
 
 

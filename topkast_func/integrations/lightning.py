@@ -1,15 +1,21 @@
 """Sparse training by Lightning, an optional extra."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch.optim import Optimizer
 
+from topkast_func.facade.sparse_layer import ForwardPass
 from topkast_func.integrations.host import Hosted
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as reason:
     raise ImportError(f"no Lightning ({reason}): pip install 'topkast_func[lightning]'") from reason
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+"""What Lightning calls in place of the forward pass of a module."""
 
 
 class TopKastCallback(Hosted, Callback):
@@ -34,6 +40,18 @@ class TopKastCallback(Hosted, Callback):
 
     _stepped = False
     """Whether an optimiser has made a step that is not counted yet."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let sparse weights that a step of the module reads be α, as in a forward pass."""
+        self._own = {name: vars(pl_module)[name] for name in STEPS if name in vars(pl_module)}
+        for name in STEPS:
+            setattr(pl_module, name, _forward_pass(getattr(pl_module, name)))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the steps as they were."""
+        for name in STEPS:
+            delattr(pl_module, name)
+        vars(pl_module).update(self._own)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the sparse module is trained."""
@@ -62,3 +80,12 @@ class TopKastCallback(Hosted, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written."""
         self.sparsifier.load_state_dict(state_dict)
+
+
+def _forward_pass(step: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(step)
+    def run(*inputs: Any, **options: Any) -> Any:
+        with ForwardPass():
+            return step(*inputs, **options)
+
+    return run
