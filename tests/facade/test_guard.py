@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import linear, mse_loss
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import Optimizer
 
 from tests import reference
-from topkast_func import TopKastLinear
+from topkast_func import TopKastConfig, TopKastLinear, densify, sparsify
 
 Make = Callable[[Iterable[Tensor]], Optimizer]
 Batch = tuple[Tensor, Tensor]
@@ -30,16 +32,22 @@ OPTIMIZERS: dict[str, Make] = {
     "amsgrad": partial(torch.optim.Adam, lr=0.05, amsgrad=True, foreach=False),
     "adamw": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1),
     "adamw_foreach": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1, foreach=True),
+    "adam_fused": partial(torch.optim.Adam, lr=0.05, amsgrad=True, fused=True),
+    "adam_tensor": lambda params: torch.optim.Adam(params, lr=torch.tensor(0.05), foreach=False),
     "adamw_fused": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1, fused=True),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.05, momentum=0.5, centered=True),
     "adagrad": partial(torch.optim.Adagrad, lr=0.1),
+    "adagrad_fused": partial(torch.optim.Adagrad, lr=0.1, fused=True),
     "adadelta": partial(torch.optim.Adadelta, lr=30.0),
     "adamax": partial(torch.optim.Adamax, lr=0.05),
     "nadam": partial(torch.optim.NAdam, lr=0.05),
     "radam": partial(torch.optim.RAdam, lr=0.5),
     "rprop": partial(torch.optim.Rprop, lr=0.05),
     "asgd": partial(torch.optim.ASGD, lr=1.5),
+    "adafactor": partial(torch.optim.Adafactor, lr=1.0, weight_decay=0.1),
 }
+ROUNDING = {"muon": partial(torch.optim.Muon, lr=0.1, weight_decay=0.1)}
+"""Optimisers that compute in bfloat16, whatever the weight is: equal to no oracle."""
 
 
 def _layer(**options: Any) -> TopKastLinear:
@@ -171,22 +179,26 @@ def test_an_optimizer_may_have_groups_other_parameters_and_an_unused_layer() -> 
     assert (dense.weight != before[2]).all()
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize(
+    "make", [*OPTIMIZERS.values(), *ROUNDING.values()], ids=[*OPTIMIZERS, *ROUNDING]
+)
 @pytest.mark.parametrize("steps", [3, 4])
 def test_a_run_resumed_at_any_time_equals_the_uninterrupted_one(make: Make, steps: int) -> None:
     def train(layer: TopKastLinear, optimizer: Optimizer, first: int) -> None:
         for t, batch in enumerate(batches[first:], first):
             if t and t % 4 == 0:
                 layer.update_active_param_set()
+            before = layer.weight.detach().clone()
             _step(layer, optimizer, batch)
+            assert not (layer.weight != before)[~layer.masks.backward].any()
 
-    batches, layer = _batches(steps), _layer()
+    batches, layer = _batches(steps), _layer(bias=False)
     optimizer = make(layer.parameters())
     train(layer, optimizer, 0)
     file = io.BytesIO()
     torch.save((layer.state_dict(), optimizer.state_dict()), file)
     file.seek(0)
-    other = _layer()
+    other = _layer(bias=False)
     resumed = make(other.parameters())
     states = torch.load(file)
     other.load_state_dict(states[0])
@@ -196,6 +208,59 @@ def test_a_run_resumed_at_any_time_equals_the_uninterrupted_one(make: Make, step
     train(other, resumed, steps)
     for name, tensor in layer.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_an_optimizer_made_before_takes_groups_later() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5))
+    optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.1, weight_decay=0.5)
+    masks = sparsify(model, TopKastConfig(0.6, 0.3)).masks()
+    optimizer.add_param_group({"params": model[1].parameters(), "lr": 0.2})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _step(model, optimizer, _batches(1)[0])
+    for name, sets in masks.items():
+        assert torch.equal(model.get_parameter(name) != before[name], sets.backward)
+
+
+def test_a_weight_that_is_taken_away_is_named_and_others_train_on() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    handle = sparsify(model, TopKastConfig(0.6, 0.3))
+    weight_norm(model[0])
+    for use in (lambda: model(torch.ones(2, 6)), handle.step, lambda: densify(model)):
+        with pytest.raises(
+            RuntimeError, match=r"'0\.weight' is no parameter .* before tk\.sparsif"
+        ):
+            use()
+    layer = _layer()
+    before = layer.weight.detach().clone()
+    _step(layer, torch.optim.SGD(layer.parameters(), lr=0.1), _batches(1)[0])
+    assert torch.equal(layer.weight != before, layer.masks.backward)
+
+
+class _Wide(Optimizer):
+    """Momentum in float32, whatever the weight is."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for theta in self.param_groups[0]["params"]:
+            slot = self.state[theta].setdefault("momentum", torch.zeros_like(theta).float())
+            slot.mul_(0.9).add_(theta.grad.float() + 0.1 * theta.float())
+            theta.sub_(0.1 * slot.to(theta.dtype))
+
+
+def test_slots_of_another_precision_and_an_optimizer_of_ones_own() -> None:
+    layer = _layer(dtype=torch.bfloat16)
+    optimizer = _Wide(layer.parameters())
+    for _ in range(2):
+        before, backward = layer.weight.detach().clone(), layer.masks.backward
+        layer(torch.randn(7, 6).bfloat16()).square().sum().backward()
+        optimizer.step()
+        assert torch.equal(layer.weight != before, backward)
+        assert torch.equal(optimizer.state[layer.weight]["momentum"] != 0.0, backward)
+        _swap(layer)
+        layer.update_active_param_set()
 
 
 def test_lbfgs_trains_through_refreshes_and_resumes() -> None:
@@ -233,17 +298,19 @@ def test_lbfgs_trains_through_refreshes_and_resumes() -> None:
     assert torch.equal(other.weight, layer.weight)
 
 
-def test_a_compiled_step_of_the_optimizer_is_guarded() -> None:
+def test_a_compiled_step_of_the_optimizer_is_guarded_and_compiled_once() -> None:
     torch.compiler.reset()
-    layer = _layer()
+    layer, counter = _layer(), CompileCounterWithBackend("aot_eager")
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
-    step = torch.compile(optimizer.step, backend="aot_eager")
-    for batch in _batches(3):
+    step = torch.compile(optimizer.step, backend=counter)
+    for batch in _batches(4):
         before = layer.weight.detach().clone()
+        optimizer.zero_grad()
         mse_loss(layer(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
         step()
         assert torch.equal(layer.weight != before, layer.masks.backward)
         layer.update_active_param_set()
+    assert counter.frame_count == 1
 
 
 FRESH = """

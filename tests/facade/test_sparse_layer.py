@@ -325,6 +325,19 @@ def test_half_and_back_leave_the_sets_alone(case: Case) -> None:
     assert model(inputs).dtype == torch.float32
 
 
+def test_another_order_in_memory_changes_nothing() -> None:
+    model, sparsifier = _sparse(CASES["convolutional"])
+    inputs = torch.randn(6, 3, 5, 5)
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    its = tk.Sparsifier(other, CONFIG)
+    assert not other[0].weight.is_contiguous()
+    _train(model, sparsifier, 4, inputs)
+    _train(other, its, 4, inputs.to(memory_format=torch.channels_last))
+    for name, masks in sparsifier.masks().items():
+        assert all(map(torch.equal, masks, its.masks()[name]))
+        torch.testing.assert_close(other.get_parameter(name), model.get_parameter(name))
+
+
 @each_case
 def test_deferred_initialisation(case: Case) -> None:
     trained, _ = _sparse(case)

@@ -170,14 +170,26 @@ def test_refreshes_by_hand_with_gradients_that_any_step_has() -> None:
     config = tk.TopKastConfig(0.75, refresh_every=None, method=tk.rigl())
     model = perceptron()
     handle = tk.sparsify(model, config)
-    with pytest.raises(
-        RuntimeError, match=r"chooses by the gradient of '0\.weight' at α, and there is none"
-    ):
+    with pytest.raises(RuntimeError, match="chooses by the gradient at α, and there is none"):
         handle.refresh()
     mse_loss(model(torch.randn(4, 16)), torch.randn(4, 5)).backward()  # type: ignore[no-untyped-call]
     before = handle.masks()
     handle.refresh()
     assert any(not torch.equal(m.forward, before[n].forward) for n, m in handle.masks().items())
+
+
+def test_a_layer_that_a_batch_did_not_use_has_a_gradient_of_zero() -> None:
+    model = nn.ModuleList([nn.Linear(16, 5), nn.Linear(16, 5)])
+    handle = tk.sparsify(model, tk.TopKastConfig(0.75, refresh_every=1, method=tk.rigl()))
+    optimizer, before = torch.optim.AdamW(model.parameters(), lr=0.1), handle.masks()
+    unused = model[1].get_parameter("weight").detach().clone()
+    loss = _loss_fn(model[0], (torch.randn(4, 16), torch.randn(4, 5)))
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    assert handle.step()
+    assert not torch.equal(handle.masks()["0.weight"].forward, before["0.weight"].forward)
+    kept = handle.masks()["1.weight"].forward & before["1.weight"].forward
+    assert torch.equal(model[1].get_parameter("weight")[kept], unused[kept])
 
 
 def test_weights_that_are_tied_have_one_pair_of_sets() -> None:

@@ -58,8 +58,10 @@ def steps_made() -> int:
 
 @cache
 def _hook() -> None:
-    register_optimizer_step_pre_hook(_before)
-    register_optimizer_step_post_hook(_after)
+    """Hook into every step, where it is compiled between its graphs."""
+    apart: Any = torch.compiler.disable
+    register_optimizer_step_pre_hook(apart(_before))
+    register_optimizer_step_post_hook(apart(_after))
 
 
 @torch.no_grad()
@@ -90,7 +92,12 @@ def _sparse_weights_of(
 ) -> Iterator[tuple[nn.Module, SparseWeight, nn.Parameter]]:
     """Find the sparse weights among the parameters of an optimiser, each once."""
     layers = [layer for ref in _LAYERS.valuerefs() if (layer := ref()) is not None]
-    found = [(layer, weight) for layer in layers for weight in weights_of(layer).values()]
+    found = [
+        (layer, weight)
+        for layer in layers
+        for key, weight in weights_of(layer).items()
+        if key in layer._parameters
+    ]
     watched = {id(weight.theta(layer)): (layer, weight) for layer, weight in found}
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         if id(parameter) in watched:

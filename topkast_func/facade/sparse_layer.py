@@ -183,11 +183,12 @@ def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
     Returns:
         The class, always the same for the same arguments.
     """
-    mixed = SparseLinear if on_kernels(plain) and "weight" in keys else SparseLayer
+    mixed: Any = SparseLinear if on_kernels(plain) and "weight" in keys else SparseLayer
 
     @wraps(plain.forward)
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
-        return mixed.forward(self, *inputs, **options)
+        runs = mixed if isinstance(self, mixed) else plain  # bound before the module was densified
+        return runs.forward(self, *inputs, **options)
 
     def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
         make, _, *state = plain.__reduce_ex__(self, protocol)

@@ -49,8 +49,25 @@ class SparseWeight:
         return f"{self.key}_sets"
 
     def theta(self, layer: nn.Module) -> nn.Parameter:
-        """Return θ."""
-        return layer._parameters[self.key]  # type: ignore[return-value]
+        """Return θ.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            The parameter.
+
+        Raises:
+            RuntimeError: The layer has it no more.
+        """
+        found = layer._parameters.get(self.key)
+        if found is None:
+            raise RuntimeError(
+                f"{self.rule.name!r} is no parameter of its layer any more: what replaces it, as "
+                "weight_norm or pruning does, is to be applied before tk.sparsify, which then "
+                "takes what it leaves, or after tk.densify"
+            )
+        return found
 
     def sets(self, layer: nn.Module) -> Tensor:
         """Return the bits."""

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
@@ -109,6 +110,24 @@ class Sparsifier:
         penalty = exploration_penalty(theta, self.masks(), self.config, step=self.steps)
         return self.config.penalty_weight * penalty
 
+    def penalize(self, optimizer: Optimizer, scale: float = 1.0) -> bool:
+        """Add the gradient of the penalty to that of the loss, for loops whose loss is without it.
+
+        Args:
+            optimizer: Whose step comes next; the gradients of its parameters alone are added to.
+            scale: What the loss is multiplied by before its gradient is taken, by a
+                `torch.amp.GradScaler` say.
+
+        Returns:
+            Whether the optimiser has parameters of the module, so that its step is to be counted.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        theta = [p for p in self._theta().values() if p.requires_grad and id(p) in held]
+        penalty = scale * self.penalty()
+        if theta and penalty.requires_grad:
+            torch.autograd.backward(penalty, inputs=theta)
+        return not held.isdisjoint(map(id, self.model.parameters()))
+
     def masks(self) -> dict[str, Masks]:
         """Return A and B of the sparse weights by name."""
         return {name: owner[0][1].masks(owner[0][0]) for name, owner in self._owners().items()}
@@ -181,17 +200,18 @@ class Sparsifier:
         """Return the gradients that the method reads, summed over the processes."""
         if not self.config.method.reads_gradient or self.config.schedule.settled(self.steps):
             return None
+        probes = {name: owners[0][1].probe for name, owners in self._owners().items()}
+        if all(probe is None or probe.grad is None for probe in probes.values()):
+            raise RuntimeError(
+                f"{self.config.method} chooses by the gradient at α, and there is none: a backward "
+                "pass comes before; with refresh_every=None that of any step is kept"
+            )
         found = {}
-        for name, owners in self._owners().items():
-            probe = owners[0][1].probe
-            if probe is None or probe.grad is None:
-                raise RuntimeError(
-                    f"{self.config.method} chooses by the gradient of {name!r} at α, and there is "
-                    "none: a backward pass comes before; with refresh_every=None any step has it"
-                )
-            found[name] = probe.grad
-            if distributed.is_available() and distributed.is_initialized():
-                distributed.all_reduce(found[name])
+        for name, probe in probes.items():
+            if probe is not None:  # zeros where the loss did not depend on the weight
+                found[name] = torch.zeros_like(probe) if probe.grad is None else probe.grad
+                if distributed.is_available() and distributed.is_initialized():
+                    distributed.all_reduce(found[name])
         return found
 
     def _note_backward(self, parameter: Tensor) -> None:
@@ -208,13 +228,18 @@ class Sparsifier:
                 "no backward pass has reached a sparse weight since the last step(): call "
                 "loss.backward() and optimizer.step() first"
             )
-        others = theta and not optimized and steps_made() > self._others
-        if others and all(p.grad is None or p.grad.isfinite().all() for p in theta):
+        others_only = not optimized and steps_made() > self._others
+        if theta and others_only and not _overflown(theta):
             raise RuntimeError(
                 "the optimizer that has made a step holds none of the sparse weights: build it "
                 "from model.parameters()"
             )
         self._reached, self._optimized = False, optimized
+
+
+def _overflown(theta: list[nn.Parameter]) -> bool:
+    """Return whether a gradient is not finite, for which a scaler leaves the step out."""
+    return any(p.grad is not None and not p.grad.isfinite().all() for p in theta)
 
 
 def _row(

@@ -50,7 +50,8 @@ def sparsify(
     made before or after, leaves what is outside B as it was, bit for bit, with slots of zero. θ,
     gradient and slots take the memory of a dense module, and a step for a moment a copy of θ;
     `train_step` needs less. Linear layers are computed by the sparse kernels where these are
-    faster, all others with α at the price of the dense layer.
+    faster, all others with α at the price of the dense layer. `topkast_func.integrations` has
+    callbacks for the trainers of others.
 
     A state dict of the plain module loads; the sets are then chosen from its weights. A running
     mean of the parameters (`torch.optim.swa_utils.AveragedModel`) is one of θ; copy the buffers
@@ -59,7 +60,7 @@ def sparsify(
     Args:
         model: The module, before it is wrapped or compiled.
         config: The configuration. Methods that read the gradient of every entry (`rigl`) get that
-            of the step before a refresh.
+            of the step before a refresh, summed over the processes of a process group.
         engine: Who computes linear layers: "auto" for the fastest, "dense" for torch itself.
         seed: Seed of the methods that draw sets, at least 0.
         masks: Sets to start from in place of those that the method would choose, see `init_state`.

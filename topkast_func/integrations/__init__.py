@@ -1,4 +1,4 @@
 """Callbacks for other people's tools.
 
-Uses the training and the reports; each module needs a package of its own, an extra.
+Uses the training, the reports and the facade; each module needs a package of its own, an extra.
 """

@@ -1,0 +1,273 @@
+"""A module in Lightning, beside a loop by hand."""
+
+import copy
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import topkast_func as tk
+from topkast_func.bits import unpacked
+from topkast_func.integrations.lightning import TopKastCallback
+
+CONFIG = tk.TopKastConfig(0.8, 0.5, keep_dense="head.*", refresh_every=3, penalty_weight=0.1)
+EPOCHS, ACCUMULATED, BATCH, CLIP = 2, 2, 4, 0.5
+STEPS = EPOCHS * 5  # ten batches an epoch
+ARGUMENTS: dict[str, Any] = {
+    "max_epochs": EPOCHS,
+    "accumulate_grad_batches": ACCUMULATED,
+    "gradient_clip_val": CLIP,
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # raised by Lightning itself
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "disabled", True)
+
+
+class Classifier(LightningModule):
+    """A perceptron and how to train it, without a word of sparsity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+        self.head = nn.Linear(16, 3)
+        self.double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.body(inputs))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.05, weight_decay=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+
+def classifier() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier()
+
+
+def loader() -> DataLoader[Any]:
+    draw = torch.Generator().manual_seed(1)
+    inputs = torch.randn(10 * BATCH, 12, generator=draw).double()
+    return DataLoader(TensorDataset(inputs, inputs[:, :3].argmax(1)), BATCH)
+
+
+def trainer_of(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**ARGUMENTS, **options})
+
+
+def trained(
+    folder: Path, config: tk.TopKastConfig = CONFIG, resume: Path | None = None
+) -> tuple[Classifier, tk.Sparsifier]:
+    """Train a sparse module, leave it sparse, and checkpoint it after each epoch."""
+    module = classifier()
+    sparsifier = tk.sparsify(module, config)
+    callback = TopKastCallback(sparsifier, densify_at_end=False)
+    trainer = trainer_of(folder, callback, saving(folder), enable_checkpointing=True)
+    trainer.fit(module, loader(), ckpt_path=resume)
+    return module, sparsifier
+
+
+def saving(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, "{step}", save_top_k=-1, enable_version_counter=False)
+
+
+def by_hand(config: tk.TopKastConfig) -> tuple[Classifier, tk.Sparsifier]:
+    """Train as `trained` does, with the penalty in the loss."""
+    module = classifier()
+    sparsifier = tk.sparsify(module, config)
+    (optimizer,), (schedule,) = module.configure_optimizers()
+    for _ in range(EPOCHS):
+        for number, batch in enumerate(loader(), 1):
+            loss = module.training_step(batch) + sparsifier.penalty()
+            (loss / ACCUMULATED).backward()  # type: ignore[no-untyped-call]
+            if number % ACCUMULATED == 0:
+                nn.utils.clip_grad_norm_(module.parameters(), CLIP)
+                optimizer.step()
+                sparsifier.step()
+                optimizer.zero_grad()
+        schedule.step()
+    return module, sparsifier
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    states = one.state_dict(), other.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+@pytest.mark.parametrize("method", [tk.topkast(), tk.rigl()])
+def test_lightning_trains_as_a_loop_by_hand(method: tk.Method, tmp_path: Path) -> None:
+    config = replace(CONFIG, method=method)
+    module, sparsifier = trained(tmp_path, config)
+    expected, handle = by_hand(config)
+    start = classifier()
+    assert sparsifier.state_dict() == handle.state_dict() == {"steps": STEPS, "seed": 0}
+    for name, parameter in expected.named_parameters():
+        moved = parameter - start.get_parameter(name)
+        torch.testing.assert_close(module.get_parameter(name) - start.get_parameter(name), moved)
+        assert moved.any()
+    for name, masks in sparsifier.masks().items():
+        assert all(map(torch.equal, masks, handle.masks()[name]))
+
+
+def test_dense_training_is_counted_and_ends(tmp_path: Path) -> None:
+    module = classifier()
+    sparsifier = tk.sparsify(module, replace(CONFIG, method=tk.dense()))
+    trainer_of(tmp_path, TopKastCallback(sparsifier)).fit(module, loader())
+    assert sparsifier.steps == STEPS
+
+
+@pytest.mark.parametrize("name", ["topkast", "set"])
+def test_a_run_resumed_from_a_checkpoint_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, method=getattr(tk, name)())
+    whole, its = trained(tmp_path, config)
+    resumed, handle = trained(tmp_path / "resumed", config, tmp_path / "step=5.ckpt")
+    assert_same(resumed, whole)
+    assert handle.state_dict() == its.state_dict() == {"steps": STEPS, "seed": 0}
+
+
+def test_what_is_saved_in_the_end_is_plain_and_a_checkpoint_is_not(tmp_path: Path) -> None:
+    module, inputs = classifier(), torch.randn(5, 12).double()
+    sparsifier = tk.sparsify(module, CONFIG)
+    callback = TopKastCallback(sparsifier)
+    trainer = trainer_of(tmp_path, callback, saving(tmp_path), enable_checkpointing=True)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "final.ckpt")
+    final = Classifier.load_from_checkpoint(tmp_path / "final.ckpt")
+    torch.testing.assert_close(final(inputs), module(inputs))
+    running = tmp_path / f"step={STEPS}.ckpt"
+    state = torch.load(running, weights_only=True)["state_dict"]
+    for name in ("body.0.weight", "body.2.weight"):
+        inside = unpacked(state[f"{name}_sets"][0], state[name].shape)
+        assert torch.equal(final.get_parameter(name), torch.where(inside, state[name], 0.0))
+        assert state[name][~inside].any()
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"body\.0\.weight_sets"'):
+        Classifier.load_from_checkpoint(running)
+    again = classifier()
+    tk.sparsify(again, CONFIG)
+    again.load_state_dict(state)
+    torch.testing.assert_close(again(inputs), final(inputs))
+
+
+class Adversaries(LightningModule):
+    """A sparse and a dense part with an optimiser each, which take turns by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.sparse, self.dense = nn.Linear(12, 8), nn.Linear(12, 8)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> None:
+        optimizers: Any = self.optimizers()
+        part, optimizer = ((self.sparse, self.dense)[number % 2], optimizers[number % 2])
+        optimizer.zero_grad()
+        self.manual_backward(part(batch[0]).square().mean())
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.sparse, self.dense)]
+
+
+def test_a_sparse_part_is_stepped_with_its_own_optimizer(tmp_path: Path) -> None:
+    module = Adversaries().double()
+    sparsifier = tk.sparsify(module.sparse, tk.TopKastConfig(0.8, 0.5, refresh_every=2))
+    before = copy.deepcopy(module.dense.weight)
+    options: Any = {"gradient_clip_val": None, "accumulate_grad_batches": 1}
+    trainer_of(tmp_path, TopKastCallback(sparsifier), **options).fit(module, loader())
+    assert sparsifier.steps == EPOCHS * 5
+    assert (module.dense.weight != before).all()
+    assert type(module.sparse) is nn.Linear
+
+
+class Tied(LightningModule):
+    """Reads the weight of its embedding in a step, outside any forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+
+    def training_step(self, batch: tuple[Tensor]) -> Tensor:
+        return cross_entropy(self.embedding(batch[0]) @ self.embedding.weight.T, batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_step_of_a_module_reads_alpha(whole: bool, tmp_path: Path) -> None:
+    module, tokens = Tied().double(), torch.arange(12)
+    config = tk.TopKastConfig(0.5, 0.25, penalty=None)
+    sparsifier = tk.sparsify(module if whole else module.embedding, config)
+    start, (masks,) = module.embedding.weight.detach().clone(), sparsifier.masks().values()
+    alpha = torch.where(masks.forward, start, 0.0).requires_grad_()
+    (gradient,) = torch.autograd.grad(cross_entropy(alpha[tokens] @ alpha.T, tokens), alpha)
+    callback = TopKastCallback(sparsifier, densify_at_end=False)
+    options: Any = {"max_epochs": 1, "gradient_clip_val": None, "accumulate_grad_batches": 1}
+    trainer = trainer_of(tmp_path, callback, **options)
+    trainer.fit(module, DataLoader(TensorDataset(tokens), 12))
+    moved = module.embedding.weight - start
+    torch.testing.assert_close(moved, torch.where(masks.backward, -0.1 * gradient, 0.0))
+    assert moved[masks.backward & ~masks.forward].any()
+    assert "training_step" not in vars(module)
+
+
+# --- bad input -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["never", "densified"])
+def test_a_module_that_is_not_sparse_is_refused(state: str, tmp_path: Path) -> None:
+    sparse = classifier()
+    callback = TopKastCallback(tk.sparsify(sparse, CONFIG))
+    if state == "densified":
+        tk.densify(sparse)
+    module = sparse if state == "densified" else classifier()
+    before = copy.deepcopy(module)
+    with pytest.raises(ValueError, match=r"model was never sparsified, .*: call tk\.sparsify"):
+        trainer_of(tmp_path, callback).fit(module, loader())
+    assert_same(module, before)
+
+
+def test_an_optimizer_over_other_parameters_is_refused(tmp_path: Path) -> None:
+    module: Any = classifier()
+    callback = TopKastCallback(tk.sparsify(module, CONFIG))
+    module.configure_optimizers = lambda: torch.optim.SGD(module.head.parameters(), 0.1)
+    with pytest.raises(ValueError, match="the optimizer holds none of the sparse weights"):
+        trainer_of(tmp_path, callback).fit(module, loader())
+
+
+def test_a_checkpoint_of_another_sparsity_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    with pytest.raises(RuntimeError, match="the checkpoint is of another sparsity"):
+        trained(tmp_path / "0.9", replace(CONFIG, forward_sparsity=0.9), tmp_path / "step=5.ckpt")
+
+
+def test_what_is_no_sparsifier_is_refused() -> None:
+    wrong: Any = CONFIG
+    with pytest.raises(TypeError, match=r"tk\.sparsify\(model, config\) returns, got TopKastConf"):
+        TopKastCallback(wrong)

@@ -1,0 +1,54 @@
+"""What the callbacks for other people's trainers have in common."""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from topkast_func.facade import Sparsifier, densify
+from topkast_func.facade.sparse_weight import weights_of
+
+
+class Hosted:
+    """Mixed into a callback: holds a sparsifier, and knows how a training begins and ends.
+
+    Args:
+        sparsifier: What `sparsify` returned.
+        densify_at_end: Whether the model becomes plain at the end.
+
+    Raises:
+        TypeError: The first argument is no sparsifier.
+    """
+
+    def __init__(self, sparsifier: Sparsifier, densify_at_end: bool = True) -> None:
+        if not isinstance(sparsifier, Sparsifier):
+            raise TypeError(
+                "sparsifier must be what tk.sparsify(model, config) returns, got "
+                f"{type(sparsifier).__name__}"
+            )
+        self.sparsifier, self.densify_at_end = sparsifier, densify_at_end
+
+    def _begin(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        """Refuse to train what is not sparse, or with optimisers that leave it alone."""
+        if not self.sparsifier.config.method.sparsifies:
+            return
+        sparse = {
+            id(weight.theta(layer))
+            for layer in self.sparsifier.model.modules()
+            for weight in weights_of(layer).values()
+        }
+        if not sparse or not sparse <= set(map(id, model.parameters())):
+            raise ValueError(
+                "model was never sparsified, or has been densified: call tk.sparsify(model, "
+                "config) on the module that is trained, and give the callback what it returns"
+            )
+        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+        if sparse.isdisjoint(id(parameter) for group in groups for parameter in group["params"]):
+            raise ValueError(
+                "the optimizer holds none of the sparse weights: build it from model.parameters()"
+            )
+
+    def _end(self) -> None:
+        """Leave a plain model, unless it is plain or to be trained on."""
+        if self.densify_at_end and self.sparsifier.config.method.sparsifies:
+            densify(self.sparsifier.model)

@@ -1,0 +1,77 @@
+"""Sparse training by the Trainer of Hugging Face, an optional extra."""
+
+from typing import Any
+
+from topkast_func.integrations.host import Hosted
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as reason:
+    raise ImportError(
+        f"no Trainer of Hugging Face ({reason}): pip install 'topkast_func[hf]'"
+    ) from reason
+
+RECORD = "topkast_func.Sparsifier"
+"""Where ``trainer_state.json`` keeps the number of the step, among the states of callbacks."""
+
+
+class TopKastCallback(Hosted, TrainerCallback):
+    """Lets `transformers.Trainer` train a model that `sparsify` has made sparse.
+
+    The gradient of the penalty is there before those of the batches are added to it, so that it
+    is clipped with them and no loss has to be changed; the loss that the trainer logs is without
+    the penalty. Sets are chosen anew when that is due.
+
+    A checkpoint of the run, ``checkpoint-…``, holds θ, the sets (``…_sets``) and the number of
+    the step: with the model sparsified as before, ``resume_from_checkpoint`` goes on bit for bit.
+    Once the training has come to its end the model is plain and holds α, and so does what
+    ``save_model`` writes.
+
+    Args:
+        sparsifier: What `sparsify` returned for the model.
+        densify_at_end: Whether the model becomes plain at the end. Without, it can be trained on.
+
+    Raises:
+        TypeError: The first argument is no sparsifier.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> import topkast_func as tk
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+        >>> model = BertForSequenceClassification(BertConfig(num_hidden_layers=1, **sizes))
+        >>> config = tk.TopKastConfig(0.8, sparse="*encoder*weight", keep_dense="*LayerNorm*")
+        >>> callback = TopKastCallback(tk.sparsify(model, config))
+
+        ``Trainer(model, …, callbacks=[callback])`` then trains it.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Check that the sparse model is trained, and go on where a checkpoint was written."""
+        self._begin(given["model"], [given["optimizer"]])
+        records: Any = state.stateful_callbacks
+        if RECORD in records:
+            self.sparsifier.load_state_dict(records[RECORD])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Begin the gradient with that of the penalty, scaled as the loss is going to be."""
+        optimizer = given["optimizer"]
+        scale = 1.0 if optimizer.scaler is None else optimizer.scaler.get_scale()
+        self.sparsifier.penalize(optimizer, scale)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Count the step, and choose the sets anew where that is due."""
+        self.sparsifier.step()
+        records: Any = state.stateful_callbacks
+        records[RECORD] = self.sparsifier.state_dict()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Leave a plain model."""
+        self._end()

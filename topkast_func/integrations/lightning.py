@@ -1,0 +1,91 @@
+"""Sparse training by Lightning, an optional extra."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch.optim import Optimizer
+
+from topkast_func.facade.sparse_layer import ForwardPass
+from topkast_func.integrations.host import Hosted
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as reason:
+    raise ImportError(f"no Lightning ({reason}): pip install 'topkast_func[lightning]'") from reason
+
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+"""What Lightning calls in place of the forward pass of a module."""
+
+
+class TopKastCallback(Hosted, Callback):
+    """Lets `lightning.Trainer` train a module that `sparsify` has made sparse, or a part of it.
+
+    The gradient of the penalty is added to that of the batches before it is clipped, so that no
+    ``training_step`` has to be changed; the loss that it returns is without the penalty. Sets are
+    chosen anew when that is due.
+
+    A checkpoint of the run holds θ, the sets (``…_sets``) and the number of the step: with the
+    module sparsified as before, ``fit(…, ckpt_path=…)`` goes on bit for bit. Once ``fit`` has
+    come to its end the module is plain and holds α, and so does what ``save_checkpoint`` writes.
+
+    Args:
+        sparsifier: What `sparsify` returned.
+        densify_at_end: Whether the module becomes plain at the end. Without, it can be trained
+            on, and loads its checkpoints, as for ``test(ckpt_path="best")``.
+
+    Raises:
+        TypeError: The first argument is no sparsifier.
+    """
+
+    _stepped = False
+    """Whether an optimiser has made a step that is not counted yet."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let sparse weights that a step of the module reads be α, as in a forward pass."""
+        self._own = {name: vars(pl_module)[name] for name in STEPS if name in vars(pl_module)}
+        for name in STEPS:
+            setattr(pl_module, name, _forward_pass(getattr(pl_module, name)))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the steps as they were."""
+        for name in STEPS:
+            delattr(pl_module, name)
+        vars(pl_module).update(self._own)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the sparse module is trained."""
+        self._begin(pl_module, trainer.optimizers)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Add the gradient of the penalty."""
+        self._stepped = self.sparsifier.penalize(optimizer) or self._stepped
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Count the step, if one was made, and choose the sets anew where that is due."""
+        if self._stepped:
+            self.sparsifier.step()
+            self._stepped = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave a plain module."""
+        self._end()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what a checkpoint keeps: the number of the step, and the seed."""
+        return self.sparsifier.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a checkpoint was written."""
+        self.sparsifier.load_state_dict(state_dict)
+
+
+def _forward_pass(step: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(step)
+    def run(*inputs: Any, **options: Any) -> Any:
+        with ForwardPass():
+            return step(*inputs, **options)
+
+    return run
