@@ -11,9 +11,9 @@ from topkast_func.checks import check_count
 from topkast_func.kernels.inference import pays, product
 from topkast_func.kernels.pattern import BlockRows, block_of, flat
 from topkast_func.model.alone import alone_with, check_uncompiled, uncompiled
-from topkast_func.model.layers import kernel_layers
-from topkast_func.model.modules import check_fit
+from topkast_func.model.layers import stand_ins
 from topkast_func.report.export import bsr, csr
+from topkast_func.training.agreement import check_tensors
 from topkast_func.training.state import TrainState, alpha_in, masks_of
 
 
@@ -144,12 +144,13 @@ def sparse_module(state: TrainState, model: nn.Module, batch_size: int = 64) -> 
 
 
 def _sparse_module(state: TrainState, model: nn.Module, batch: int) -> nn.Module:
+    check_tensors(state, model)
     tensors, values = alpha_in(state), state.weights.values()
-    check_fit(model, {name: tensor.shape for name, tensor in tensors.items()})
     sparse = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
     sparse.load_state_dict(tensors, strict=False)
     masks = masks_of(state)
-    for name, layer in kernel_layers(sparse).items():
+    linear = [part for part in stand_ins(sparse) if isinstance(part.layer, nn.Linear)]
+    for layer, name in [(part.layer, part.products[0].name) for part in linear]:
         if name not in masks:
             continue
         alpha, mask = tensors[name].detach(), masks[name].forward

@@ -11,7 +11,7 @@ from topkast_func.config.allocation import allocate, given_sparsity
 from topkast_func.kernels.pattern import block_of
 from topkast_func.masks import counts, counts_among, is_of_blocks
 from topkast_func.model.forward import check_weight_sets
-from topkast_func.model.modules import frozen, parameters_of, trainable
+from topkast_func.model.modules import frozen, parameters_of, tensors_of, trainable
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.dense import DenseWeights
 from topkast_func.training.optim import Optimizer, slot_problem
@@ -94,6 +94,27 @@ def disagreements(
         "optimiser": of_optimizer,
     }
     return [f"of another {what}: {problem}" for what, problem in told.items() if problem]
+
+
+def check_tensors(state: "TrainState", model: nn.Module) -> None:
+    """Check that a state has the tensors of a module in their shapes, whichever it trains.
+
+    Args:
+        state: The state.
+        model: The module.
+
+    Raises:
+        ValueError: It has not.
+    """
+    rest = {name: tensor.shape for name, tensor in {**state.frozen, **state.buffers}.items()}
+    found, expected = {**state.weights.shapes(), **rest}, tensors_of(model)
+    problem = _difference("tensors", found, expected)
+    for name, tensor in expected.items():
+        if not problem and found[name] != tensor.shape:
+            shapes = tuple(found[name]), tuple(tensor.shape)
+            problem = f"{name!r} has shape {shapes[0]}, the model {shapes[1]}"
+    if problem:
+        raise ValueError(f"the state is of another model: {problem}")
 
 
 def agreement(
