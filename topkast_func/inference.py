@@ -12,6 +12,7 @@ from topkast_func.kernels.inference import pays, product
 from topkast_func.kernels.pattern import BlockRows, block_of, flat
 from topkast_func.model.alone import alone_with, check_uncompiled, uncompiled
 from topkast_func.model.layers import stand_ins
+from topkast_func.model.modules import ties
 from topkast_func.report.export import bsr, csr
 from topkast_func.training.agreement import check_tensors
 from topkast_func.training.state import TrainState, alpha_in, masks_of
@@ -148,10 +149,10 @@ def _sparse_module(state: TrainState, model: nn.Module, batch: int) -> nn.Module
     tensors, values = alpha_in(state), state.weights.values()
     sparse = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
     sparse.load_state_dict(tensors, strict=False)
-    masks = masks_of(state)
+    masks, tied = masks_of(state), {*ties(sparse).values()}
     linear = [part for part in stand_ins(sparse) if isinstance(part.layer, nn.Linear)]
     for layer, name in [(part.layer, part.products[0].name) for part in linear]:
-        if name not in masks:
+        if name not in masks or name in tied:
             continue
         alpha, mask = tensors[name].detach(), masks[name].forward
         stored = int(mask.sum())
