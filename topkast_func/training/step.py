@@ -24,8 +24,9 @@ from topkast_func.model.alone import (
     parts_of,
     uncompiled,
 )
-from topkast_func.model.layers import StandIn, bound_to, stand_ins, standing_in
+from topkast_func.model.layers import bound_to, stand_ins, standing_in
 from topkast_func.model.modules import bind, modes, ties
+from topkast_func.model.stand_in import StandIn
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.training.agreement import agreement, is_of_stage

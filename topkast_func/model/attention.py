@@ -1,0 +1,78 @@
+"""`torch.nn.MultiheadAttention` with its projections on the kernels."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from topkast_func.model.stand_in import StandIn
+
+
+class AttentionStandIn(StandIn):
+    """Stands in for `torch.nn.MultiheadAttention` where a batch attends to itself.
+
+    Else, and where weights of the attention are asked for, the layer computes with α.
+    """
+
+    weights = ("in_proj_weight", "out_proj.weight")
+
+    @staticmethod
+    def fits(layer: nn.Module) -> bool:
+        """Return whether the layer projects to queries, keys and values at once, and no more."""
+        return (
+            isinstance(layer, nn.MultiheadAttention)
+            and type(layer).forward is nn.MultiheadAttention.forward
+            and layer.in_proj_weight is not None
+            and layer.bias_k is None
+            and not layer.add_zero_attn
+        )
+
+    def compute(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the layer returns."""
+        layer, (project, project_out) = self.layer, self.products
+        itself = query is key and key is value and query.dim() == 3 and not query.is_nested
+        if not itself or need_weights or (is_causal and attn_mask is None):
+            told = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            result: tuple[Tensor, Tensor | None]
+            result = type(layer).forward(layer, query, key, value, *told)
+            return result
+        x = query if layer.batch_first else query.transpose(0, 1)
+        projected = project(x, layer.in_proj_weight, layer.in_proj_bias)
+        size = (*projected.shape[:2], 3, layer.num_heads, -1)
+        q, k, v = projected.view(size).permute(2, 0, 3, 1, 4)
+        causal = is_causal and key_padding_mask is None
+        mask = None if causal else _added(attn_mask, key_padding_mask, layer.num_heads, x.dtype)
+        dropped = layer.dropout if layer.training else 0.0
+        mixed = functional.scaled_dot_product_attention(q, k, v, mask, dropped, causal)
+        joined = mixed.transpose(1, 2).flatten(2)
+        y = project_out(joined, layer.out_proj.weight, layer.out_proj.bias)
+        return y if layer.batch_first else y.transpose(0, 1), None
+
+
+def _added(
+    attention: Tensor | None, padding: Tensor | None, heads: int, dtype: torch.dtype
+) -> Tensor | None:
+    """Return what is added to the scores [batch, heads, length, length]: −∞ where a mask holds."""
+    masks = []
+    if attention is not None:
+        masks.append(
+            attention if attention.dim() == 2 else attention.view(-1, heads, *attention.shape[1:])
+        )
+    if padding is not None:
+        masks.append(padding[:, None, None])
+    floats = [
+        torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
+        if mask.dtype == torch.bool
+        else mask
+        for mask in masks
+    ]
+    return sum(floats[1:], floats[0]) if floats else None

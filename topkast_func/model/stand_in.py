@@ -1,0 +1,107 @@
+"""What stands in for the forward pass of a layer: its products with weights, on the kernels."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from topkast_func.kernels.engines import EngineName
+from topkast_func.kernels.linear import sparse_linear
+from topkast_func.kernels.pattern import Pattern
+
+
+class Bound(NamedTuple):
+    """What a product is computed with, as a matrix and for the kernels.
+
+    Attributes:
+        alpha: α, a matrix.
+        values: θ on B, A first.
+        pattern: The sets.
+    """
+
+    alpha: Tensor
+    values: Tensor
+    pattern: Pattern
+
+
+class Product:
+    """The product of a layer with one of its weights.
+
+    Args:
+        name: Name of the weight in the model; the first, if it has several.
+        engine: Who computes the product.
+        transposed: Whether the layer multiplies by a weight [in, out] as it is, and not by the
+            transpose of one [out, in].
+    """
+
+    def __init__(self, name: str, engine: EngineName, transposed: bool) -> None:
+        self.name, self.engine, self.transposed = name, engine, transposed
+        self.bound: Bound | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be copied bound to nothing."""
+        return Product, (self.name, self.engine, self.transposed)
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product and the bias, on the kernels where the weight is the bound α."""
+        bound = self.bound
+        if bound is None or weight is not bound.alpha:
+            return functional.linear(input, weight.t() if self.transposed else weight, bias)
+        rows, columns = weight.shape
+        return sparse_linear(
+            input, bound.values, bound.pattern, (rows, columns), bias, self.engine, self.transposed
+        )
+
+
+class StandIn:
+    """Stands in for the forward pass of `torch.nn.Linear`, which keeps all else.
+
+    Args:
+        layer: The layer.
+        products: Its products, in the order of ``weights``.
+    """
+
+    weights: ClassVar[tuple[str, ...]] = ("weight",)
+    """The weights of the layer that it multiplies by."""
+
+    transposed: ClassVar[bool] = False
+    """Whether they are [in, out]."""
+
+    def __init__(self, layer: Any, products: tuple[Product, ...]) -> None:
+        self.layer, self.products = layer, products
+
+    @staticmethod
+    def fits(layer: nn.Module) -> bool:
+        """Return whether this computes what the layer does."""
+        return (
+            isinstance(layer, nn.Linear)
+            and not isinstance(layer, NonDynamicallyQuantizableLinear)  # attention reads its weight
+            and type(layer).forward is nn.Linear.forward
+        )
+
+    def needed(self, patterns: Mapping[str, Pattern]) -> bool:
+        """Return whether a product of it has a pattern, and nobody else stands in."""
+        named = any(product.name in patterns for product in self.products)
+        return named and "forward" not in vars(self.layer)
+
+    def compute(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
+        """Return what the layer returns."""
+        return self.products[0](input, self.layer.weight, self.layer.bias)
+
+
+class TransposedStandIn(StandIn):
+    """Stands in for ``transformers.pytorch_utils.Conv1D``, the linear layer of GPT-2."""
+
+    transposed = True
+
+    @staticmethod
+    def fits(layer: nn.Module) -> bool:
+        """Return whether the layer is one; nothing is imported to see it."""
+        kind = type(layer)
+        return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return what the layer returns."""
+        return super().compute(x)
