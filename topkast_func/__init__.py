@@ -20,6 +20,7 @@ from topkast_func.integrations.tensorboard import TensorBoardLogger
 from topkast_func.masks import compute_masks
 from topkast_func.methods import (
     Method,
+    Situation,
     dense,
     gmp,
     random_backward,
@@ -74,6 +75,7 @@ __all__ = [
     "Optimizer",
     "OptimizerState",
     "Refresh",
+    "Situation",
     "Sparsifier",
     "Staged",
     "StepMetrics",

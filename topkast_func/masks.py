@@ -13,7 +13,7 @@ from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
 from topkast_func.config.selection import check_present
-from topkast_func.methods import Situation
+from topkast_func.methods import Situation, check_chosen
 from topkast_func.ranking import NaNParameterError, kept, magnitudes
 from topkast_func.sparsity import Allocation
 from topkast_func.types import Masks, Params
@@ -135,7 +135,8 @@ def masks_at(
         Masks by name.
 
     Raises:
-        ValueError: A parameter holds NaN or is not divisible into blocks.
+        ValueError: A parameter holds NaN or is not divisible into blocks, or the method has not
+            chosen as many entries as it was asked for.
     """
     masks = {}
     block, norm = config.block_shape, config.block_norm
@@ -156,6 +157,7 @@ def masks_at(
             generator=_generator(seed, step, name),
         )
         chosen = config.method.sets(situation)
+        check_chosen(config.method, situation, chosen)
         masks[name] = Masks(*(spread(m, block) for m in chosen))
     return masks
 

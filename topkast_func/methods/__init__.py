@@ -1,6 +1,6 @@
 """Methods of sparse training: values that a configuration carries."""
 
-from topkast_func.methods.base import Entry, Method, Situation
+from topkast_func.methods.base import Entry, Method, Situation, check_chosen
 from topkast_func.methods.exchange import rigl, set, static
 from topkast_func.methods.magnitude import dense, gmp, random_backward, ste, topkast
 
@@ -8,6 +8,7 @@ __all__ = [
     "Entry",
     "Method",
     "Situation",
+    "check_chosen",
     "dense",
     "gmp",
     "random_backward",

@@ -43,10 +43,40 @@ class Situation(NamedTuple):
 class Method:
     """A method. Unless it explores, it trains what it computes with: B is A, without a penalty.
 
+    One of your own is a subclass that overrides `sets`, and what else it differs in. Let it be a
+    frozen dataclass at the top of a module: configurations that hold it can then be compared,
+    hashed and pickled. It chooses by what `Situation` tells, so that the same state gives the same
+    sets, and draws by ``situation.generator`` alone. It is code, which JSON and files do not hold:
+    ``TopKastConfig.to_json`` refuses it, and `load` is to be given the configuration again.
+
     Attributes:
         sparsifies: Whether any parameter is sparse at all.
         explores: Whether the backward sparsity is read, and the exploration penalty in place.
         reads_gradient: Whether the sets follow the gradient of all weights.
+
+    Example:
+        Half of B∖A are the largest beyond A, half are drawn:
+
+        >>> from topkast_func import TopKastConfig, compute_masks
+        >>> @dataclass(frozen=True)
+        ... class HalfDrawn(Method):
+        ...     explores: ClassVar[bool] = True
+        ...     def sets(self, situation):
+        ...         more = (situation.backward - situation.forward) // 2
+        ...         magnitudes = situation.scores.abs().flatten()
+        ...         ranked = magnitudes.argsort(descending=True, stable=True)
+        ...         start, end = situation.forward + more, situation.backward
+        ...         order = torch.randperm(ranked.numel() - start, generator=situation.generator)
+        ...         drawn = ranked[start:][order.to(ranked.device)][: end - start]
+        ...         forward = torch.zeros_like(magnitudes, dtype=torch.bool)
+        ...         forward[ranked[: situation.forward]] = True
+        ...         backward = torch.zeros_like(forward)
+        ...         backward[torch.cat((ranked[:start], drawn))] = True
+        ...         return tuple(mask.view(situation.scores.shape) for mask in (forward, backward))
+        >>> config = TopKastConfig(0.75, 0.25, method=HalfDrawn())
+        >>> masks = compute_masks({"weight": torch.arange(8.0).view(1, 8)}, config)["weight"]
+        >>> masks.forward.int().tolist(), int(masks.backward.sum())
+        ([[0, 0, 0, 0, 0, 0, 1, 1]], 6)
     """
 
     sparsifies: ClassVar[bool] = True
@@ -86,12 +116,43 @@ class Method:
             situation: What they are chosen from.
 
         Returns:
-            1_A and 1_B, bool, of the shape of the scores.
+            1_A and 1_B, bool, of the shape of the scores, with as many entries as are asked for,
+            A within B.
 
         Raises:
             NotImplementedError: The method is abstract.
         """
         raise NotImplementedError(f"{type(self).__name__} chooses no sets: override `sets`")
+
+
+def check_chosen(method: Method, situation: Situation, sets: Sets) -> None:
+    """Check that a method has chosen what it was asked for.
+
+    Args:
+        method: The method.
+        situation: What it chose from.
+        sets: What it returned.
+
+    Raises:
+        ValueError: These are no two masks of the shape of the scores, of other sizes, or A is not
+            part of B.
+    """
+    told = f"{method}.sets, for {situation.name!r},"
+    kind = (torch.bool, situation.scores.shape, situation.scores.device)
+    try:
+        forward, backward = sets
+        found = [(mask.dtype, mask.shape, mask.device) for mask in (forward, backward)]
+    except (TypeError, ValueError, AttributeError) as reason:
+        raise ValueError(f"{told} must return two masks: {reason}") from reason
+    for one in found:
+        if one != kind:
+            raise ValueError(f"{told} must return masks of {kind}, got {one}")
+    sizes = int(forward.count_nonzero()), int(backward.count_nonzero())
+    if sizes != (situation.forward, situation.backward):
+        asked = (situation.forward, situation.backward)
+        raise ValueError(f"{told} must choose {asked} entries for A and B, and has chosen {sizes}")
+    if int((forward & backward).count_nonzero()) != situation.forward:
+        raise ValueError(f"{told} has chosen an A that is not part of B")
 
 
 def drawn(situation: Situation) -> Sets:
