@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import topkast_func as tk
 from topkast_func import turns
-from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, begin_again, in_turn
+from topkast_func.training.purity import Draws
+from topkast_func.turns import EVERYTHING, NO_RANDOM_NUMBERS, RANDOM_NUMBERS, in_turn, require
 
 THREADS, STEPS = 8, 50
 PATIENCE = 300
@@ -221,6 +222,20 @@ def test_numbers_that_only_later_steps_draw_follow_from_the_state_too(noise: str
     assert same(*results)
 
 
+def test_work_that_is_found_to_draw_meanwhile_claims_the_random_numbers() -> None:
+    state = tk.init_state(network(0.5), CONFIG, OPTIMIZER)
+    draws, claimed = Draws(RANDOM_NUMBERS), []
+
+    def work() -> Tensor:
+        claimed.append(turns._USED[threading.get_ident()])
+        return torch.rand(3)
+
+    first = in_turn(RANDOM_NUMBERS, lambda: draws.run("kind", state, work))
+    again = in_turn(NO_RANDOM_NUMBERS, lambda: draws.run("kind", state, work))
+    assert torch.equal(first, again)
+    assert all(claims >= RANDOM_NUMBERS for claims in claimed)
+
+
 def test_steps_of_two_modules_that_draw_nothing_run_side_by_side() -> None:
     meeting = threading.Barrier(1)
 
@@ -291,12 +306,25 @@ def test_a_turn_that_needs_more_starts_again() -> None:
         starts.append(1)
         if len(starts) == 1:
             try:
-                begin_again(RANDOM_NUMBERS)
+                require(RANDOM_NUMBERS)
             except Exception:
                 starts.append(100)
         return len(starts)
 
     assert in_turn(frozenset({1}), work) == 2
+
+
+def test_a_turn_that_has_what_it_needs_goes_on() -> None:
+    for held in (RANDOM_NUMBERS, EVERYTHING):
+        starts: list[int] = []
+
+        def work(starts: list[int] = starts) -> None:
+            starts.append(1)
+            require(RANDOM_NUMBERS)
+            require(NO_RANDOM_NUMBERS)
+
+        in_turn(held, work)
+        assert starts == [1]
 
 
 def test_a_forked_process_has_its_turn() -> None:

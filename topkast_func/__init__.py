@@ -22,6 +22,7 @@ from topkast_func.integrations.tensorboard import TensorBoardLogger
 from topkast_func.masks import compute_masks
 from topkast_func.methods import (
     Method,
+    Situation,
     dense,
     gmp,
     random_backward,
@@ -79,6 +80,7 @@ __all__ = [
     "Optimizer",
     "OptimizerState",
     "Refresh",
+    "Situation",
     "SparseLinear",
     "Sparsifier",
     "Staged",

@@ -13,7 +13,7 @@ from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
 from topkast_func.config.selection import check_present
-from topkast_func.methods import Situation
+from topkast_func.methods import Situation, check_kind, size_problem
 from topkast_func.places import counted
 from topkast_func.ranking import NO_RANKING, NaNParameterError, kept, magnitudes
 from topkast_func.sparsity import Allocation
@@ -136,10 +136,11 @@ def masks_at(
         Masks by name.
 
     Raises:
-        ValueError: A parameter holds NaN or is not divisible into blocks, or the method chose
-            another number of entries than it was asked for.
+        ValueError: A parameter is not divisible into blocks, or the method has not chosen as many
+            entries as it was asked for.
+        NaNParameterError: A parameter holds NaN; a ValueError too.
     """
-    chosen, asked = {}, {}
+    chosen, situations = {}, {}
     block, norm = config.block_shape, config.block_norm
     active = {name: blocks(sets.forward, block) for name, sets in (old or {}).items()}
     held = dict(zip(active, counted([*active.values()]), strict=True))
@@ -160,17 +161,16 @@ def masks_at(
             generator=_generator(seed, step, name),
             held=held.get(name, 0),
         )
-        chosen[name] = config.method.sets(situation)
-        asked[name] = (situation.forward, situation.backward)
-    found = iter(counted([mask for sets in chosen.values() for mask in sets]))
-    for name, sizes in asked.items():
-        if (have := (next(found), next(found))) != sizes:
-            if any(tree[name].isnan().any() for tree in (params, gradients) if tree):
-                raise NaNParameterError(NO_RANKING.format(name))
-            raise ValueError(
-                f"{config.method} chose {have} entries or blocks of {name!r} for A and B, where "
-                f"{sizes} were asked for"
-            )
+        sets = config.method.sets(situation)
+        check_kind(config.method, situation, sets)
+        chosen[name], situations[name] = sets, situation
+    found = iter(counted([mask for a, b in chosen.values() for mask in (a, b, a & b)]))
+    for name, situation in situations.items():
+        problem = size_problem(config.method, situation, next(found), next(found), next(found))
+        if problem and any(tree[name].isnan().any() for tree in (params, gradients) if tree):
+            raise NaNParameterError(NO_RANKING.format(name))
+        if problem:
+            raise ValueError(problem)
     return {n: Masks(*(spread(mask, block) for mask in sets)) for n, sets in chosen.items()}
 
 

@@ -77,23 +77,26 @@ def in_turn(claims: Claims, run: Callable[[], Result]) -> Result:
                 _CHANGE.notify_all()
 
 
-def begin_again(claims: Claims) -> None:
-    """Start the turn again, with more claims.
+def require(claims: Claims) -> None:
+    """Go on if a turn has some claims, or stronger ones; else begin it again with them.
 
     Args:
-        claims: What turned out to be used.
+        claims: What turns out to be used.
 
     Raises:
-        _MoreNeededError: Always; it ends the turn.
+        _MoreNeededError: It has not; `in_turn` begins again.
     """
-    raise _MoreNeededError(claims)
+    held = _USED[threading.get_ident()]
+    drawing = claims == NO_RANDOM_NUMBERS and held & RANDOM_NUMBERS
+    if not (claims <= held or held & EVERYTHING or drawing):
+        raise _MoreNeededError(claims)
 
 
 def _within(me: int, claims: Claims, run: Callable[[], Result]) -> Result:
     held = _USED[me]
     with _CHANGE:
         if any(_clash(claims, used) for thread, used in _USED.items() if thread != me):
-            begin_again(claims)
+            raise _MoreNeededError(claims)
         _USED[me] = held | claims
     try:
         return run()

@@ -45,10 +45,40 @@ class Situation(NamedTuple):
 class Method:
     """A method. Unless it explores, it trains what it computes with: B is A, without a penalty.
 
+    One of your own is a subclass that overrides `sets`, and what else it differs in. Let it be a
+    frozen dataclass at the top of a module: configurations that hold it can then be compared,
+    hashed and pickled. It chooses by what `Situation` tells, so that the same state gives the same
+    sets, and draws by ``situation.generator`` alone. It is code, which JSON and files do not hold:
+    ``TopKastConfig.to_json`` refuses it, and `load` is to be given the configuration again.
+
     Attributes:
         sparsifies: Whether any parameter is sparse at all.
         explores: Whether the backward sparsity is read, and the exploration penalty in place.
         reads_gradient: Whether the sets follow the gradient of all weights.
+
+    Example:
+        Half of B∖A are the largest beyond A, half are drawn:
+
+        >>> from topkast_func import TopKastConfig, compute_masks
+        >>> @dataclass(frozen=True)
+        ... class HalfDrawn(Method):
+        ...     explores: ClassVar[bool] = True
+        ...     def sets(self, situation):
+        ...         more = (situation.backward - situation.forward) // 2
+        ...         magnitudes = situation.scores.abs().flatten()
+        ...         ranked = magnitudes.argsort(descending=True, stable=True)
+        ...         start, end = situation.forward + more, situation.backward
+        ...         order = torch.randperm(ranked.numel() - start, generator=situation.generator)
+        ...         drawn = ranked[start:][order.to(ranked.device)][: end - start]
+        ...         forward = torch.zeros_like(magnitudes, dtype=torch.bool)
+        ...         forward[ranked[: situation.forward]] = True
+        ...         backward = torch.zeros_like(forward)
+        ...         backward[torch.cat((ranked[:start], drawn))] = True
+        ...         return tuple(mask.view(situation.scores.shape) for mask in (forward, backward))
+        >>> config = TopKastConfig(0.75, 0.25, method=HalfDrawn())
+        >>> masks = compute_masks({"weight": torch.arange(8.0).view(1, 8)}, config)["weight"]
+        >>> masks.forward.int().tolist(), int(masks.backward.sum())
+        ([[0, 0, 0, 0, 0, 0, 1, 1]], 6)
     """
 
     sparsifies: ClassVar[bool] = True
@@ -88,12 +118,58 @@ class Method:
             situation: What they are chosen from.
 
         Returns:
-            1_A and 1_B, bool, of the shape of the scores, with as many entries as are asked for.
+            1_A and 1_B, bool, of the shape of the scores, with as many entries as are asked for,
+            A within B.
 
         Raises:
             NotImplementedError: The method is abstract.
         """
         raise NotImplementedError(f"{type(self).__name__} chooses no sets: override `sets`")
+
+
+def check_kind(method: Method, situation: Situation, sets: Sets) -> None:
+    """Check that a method has returned masks of the scores that it was given.
+
+    Args:
+        method: The method.
+        situation: What it chose from.
+        sets: What it returned.
+
+    Raises:
+        ValueError: These are no two masks of the shape of the scores.
+    """
+    told = f"{method}.sets, for {situation.name!r},"
+    kind = (torch.bool, situation.scores.shape, situation.scores.device)
+    try:
+        forward, backward = sets
+        found = [(mask.dtype, mask.shape, mask.device) for mask in (forward, backward)]
+    except (TypeError, ValueError, AttributeError) as reason:
+        raise ValueError(f"{told} must return two masks: {reason}") from reason
+    for one in found:
+        if one != kind:
+            raise ValueError(f"{told} must return masks of {kind}, got {one}")
+
+
+def size_problem(
+    method: Method, situation: Situation, forward: int, backward: int, both: int
+) -> str | None:
+    """Say what is wrong with the sizes of the sets that a method has chosen.
+
+    Args:
+        method: The method.
+        situation: What it chose from.
+        forward: Entries of A.
+        backward: Entries of B.
+        both: Entries of A that are in B.
+
+    Returns:
+        A sentence; None where they are right.
+    """
+    told, asked = f"{method}.sets, for {situation.name!r},", (situation.forward, situation.backward)
+    if (forward, backward) != asked:
+        found = (forward, backward)
+        return f"{told} must choose {asked} entries for A and B, and has chosen {found}"
+    return f"{told} has chosen an A that is not part of B" if both != forward else None
 
 
 def drawn(situation: Situation) -> Sets:

@@ -278,6 +278,9 @@ def _size_problem(
     found, asked = weights.sizes(), counts_among(shapes, config, step)
     if found in (asked, counts_among(shapes, config, max(step - 1, 0))):
         return None
+    active = {name: forward for name, (forward, _) in found.items()}
+    if step == config.explore_until and active == {n: sizes[0] for n, sizes in asked.items()}:
+        return None
     name = next(name for name in found if found[name] != asked[name])
     return (
         f"{name!r} has {found[name]} entries in A and B, the configuration asks for {asked[name]} "

@@ -14,13 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from topkast_func.model.modules import bind, ties, unset_buffers
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.state import TrainState, alpha_in
-from topkast_func.turns import (
-    EVERYTHING,
-    NO_RANDOM_NUMBERS,
-    RANDOM_NUMBERS,
-    Claims,
-    begin_again,
-)
+from topkast_func.turns import NO_RANDOM_NUMBERS, RANDOM_NUMBERS, Claims, require
 from topkast_func.types import LossFn, Model
 
 Result = TypeVar("Result")
@@ -93,26 +87,36 @@ def _depends_on(loss: Tensor, leaves: Iterable[Tensor]) -> bool:
 
 
 class Draws:
-    """Which kinds of work draw random numbers, as found out by doing it."""
+    """Which kinds of work draw random numbers, as found out by doing it.
 
-    def __init__(self, rank: int = 0) -> None:
-        self._rank, self._found = rank, dict[Hashable, bool]()
+    Args:
+        first: What the first work of a kind claims.
+        rank: The process of several that does it.
+    """
+
+    def __init__(self, first: Claims, rank: int) -> None:
+        self._first, self._rank = first, rank
+        self._found: dict[Hashable, bool] = {}
 
     def claims(self, kind: Hashable) -> Claims:
-        """Return what work of a kind claims: the first of its kind, which may compile, all.
+        """Return what work of a kind claims, but for the model.
 
         Args:
-            kind: What decides whether it draws and whether it compiles.
+            kind: What decides whether it draws, and whether it is compiled anew.
 
         Returns:
-            The claim, but for that to the model.
+            The claim.
         """
-        if kind not in self._found:
-            return EVERYTHING
-        return RANDOM_NUMBERS if self._found[kind] else NO_RANDOM_NUMBERS
+        found = self._found.get(kind)
+        if found is None:
+            return self._first
+        return RANDOM_NUMBERS if found else NO_RANDOM_NUMBERS
 
     def run(self, kind: Hashable, state: TrainState, work: Callable[[], Result]) -> Result:
         """Do work in its turn, with the random numbers of a state if it draws any.
+
+        A turn that claims less than the work does begins again, and so does one in which the
+        work turns out to draw.
 
         Args:
             kind: Kind of the work.
@@ -122,7 +126,9 @@ class Draws:
         Returns:
             What it returns.
         """
-        if self._found.get(kind, True):
+        claims = self.claims(kind)
+        require(claims)
+        if claims != NO_RANDOM_NUMBERS:
             with random_numbers_of(state, self._rank) as drawn:
                 result = work()
                 self._found[kind] = self._found.get(kind, False) or drawn()
@@ -134,7 +140,7 @@ class Draws:
             for generator, start in zip(generators, before, strict=True):
                 generator.set_state(start)
             self._found.pop(kind)
-            begin_again(RANDOM_NUMBERS)
+            require(self._first)
         return result
 
 

@@ -23,6 +23,7 @@ from topkast_func.sparsity import ByPattern
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
 from topkast_func.training.agreement import COMPACT, check_masks, check_refresh
+from topkast_func.training.brief import brief
 from topkast_func.training.optim import Optimizer, OptimizerState, check_optimizer
 from topkast_func.types import Masks, Params, Tensors
 
@@ -62,6 +63,10 @@ class TrainState(NamedTuple):
     optimizer: OptimizerState
     exponents: Tensors
     narrow: Tensors
+
+    def __repr__(self) -> str:
+        """Print what it consists of, in a few lines."""
+        return brief(self)
 
 
 @torch.inference_mode(False)

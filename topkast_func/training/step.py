@@ -42,7 +42,7 @@ from topkast_func.training.optim import (
 )
 from topkast_func.training.purity import Draws, check_pure, random_numbers_of
 from topkast_func.training.state import TrainState, alpha_in, narrowed, ordinary, refresh
-from topkast_func.turns import RANDOM_NUMBERS, in_turn
+from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
 from topkast_func.warn import warn_caller
 
@@ -93,7 +93,8 @@ def make_train_step(
     """Build ``train_step(state, batch) -> (state, metrics)``.
 
     The step is pure: it writes to none of its arguments and not to the module. Its first call in
-    each mode of the module also runs the forward pass once on copies, to see that it is pure.
+    each mode of the module also runs the forward pass once on copies, to see that it is pure and
+    that the loss depends on what is trained.
     Before step t it chooses A and B anew when ``config.refresh_every`` divides t > 0, and makes B
     the forward set at t = ``config.explore_until``; where another sparsity is in force from t on,
     the step before ends by choosing them, so that t steps reach it. The update,
@@ -103,6 +104,11 @@ def make_train_step(
 
     Under `torch.vmap` it makes the steps of an ensemble, of states that were stacked, batches, or
     both, one member after another, each as it would be alone.
+
+    Threads may share a step, a module, or parts of modules, and get what each would get alone:
+    they take turns where they do, where a step draws random numbers, and where it compiles. What
+    they must leave to the steps meanwhile is a module of theirs (`forward_params` is for running it
+    beside) and torch's own generators (give a ``torch.Generator`` to whatever else draws).
 
     A loss that is NaN is returned as it is; θ then holds NaN, and a refresh that comes due
     keeps the sets and warns.
@@ -120,9 +126,11 @@ def make_train_step(
 
     Args:
         model: A module, in the training or evaluation mode it has at the call, or a pure
-            function ``apply(params, *inputs)``.
+            function ``apply(params, *inputs)``. What torch.compile returned is taken as it was
+            before, as the step is compiled as a whole.
         loss_fn: ``loss_fn(apply, batch)`` to a 0-d tensor, or to a pair (0-d tensor, aux): aux, a
-            tree of tensors such as logits or an accuracy, comes back as ``metrics.aux``.
+            tree of tensors such as logits or an accuracy, comes back as ``metrics.aux``. Numbers
+            that change are tensors of the batch: others are compiled in.
         config: The configuration.
         optimizer: The optimiser.
         compile: True for one graph per shape of batch by `torch.compile`, its own options as
@@ -139,16 +147,18 @@ def make_train_step(
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
-        state is of another model or optimiser or the forward pass changes a parameter or its
-        inputs, RuntimeError where the model breaks the graph, another rank is lost, elsewhere or
-        holds another state, and whatever the model itself raises; the caller's state is whole
-        after any of these.
+        state is of another model or optimiser, a parameter is trained that requires no gradient
+        or the other way round, the forward pass changes a parameter or its inputs, or the loss
+        does not depend on what is trained, RuntimeError where the model breaks the graph, another
+        rank is lost, elsewhere or holds another state, and whatever the model itself raises; the
+        caller's state is whole after any of these.
 
     Raises:
         TypeError: The model or the loss function cannot be called, or the optimiser is none of
             this library.
-        ValueError: There is no such engine; or ranks differ in configuration, model, optimiser or
-            torch, the mesh has several axes, or a part of the model is SyncBatchNorm.
+        ValueError: There is no such engine, or a part of the model is what torch.compile returned;
+            or ranks differ in configuration, model, optimiser or torch, the mesh has several axes,
+            or a part of the model is SyncBatchNorm.
         RuntimeError: Another rank is lost.
 
     Example:
@@ -191,7 +201,8 @@ def make_train_step(
         return ranks.mean(gradients_from(schedule.stage(last))(state, batch))
 
     alone_with(model, partial(run_from, 0))
-    parts, draws = parts_of(model), Draws(ranks.rank)
+    first = RANDOM_NUMBERS if compile is False else EVERYTHING
+    parts, draws = parts_of(model), Draws(first, ranks.rank)
     own = claim(parts)
     tried: set[tuple[bool, ...]] = set()
 
