@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -121,6 +122,15 @@ def test_the_weight_reads_as_theta_again_whatever_ends_the_forward_pass() -> Non
     with pytest.raises(KeyboardInterrupt):
         model(torch.ones(2, 4))
     assert isinstance(model[0].weight, nn.Parameter)
+
+
+def test_pruning_a_sparse_weight_is_refused_and_changes_nothing() -> None:
+    model, _ = _sparse(CASES["perceptron"])
+    before, inputs = copy.deepcopy(model), torch.randn(3, 16)
+    with pytest.raises(AttributeError, match=r"'weight' is sparse, .* before tk\.sparsify"):
+        prune.l1_unstructured(model[0], "weight", 0.5)  # type: ignore[no-untyped-call]
+    assert torch.equal(model[0].weight, before[0].weight)
+    torch.testing.assert_close(model(inputs), before(inputs))
 
 
 def test_threads_share_a_module() -> None:

@@ -56,7 +56,13 @@ def sparse_attribute(key: str) -> property:
             return weights[key].alpha(layer)
         return layer._parameters[key]
 
-    return property(read)
+    def write(layer: nn.Module, value: object) -> None:
+        raise AttributeError(
+            f"{key!r} is sparse, and nothing but a parameter can take its place: what computes "
+            "it, as pruning does, is to be applied before tk.sparsify or after tk.densify"
+        )
+
+    return property(read, write)
 
 
 class SparseLayer(nn.Module):
