@@ -147,7 +147,9 @@ def test_it_can_be_copied_and_converted(copied: Any) -> None:
     x = torch.randn(20, 48)
     with torch.no_grad():
         assert_close(copied(sparse)(x), plain(x))
-        assert_close(copied(sparse).double()(x.double()), plain.double()(x.double()))
+        for dtype in (torch.float64, torch.bfloat16):
+            found, expected = (copied(m).to(dtype)(x.to(dtype)) for m in (sparse, plain))
+            assert_close(found, expected)
 
 
 @small
