@@ -5,6 +5,7 @@ import io
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -204,7 +205,9 @@ class Encoder(nn.Module):
 
 
 @small
-def test_all_else_of_a_model_stays_and_the_model_itself_too() -> None:
+def test_all_else_of_a_model_stays_and_the_model_itself_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
     model = Encoder()
     model(torch.randint(0, 40, (5, 6)))
@@ -218,6 +221,10 @@ def test_all_else_of_a_model_stays_and_the_model_itself_too() -> None:
     words = torch.randint(0, 40, (3, 6))
     with torch.no_grad():
         assert_close(sparse(words), plain(words))
+        product = Mock(wraps=inference.product)
+        monkeypatch.setattr(inference, "product", product)
+        sparse(words)
+    assert product.call_count == 4 + 2
     assert_close(functional_call(plain, tk.forward_params(state), words), plain(words))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.training
