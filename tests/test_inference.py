@@ -221,7 +221,7 @@ def test_all_else_of_a_model_stays_and_the_model_itself_too(
     words = torch.randint(0, 40, (3, 6))
     with torch.no_grad():
         assert_close(sparse(words), plain(words))
-        product = Mock(wraps=inference.product)
+        product = Mock(wraps=kernels.product)
         monkeypatch.setattr(inference, "product", product)
         sparse(words)
     assert product.call_count == 4 + 2

@@ -97,6 +97,9 @@ def make_train_step(
     result, dropout included: random numbers follow from the state's seed and step. There is one
     graph for each stage of sparsities that change over time.
 
+    Where other programs use the cores, call ``torch.set_num_threads(1)``: threads that wait for
+    each other while they are not scheduled can make a step many times slower.
+
     A loss that is NaN is returned as it is; θ then holds NaN, and a refresh that comes due
     keeps the sets and warns.
 
