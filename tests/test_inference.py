@@ -5,6 +5,7 @@ import io
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -147,7 +148,9 @@ def test_it_can_be_copied_and_converted(copied: Any) -> None:
     x = torch.randn(20, 48)
     with torch.no_grad():
         assert_close(copied(sparse)(x), plain(x))
-        assert_close(copied(sparse).double()(x.double()), plain.double()(x.double()))
+        for dtype in (torch.float64, torch.bfloat16):
+            found, expected = (copied(m).to(dtype)(x.to(dtype)) for m in (sparse, plain))
+            assert_close(found, expected)
 
 
 @small
@@ -202,7 +205,9 @@ class Encoder(nn.Module):
 
 
 @small
-def test_all_else_of_a_model_stays_and_the_model_itself_too() -> None:
+def test_all_else_of_a_model_stays_and_the_model_itself_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     torch.manual_seed(0)
     model = Encoder()
     model(torch.randint(0, 40, (5, 6)))
@@ -216,6 +221,10 @@ def test_all_else_of_a_model_stays_and_the_model_itself_too() -> None:
     words = torch.randint(0, 40, (3, 6))
     with torch.no_grad():
         assert_close(sparse(words), plain(words))
+        product = Mock(wraps=kernels.product)
+        monkeypatch.setattr(inference, "product", product)
+        sparse(words)
+    assert product.call_count == 4 + 2
     assert_close(functional_call(plain, tk.forward_params(state), words), plain(words))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.training

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset, random_split
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from topkast_func.compiling import Times, stopwatch
 from topkast_func.config import TopKastConfig

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from topkast_func.checks import check_count
-from topkast_func.kernels.inference import pays, product
+from topkast_func.kernels.inference import pays, product, supported
 from topkast_func.kernels.pattern import BlockRows, block_of, flat
 from topkast_func.model.alone import alone_with, check_uncompiled, uncompiled
 from topkast_func.model.layers import stand_ins
@@ -23,8 +23,8 @@ class SparseLinear(nn.Module):
 
     They are those of `torch.sparse_csr_tensor` and `torch.sparse_bsr_tensor`, so that
     ``torch.sparse_csr_tensor(layer.crow_indices, layer.col_indices, layer.values)`` is the weight;
-    `scipy.sparse.csr_array` takes the same. An input that requires a gradient is multiplied with
-    the dense weight.
+    `scipy.sparse.csr_array` takes the same. The dense weight is put together, at each call, where
+    an input requires a gradient, off the CPU, and in half precision.
 
     Args:
         weight: The weight, [out_features, in_features], of layout CSR or BSR.
@@ -84,7 +84,8 @@ class SparseLinear(nn.Module):
         x = input.to(self.values.dtype) if autocast else input
         if x.dtype != self.values.dtype:
             raise TypeError(f"inputs are {x.dtype}, the weight is {self.values.dtype}")
-        if torch.is_grad_enabled() and x.requires_grad:
+        differentiated = torch.is_grad_enabled() and x.requires_grad
+        if differentiated or not supported(x.dtype, x.device.type):
             return functional.linear(x, self.weight, self.bias)
         rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
         index = self.crow_indices, self.col_indices

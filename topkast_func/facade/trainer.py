@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from topkast_func.checks import check_count, check_number
 from topkast_func.facade.loss import TopKastLoss

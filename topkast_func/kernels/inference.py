@@ -13,15 +13,17 @@ from topkast_func.kernels.library import define
 from topkast_func.kernels.pattern import BlockRows, block_of
 from topkast_func.kernels.tiles import pack, unpack
 
-FLOATS = (torch.float32, torch.float64)
-"""Dtypes that can be computed sparsely."""
-
 VECTORS, NUMBA_FROM = 2, 16
 """Rows of activations up to which each is a product of its own, and from which on they fill a tile
 of the kernels."""
 
 _SOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """By the columns of a matrix, which versions of its indices have been checked."""
+
+
+def supported(dtype: torch.dtype, device: str) -> bool:
+    """Return whether products with values of a dtype on a type of device are computed sparsely."""
+    return device == "cpu" and dtype in (torch.float32, torch.float64)
 
 
 def pays(shape: tuple[int, int], stored: int, batch: int, dtype: torch.dtype, device: str) -> bool:
@@ -40,7 +42,7 @@ def pays(shape: tuple[int, int], stored: int, batch: int, dtype: torch.dtype, de
     Returns:
         Whether it pays.
     """
-    if dtype not in FLOATS or device != "cpu":
+    if not supported(dtype, device):
         return False
     entries = math.prod(shape)
     dense = entries * (0.35 + 0.02 * batch)
