@@ -146,7 +146,7 @@ def _compiled(rank: int) -> tuple[Trained, int, int]:
 
 def test_compiled_ranks_train_as_an_eager_process_in_a_graph_for_each_shape() -> None:
     one, pair = trained(None, steps=10, cycle=TWO_SHAPES), results(_compiled)
-    start, sets = network()[0].weight.double(), one.masks["0.weight"]
+    start, sets = network().get_parameter("0.weight").double(), one.masks["0.weight"]
     assert (one.theta["0.weight"] - start)[sets.backward & ~sets.forward].abs().max() > 0
     assert [graphs for *_, graphs in pair] == [1, 2]
     for found, breaks, _ in pair:
