@@ -137,8 +137,8 @@ def make_train_step(
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
-        state is of another model or optimiser or the forward pass changes a parameter or its
-        inputs, RuntimeError where the model breaks the graph, another rank is lost, elsewhere or
+        state is of another model or optimiser, the forward pass changes a parameter or its
+        inputs or no rank has a sample, RuntimeError where the model breaks the graph, another rank is lost, elsewhere or
         holds another state, and whatever the model itself raises; the caller's state is whole
         after any of these.
 
