@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
 
 
 def together(
-    function: Callable[..., Any], *arguments: Any, ranks: int = 2, patience: float = 20.0
+    function: Callable[..., Any], *arguments: Any, ranks: int = 2, patience: float = 60.0
 ) -> list[Outcome]:
     """Call ``function(rank, *arguments)`` in processes of one gloo group of their own.
 

@@ -18,7 +18,7 @@ import topkast_func as tk
 from tests.distributed.processes import Outcome, results, together
 
 CONFIG, ADAM = tk.TopKastConfig(0.75, 0.5, refresh_every=5), tk.adamw(lr=0.01)
-AT, STEPS, SHORT = 7, 12, 3.0
+AT, STEPS, SHORT = 7, 12, 5.0
 LOST = (
     r"RuntimeError: rank 0 of 2 waited in vain for rank 1 in step 7: a process has ended or hangs"
 )
@@ -78,13 +78,14 @@ def _train_with(rank: int, fault: Callable[[Tensor], None] | None, catches: bool
 
 
 def _faulty(fault: Any, catches: bool = False) -> list[Outcome]:
-    return together(_train_with, fault, catches, patience=SHORT)
+    return together(_train_with, fault, catches, patience=SHORT if fault is _hangs else 60.0)
 
 
 def test_a_rank_that_raises_ends_the_others() -> None:
     first, second = _faulty(_raises)
     assert_says(first, LOST)
-    assert_says(second, r"ArithmeticError: a bad batch\non rank 1 of 2, in step 7")
+    note = r"\non rank 1 of 2, in step 7" if hasattr(Exception, "add_note") else ""
+    assert_says(second, f"ArithmeticError: a bad batch{note}")
 
 
 def test_a_rank_that_is_killed_ends_the_others() -> None:
@@ -126,7 +127,7 @@ def _cannot_compile(rank: int) -> None:
 
 
 def test_a_rank_without_a_compiler_does_not_run_eager_beside_the_others() -> None:
-    first, second = together(_cannot_compile, patience=4 * SHORT)
+    first, second = together(_cannot_compile)
     assert_says(first, r"rank 0 of 2 waited in vain for rank 1 in step 0")
     assert_says(second, r"this rank cannot compile train_step: .*OSError: no compiler")
 

@@ -53,7 +53,10 @@ def _sent(rank: int) -> tuple[int, int, int]:
     values = sum(value.numel() for value in state.weights.values().values())
     wrapped, of_ddp = DistributedDataParallel(model), 0
 
-    def hook(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
+    def hook(
+        _: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         nonlocal of_ddp
         of_ddp += bucket.buffer().nbytes
         sent = dist.all_reduce(bucket.buffer(), async_op=True).get_future()

@@ -147,7 +147,7 @@ class Ranks:
 
     def _device(self) -> torch.device:
         """Return where tensors that all exchange are to be: on the CPU, if the group can."""
-        if "gloo" in str(dist.get_backend_config(self.group)):
+        if "cpu:" in dist.get_backend_config(self.group):
             return torch.device("cpu")
         return torch.accelerator.current_accelerator() or torch.device("cpu")
 

@@ -150,10 +150,10 @@ def make_train_step(
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
         state is of another model or optimiser, a parameter is trained that requires no gradient
-        or the other way round, the forward pass changes a parameter or its inputs, or the loss
-        does not depend on what is trained, RuntimeError where the model breaks the graph, another
-        rank is lost, elsewhere or holds another state, and whatever the model itself raises; the
-        caller's state is whole after any of these.
+        or the other way round, the forward pass changes a parameter or its inputs, the loss does
+        not depend on what is trained, or no rank has a sample, RuntimeError where the model breaks
+        the graph, another rank is lost, elsewhere or holds another state, and whatever the model
+        itself raises; the caller's state is whole after any of these.
 
     Raises:
         TypeError: The model or the loss function cannot be called, or the optimiser is none of
