@@ -188,7 +188,7 @@ def test_theta_that_rests_on_the_host_is_waited_for_at_a_refresh_alone(
         "storage/compact.chosen",  # and where they were
         "places.counted",
     }
-    assert all(theta.device.type == "cpu" for theta in refreshed.weights.theta.values())  # type: ignore[union-attr]
+    assert all(theta.device.type == "cpu" for theta in refreshed.weights.theta.values())
 
 
 @pytest.mark.parametrize("method", [tk.topkast(), tk.ste(), tk.set()], ids=str)
@@ -305,10 +305,10 @@ def test_patterns_equal_those_of_the_cpu(given: Problem, spare: int) -> None:
     places = given.pattern.exploring.columns.shape[0] + spare
     expected = pattern_of(given.forward, given.backward, given.block, places)
     with pretending():
-        masks = there((given.forward, given.backward))
-        found = pattern_of(*masks, given.block, places, sizes)
+        forward, backward = there((given.forward, given.backward))
+        found = pattern_of(forward, backward, given.block, places, sizes)
         assert not WAITS
-        again = pattern_of(*masks, given.block, places)
+        again = pattern_of(forward, backward, given.block, places)
         assert len(WAITS) == 1
     assert same(flattened(found), flattened(expected))
     assert same(flattened(again), flattened(expected))
@@ -339,7 +339,11 @@ def test_places_orders_and_counts(shape: tuple[int, ...]) -> None:
 
 def test_draws_equal_those_of_the_cpu() -> None:
     mask = torch.rand(6, 9) < 0.5
-    draw = lambda m: drawn_among(m, int(mask.sum()), 7, torch.Generator().manual_seed(3))  # noqa: E731
+    count = int(mask.sum())
+
+    def draw(mask: Tensor) -> Tensor:
+        return drawn_among(mask, count, 7, torch.Generator().manual_seed(3))
+
     with pretending():
         assert same(draw(*there((mask,))), draw(mask))
 

@@ -133,8 +133,9 @@ def masks_at(
         Masks by name.
 
     Raises:
-        ValueError: A parameter holds NaN or is not divisible into blocks, or the method chose
-            another number of entries than it was asked for.
+        NaNParameterError: A parameter, or a gradient that is read, holds NaN; a ValueError too.
+        ValueError: A parameter is not divisible into blocks, or the method chose another number
+            of entries than it was asked for.
     """
     chosen, asked = {}, {}
     block, norm = config.block_shape, config.block_norm

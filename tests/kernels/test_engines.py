@@ -114,7 +114,7 @@ def test_an_old_gpu_is_named(gpu: pytest.MonkeyPatch) -> None:
         choose("triton", ON_GPU)
     assert choose("auto", ON_GPU).engine == "dense"
     assert choose("auto", ON_GPU._replace(dtype=torch.float16)).engine == "triton"
-    with pytest.raises(TypeError, match="supports torch.float32 and .*, not torch.float64"):
+    with pytest.raises(TypeError, match=r"supports torch.float32 and .*, not torch.float64"):
         choose("triton", ON_GPU._replace(dtype=torch.float64))
 
 

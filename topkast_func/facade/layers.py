@@ -25,7 +25,8 @@ class TopKastLinear(TopKastLayer, SparseLinear, nn.Linear):
         device: Device of the parameters.
         dtype: Floating dtype of the parameters.
         engine: Who computes the products: "dense" for torch itself with all of α, "numba",
-            "triton", "reference" or "torch_sparse"; "auto" for the fastest that supports dtype and device.
+            "triton", "reference" or "torch_sparse"; "auto" for the fastest that supports dtype and
+            device.
 
     Raises:
         ImportError: The engine asked for is not installed.
