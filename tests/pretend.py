@@ -49,11 +49,11 @@ class MixedError(RuntimeError):
 class Pretended(Tensor):
     """A tensor on the device that is none."""
 
-    inner: Tensor
+    raw: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Pretended":
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Any = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
@@ -61,23 +61,23 @@ class Pretended(Tensor):
             dtype=inner.dtype,
             device=DEVICE,
         )
-        made.inner = inner
-        return made  # type: ignore[no-any-return]
+        made.raw = inner
+        return made
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"Pretended({self.inner})"
+        return f"Pretended({self.raw})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        with _Mode():
+        with _Mode():  # type: ignore[no-untyped-call]
             return operator(*args, **(kwargs or {}))
 
 
 def on_cpu(tree: Any) -> Any:
     """Return a tree with its tensors on the CPU, unseen."""
-    return tree_map_only(Pretended, lambda t: t.inner, tree)
+    return tree_map_only(Pretended, lambda t: t.raw, tree)
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def pretending() -> Iterator[torch.device]:
         for module in (selection, compilation, derived):
             patched.enter_context(patch.object(module, "dispatches", _dispatches))
         patched.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
-        patched.enter_context(_Mode())
+        patched.enter_context(_Mode())  # type: ignore[no-untyped-call]
         yield DEVICE
 
 
@@ -100,7 +100,7 @@ def _dispatches(tensor: Tensor) -> bool:
     return not isinstance(tensor, Pretended) and dispatches(tensor)
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -153,11 +153,11 @@ def _wrapped(operator: Callable[..., Any], args: Any, kwargs: Any, here: bool) -
     found = operator(*on_cpu(args), **on_cpu(kwargs))
     if not here:
         return found
-    known = {id(t.inner): t for t in tree_leaves((args, kwargs)) if isinstance(t, Pretended)}
+    known = {id(t.raw): t for t in tree_leaves((args, kwargs)) if isinstance(t, Pretended)}
     wrapped = tree_map_only(
         Tensor, lambda t: known[id(t)] if id(t) in known else Pretended(t), found
     )
-    return return_and_correct_aliasing(operator, args, kwargs, wrapped)
+    return return_and_correct_aliasing(operator, args, kwargs, wrapped)  # type: ignore[no-untyped-call]
 
 
 def _note(operator: str) -> None:

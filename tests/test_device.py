@@ -15,14 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import topkast_func as tk
 from tests import pretend
 from tests.kernels.problems import Problem, integers, problem, problems
 from tests.pretend import DEVICE, WAITS, Pretended, on_cpu, pretending
 from tests.storage import STORAGES
-from topkast_func.kernels import pattern_of
+from topkast_func.kernels import dense, pattern_of, sparse_linear
 from topkast_func.kernels.pattern import flattened
 from topkast_func.places import counted, order_of, places_of
 from topkast_func.ranking import drawn_among, largest_among, top_sets
@@ -188,7 +188,7 @@ def test_theta_that_rests_on_the_host_is_waited_for_at_a_refresh_alone(
         "storage/compact.chosen",  # and where they were
         "places.counted",
     }
-    assert all(theta.device.type == "cpu" for theta in refreshed.weights.theta.values())  # type: ignore[union-attr]
+    assert all(theta.device.type == "cpu" for theta in refreshed.weights.theta.values())
 
 
 @pytest.mark.parametrize("method", [tk.topkast(), tk.ste(), tk.set()], ids=str)
@@ -200,6 +200,79 @@ def test_nan_is_refused_on_the_device_too(method: tk.Method, device: torch.devic
     broken = state._replace(weights=state.weights._replace(held=values))  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"params\['2.weight'\] holds NaN"):
         tk.refresh(broken, config)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+def test_dense_products_are_made_on_the_device(
+    block: tuple[int, int], device: torch.device
+) -> None:
+    case = problem(block)
+    masks, (x, g, values) = (
+        there(tensors)
+        for tensors in (
+            (case.forward, case.backward),
+            (integers(3, 60), integers(3, 40), case.values),
+        )
+    )
+    forward, backward = masks
+    pattern = pattern_of(forward, backward, block)
+    WAITS.clear()
+    y, vjp = torch.func.vjp(lambda v, x: sparse_linear(x, v, pattern, case.shape), values, x)
+    for_values, for_x = vjp(g)
+    assert not WAITS
+    assert same((y, for_x), (on_cpu(x) @ case.alpha.T, on_cpu(g) @ case.alpha))
+    assert same((for_values,), (case.gathered(on_cpu(g).T @ on_cpu(x)),))
+
+
+@pytest.mark.parametrize(
+    ("values", "product"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
+)
+def test_autocast_multiplies_in_its_dtype_on_a_device(
+    values: torch.dtype,
+    product: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So does torch: the gradients of the values and the bias are in their own dtype again."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    met = []
+    monkeypatch.setattr(dense, "_product", lambda x, w: met.append(x.dtype) or x @ w.t())
+    case = problem(dtype=values)
+    forward, backward, theta, bias, x = there((
+        case.forward,
+        case.backward,
+        case.values,
+        torch.ones(40, dtype=values),
+        integers(3, 60),
+    ))
+    pattern = pattern_of(forward, backward)
+
+    def layer(theta: Tensor, bias: Tensor) -> Tensor:
+        return sparse_linear(x, theta, pattern, case.shape, bias)
+
+    y, vjp = torch.func.vjp(layer, theta, bias)
+    gradients = vjp(torch.ones_like(y))
+    assert y.dtype == product
+    assert {*met} == {product}
+    assert [g.dtype for g in gradients] == [values, values]
+
+
+def test_too_little_memory_at_a_refresh_leaves_the_state_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    config = config_of(tk.topkast())
+    state, _ = run("cpu", config, tk.sgd(0.1), steps=1)
+    before = tree_map(torch.clone, state)
+    with monkeypatch.context() as patch:
+        patch.setattr("topkast_func.training.state.chosen_anew", no_room)
+        with pytest.raises(torch.OutOfMemoryError, match="theta_device='cpu'"):
+            tk.refresh(state, config)
+    assert same(state, before)
+    tk.refresh(state, config)
 
 
 class Generous(tk.Method):
@@ -305,10 +378,10 @@ def test_patterns_equal_those_of_the_cpu(given: Problem, spare: int) -> None:
     places = given.pattern.exploring.columns.shape[0] + spare
     expected = pattern_of(given.forward, given.backward, given.block, places)
     with pretending():
-        masks = there((given.forward, given.backward))
-        found = pattern_of(*masks, given.block, places, sizes)
+        forward, backward = there((given.forward, given.backward))
+        found = pattern_of(forward, backward, given.block, places, sizes)
         assert not WAITS
-        again = pattern_of(*masks, given.block, places)
+        again = pattern_of(forward, backward, given.block, places)
         assert len(WAITS) == 1
     assert same(flattened(found), flattened(expected))
     assert same(flattened(again), flattened(expected))
@@ -339,7 +412,11 @@ def test_places_orders_and_counts(shape: tuple[int, ...]) -> None:
 
 def test_draws_equal_those_of_the_cpu() -> None:
     mask = torch.rand(6, 9) < 0.5
-    draw = lambda m: drawn_among(m, int(mask.sum()), 7, torch.Generator().manual_seed(3))  # noqa: E731
+    count = int(mask.sum())
+
+    def draw(mask: Tensor) -> Tensor:
+        return drawn_among(mask, count, 7, torch.Generator().manual_seed(3))
+
     with pretending():
         assert same(draw(*there((mask,))), draw(mask))
 

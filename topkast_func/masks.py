@@ -136,9 +136,9 @@ def masks_at(
         Masks by name.
 
     Raises:
+        NaNParameterError: A parameter, or a gradient that is read, holds NaN; a ValueError too.
         ValueError: A parameter is not divisible into blocks, or the method has not chosen as many
             entries as it was asked for.
-        NaNParameterError: A parameter holds NaN; a ValueError too.
     """
     chosen, situations = {}, {}
     block, norm = config.block_shape, config.block_norm

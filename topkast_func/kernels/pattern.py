@@ -181,10 +181,7 @@ def block_of(values: Tensor) -> tuple[int, int]:
 
 
 def _block_rows(places: Tensor, shape: tuple[int, int], size: int, width: int) -> BlockRows:
-    """Compress the rows of blocks of ``size`` entries, ``width`` of them in a row.
-
-    The places are flat indices, ascending; unused ones are beyond the last block.
-    """
+    """Compress the rows of blocks of ``size`` entries, ``width`` wide, at ascending flat places."""
     rows, columns = shape
     density = places.shape[0] / (rows * columns)
     panels = _panels(columns, width, SEGMENT * size / max(density, 1e-9))

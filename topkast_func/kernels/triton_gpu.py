@@ -44,13 +44,14 @@ def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> T
     tiles = (height // tile[0]) * (width // tile[1])
     parts = (pattern.forward, pattern.exploring)
     found = torch.split(gradient, [part.columns.shape[0] for part in parts])
-    for part, out in zip(parts, found, strict=True):
-        if out.shape[0]:
-            _dots[out.shape[0] * tiles,](
-                *(g, x, out, *part, g.shape[0], _size(g), g.shape[1], x.shape[1]),
-                *(rows, (part.pointers.shape[0] - 1) // rows, rows.bit_length()),
-                *(height, width, *tile, _precision()),
-            )
+    with torch.cuda.device_of(g):
+        for part, out in zip(parts, found, strict=True):
+            if out.shape[0]:
+                _dots[out.shape[0] * tiles,](
+                    *(g, x, out, *part, g.shape[0], _size(g), g.shape[1], x.shape[1]),
+                    *(rows, (part.pointers.shape[0] - 1) // rows, rows.bit_length()),
+                    *(height, width, *tile, _precision()),
+                )
     return gradient
 
 
@@ -74,11 +75,12 @@ def _sums(
     def grid(chosen: dict[str, Any]) -> tuple[int, int]:
         return features // tile[0], triton.cdiv(x.shape[0], chosen["BATCH"])
 
-    _rows[grid](
-        *(x, values, y, *part, part.columns if places is None else places),
-        *(x.shape[0], _size(x), x.shape[1], features, panels),
-        *(places is not None, *block, *strides, *tile, _precision()),
-    )
+    with torch.cuda.device_of(x):
+        _rows[grid](
+            *(x, values, y, *part, part.columns if places is None else places),
+            *(x.shape[0], _size(x), x.shape[1], features, panels),
+            *(places is not None, *block, *strides, *tile, _precision()),
+        )
     return y
 
 
@@ -138,8 +140,10 @@ def _rows(  # type: ignore[no-untyped-def]
     within = (first % HEIGHT + outputs)[None, :] * DOWN + inner[:, None] * ACROSS
     total = tl.zeros((BATCH, TILE_H), tl.float32)
     for k in range(tl.load(pointers + row * panels), tl.load(pointers + (row + 1) * panels)):
-        place = tl.load(places + k) if PLACED else k
-        block = values + place.to(tl.int64) * (HEIGHT * DEPTH) + within
+        place = tl.cast(k, tl.int64)
+        if PLACED:
+            place = tl.load(places + k).to(tl.int64)
+        block = values + place * (HEIGHT * DEPTH) + within
         feature = tl.load(columns + k) * DEPTH
         for d in tl.static_range(0, DEPTH, TILE_D):
             inputs = tl.load(
@@ -196,8 +200,8 @@ def _dots(  # type: ignore[no-untyped-def]
         n = start + tl.arange(0, BATCH)
         there = (n[:, None] < batch) & used
         line = n.to(tl.int64)[:, None]
-        left_ = tl.load(gs + line * features_out, mask=there, other=0.0)
-        right = tl.load(xs + line * features_in, mask=there, other=0.0)
-        total = tl.dot(tl.trans(left_), right, total, input_precision=PRECISION)
+        outputs = tl.load(gs + line * features_out, mask=there, other=0.0)
+        inputs = tl.load(xs + line * features_in, mask=there, other=0.0)
+        total = tl.dot(tl.trans(outputs), inputs, total, input_precision=PRECISION)
     out = gradient + k.to(tl.int64) * (HEIGHT * WIDTH) + o[:, None] * WIDTH + i[None, :]
     tl.store(out, total.to(gradient.dtype.element_ty))

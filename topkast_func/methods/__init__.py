@@ -9,7 +9,6 @@ __all__ = [
     "Method",
     "Situation",
     "check_kind",
-    "check_kind",
     "dense",
     "gmp",
     "random_backward",

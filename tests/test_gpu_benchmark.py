@@ -1,0 +1,97 @@
+"""The benchmark of a GPU, as far as it goes without one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import gpu, gpu_checks
+
+
+@pytest.fixture(autouse=True)
+def _without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do as if what is asked of CUDA were done."""
+    for name in ("set_sync_debug_mode", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
+    monkeypatch.setattr(gpu_checks, "COMPILE", {"backend": "aot_eager"})
+
+
+def test_what_is_checked_is_right_here() -> None:
+    for dtype in gpu_checks.ROUNDING:
+        gpu_checks.check_products("cpu", dtype, 16, 5)
+    gpu_checks.check_sets("cpu")
+    gpu_checks.check_training("cpu", "compact", 32, torch.float32)
+    names = [name for name, _ in gpu_checks.checks("cpu")]
+    assert len(names) == len({*names}) == 12
+
+
+def test_a_wrong_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_checks, "errors", lambda made: [0.0, float("nan")])
+    with pytest.raises(ArithmeticError, match=r"wrong by \[0.0, nan\]"):
+        gpu_checks.check_products("cpu", torch.float32, 16, 5)
+
+
+def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "NETWORKS", {"gpt": (lambda: nn.Linear(64, 64), (4, 64))})
+    monkeypatch.setattr(gpu, "LAYERS", ((64, 20),))
+    monkeypatch.setattr(gpu, "milliseconds", lambda call: float(call() is not None))
+    cases = dict(gpu.measurements("cpu"))
+    assert len(cases) == 8
+    found = cases["layer 64 20 16"]()
+    assert found["ms"].keys() == {"dense", "masked", "blocks 0.8", "blocks 0.9", "blocks 0.95"}
+    assert found["times_as_fast_as_dense"]["blocks 0.9"] == 1.0
+    monkeypatch.setattr("topkast_func.make_train_step", lambda *_: lambda state, batch: state)
+    assert cases["step gpt 32"]() == {"ms": 1.0, "peak_mib": 1.0}
+
+
+def test_a_run_keeps_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setattr(gpu, "checks", lambda _: [("a", fail), ("b", lambda: None)])
+    monkeypatch.setattr(gpu, "measurements", lambda _: [("c", lambda: {"ms": 1.0})])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "gpu.json")])
+    gpu.main()
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept["device"] == "some GPU"
+    told = [{k: v for k, v in entry.items() if k != "seconds"} for entry in kept["entries"]]
+    failed = {"name": "a", "error": "RuntimeError: no kernel"}
+    assert told == [failed, {"name": "b", "right": True}, {"name": "c", "ms": 1.0}]
+
+
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "there is no GPU that torch can use" in capsys.readouterr().err
+
+
+def test_it_runs_with_few_packages() -> None:
+    """With torch, NumPy, Numba, safetensors and tqdm; triton is for a GPU."""
+    program = """
+import sys
+for name in "matplotlib rich psutil pytest hypothesis scipy torch_sparse sparselab".split():
+    sys.modules[name] = None
+import torch
+from benchmarks import gpu, gpu_checks
+import topkast_func as tk
+gpu_checks.check_products("cpu", torch.float32, 16, 5)
+model, config, optimizer = torch.nn.Linear(8, 8), tk.TopKastConfig(), tk.adamw()
+state = tk.init_state(model, config, optimizer)
+step = tk.make_train_step(model, gpu_checks.energy, config, optimizer, compile=False)
+print(int(step(state, torch.ones(2, 8))[0].step))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "1", done.stderr
