@@ -217,7 +217,7 @@ def test_dense_products_are_made_on_the_device(
     forward, backward = masks
     pattern = pattern_of(forward, backward, block)
     WAITS.clear()
-    y, vjp = torch.func.vjp(lambda v, x: sparse_linear(x, v, pattern, case.shape), values, x)
+    y, vjp = torch.func.vjp(lambda v, x: sparse_linear(x, v, pattern, case.shape), values, x)[:2]
     for_values, for_x = vjp(g)
     assert not WAITS
     assert same((y, for_x), (on_cpu(x) @ case.alpha.T, on_cpu(g) @ case.alpha))
@@ -236,8 +236,13 @@ def test_autocast_multiplies_in_its_dtype_on_a_device(
     """So does torch: the gradients of the values and the bias are in their own dtype again."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
-    met = []
-    monkeypatch.setattr(dense, "_product", lambda x, w: met.append(x.dtype) or x @ w.t())
+    met = list[torch.dtype]()
+
+    def multiplied(x: Tensor, w: Tensor) -> Tensor:
+        met.append(x.dtype)
+        return x @ w.t()
+
+    monkeypatch.setattr(dense, "_product", multiplied)
     case = problem(dtype=values)
     forward, backward, theta, bias, x = there((
         case.forward,
@@ -251,7 +256,7 @@ def test_autocast_multiplies_in_its_dtype_on_a_device(
     def layer(theta: Tensor, bias: Tensor) -> Tensor:
         return sparse_linear(x, theta, pattern, case.shape, bias)
 
-    y, vjp = torch.func.vjp(layer, theta, bias)
+    y, vjp = torch.func.vjp(layer, theta, bias)[:2]
     gradients = vjp(torch.ones_like(y))
     assert y.dtype == product
     assert {*met} == {product}

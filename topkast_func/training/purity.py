@@ -94,7 +94,7 @@ class Draws:
         rank: The process of several that does it.
     """
 
-    def __init__(self, first: Claims, rank: int) -> None:
+    def __init__(self, first: Claims, rank: int = 0) -> None:
         self._first, self._rank = first, rank
         self._found: dict[Hashable, bool] = {}
 
