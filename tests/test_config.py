@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import topkast_func as tk
 from topkast_func import TopKastConfig
@@ -121,3 +122,16 @@ def test_refreshes_may_be_rarer_from_a_step_on() -> None:
 def test_bad_intervals_are_refused(every: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         TopKastConfig(refresh_every=every)
+
+
+def test_a_pattern_that_is_a_name_matches_it_though_it_has_brackets() -> None:
+    params = {name: torch.randn(4, 4) for name in ("a[1].weight", "a1.weight")}
+    given: list[dict[str, Any]] = [
+        {"sparse": "a[1].weight"},
+        {"forward_sparsity": {"a[1].weight": 0.5}, "backward_sparsity": 0.25},
+        {"keep_dense": "a1.weight"},
+    ]
+    for fields in given:
+        assert "a[1].weight" in tk.compute_masks(params, TopKastConfig(**fields))
+    groups = tk.partition({"a[1].weight": tk.sgd(0.1), "*": tk.adam()})
+    assert groups.init({"a[1].weight": params["a[1].weight"], "b": torch.ones(1)}).slots.keys()

@@ -56,8 +56,8 @@ class ByPattern(Mapping[str, float]):
         return self._numbers[pattern]
 
     def matching(self, pattern: str, names: Iterable[str]) -> list[str]:
-        """Return the names that a pattern of the mapping matches."""
-        return [name for name in names if self._regexes[pattern].match(name)]
+        """Return the names that a pattern of the mapping matches, or is."""
+        return [n for n in names if n == pattern or self._regexes[pattern].match(n)]
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the patterns."""

@@ -197,7 +197,7 @@ def _by_default(name: str, leaf: Tensor, config: TopKastConfig) -> bool:
 
 
 def _matching(field: str, globs: Iterable[str], params: Params) -> list[str]:
-    by_glob = {glob: [name for name in params if fnmatchcase(name, glob)] for glob in globs}
+    by_glob = {glob: [n for n in params if n == glob or fnmatchcase(n, glob)] for glob in globs}
     matched = {name for glob in globs for name in matched_by(field, glob, by_glob[glob], params)}
     return [name for name in params if name in matched]
 

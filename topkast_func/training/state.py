@@ -416,7 +416,7 @@ def check_ties(model: object, config: TopKastConfig) -> None:
 
 
 def _matches(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+    return any(name == glob or fnmatchcase(name, glob) for glob in globs)
 
 
 def _powered(raw: Tensors, exponents: Params) -> Tensors:

@@ -88,7 +88,9 @@ def _grouped(groups: tuple[Group, ...], names: Iterable[str]) -> dict[str, list[
     """Return the names by pattern."""
     found, left = {}, list(names)
     for group in groups:
-        found[group.glob] = [name for name in left if group.regex.match(name)]
+        found[group.glob] = [
+            name for name in left if (name == group.glob or group.regex.match(name))
+        ]
         left = [name for name in left if name not in found[group.glob]]
     if left:
         raise ValueError(f"no pattern of partition matches {left}; there are: {list(found)}")
