@@ -57,15 +57,10 @@ from topkast_func.training.optim import (
     partition,
     sgd,
 )
+from topkast_func.training.refresh import refresh
 from topkast_func.training.sharded import load_sharded, save_sharded
-from topkast_func.training.state import (
-    TrainState,
-    dense_params,
-    forward_params,
-    init_state,
-    masks_of,
-    refresh,
-)
+from topkast_func.training.start import init_state
+from topkast_func.training.state import TrainState, dense_params, forward_params, masks_of
 from topkast_func.training.step import StepMetrics, dense_gradients, make_train_step
 from topkast_func.types import Masks
 

@@ -31,7 +31,8 @@ from topkast_func.training.best import Best
 from topkast_func.training.loop import Callback
 from topkast_func.training.loop import train as loop
 from topkast_func.training.optim import sgd
-from topkast_func.training.state import Storage, TrainState, forward_params, init_state
+from topkast_func.training.start import init_state
+from topkast_func.training.state import Storage, TrainState, forward_params
 from topkast_func.training.step import StepMetrics, make_train_step
 
 JOBS: dict[str, Callable[[], TensorDataset]] = {

@@ -19,7 +19,7 @@ from topkast_func.report.notes import Row, notes
 from topkast_func.report.summary import Summary, empty_lines
 from topkast_func.sparsity import Allocation
 from topkast_func.training.loss import exploration_penalty
-from topkast_func.training.state import chosen_anew
+from topkast_func.training.refresh import chosen_anew
 from topkast_func.types import Masks, Tensors
 
 Owners: TypeAlias = dict[str, list[tuple[nn.Module, SparseWeight]]]

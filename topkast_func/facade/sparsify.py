@@ -19,7 +19,7 @@ from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.masks import compute_masks, counts
 from topkast_func.model.modules import trainable
 from topkast_func.training.agreement import check_masks
-from topkast_func.training.state import check_ties
+from topkast_func.training.start import check_ties
 from topkast_func.types import Masks, Params
 
 Module = TypeVar("Module", bound=nn.Module)

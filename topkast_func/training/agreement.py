@@ -1,7 +1,6 @@
 """What must agree: a state with the model, configuration and optimiser that go on from it."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,10 +14,8 @@ from topkast_func.model.modules import frozen, parameters_of, tensors_of, traina
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.dense import DenseWeights
 from topkast_func.training.optim import Optimizer, slot_problem
+from topkast_func.training.state import TrainState
 from topkast_func.types import Masks, Model, Params, Tensors
-
-if TYPE_CHECKING:
-    from topkast_func.training.state import TrainState
 
 EXCHANGED = (
     "{!r} requires {} gradient, but the state {} it: undo that, or, to change what is trained, "
@@ -67,7 +64,7 @@ def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfi
 
 
 def disagreements(
-    state: "TrainState",
+    state: TrainState,
     config: TopKastConfig,
     *,
     params: Params | None = None,
@@ -96,7 +93,7 @@ def disagreements(
     return [f"of another {what}: {problem}" for what, problem in told.items() if problem]
 
 
-def check_tensors(state: "TrainState", model: nn.Module) -> None:
+def check_tensors(state: TrainState, model: nn.Module) -> None:
     """Check that a state has the tensors of a module in their shapes, whichever it trains.
 
     Args:
@@ -119,7 +116,7 @@ def check_tensors(state: "TrainState", model: nn.Module) -> None:
 
 def agreement(
     model: Model, config: TopKastConfig, optimizer: Optimizer
-) -> Callable[["TrainState"], None]:
+) -> Callable[[TrainState], None]:
     """Return a check that a state is one of a model, a configuration and an optimiser.
 
     Args:
@@ -134,7 +131,7 @@ def agreement(
     parameters = parameters_of(model)
     agreed: Hashable = None
 
-    def check(state: "TrainState") -> None:
+    def check(state: TrainState) -> None:
         nonlocal agreed
         for name, (module, key) in parameters.items():
             parameter = module._parameters.get(key)
@@ -187,7 +184,7 @@ def outlines(weights: CompactWeights | DenseWeights) -> Tensors:
     }
 
 
-def _looks(state: "TrainState", config: TopKastConfig) -> Hashable:
+def _looks(state: TrainState, config: TopKastConfig) -> Hashable:
     """Return what differs between any two states of which one may agree and the other not."""
     step, weights = int(state.step), state.weights
     trees = (weights.values(), state.frozen, state.buffers, state.narrow)
@@ -205,9 +202,7 @@ def _kinds(tensors: Params) -> Hashable:
     return tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
 
 
-def _config_problem(
-    state: "TrainState", config: TopKastConfig, params: Params | None
-) -> str | None:
+def _config_problem(state: TrainState, config: TopKastConfig, params: Params | None) -> str | None:
     weights, step = state.weights, int(state.step)
     return (
         _method_problem(weights, config)
@@ -259,7 +254,7 @@ def _selection_problem(
 
 
 def _exponent_problem(
-    state: "TrainState", config: TopKastConfig, params: Params | None
+    state: TrainState, config: TopKastConfig, params: Params | None
 ) -> str | None:
     powered: Iterable[str] = ()
     if config.powerprop > 1.0:
@@ -288,7 +283,7 @@ def _size_problem(
     )
 
 
-def _model_problem(state: "TrainState", model: nn.Module) -> str | None:
+def _model_problem(state: TrainState, model: nn.Module) -> str | None:
     values, shapes = state.weights.values(), state.weights.shapes()
     parameters = {n: (shapes[n], state.narrow.get(n, value).dtype) for n, value in values.items()}
     found = {
@@ -317,7 +312,7 @@ def _shaped(tensors: Params) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _optimizer_problem(state: "TrainState", optimizer: Optimizer) -> str | None:
+def _optimizer_problem(state: TrainState, optimizer: Optimizer) -> str | None:
     if isinstance(state.weights, CompactWeights) and not optimizer.elementwise:
         return COMPACT.format(optimizer)
     return slot_problem(state.optimizer.slots, state.weights.values(), optimizer)

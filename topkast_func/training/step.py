@@ -41,7 +41,8 @@ from topkast_func.training.optim import (
     global_norm,
 )
 from topkast_func.training.purity import Draws, check_pure, random_numbers_of
-from topkast_func.training.state import TrainState, alpha_in, narrowed, ordinary, refresh
+from topkast_func.training.refresh import refresh
+from topkast_func.training.state import TrainState, alpha_in, narrowed, ordinary
 from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
 from topkast_func.warn import warn_caller

@@ -1,0 +1,130 @@
+"""Choosing A and B of a state anew."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from topkast_func.config import TopKastConfig
+from topkast_func.config.allocation import shared_among_all
+from topkast_func.entry import entered
+from topkast_func.masks import counts_among, masks_at
+from topkast_func.training.agreement import check_refresh
+from topkast_func.training.state import TrainState, Weights, ordinary, powered
+from topkast_func.types import Masks, Params, Tensors
+
+
+@torch.inference_mode(False)
+def refresh(
+    state: TrainState, config: TopKastConfig, gradients: Params | None = None
+) -> TrainState:
+    """Choose A and B anew; from step ``config.explore_until`` on, let B be A.
+
+    An optimiser slot stays with its weight; an entry that newly enters B starts at zero.
+
+    Args:
+        state: The state; it is not written to.
+        config: The configuration.
+        gradients: What `dense_gradients` returns, for a method that reads it (`rigl`).
+
+    Returns:
+        The state with its new sets.
+
+    Raises:
+        ValueError: The method reads gradients and there are none, or the configuration has other
+            sparse parameters or other blocks, or a method that is to train densely.
+        NaNParameterError: A sparse parameter holds NaN; a ValueError too.
+        torch.OutOfMemoryError: The device has too little memory; the text says the way on.
+    """
+    state = ordinary(state) if state.step.is_inference() else state
+    check_refresh(state.weights, config, int(state.step))
+    try:
+        return _refreshed(state, config, gradients)
+    except torch.OutOfMemoryError as reason:
+        raise torch.OutOfMemoryError(TOO_LARGE) from reason
+
+
+TOO_LARGE = (
+    "the device has too little memory to choose sets anew, which takes up to 40 bytes for each "
+    "entry of the largest weight; the state is as it was. Let θ rest, and be ranked, on the host: "
+    "save the state and load(..., theta_device='cpu'), or begin with init_state(..., "
+    "theta_device='cpu')"
+)
+
+
+def _refreshed(state: TrainState, config: TopKastConfig, gradients: Params | None) -> TrainState:
+    dense, masks = chosen_anew(
+        state.weights.dense(),
+        state.weights.sparse(),
+        state.weights.masks,
+        config,
+        step=int(state.step),
+        seed=int(state.mask_seed),
+        exponents=state.exponents,
+        gradients=gradients,
+    )
+    sizes = sizes_after(state.weights, config, int(state.step))
+    weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots, sizes)
+    return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
+
+
+def sizes_after(weights: Weights, config: TopKastConfig, step: int) -> dict[str, tuple[int, int]]:
+    """Return |A| and |B| by name after a refresh, of which the host knows without counting."""
+    if config.schedule.settled(step):
+        return {name: (active, active) for name, (active, _) in weights.sizes().items()}
+    shapes = weights.shapes()
+    return counts_among({name: shapes[name] for name in weights.sparse()}, config, step)
+
+
+def chosen_anew(
+    raw: Tensors,
+    names: Iterable[str],
+    sets: Callable[[], Mapping[str, Masks]],
+    config: TopKastConfig,
+    *,
+    step: int,
+    seed: int,
+    exponents: Params | None = None,
+    gradients: Params | None = None,
+) -> tuple[Tensors, dict[str, Masks]]:
+    """Choose the sets of a step, and give what newly enters A its start; see `refresh`.
+
+    Args:
+        raw: θ by name, or φ where it is trained.
+        names: Names of the sparse parameters.
+        sets: ``sets()`` to the sets as they are; called only where the new ones depend on them.
+        config: The configuration.
+        step: Number of the step.
+        seed: Seed of the methods that draw.
+        exponents: Exponents of powerpropagation by name; none where θ itself is trained.
+        gradients: Gradients of the loss at α by name, for the methods that read them.
+
+    Returns:
+        ``raw`` with what entered A as it starts, and the new sets.
+
+    Raises:
+        ValueError: See `refresh`.
+        NaNParameterError: See `refresh`; a ValueError too.
+    """
+    exponents = exponents or {}
+    stays = config.schedule.settled(step)
+    old = sets() if stays or config.method.reads_sets else {}
+    if stays:
+        return raw, {name: Masks(m.forward, m.forward.clone()) for name, m in old.items()}
+    theta = powered(raw, exponents)
+    allocations = shared_among_all({name: theta[name].shape for name in names}, config, step)
+    new = masks_at(theta, allocations, config, step=step, seed=seed, old=old, gradients=gradients)
+    if old:
+        raw = raw | {
+            name: entered(
+                name,
+                raw[name],
+                old[name],
+                new[name],
+                config.method.enters_at,
+                block_shape=config.block_shape,
+                block_norm=config.block_norm,
+                exponent=float(exponents.get(name, 1.0)),
+            )
+            for name in new
+        }
+    return raw, new
