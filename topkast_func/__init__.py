@@ -42,6 +42,7 @@ from topkast_func.report.summary import Summary, summary
 from topkast_func.sparsity import Allocation, Staged, cubic, staged
 from topkast_func.training.best import Best
 from topkast_func.training.checkpoint import load, load_config, save
+from topkast_func.training.gradients import dense_gradients
 from topkast_func.training.loop import Callback, train
 from topkast_func.training.loss import exploration_penalty, penalized_loss
 from topkast_func.training.optim import (
@@ -61,7 +62,7 @@ from topkast_func.training.refresh import refresh
 from topkast_func.training.sharded import load_sharded, save_sharded
 from topkast_func.training.start import init_state
 from topkast_func.training.state import TrainState, dense_params, forward_params, masks_of
-from topkast_func.training.step import StepMetrics, dense_gradients, make_train_step
+from topkast_func.training.step import StepMetrics, make_train_step
 from topkast_func.types import Masks
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The stateless training step: state and batch in, state and metrics out."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.func import grad, grad_and_value
 from torch.utils._pytree import tree_map
 
 from topkast_func.compiling import one_report
 from topkast_func.config import TopKastConfig
 from topkast_func.config.description import described
-from topkast_func.distributed.parallel import Alone, Samples, data_parallel
+from topkast_func.distributed.parallel import Samples, data_parallel
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.model.alone import (
     alone_with,
@@ -24,25 +23,21 @@ from topkast_func.model.alone import (
     parts_of,
     uncompiled,
 )
-from topkast_func.model.layers import bound_to, stand_ins, standing_in
-from topkast_func.model.modules import bind, modes, ties
-from topkast_func.model.stand_in import StandIn
-from topkast_func.powerprop import theta_of
+from topkast_func.model.layers import stand_ins, standing_in
+from topkast_func.model.modules import modes
 from topkast_func.ranking import NaNParameterError
 from topkast_func.training.agreement import agreement, is_of_stage
 from topkast_func.training.compilation import compiled, signature
 from topkast_func.training.ensembles import by_member, is_ensemble
-from topkast_func.training.loss import loss_and_aux
+from topkast_func.training.gradients import gradients_of
 from topkast_func.training.optim import (
     Optimizer,
-    OptimizerState,
-    Rate,
     check_optimizer,
-    global_norm,
 )
-from topkast_func.training.purity import Draws, check_pure, random_numbers_of
+from topkast_func.training.purity import Draws, check_pure
 from topkast_func.training.refresh import refresh
-from topkast_func.training.state import TrainState, alpha_in, narrowed, ordinary
+from topkast_func.training.state import TrainState, ordinary
+from topkast_func.training.update import Moved, update_of
 from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
 from topkast_func.warn import warn_caller
@@ -68,13 +63,6 @@ class StepMetrics(NamedTuple):
     refreshed: Tensor
     aux: Any
 
-
-Objective: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, tuple[Any, ...], Tensors]]
-"""The loss; beside it the data loss, the penalty, what else the loss function returned, and the
-buffers as the model left them."""
-
-Moved: TypeAlias = tuple[TrainState, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Any, ...]]
-"""The state after a step; loss, data loss, penalty and norm of the gradient; aux, if any."""
 
 TrainStep: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
@@ -192,12 +180,12 @@ def make_train_step(
 
     @cache
     def run_from(start: int) -> Callable[..., Moved]:
-        step = _step_of(model, loss_fn, config, start, optimizer, layers, ranks)
+        step = update_of(model, loss_fn, config, start, optimizer, layers, ranks)
         return compiled(step, compile, required=ranks.several)
 
     @cache
     def gradients_from(start: int) -> Callable[[TrainState, Any], Tensors]:
-        return compiled(_gradients_of(model, loss_fn), compile, required=ranks.several)
+        return compiled(gradients_of(model, loss_fn), compile, required=ranks.several)
 
     def gradients(state: TrainState, batch: Any) -> Tensors:
         last = max(int(state.step) - 1, 0)
@@ -268,116 +256,6 @@ def make_train_step(
 
     vars(train_step)["config"] = config
     return train_step
-
-
-def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> Tensors:
-    """Return the gradient of the loss at α with respect to every entry of the sparse weights.
-
-    It takes the memory and the time of the dense model. `rigl` grows by it.
-
-    Args:
-        model: A module, or a pure function ``apply(params, *inputs)``.
-        loss_fn: ``loss_fn(apply, batch)`` to a 0-d tensor.
-        state: The state; it is not written to.
-        batch: Whatever ``loss_fn`` takes.
-
-    Returns:
-        Gradients by name, of the shapes of the sparse parameters.
-
-    Raises:
-        TypeError: The loss is no 0-d tensor.
-    """
-    model, loss_fn = uncompiled(model), uncompiled(loss_fn)
-
-    def gradients() -> Tensors:
-        with random_numbers_of(state):
-            return _gradients_of(model, loss_fn)(state, batch)
-
-    return alone_with(model, gradients, RANDOM_NUMBERS)
-
-
-def _gradients_of(model: Model, loss_fn: LossFn) -> Callable[[TrainState, Any], Tensors]:
-    tied = ties(model)
-
-    def gradients(state: TrainState, batch: Any) -> Tensors:
-        weights = alpha_in(state)
-
-        def objective(sparse: Tensors) -> Tensor:
-            written = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            apply = bind(model, tied, weights | sparse, {}, written)
-            return loss_and_aux(loss_fn(apply, batch))[0]
-
-        with torch.no_grad():
-            sparse = {name: weights[name] for name in state.weights.sparse()}
-            found: Tensors = grad(objective)(sparse)
-            return found
-
-    return gradients
-
-
-def _step_of(
-    model: Model,
-    loss_fn: LossFn,
-    config: TopKastConfig,
-    start: int,
-    optimizer: Optimizer,
-    layers: Sequence[StandIn],
-    ranks: Alone,
-) -> Callable[..., Moved]:
-    """Return the step of a stage, without its refresh: a pure function of tensors.
-
-    It takes learning rates of one dimension, and of exponents the names alone: torch.compile makes
-    a symbol of a 0-d float64 that is given to a graph, and then traces everything twice.
-    """
-    tied = ties(model)
-
-    def step(
-        lent: tuple[int, ...],
-        phi: tuple[str, ...],
-        state: TrainState,
-        batch: Any,
-        lr: Rate,
-        share: Tensor | None,
-    ) -> Moved:
-        weights = state.weights
-
-        def objective(values: Tensors) -> Objective:
-            written = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            powered = {n: theta_of(values[n], config.powerprop) for n in phi}
-            values = values | powered
-            computed = narrowed(values, state.narrow)
-            alpha, patterns = weights.alpha(computed), weights.layers()
-            apply = bind(model, tied, alpha, state.frozen, written)
-            with bound_to([layers[i] for i in lent], alpha, computed, patterns):
-                data_loss, aux = loss_and_aux(loss_fn(apply, batch))
-            penalty = weights.penalty(values, config, start)
-            loss = data_loss + config.penalty_weight * penalty
-            return loss, (data_loss, penalty, aux, written)
-
-        with torch.no_grad():
-            differentiate = grad_and_value(objective, has_aux=True)
-            grads, (loss, (data_loss, penalty, aux, written)) = differentiate(weights.values())
-            if share is not None:
-                whole = ranks.whole(share, grads, data_loss, aux, state.buffers, written)
-                grads, data_loss, aux, written = whole
-                loss = data_loss + config.penalty_weight * penalty
-            rate = tree_map(lambda given: given.reshape(()), lr)
-            updates, moved = optimizer.update(grads, state.optimizer, weights.values(), rate)
-            after = TrainState(
-                step=state.step + (moved.step % optimizer.every == 0),
-                seed=state.seed,
-                mask_seed=state.mask_seed,
-                weights=weights.moved(updates),
-                buffers=written,
-                frozen=state.frozen,
-                optimizer=OptimizerState(moved.step, weights.restricted(moved.slots)),
-                exponents=state.exponents,
-                narrow=state.narrow,
-            )
-            norm = global_norm(grads)
-        return after, (loss, data_loss, penalty, norm), aux
-
-    return step
 
 
 def _refreshed(

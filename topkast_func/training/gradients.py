@@ -1,0 +1,70 @@
+"""The gradient of the loss at α, dense."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from topkast_func.model.alone import alone_with, uncompiled
+from topkast_func.model.modules import bind, ties
+from topkast_func.training.loss import loss_and_aux
+from topkast_func.training.purity import random_numbers_of
+from topkast_func.training.state import TrainState, alpha_in
+from topkast_func.turns import RANDOM_NUMBERS
+from topkast_func.types import LossFn, Model, Tensors
+
+
+def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> Tensors:
+    """Return the gradient of the loss at α with respect to every entry of the sparse weights.
+
+    It takes the memory and the time of the dense model. `rigl` grows by it.
+
+    Args:
+        model: A module, or a pure function ``apply(params, *inputs)``.
+        loss_fn: ``loss_fn(apply, batch)`` to a 0-d tensor.
+        state: The state; it is not written to.
+        batch: Whatever ``loss_fn`` takes.
+
+    Returns:
+        Gradients by name, of the shapes of the sparse parameters.
+
+    Raises:
+        TypeError: The loss is no 0-d tensor.
+    """
+    model, loss_fn = uncompiled(model), uncompiled(loss_fn)
+
+    def gradients() -> Tensors:
+        with random_numbers_of(state):
+            return gradients_of(model, loss_fn)(state, batch)
+
+    return alone_with(model, gradients, RANDOM_NUMBERS)
+
+
+def gradients_of(model: Model, loss_fn: LossFn) -> Callable[[TrainState, Any], Tensors]:
+    """Return a pure function of state and batch that does what `dense_gradients` does.
+
+    Args:
+        model: See `dense_gradients`.
+        loss_fn: See `dense_gradients`.
+
+    Returns:
+        The function.
+    """
+    tied = ties(model)
+
+    def gradients(state: TrainState, batch: Any) -> Tensors:
+        weights = alpha_in(state)
+
+        def objective(sparse: Tensors) -> Tensor:
+            written = {name: buffer.clone() for name, buffer in state.buffers.items()}
+            apply = bind(model, tied, weights | sparse, {}, written)
+            return loss_and_aux(loss_fn(apply, batch))[0]
+
+        with torch.no_grad():
+            sparse = {name: weights[name] for name in state.weights.sparse()}
+            found: Tensors = grad(objective)(sparse)
+            return found
+
+    return gradients

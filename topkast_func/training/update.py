@@ -1,0 +1,92 @@
+"""One update of a state: the pure function of tensors that is compiled."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value
+from torch.utils._pytree import tree_map
+
+from topkast_func.config import TopKastConfig
+from topkast_func.distributed.parallel import Alone
+from topkast_func.model.layers import bound_to
+from topkast_func.model.modules import bind, ties
+from topkast_func.model.stand_in import StandIn
+from topkast_func.powerprop import theta_of
+from topkast_func.training.loss import loss_and_aux
+from topkast_func.training.optim import Optimizer, OptimizerState, Rate, global_norm
+from topkast_func.training.state import TrainState, narrowed
+from topkast_func.types import LossFn, Model, Tensors
+
+Objective: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, tuple[Any, ...], Tensors]]
+"""The loss; beside it the data loss, the penalty, what else the loss function returned, and the
+buffers as the model left them."""
+
+Moved: TypeAlias = tuple[TrainState, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Any, ...]]
+"""The state after a step; loss, data loss, penalty and norm of the gradient; aux, if any."""
+
+
+def update_of(
+    model: Model,
+    loss_fn: LossFn,
+    config: TopKastConfig,
+    start: int,
+    optimizer: Optimizer,
+    layers: Sequence[StandIn],
+    ranks: Alone,
+) -> Callable[..., Moved]:
+    """Return the step of a stage, without its refresh: a pure function of tensors.
+
+    It takes learning rates of one dimension, and of exponents the names alone: torch.compile makes
+    a symbol of a 0-d float64 that is given to a graph, and then traces everything twice.
+    """
+    tied = ties(model)
+
+    def step(
+        lent: tuple[int, ...],
+        phi: tuple[str, ...],
+        state: TrainState,
+        batch: Any,
+        lr: Rate,
+        share: Tensor | None,
+    ) -> Moved:
+        weights = state.weights
+
+        def objective(values: Tensors) -> Objective:
+            written = {name: buffer.clone() for name, buffer in state.buffers.items()}
+            powered = {n: theta_of(values[n], config.powerprop) for n in phi}
+            values = values | powered
+            computed = narrowed(values, state.narrow)
+            alpha, patterns = weights.alpha(computed), weights.layers()
+            apply = bind(model, tied, alpha, state.frozen, written)
+            with bound_to([layers[i] for i in lent], alpha, computed, patterns):
+                data_loss, aux = loss_and_aux(loss_fn(apply, batch))
+            penalty = weights.penalty(values, config, start)
+            loss = data_loss + config.penalty_weight * penalty
+            return loss, (data_loss, penalty, aux, written)
+
+        with torch.no_grad():
+            differentiate = grad_and_value(objective, has_aux=True)
+            grads, (loss, (data_loss, penalty, aux, written)) = differentiate(weights.values())
+            if share is not None:
+                whole = ranks.whole(share, grads, data_loss, aux, state.buffers, written)
+                grads, data_loss, aux, written = whole
+                loss = data_loss + config.penalty_weight * penalty
+            rate = tree_map(lambda given: given.reshape(()), lr)
+            updates, moved = optimizer.update(grads, state.optimizer, weights.values(), rate)
+            after = TrainState(
+                step=state.step + (moved.step % optimizer.every == 0),
+                seed=state.seed,
+                mask_seed=state.mask_seed,
+                weights=weights.moved(updates),
+                buffers=written,
+                frozen=state.frozen,
+                optimizer=OptimizerState(moved.step, weights.restricted(moved.slots)),
+                exponents=state.exponents,
+                narrow=state.narrow,
+            )
+            norm = global_norm(grads)
+        return after, (loss, data_loss, penalty, norm), aux
+
+    return step
