@@ -4,13 +4,12 @@ Each intrinsic keeps its sums in vector registers over a run of stored blocks of
 Operands are addresses; activations are tiles [features, width] of contiguous rows, ``width``
 numbers long and a multiple of a vector. The sizes of a block are literal integers.
 
-Numba caches what `numba_cpu` compiles of this by the time stamp of that file alone: touch it
-after a change here.
+Numba caches what `numba_cpu` compiles of this and of `vectors` by the time stamp of that file
+alone: touch it after a change here or there.
 """
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -18,135 +17,12 @@ from numba.core import cgutils, types
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
-from topkast_func.kernels.tiles import VECTOR_BYTES
+from topkast_func.kernels.vectors import Tile
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 REGISTERS = 16
 """Vector registers that hold sums; the others hold operands."""
-
-
-class _Tile:
-    """Loads, stores and arithmetic on vectors of one floating-point type."""
-
-    def __init__(self, builder: ir.IRBuilder, scalar: types.Float) -> None:
-        self.builder = builder
-        self.size = scalar.bitwidth // 8
-        self.scalar = ir.FloatType() if self.size == 4 else ir.DoubleType()
-        self.lanes = VECTOR_BYTES // self.size
-        self.vector = ir.VectorType(self.scalar, self.lanes)
-        self.zero = ir.Constant(self.vector, [0.0] * self.lanes)
-
-    def runs(self, start: Any, end: Any, steps: list[int]) -> Iterator[tuple[int, Any]]:
-        """Count from start to end, in the largest step as long as it fits; the last is 1.
-
-        Yields:
-            Each step once, with the counter of its loop.
-        """
-        for step in steps:
-            length = self.builder.sub(end, start)
-            stop = self.builder.sub(end, self.builder.urem(length, self.constant(step)))
-            stride = self.constant(step)
-            with cgutils.for_range_slice(self.builder, start, stop, stride, intp=_I64) as (k, _):
-                yield step, k
-            start = stop
-
-    def constant(self, number: int) -> ir.Constant:
-        return ir.Constant(_I64, number)
-
-    @contextmanager
-    def counted(self, number: int) -> Iterator[Any]:
-        """Count from 0 to below ``number``."""
-        stop, one = self.constant(number), self.constant(1)
-        with cgutils.for_range_slice(self.builder, self.constant(0), stop, one, intp=_I64) as (
-            k,
-            _,
-        ):
-            yield k
-
-    def sums(self, rows: int, columns: int) -> list[list[Any]]:
-        """Return places for sums, set to zero; LLVM keeps them in registers."""
-        return [
-            [cgutils.alloca_once_value(self.builder, self.zero) for _ in range(columns)]
-            for _ in range(rows)
-        ]
-
-    def at(self, base: Any, offset: Any, kind: ir.Type, size: int) -> Any:
-        """Return a pointer to ``base[offset]``, elements of ``size`` bytes."""
-        address = self.builder.add(base, self.builder.mul(offset, self.constant(size)))
-        return self.builder.inttoptr(address, kind.as_pointer())
-
-    def beside(self, base: Any, offset: Any, number: int) -> list[Any]:
-        """Return pointers to so many vectors side by side, the first at ``base[offset]``.
-
-        They have one address and constant distances, which processors add up for nothing.
-        """
-        first = self.at(base, offset, self.vector, self.size)
-        return [self.builder.gep(first, [ir.Constant(_I32, i)]) for i in range(number)]
-
-    def number(self, base: Any, offset: Any) -> Any:
-        return self.builder.load(self.at(base, offset, self.scalar, self.size))
-
-    def at_2d(self, row: Any, column: Any, columns: int) -> Any:
-        """Return the offset of [row, column] in a matrix."""
-        return self.builder.add(self.builder.mul(row, self.constant(columns)), column)
-
-    def index(self, base: Any, offset: Any) -> Any:
-        return self.builder.zext(self.builder.load(self.at(base, offset, _I32, 4)), _I64)
-
-    def load(self, pointer: Any) -> Any:
-        loaded = self.builder.load(pointer)
-        loaded.align = self.size
-        return loaded
-
-    def store(self, vector: Any, pointer: Any) -> None:
-        self.builder.store(vector, pointer).align = self.size
-
-    def splat(self, number: Any) -> Any:
-        undefined = ir.Constant(self.vector, ir.Undefined)
-        one = self.builder.insert_element(undefined, number, ir.Constant(_I32, 0))
-        return self.shuffled(one, one, [0] * self.lanes)
-
-    def shuffled(self, a: Any, b: Any, lanes: list[int]) -> Any:
-        return self.builder.shuffle_vector(
-            a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
-        )
-
-    def add_product(self, accumulator: Any, a: Any, b: Any) -> None:
-        """Add a·b to an accumulator, rounded once."""
-        signature = ir.FunctionType(self.vector, [self.vector] * 3)
-        name = f"llvm.fma.v{self.lanes}f{8 * self.size}"
-        fma = cgutils.get_or_insert_function(self.builder.module, signature, name)
-        total = self.builder.call(fma, [a, b, self.builder.load(accumulator)])
-        self.builder.store(total, accumulator)
-
-    def across(self, vectors: list[Any]) -> Any:
-        """Return the vector of the sums over lanes of a power of two of vectors, in order."""
-        groups = 1
-        while len(vectors) > 1:
-            low, high = self._halves(groups, self.lanes // groups)
-            pairs = zip(vectors[::2], vectors[1::2], strict=True)
-            vectors = [self._folded(a, b, low, high) for a, b in pairs]
-            groups *= 2
-        total, width = vectors[0], self.lanes // groups
-        while width > 1:
-            low, high = ([*half] for half in self._halves(groups, width))
-            total = self.builder.fadd(
-                self.shuffled(total, total, low), self.shuffled(total, total, high)
-            )
-            width //= 2
-        return total
-
-    def _halves(self, groups: int, width: int) -> tuple[list[int], list[int]]:
-        """Return the lanes of the first and of the second half of every group."""
-        low = [g * width + i for g in range(groups) for i in range(width // 2)]
-        return low, [lane + width // 2 for lane in low]
-
-    def _folded(self, a: Any, b: Any, low: list[int], high: list[int]) -> Any:
-        beyond = [self.lanes + lane for lane in low], [self.lanes + lane for lane in high]
-        return self.builder.fadd(
-            self.shuffled(a, b, low + beyond[0]), self.shuffled(a, b, high + beyond[1])
-        )
 
 
 def _literals(*arguments: Any) -> list[int]:
@@ -184,7 +60,7 @@ def add_rows(
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         _, y, x, width, column, values, place, start, end, *_ = arguments
-        tile = _Tile(builder, kind.dtype)
+        tile = Tile(builder, kind.dtype)
         zero, one = tile.constant(0), tile.constant(1)
         vectors = builder.udiv(width, tile.constant(tile.lanes))
         for count, vector in tile.runs(zero, vectors, _halvings(min(8, REGISTERS // group))):
@@ -249,7 +125,7 @@ def add_dots(
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         _, gradient, g, x, width, column, start, end, *_ = arguments
-        tile = _Tile(builder, kind.dtype)
+        tile = Tile(builder, kind.dtype)
         size = tile.constant(block_width)
         first, last = builder.mul(start, size), builder.mul(end, size)
         for count, q in tile.runs(first, last, _together(block_height, block_width)):
