@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint results bench evidence notebooks clean
+.PHONY: demo test check lint results bench evidence notebooks clean
 
 demo: .venv/package
 	$(BIN)/python -m topkast_func boston --overwrite
 
 test: .venv/tests
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Before a commit: lint, types, and the tests that are quick.
+check: lint
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow"
 
 lint: .venv/tests
 	$(BIN)/ruff check .

@@ -8,8 +8,35 @@ import torch
 from hypothesis import settings
 
 matplotlib.use("Agg")
+SLOW = (
+    "tests/distributed/",
+    "tests/integrations/",
+    "tests/kernels/test_numba_cpu.py",
+    "tests/kernels/test_triton.py",
+    "tests/test_benchmarks.py",
+    "tests/test_checkpoint.py::test_a_process_killed",
+    "tests/test_compact.py::test_dynamic_shapes",
+    "tests/test_compilation.py",
+    "tests/test_damage.py",
+    "tests/test_evidence.py::test_a_r",
+    "tests/test_main.py::test_boston_at_default",
+    "tests/test_methods.py::test_more_stages",
+    "tests/test_models.py::test_compiled",
+    "tests/test_notebooks.py",
+    "tests/test_optim.py::test_a_run_in_float16",
+    "tests/test_optim_parts.py::test_compiled",
+    "tests/test_readme.py::test_block",
+)
+"""Beginnings of the tests that `make check` leaves out: several seconds each, or many."""
+
 settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
