@@ -217,7 +217,9 @@ def test_dense_products_are_made_on_the_device(
     forward, backward = masks
     pattern = pattern_of(forward, backward, block)
     WAITS.clear()
-    y, vjp = torch.func.vjp(lambda v, x: sparse_linear(x, v, pattern, case.shape), values, x)
+    layer: Any = lambda v, x: sparse_linear(x, v, pattern, case.shape)  # noqa: E731
+    found: Any = torch.func.vjp(layer, values, x)
+    y, vjp = found
     for_values, for_x = vjp(g)
     assert not WAITS
     assert same((y, for_x), (on_cpu(x) @ case.alpha.T, on_cpu(g) @ case.alpha))
@@ -236,8 +238,13 @@ def test_autocast_multiplies_in_its_dtype_on_a_device(
     """So does torch: the gradients of the values and the bias are in their own dtype again."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
-    met = []
-    monkeypatch.setattr(dense, "_product", lambda x, w: met.append(x.dtype) or x @ w.t())
+    met = set()
+
+    def product_of(x: Tensor, w: Tensor) -> Tensor:
+        met.add(x.dtype)
+        return x @ w.t()
+
+    monkeypatch.setattr(dense, "_product", product_of)
     case = problem(dtype=values)
     forward, backward, theta, bias, x = there((
         case.forward,
@@ -251,10 +258,11 @@ def test_autocast_multiplies_in_its_dtype_on_a_device(
     def layer(theta: Tensor, bias: Tensor) -> Tensor:
         return sparse_linear(x, theta, pattern, case.shape, bias)
 
-    y, vjp = torch.func.vjp(layer, theta, bias)
+    found: Any = torch.func.vjp(layer, theta, bias)
+    y, vjp = found
     gradients = vjp(torch.ones_like(y))
     assert y.dtype == product
-    assert {*met} == {product}
+    assert met == {product}
     assert [g.dtype for g in gradients] == [values, values]
 
 
