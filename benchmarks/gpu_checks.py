@@ -105,7 +105,7 @@ def check_training(device: str, storage: Any, block: int, dtype: torch.dtype) ->
     torch.manual_seed(0)
     model = mlp(128, 256, 64).to(device, dtype)
     config = tk.TopKastConfig(0.7, 0.4, block_shape=(block, block), refresh_every=3)
-    optimizer, batch = tk.sgd(0.1), torch.randn(48, 128, device=device, dtype=dtype)
+    optimizer, batch = tk.sgd(10.0), torch.randn(48, 128, device=device, dtype=dtype)
     ends = []
     for compile in (False, COMPILE):
         step = tk.make_train_step(model, energy, config, optimizer, compile=compile)
@@ -115,11 +115,13 @@ def check_training(device: str, storage: Any, block: int, dtype: torch.dtype) ->
             torch.cuda.set_sync_debug_mode("default" if waits else "error")
             state, _ = step(state, batch)
             torch.cuda.set_sync_debug_mode("default")
-        ends.append(tk.dense_params(state))
+            if number == 2:  # later, sets that are chosen from rounded numbers may differ
+                ends.append(tk.dense_params(state))
     before = dict(model.named_parameters())
     for name, (a, b) in {n: (ends[0][n].float(), ends[1][n].float()) for n in ends[0]}.items():
         moved = (a - before[name].float()).abs().max()
-        if not moved > 0 or not (a - b).abs().max() <= 0.05 * moved:
+        rounding = 4 * torch.finfo(dtype).eps * a.abs().max()
+        if not moved > 2 * rounding or not (a - b).abs().max() <= rounding:
             raise ArithmeticError(f"{name}: compiled and eager steps differ")
 
 
