@@ -13,7 +13,7 @@ from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
 from topkast_func.config.selection import check_present
-from topkast_func.methods import Situation, check_kind, size_problem
+from topkast_func.methods.base import Situation, check_kind, size_problem
 from topkast_func.places import counted
 from topkast_func.ranking import NO_RANKING, NaNParameterError, kept, magnitudes
 from topkast_func.sparsity import Allocation

@@ -135,7 +135,7 @@ REFUSED = {
     "none": r"FileNotFoundError: .*there is no checkpoint in .*nothing",
     "config": r"ValueError: .* with another configuration .*: penalty_weight is 0.0001 and not 0.3",
     "one config": r"ValueError: .* with another configuration",
-    "optimiser": r"ValueError: .*step-5 holds another state: slots are",
+    "optimiser": r"ValueError: .*step-5 holds a state of another optimiser: slots are",
 }
 
 

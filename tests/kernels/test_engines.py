@@ -119,7 +119,7 @@ def test_an_old_gpu_is_named(gpu: pytest.MonkeyPatch) -> None:
 
 
 def test_numba_refuses_what_is_on_a_gpu() -> None:
-    with pytest.raises(TypeError, match="engine 'numba' runs on cpu, not on cuda"):
+    with pytest.raises(TypeError, match="engine numba runs on cpu, not on cuda"):
         choose("numba", LAYER._replace(device="cuda"))
 
 

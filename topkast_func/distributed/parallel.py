@@ -183,8 +183,8 @@ class DataParallel(Alone):
         kind |= {"tensors in the state": len(leaves)}
         doing = [step, int(state.optimizer.step), _digest(kind)]
         check = due or self._are_others(leaves)
-        samples = torch.tensor([float(self._samples(batch))], dtype=torch.float64)
-        own = torch.tensor([*doing, check, *samples.view(torch.int64)])
+        samples = torch.tensor([float(self._samples(batch))], dtype=torch.float64, device="cpu")
+        own = torch.tensor([*doing, check, *samples.view(torch.int64)], device="cpu")
         *told, checks, weights = self._ranks.gathered(own).unbind(1)
         where = f"rank {self.rank} of {self._ranks.size}, step {step}"
         for what, numbers in zip(("step", "call of the optimiser"), told, strict=False):

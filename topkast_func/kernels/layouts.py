@@ -36,4 +36,5 @@ def _say_it_unheard() -> None:
     """Let torch say once in a process that CSR is in beta, where nobody hears it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0], torch.zeros(0, dtype=torch.int64), torch.zeros(0), (0, 0))
+        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
+        torch.sparse_csr_tensor([0], empty, empty, (0, 0), device="cpu")

@@ -1,6 +1,6 @@
 """Methods of sparse training: values that a configuration carries."""
 
-from topkast_func.methods.base import Entry, Method, Situation, check_kind, size_problem
+from topkast_func.methods.base import Entry, Method, Situation
 from topkast_func.methods.exchange import rigl, set, static
 from topkast_func.methods.magnitude import dense, gmp, random_backward, ste, topkast
 
@@ -8,13 +8,11 @@ __all__ = [
     "Entry",
     "Method",
     "Situation",
-    "check_kind",
     "dense",
     "gmp",
     "random_backward",
     "rigl",
     "set",
-    "size_problem",
     "static",
     "ste",
     "topkast",

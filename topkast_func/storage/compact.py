@@ -11,6 +11,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern, block_of, pattern_of
 from topkast_func.model.alpha import alpha, merge, split
 from topkast_func.penalty import summed_penalty
+from topkast_func.places import counted
 from topkast_func.places import sizes_of
 from topkast_func.storage.index import Index, Positions, carry, old_slots, positions_of, reindex
 from topkast_func.types import Masks, Params, Tensors
@@ -73,11 +74,11 @@ class CompactWeights(NamedTuple):
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return how many entries A and B have, by name."""
-        found = {}
-        for name, theta in self.theta.items():
-            active = self.sets(name).active_count * math.prod(self.held[name].shape[1:])
-            found[name] = (active, int((self._where(name) < theta.numel()).sum()))
-        return found
+        used = [self._where(name) < theta.numel() for name, theta in self.theta.items()]
+        return {
+            name: (self.sets(name).active_count * math.prod(self.held[name].shape[1:]), count)
+            for name, count in zip(self.theta, counted(used), strict=True)
+        }
 
     def sets_key(self) -> Hashable:
         """Return what differs where the sets are others, without counting them."""
