@@ -11,8 +11,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern, block_of, pattern_of
 from topkast_func.model.alpha import alpha, merge, split
 from topkast_func.penalty import summed_penalty
-from topkast_func.places import counted
-from topkast_func.places import sizes_of
+from topkast_func.places import counted, sizes_of
 from topkast_func.storage.index import Index, Positions, carry, old_slots, positions_of, reindex
 from topkast_func.types import Masks, Params, Tensors
 
