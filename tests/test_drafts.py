@@ -40,6 +40,18 @@ def test_it_has_the_permissions_of_any_new_file(path: Path) -> None:
     assert path.stat().st_mode == (path.parent / "other").stat().st_mode
 
 
+def test_it_keeps_the_permissions_of_the_file_it_replaces(path: Path) -> None:
+    _write(path, b"a")
+    path.chmod(0o600)
+    _write(path, b"b")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
+        _write(tmp_path, b"a")
+
+
 def test_an_error_leaves_the_old_file_and_no_draft(path: Path) -> None:
     _write(path, b"a")
     with pytest.raises(TypeError), replacing(path) as file:
@@ -49,7 +61,7 @@ def test_an_error_leaves_the_old_file_and_no_draft(path: Path) -> None:
 
 
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"folder of .*nowhere/x is not there"):
         _write(tmp_path / "nowhere" / "x", b"a")
 
 

@@ -26,7 +26,8 @@ Layer = TypeVar("Layer", bound="SparseLayer")
 
 
 class _Running(threading.local):
-    depth = 0
+    def __init__(self) -> None:  # in each thread: Dynamo guards what the instance itself holds
+        self.depth = 0
 
 
 _RUNNING = _Running()

@@ -5,6 +5,7 @@ by a refresh, by `load_state_dict`, by a broadcast from another process.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,9 @@ class SparseWeight:
         self.steps = 0
         self._derived: Derived | None = None
 
-    def __reduce__(self) -> tuple[type["SparseWeight"], tuple[str, Rule]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Leave behind what is derived."""
-        return SparseWeight, (self.key, self.rule)
+        return SparseWeight, (self.key, self.rule), {"probe": self.probe, "steps": self.steps}
 
     @property
     def buffer(self) -> str:

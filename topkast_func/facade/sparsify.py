@@ -70,7 +70,7 @@ def sparsify(
 
     Raises:
         TypeError: The model is no module, or see `init_state`.
-        ValueError: The model is wrapped, sparse already, has nothing to be made sparse, or see
+        ValueError: The model is wrapped, sparse already, has nothing to be trained, or see
             `init_state`; it is as it was.
 
     Example:

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,13 +22,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         path: The file. Where it is a symbolic link, what it points to is replaced.
 
     Yields:
-        The draft, open for writing; the old file stays if an error leaves the context.
+        The draft, open for writing; the old file stays if an error leaves the context. Who may
+        read and write the old file may so the new one.
+
+    Raises:
+        FileNotFoundError: The folder of the file is not there.
+        IsADirectoryError: ``path`` is a folder.
     """
     target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {path} is not there: make it first")
     _sweep(target.parent)
     with _draft_in(target.parent) as (draft, file):
         yield file
         file.flush()
+        with suppress(FileNotFoundError):
+            draft.chmod(stat.S_IMODE(target.stat().st_mode))
         os.fsync(file.fileno())
         draft.replace(target)
     _sync(target.parent)
