@@ -12,21 +12,11 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from tqdm import tqdm
 
+from topkast_func import methods
 from topkast_func.compiling import Times, stopwatch
 from topkast_func.config import TopKastConfig
 from topkast_func.data import BostonHousing, SyntheticDataset
 from topkast_func.distributed.launched import is_first, own_rows, world
-from topkast_func.methods import (
-    Method,
-    dense,
-    gmp,
-    random_backward,
-    rigl,
-    set,
-    static,
-    ste,
-    topkast,
-)
 from topkast_func.training.best import Best
 from topkast_func.training.loop import Callback
 from topkast_func.training.loop import train as loop
@@ -41,19 +31,19 @@ JOBS: dict[str, Callable[[], TensorDataset]] = {
 }
 WIDTH, BATCH_SIZE, SPLIT_SEED, LEARNING_RATE = 128, 64, 42, 1e-3
 
-METHOD = topkast("value", exchange=None)
+METHOD = methods.topkast("value", exchange=None)
 """The paper's form: the sets are chosen every few steps, and plain descent does not overshoot."""
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, methods.Method] = {
     "topkast": METHOD,
-    "topkast-zero": topkast(),
-    "random-backward": random_backward(),
-    "ste": ste(),
-    "static": static(),
-    "set": set(),
-    "rigl": rigl(),
-    "gmp": gmp(0, 500),
-    "dense": dense(),
+    "topkast-zero": methods.topkast(),
+    "random-backward": methods.random_backward(),
+    "ste": methods.ste(),
+    "static": methods.static(),
+    "set": methods.set(),
+    "rigl": methods.rigl(),
+    "gmp": methods.gmp(0, 500),
+    "dense": methods.dense(),
 }
 """By the name that the command line has for them."""
 

@@ -56,6 +56,7 @@ def main() -> None:
     ledger.run(comparison(tuned))
     if arguments.ablations:
         ledger.run(setting for _, setting in ablations(tuned))
+        print(report.load(arguments.task).ablation_table())
     print(report.load(arguments.task).table())
 
 

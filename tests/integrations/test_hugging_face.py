@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import topkast_func as tk
+from tests.integrations.states import assert_same
 from topkast_func.bits import unpacked
 from topkast_func.integrations.hugging_face import TopKastCallback
 
@@ -102,13 +103,6 @@ def by_hand(config: tk.TopKastConfig) -> tuple[Any, tk.Sparsifier, float]:
         schedule.step()
         optimizer.zero_grad()
     return model, sparsifier, max(norms)
-
-
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    states = one.state_dict(), other.state_dict()
-    assert states[0].keys() == states[1].keys()
-    for name, tensor in states[0].items():
-        assert torch.equal(tensor, states[1][name]), name
 
 
 @pytest.mark.parametrize("method", [tk.topkast(), tk.rigl()])

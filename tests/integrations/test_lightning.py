@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import topkast_func as tk
+from tests.integrations.states import assert_same
 from topkast_func.bits import unpacked
 from topkast_func.integrations.lightning import TopKastCallback
 
@@ -112,13 +113,6 @@ def by_hand(config: tk.TopKastConfig) -> tuple[Classifier, tk.Sparsifier]:
                 optimizer.zero_grad()
         schedule.step()
     return module, sparsifier
-
-
-def assert_same(one: nn.Module, other: nn.Module) -> None:
-    states = one.state_dict(), other.state_dict()
-    assert states[0].keys() == states[1].keys()
-    for name, tensor in states[0].items():
-        assert torch.equal(tensor, states[1][name]), name
 
 
 @pytest.mark.parametrize("method", [tk.topkast(), tk.rigl()])

@@ -4,7 +4,7 @@ import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,22 @@ BROKEN = (
 )
 
 
+class Found(NamedTuple):
+    """What a step finds in a batch.
+
+    Attributes:
+        grads: Gradients of the values by name.
+        loss: The loss, 0-d.
+        aux: What came with it.
+        buffers: Buffers by name, as the model left them.
+    """
+
+    grads: Tensors
+    loss: Tensor
+    aux: tuple[Any, ...]
+    buffers: Tensors
+
+
 class Alone:
     """One process: it adds nothing to a step.
 
@@ -48,30 +64,6 @@ class Alone:
     def mean(self, tensors: Tensors) -> Tensors:
         """Return tensors averaged over the samples of the step."""
         return tensors
-
-    def whole(
-        self,
-        share: Tensor,
-        grads: Tensors,
-        loss: Tensor,
-        aux: tuple[Any, ...],
-        before: Tensors,
-        after: Tensors,
-    ) -> tuple[Tensors, Tensor, tuple[Any, ...], Tensors]:
-        """Return gradients, loss, aux and buffers of the whole batch, of those of this rank.
-
-        Args:
-            share: Share of this rank, as the step got it.
-            grads: Gradients of the values.
-            loss: The loss, 0-d.
-            aux: What came with it.
-            before: Buffers before the step.
-            after: Buffers after it.
-
-        Returns:
-            Those of the whole batch.
-        """
-        return grads, loss, aux, after
 
     def take_part(
         self,
@@ -128,30 +120,32 @@ class DataParallel(Alone):
         found = mean_over(self._ranks.group, self.share.reshape(()), list(tensors.values()))
         return dict(zip(tensors, found, strict=True))
 
-    def whole(
-        self,
-        share: Tensor,
-        grads: Tensors,
-        loss: Tensor,
-        aux: tuple[Any, ...],
-        before: Tensors,
-        after: Tensors,
-    ) -> tuple[Tensors, Tensor, tuple[Any, ...], Tensors]:
-        """Return gradients, loss, aux and buffers of the whole batch; see `Alone.whole`."""
+    def whole(self, share: Tensor, own: Found, before: Tensors) -> Found:
+        """Return what the whole batch has, of what the batch of this rank has.
+
+        Args:
+            share: Share of this rank, as the step got it.
+            own: What was found in the batch of this rank.
+            before: Buffers before the step.
+
+        Returns:
+            What all batches together have.
+        """
+        grads, loss, aux, after = own
         leaves, structure = tree_flatten(aux)
         numbers = [i for i, leaf in enumerate(leaves) if leaf.ndim == 0 and _is_mean(leaf)]
         changes = [
             torch.where(after[name] == before[name], 0.0, after[name] - before[name])
             for name in self._averaged
         ]
-        own = [loss, *(leaves[i] for i in numbers), *changes, *grads.values()]
-        means = mean_over(self._ranks.group, share.reshape(()), own)
+        sent = [loss, *(leaves[i] for i in numbers), *changes, *grads.values()]
+        means = mean_over(self._ranks.group, share.reshape(()), sent)
         for i, number in zip(numbers, means[1:], strict=False):
             leaves[i] = number
         moved = means[1 + len(numbers) : len(means) - len(grads)]
         buffers = {n: before[n] + move for n, move in zip(self._averaged, moved, strict=True)}
         grads = dict(zip(grads, means[len(means) - len(grads) :], strict=True))
-        return grads, means[0], tree_unflatten(leaves, structure), after | buffers
+        return Found(grads, means[0], tree_unflatten(leaves, structure), after | buffers)
 
     def take_part(
         self,

@@ -33,13 +33,13 @@ def stand_ins(model: object, engine: EngineName = "auto") -> list[StandIn]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = []
     for layer in model.modules():
-        for kind in KINDS:
-            if "forward" in vars(layer) or not kind.fits(layer):
-                continue
-            own = [_weight(layer, path) for path in kind.weights]
-            if all(id(weight) in names for weight in own):
-                named = (names[id(weight)] for weight in own)
-                found.append(kind(layer, tuple(Product(n, engine, kind.transposed) for n in named)))
+        kind = next((kind for kind in KINDS if kind.fits(layer)), None)
+        if kind is None or "forward" in vars(layer):
+            continue
+        own = [id(_weight(layer, path)) for path in kind.weights]
+        if all(weight in names for weight in own):
+            products = (Product(names[weight], engine, kind.transposed) for weight in own)
+            found.append(kind(layer, tuple(products)))
     return found
 
 

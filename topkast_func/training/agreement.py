@@ -1,6 +1,7 @@
 """What must agree: a state with the model, configuration and optimiser that go on from it."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from topkast_func.storage.dense import DenseWeights
 from topkast_func.training.optim import Optimizer, slot_problem
 from topkast_func.training.state import TrainState
 from topkast_func.types import Masks, Model, Params, Tensors
+
+Facts: TypeAlias = Mapping[str, Mapping[str, object]]
+"""What is known of tensors, such as their "shape" and "dtype", by name."""
 
 EXCHANGED = (
     "{!r} requires {} gradient, but the state {} it: undo that, or, to change what is trained, "
@@ -103,14 +107,11 @@ def check_tensors(state: TrainState, model: nn.Module) -> None:
     Raises:
         ValueError: It has not.
     """
-    rest = {name: tensor.shape for name, tensor in {**state.frozen, **state.buffers}.items()}
-    found, expected = {**state.weights.shapes(), **rest}, tensors_of(model)
-    problem = _difference("tensors", found, expected)
-    for name, tensor in expected.items():
-        if not problem and found[name] != tensor.shape:
-            shapes = tuple(found[name]), tuple(tensor.shape)
-            problem = f"{name!r} has shape {shapes[0]}, the model {shapes[1]}"
-    if problem:
+    others = {name: tensor.shape for name, tensor in {**state.frozen, **state.buffers}.items()}
+    shapes = {**state.weights.shapes(), **others}
+    found = {name: {"shape": tuple(shape)} for name, shape in shapes.items()}
+    expected = {n: {"shape": tuple(tensor.shape)} for n, tensor in tensors_of(model).items()}
+    if problem := _tensor_problem("tensors", found, expected):
         raise ValueError(f"the state is of another model: {problem}")
 
 
@@ -284,32 +285,32 @@ def _size_problem(
 
 
 def _model_problem(state: TrainState, model: nn.Module) -> str | None:
-    values, shapes = state.weights.values(), state.weights.shapes()
-    parameters = {n: (shapes[n], state.narrow.get(n, value).dtype) for n, value in values.items()}
-    found = {
-        "parameters": parameters,
-        "frozen parameters": _shaped(state.frozen),
-        "buffers": _shaped(state.buffers),
+    shapes, narrow = state.weights.shapes(), state.narrow
+    parameters: Facts = {
+        name: {"shape": tuple(shapes[name]), "dtype": narrow.get(name, value).dtype}
+        for name, value in state.weights.values().items()
     }
-    expected = {
-        "parameters": _shaped(trainable(model)),
-        "frozen parameters": _shaped(frozen(model)),
-        "buffers": _shaped(dict(model.named_buffers())),
+    sides = {
+        "parameters": (parameters, _facts(trainable(model))),
+        "frozen parameters": (_facts(state.frozen), _facts(frozen(model))),
+        "buffers": (_facts(state.buffers), _facts(dict(model.named_buffers()))),
     }
-    for what, tensors in expected.items():
-        if problem := _difference(what, found[what], tensors):
-            return problem
-        for name, (shape, dtype) in tensors.items():
-            held_shape, held_dtype = found[what][name]
-            if held_shape != shape:
-                return f"{name!r} has shape {tuple(held_shape)}, the model {tuple(shape)}"
-            if held_dtype != dtype:
-                return f"{name!r} has dtype {held_dtype}, the model {dtype}"
+    problems = (_tensor_problem(what, *both) for what, both in sides.items())
+    return next(filter(None, problems), None)
+
+
+def _facts(tensors: Params) -> Facts:
+    return {name: {"shape": tuple(t.shape), "dtype": t.dtype} for name, t in tensors.items()}
+
+
+def _tensor_problem(what: str, found: Facts, expected: Facts) -> str | None:
+    if problem := _difference(what, found, expected):
+        return problem
+    for name, facts in expected.items():
+        for kind, fact in facts.items():
+            if found[name][kind] != fact:
+                return f"{name!r} has {kind} {found[name][kind]}, the model {fact}"
     return None
-
-
-def _shaped(tensors: Params) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _optimizer_problem(state: TrainState, optimizer: Optimizer) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
+from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 Leaves = tuple[Any, ...]
@@ -13,6 +13,8 @@ Leaves = tuple[Any, ...]
 
 def is_ensemble(tree: Any) -> bool:
     """Return whether `torch.vmap` maps over a tensor of a tree."""
+    if peek_interpreter_stack() is None:
+        return False
     return any(isinstance(leaf, Tensor) and is_batchedtensor(leaf) for leaf in tree_leaves(tree))
 
 

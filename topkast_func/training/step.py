@@ -211,13 +211,18 @@ def make_train_step(
         return _refreshed(state, config, read)
 
     def in_its_turn(
-        state: TrainState, batch: Any, mode: tuple[bool, ...], kind: Hashable
+        state: TrainState,
+        batch: Any,
+        mode: tuple[bool, ...],
+        kind: Hashable,
+        is_due: bool,
+        ends: bool,
     ) -> tuple[TrainState, StepMetrics]:
         check(state)
         if mode not in tried:
             check_pure(model, loss_fn, state, batch)
             tried.add(mode)
-        before = anew(state, batch, kind) if due(state) else state
+        before = anew(state, batch, kind) if is_due else state
         refreshed, state = before is not state, before
         patterns = state.weights.layers()
         lent = {i: layer for i, layer in enumerate(layers) if layer.needed(patterns)}
@@ -232,7 +237,7 @@ def make_train_step(
             return after._replace(exponents=state.exponents), numbers, aux
 
         moved, numbers, aux = draws.run(kind, state, step)
-        after = anew(moved, batch, kind) if ends_stage(state) else moved
+        after = anew(moved, batch, kind) if ends else moved
         told = torch.tensor(refreshed or after is not moved, device="cpu")
         return after, StepMetrics(*numbers, told, *(aux or ((),)))
 
@@ -245,14 +250,14 @@ def make_train_step(
         batch, mode = ordinary(batch), modes(model)
         kind: Hashable = mode
         sizes = tuple(value.shape for value in state.weights.values().values())
+        refreshes = (due(state), ends_stage(state))
         if compile is not False:
-            chooses = (schedule.stage(int(state.step)), due(state), ends_stage(state))
+            chooses = (schedule.stage(int(state.step)), *refreshes)
             kind = (mode, type(state.weights), sizes, *chooses, signature(batch))
-        work = partial(in_its_turn, state, batch, mode, kind)
+        work = partial(in_its_turn, state, batch, mode, kind, *refreshes)
         turn = partial(in_turn, own | draws.claims(kind), partial(as_written, parts, work))
-        refreshes = due(state) or ends_stage(state)
         with one_report():
-            return ranks.take_part(state, batch, turn, modes=mode, sizes=sizes, due=refreshes)
+            return ranks.take_part(state, batch, turn, modes=mode, sizes=sizes, due=any(refreshes))
 
     vars(train_step)["config"] = config
     return train_step

@@ -9,7 +9,7 @@ from torch.func import grad_and_value
 from torch.utils._pytree import tree_map
 
 from topkast_func.config import TopKastConfig
-from topkast_func.distributed.parallel import Alone
+from topkast_func.distributed.parallel import Alone, DataParallel, Found
 from topkast_func.model.layers import bound_to
 from topkast_func.model.modules import bind, ties
 from topkast_func.model.stand_in import StandIn
@@ -69,9 +69,9 @@ def update_of(
         with torch.no_grad():
             differentiate = grad_and_value(objective, has_aux=True)
             grads, (loss, (data_loss, penalty, aux, written)) = differentiate(weights.values())
-            if share is not None:
-                whole = ranks.whole(share, grads, data_loss, aux, state.buffers, written)
-                grads, data_loss, aux, written = whole
+            if isinstance(ranks, DataParallel) and share is not None:
+                own = Found(grads, data_loss, aux, written)
+                grads, data_loss, aux, written = ranks.whole(share, own, state.buffers)
                 loss = data_loss + config.penalty_weight * penalty
             rate = tree_map(lambda given: given.reshape(()), lr)
             updates, moved = optimizer.update(grads, state.optimizer, weights.values(), rate)
