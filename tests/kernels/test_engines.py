@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels.problems import ON_CPU, check_products, integers, problem
 from topkast_func.kernels import Layer, choose, engine, engines, sparse_linear
-from topkast_func.kernels.engines import cost
+from topkast_func.kernels.costs import cost
 
 LAYER = Layer(512, 1024, 52429, 104858, (1, 1), 128, torch.float32, "cpu")
 

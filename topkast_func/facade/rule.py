@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from topkast_func.config import TopKastConfig
-from topkast_func.kernels.engines import Choice, EngineName, Layer, choose
+from topkast_func.kernels.costs import Layer
+from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.report.notes import ALPHA
 from topkast_func.sparsity import Allocation
 

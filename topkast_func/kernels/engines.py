@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from topkast_func.kernels.costs import Layer, cost
 from topkast_func.kernels.tiles import pack, unpack
 
 EngineName: TypeAlias = Literal["auto", "numba", "triton", "dense", "reference", "torch_sparse"]
@@ -41,30 +42,6 @@ class Layout(NamedTuple):
 
     pack: Callable[[Tensor], Tensor]
     unpack: Callable[[Tensor, int], Tensor]
-
-
-class Layer(NamedTuple):
-    """What the choice of an engine depends on.
-
-    Attributes:
-        out_features: Rows of the weight.
-        in_features: Columns of the weight.
-        forward: Entries in A.
-        backward: Entries in B.
-        block_shape: (r, c) of a block.
-        batch: Rows of activations that the layer sees at a time.
-        dtype: Dtype of values and activations.
-        device: Type of the device.
-    """
-
-    out_features: int
-    in_features: int
-    forward: int
-    backward: int
-    block_shape: tuple[int, int]
-    batch: int
-    dtype: torch.dtype
-    device: str
 
 
 class Choice(NamedTuple):
@@ -178,51 +155,6 @@ def check_engine(name: str) -> None:
     """
     if name not in ("auto", *ENGINES):
         raise ValueError(f"engine must be 'auto' or one of {ENGINES}, got {name!r}")
-
-
-def cost(name: str, layer: Layer) -> float:
-    """Estimate the time of the three products of a layer, in nanoseconds.
-
-    Only the ratio of two engines on one device matters. On a CPU the constants are fits to
-    benchmarks/results, of two fast cores. On a GPU they are projected from published rates of an
-    H100, and measured by nobody yet.
-
-    Args:
-        name: "numba", "triton" or "dense".
-        layer: The layer.
-
-    Returns:
-        The estimate.
-    """
-    if layer.device != "cpu":
-        return _projected(name, layer)
-    entries = layer.out_features * layer.in_features
-    activations = layer.batch * (layer.out_features + layer.in_features)
-    if name == "dense":
-        moved = 2 * layer.forward + layer.backward
-        return 250e3 + 3 * entries * layer.batch / 95 + 8 * moved
-    columns = -(-layer.batch // 16) * 16
-    products = (2 * layer.forward + layer.backward) * columns
-    return 45e3 + products / _speed(layer.block_shape) + 0.3 * activations
-
-
-def _projected(name: str, layer: Layer) -> float:
-    """Estimate the time on a GPU: launches, multiplications at a rate, and bytes that are moved."""
-    entries = layer.out_features * layer.in_features
-    half = layer.dtype in (torch.float16, torch.bfloat16)
-    rate = 300e3 if half else 25e3  # multiplications per nanosecond, dense
-    if name == "dense":
-        moved = (2 * entries + 8 * (layer.forward + layer.backward)) * layer.dtype.itemsize
-        return 60e3 + 3 * entries * layer.batch / rate + moved / 2e3
-    side = min(*layer.block_shape, 128)
-    reached = side / (side + 64)  # a fifth of that at 16, half at 64, two thirds at 128
-    return 40e3 + (2 * layer.forward + layer.backward) * layer.batch / (rate * reached)
-
-
-def _speed(block_shape: tuple[int, int]) -> float:
-    """Return multiplications per nanosecond; blocks reuse what they load, on both sides."""
-    rows, columns = (min(n, 4) for n in block_shape)
-    return 90 * rows * columns / (rows * columns + 1)
 
 
 @cache

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topkast_func.kernels.engines import EngineName, Layer, choose, layout
+from topkast_func.kernels.costs import Layer
+from topkast_func.kernels.engines import EngineName, choose, layout
 from topkast_func.kernels.operators import product, transposed_product
 from topkast_func.kernels.pattern import Pattern, block_of, flattened
 

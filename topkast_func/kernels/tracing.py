@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from topkast_func.kernels.engines import EngineName, Layer, choose
+from topkast_func.kernels.costs import Layer
+from topkast_func.kernels.engines import EngineName, choose
 
 
 @torch.compiler.assume_constant_result
