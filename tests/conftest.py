@@ -1,5 +1,6 @@
 """Settings that every test runs under."""
 
+import os
 from collections.abc import Iterator
 
 import matplotlib
@@ -28,6 +29,11 @@ SLOW = (
     "tests/test_readme.py::test_block",
 )
 """Beginnings of the tests that `make check` leaves out: several seconds each, or many."""
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # threads of several workers on the same cores would wait for each other
+    torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of their processes
 
 settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("tests")

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.modules import bind, ties
+from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.purity import random_numbers_of
 from topkast_func.training.state import TrainState, alpha_in
@@ -57,14 +57,13 @@ def gradients_of(model: Model, loss_fn: LossFn) -> Callable[[TrainState, Any], T
     def gradients(state: TrainState, batch: Any) -> Tensors:
         weights = alpha_in(state)
 
-        def objective(sparse: Tensors) -> Tensor:
+        def objective(sparse: Tensors) -> tuple[Tensor, tuple[()]]:
             written = {name: buffer.clone() for name, buffer in state.buffers.items()}
             apply = bind(model, tied, weights | sparse, {}, written)
-            return loss_and_aux(loss_fn(apply, batch))[0]
+            return loss_and_aux(loss_fn(apply, batch))[0], ()
 
         with torch.no_grad():
             sparse = {name: weights[name] for name in state.weights.sparse()}
-            found: Tensors = grad(objective)(sparse)
-            return found
+            return gradient_and_value(objective, sparse)[0]
 
     return gradients

@@ -5,7 +5,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
 from torch.utils._pytree import tree_map
 
 from topkast_func.config import TopKastConfig
@@ -14,6 +13,7 @@ from topkast_func.model.layers import bound_to
 from topkast_func.model.modules import bind, ties
 from topkast_func.model.stand_in import StandIn
 from topkast_func.powerprop import theta_of
+from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.optim import Optimizer, OptimizerState, Rate, global_norm
 from topkast_func.training.state import TrainState, narrowed
@@ -67,8 +67,8 @@ def update_of(
             return loss, (data_loss, penalty, aux, written)
 
         with torch.no_grad():
-            differentiate = grad_and_value(objective, has_aux=True)
-            grads, (loss, (data_loss, penalty, aux, written)) = differentiate(weights.values())
+            grads, (loss, beside) = gradient_and_value(objective, weights.values())
+            data_loss, penalty, aux, written = beside
             if isinstance(ranks, DataParallel) and share is not None:
                 own = Found(grads, data_loss, aux, written)
                 grads, data_loss, aux, written = ranks.whole(share, own, state.buffers)
