@@ -460,3 +460,24 @@ def test_a_refresh_may_ask_for_more_places() -> None:
     masks = tk.masks_of(state)["weight"]
     assert (int(masks.forward.sum()), int(masks.backward.sum())) == (3, 26)
     assert all(tree["weight"].shape == (26,) for tree in state.optimizer.slots.values())
+
+
+@pytest.mark.parametrize("engine", ["reference", "numba"])
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
+def test_a_loss_with_derivatives_of_the_model_trains_as_in_dense_storage(
+    compile: Any, engine: Any
+) -> None:
+    """A penalty on the gradient of the inputs, and one on a tangent."""
+
+    def loss(apply: Any, batch: Batch) -> Tensor:
+        x, y = batch
+        slope = torch.func.grad(lambda x: apply(x).square().sum())(x)
+        tangent = torch.func.jvp(apply, (x,), (torch.ones_like(x),))[1]
+        return (apply(x) - y).square().mean() + slope.square().mean() + tangent.square().mean()
+
+    model = network().double()
+    found = [
+        trajectory(model, storage, OPTIMIZERS["adam"], loss=loss, compile=compile, engine=engine)
+        for storage in ("compact", "dense")
+    ]
+    assert_agree(*found)

@@ -133,5 +133,9 @@ def test_a_pattern_that_is_a_name_matches_it_though_it_has_brackets() -> None:
     ]
     for fields in given:
         assert "a[1].weight" in tk.compute_masks(params, TopKastConfig(**fields))
+    config = TopKastConfig(keep_dense="a[1].weight")
+    params["other.weight"] = torch.randn(4, 4)
+    told = tk.summary(tk.init_state(params, config, tk.sgd(0.1)), config=config)
+    assert told.notes[0] == "dense: a[1].weight, a1.weight: keep_dense"
     groups = tk.partition({"a[1].weight": tk.sgd(0.1), "*": tk.adam()})
     assert groups.init({"a[1].weight": params["a[1].weight"], "b": torch.ones(1)}).slots.keys()

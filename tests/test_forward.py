@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from topkast_func import (
     Masks,
@@ -234,6 +236,56 @@ def test_gradcheck_where_a_is_b() -> None:
 
     values = theta[mask.backward].requires_grad_()
     assert torch.autograd.gradcheck(run, (values, x))
+
+
+def by_jvp(loss: Any, *leaves: Any) -> Any:
+    return jvp(loss, leaves, tree_map(torch.cos, leaves))[1]
+
+
+def by_jacfwd(loss: Any, *leaves: Any) -> Any:
+    return jacfwd(loss, (0, 1))(*leaves)
+
+
+def by_hessian(loss: Any, *leaves: Any) -> Any:
+    return hessian(loss, (0, 1))(*leaves)
+
+
+def by_two_jacobians(loss: Any, *leaves: Any) -> Any:
+    return jacrev(jacrev(loss, (0, 1)), (0, 1))(*leaves)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("way", [by_jvp, by_jacfwd, by_hessian, by_two_jacobians])
+def test_forward_mode_and_second_derivatives_are_those_at_alpha_on_b(
+    way: Callable[..., Any], indexed: bool, compile: bool
+) -> None:
+    torch.compiler.reset()
+    model, x = network().double(), torch.randn(5, 6).double()
+    params = params_of(model)
+    masks = compute_masks(params, CONFIG)
+    sets: Any = index_masks(model, masks) if indexed else masks
+    loss = lambda p, x: sparse_forward(model, p, sets, x).square().sum()  # noqa: E731
+
+    start, alpha = params_of(model), alpha_of(params, masks)
+
+    def dense(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Run at α, a constant, from which what is in B may be moved."""
+        moved = {name: theta - start[name] for name, theta in params.items()}
+        kept = {
+            n: torch.where(masks[n].backward, d, 0.0) if n in masks else d for n, d in moved.items()
+        }
+        at = {name: alpha[name] + kept[name] for name in params}
+        return functional_call(model, at, (x,)).square().sum()
+
+    expected = way(dense, params, x)
+    run: Any = lambda params, x: way(loss, params, x)  # noqa: E731
+    if compile:
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_close(run(params, x), expected)
+    if way is by_jacfwd:
+        forward, backward = masks["0.weight"]
+        assert expected[0]["0.weight"][backward & ~forward].any()
 
 
 def test_vmap_over_parameters_and_over_inputs() -> None:

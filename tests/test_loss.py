@@ -17,7 +17,7 @@ from topkast_func import (
     penalized_loss,
     sparse_forward,
 )
-from topkast_func.config.topkast_config import Penalty
+from topkast_func.config.fields import Penalty
 from topkast_func.testing import MODERATE, configs, weights
 
 FORMS = get_args(Penalty)

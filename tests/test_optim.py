@@ -160,6 +160,28 @@ def test_the_trained_state_moves_as_torch_optim_moves_a_dense_model(
         assert_close(moved, updates)
 
 
+def test_a_layer_that_a_batch_does_not_use_is_moved_by_its_moments_and_decay() -> None:
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
+    config = tk.TopKastConfig(0.5, 0.2, penalty=None)
+    used = lambda apply, batch: apply(batch).square().mean()  # noqa: E731
+
+    class Branches(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.branches["a"](x)
+
+    net, optimizer = Branches(), tk.adamw(0.1, weight_decay=0.5)
+    state = tk.init_state(net, config, optimizer)
+    step = tk.make_train_step(net, used, config, optimizer, compile=False)
+    before = tk.dense_params(state)["branches.b.weight"]
+    after = tk.dense_params(step(state, torch.ones(4, 3))[0])["branches.b.weight"]
+    backward = tk.masks_of(state)["branches.b.weight"].backward
+    assert_close(after, torch.where(backward, before * (1 - 0.1 * 0.5), before))
+
+
 @pytest.mark.parametrize(
     "lr", [0.1, TENTH, lambda step: 0.1, lambda step: TENTH], ids=["float", "0-d", "f", "f to 0-d"]
 )

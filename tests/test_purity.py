@@ -83,7 +83,7 @@ SEEING: dict[str, Loss] = {
 @pytest.mark.parametrize("loss", SEEING.values(), ids=SEEING.keys())
 def test_a_gradient_of_zero_is_no_reason_to_refuse_a_loss(loss: Loss) -> None:
     model = network()
-    assert int(first_step(model, loss(model), compile=False, storage="dense").step) == 1
+    assert int(first_step(model, loss(model), compile=False).step) == 1
 
 
 @pytest.mark.parametrize("frozen", ["0", "2"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import topkast_func as tk
 from topkast_func.files import container
-from topkast_func.training import state_file
+from topkast_func.training import state_file, stored
 
 Header = dict[str, Any]
 Named = dict[str, Tensor]
@@ -221,7 +221,7 @@ def test_what_is_taken_apart_is_put_together_again(storage: Any) -> None:
     config = tk.TopKastConfig(0.75, 0.5, block_shape=(2, 1))
     state = tk.init_state(_network(), config, tk.adam(), storage=storage)
     header, tensors = state_file.flattened(state)
-    parts = state_file.stored(header, tensors)
+    parts = stored.stored(header, tensors)
     assert state_file.block_problem(parts, (2, 1)) is None
     again, same = state_file.flattened(state_file.restored(parts, (2, 1), "cpu", None))
     assert again == header

@@ -135,7 +135,8 @@ def test_rows_and_columns_without_an_entry_are_counted() -> None:
     told = tk.summary(tk.init_state({"w": weight}, config, tk.sgd(0.1)))
     assert (told.rows[0].empty_rows, told.rows[0].empty_columns) == (2, 4)
     assert told.notes == [
-        "warning: rows without an entry in A, so outputs without an input: w 2 of 4"
+        "warning: rows without an entry in A, so outputs without an input: w 2 of 4",
+        "columns without an entry in A, so inputs without an effect: w 4 of 6",
     ]
     full = tk.TopKastConfig(0.0, 0.0, sparse="w")
     assert tk.summary(tk.init_state({"w": weight}, full, tk.sgd(0.1))).notes == []
@@ -172,7 +173,7 @@ def test_the_table_prints_as_text_and_as_html() -> None:
     assert "8×16" in repr(summary)
     html = summary._repr_html_()
     assert html.count("<tr>") == 5
-    assert html.count("<p>") == len(summary.notes) == 2
+    assert html.count("<p>") == len(summary.notes) == 3
     assert "<td>25.0%</td>" in html
 
 

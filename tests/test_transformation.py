@@ -15,6 +15,7 @@ import topkast_func as tk
 from tests.own_optimizers import factored, normalized
 from tests.storage import STORAGES
 from topkast_func.training.optim.transformation import slot_problem, wide
+from topkast_func.types import Params
 
 Tree = dict[str, Tensor]
 
@@ -239,3 +240,16 @@ def test_an_optimizer_without_a_name_prints_its_kind() -> None:
     nameless = tk.Optimizer(tk.sgd(0.1).init, tk.sgd(0.1).update, tk.sgd(0.1).learning_rate)
     assert repr(nameless) == "Optimizer(...)"
     assert nameless != tk.sgd(0.1)
+
+
+def test_an_optimizer_that_reads_values_to_make_its_slots_is_told() -> None:
+    def init(params: Params) -> tk.OptimizerState:
+        scales = {name: torch.tensor(float(p.norm())) for name, p in params.items()}
+        return tk.OptimizerState(torch.zeros((), dtype=torch.int64), {"scale": scales})
+
+    like = tk.sgd(0.1)
+    reads = tk.Optimizer(init, like.update, like.learning_rate, elementwise=True, name="reads")
+    state = tk.init_state(_network(), CONFIG, reads)
+    train_step = tk.make_train_step(_network(), _mse, CONFIG, reads, compile=False)
+    with pytest.raises(TypeError, match=r"init of reads must make its slots by the shapes and dty"):
+        train_step(state, _batches(1)[0])

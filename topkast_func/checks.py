@@ -1,6 +1,6 @@
 """Checks of single arguments, whose errors name the argument, its range and its value."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 from torch import Tensor
@@ -189,3 +189,20 @@ def check_block_shape(name: str, value: object) -> tuple[int, int]:
 def dispatches(tensor: Tensor) -> bool:
     """Return whether a tensor is of a class that computes in a way of its own."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str | None:
+    """Say which names are missing and which unknown.
+
+    Args:
+        what: What they name.
+        found: The names that there are.
+        expected: Those that there should be.
+
+    Returns:
+        The words, or None where they are the same.
+    """
+    if {*found} == {*expected}:
+        return None
+    missing, unknown = {*expected} - {*found}, {*found} - {*expected}
+    return f"of the {what} missing {sorted(missing)}, unknown {sorted(unknown)}"

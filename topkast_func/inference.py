@@ -14,7 +14,7 @@ from topkast_func.model.alone import alone_with, check_uncompiled, uncompiled
 from topkast_func.model.layers import stand_ins
 from topkast_func.model.modules import ties
 from topkast_func.report.export import bsr, csr
-from topkast_func.training.agreement import check_tensors
+from topkast_func.training.fits_model import check_tensors
 from topkast_func.training.state import TrainState, alpha_in, masks_of
 
 

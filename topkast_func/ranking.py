@@ -22,7 +22,10 @@ MANY = 2**16
 """Entries from which on a ranking by bits pays for the threads it takes."""
 
 
-NO_RANKING = "params[{!r}] holds NaN; its entries cannot be ranked"
+NO_RANKING = (
+    "params[{!r}] holds NaN; its entries cannot be ranked. Where training made it: layers that "
+    "normalise rows or columns divide by zero where A leaves one empty, and summary counts those"
+)
 
 
 class NaNParameterError(ValueError):

@@ -12,9 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    stack_module_state,
+    vmap,
+)
 from torch.nn.utils import prune
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import topkast_func as tk
@@ -160,15 +170,6 @@ def test_activation_checkpointing(case: Case) -> None:
     _loss(lambda x: checkpoint(model, x, use_reentrant=False), inputs).backward()  # type: ignore[no-untyped-call]
     found = [p.grad for p in model.parameters()]
     torch.testing.assert_close(found, _gradients(model, model.parameters(), inputs))
-
-
-def test_a_gradient_of_a_gradient_goes_through_alpha() -> None:
-    model = perceptron().double()
-    tk.sparsify(model, CONFIG, engine="dense")
-    inputs = torch.randn(3, 16).double().requires_grad_()
-    (first,) = torch.autograd.grad(_loss(model, inputs), inputs, create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), model[0].weight)
-    assert second.any()
 
 
 def test_an_embedding_with_sparse_gradients_trains() -> None:
@@ -404,23 +405,21 @@ def test_sets_that_a_method_draws_are_drawn_once_there_is_data() -> None:
 
 
 @each_case
-def test_no_content_of_the_buffer_crashes_a_forward_pass(case: Case) -> None:
+def test_what_overwrites_the_sets_is_named_and_zeros_have_them_chosen(case: Case) -> None:
     model, sparsifier = _sparse(case)
     inputs = case.inputs()
     for name in sparsifier.masks():
         sets = model.get_buffer(f"{name}_sets")
         sets.copy_(torch.randint(256, sets.shape, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match=r"_sets' of '.*' has been overwritten .*use_buffers"):
+        model(inputs)
+    with pytest.raises(RuntimeError, match="has been overwritten"):
+        model.state_dict()
+    for name in tk.compute_masks(dict(model.named_parameters()), case.config):
+        model.get_buffer(f"{name}_sets").zero_()
     model(inputs)
     for masks in sparsifier.masks().values():
         assert masks.forward.sum() == count(0.75, masks.forward.numel())
-
-
-def test_sets_that_a_method_draws_are_not_drawn_anew_over_what_was_overwritten() -> None:
-    model = perceptron()
-    tk.sparsify(model, tk.TopKastConfig(0.75, method=tk.set()))
-    model[0].weight_sets.bitwise_not_()
-    with pytest.raises(RuntimeError, match=r"'weight_sets' of '0\.weight' has been overwritten"):
-        model(torch.ones(2, 16))
 
 
 def test_kernels_compute_with_the_same_bits_in_another_buffer() -> None:
@@ -452,17 +451,30 @@ def test_an_averaged_model_holds_the_average_of_theta(buffers: bool, decay: floa
     assert changed
     theta = dict(averaged.module.named_parameters())
     torch.testing.assert_close(theta["0.weight"].detach(), mean)
-    if buffers:  # a mean of bits is none: the sets are chosen from the mean of θ
-        masks = tk.compute_masks(theta, CONFIG)
-    else:  # the copy has those that it was made with, and takes those of the model as any buffer
-        for copied, own in zip(averaged.module.buffers(), model.buffers(), strict=True):
-            copied.copy_(own)
-        masks = sparsifier.masks()
+    if buffers:  # a mean of bits is none
+        for use in (averaged, lambda x: averaged.state_dict()):
+            with pytest.raises(RuntimeError, match=r"'weight_sets' of '0\.weight'.* use_buffers"):
+                use(inputs)
+        for name in sparsifier.masks():
+            averaged.module.get_buffer(f"{name}_sets").copy_(model.get_buffer(f"{name}_sets"))
+    masks = sparsifier.masks()
     expected = tk.sparse_forward(perceptron(), theta, masks, inputs)
     torch.testing.assert_close(averaged(inputs), expected)
     twin = copy.deepcopy(averaged)
     twin.load_state_dict(averaged.state_dict())
     torch.testing.assert_close(twin(inputs), expected)
+
+
+def test_statistics_of_an_averaged_model_are_those_of_its_forward_pass() -> None:
+    model, sparsifier = _sparse(CASES["convolutional"])
+    inputs = torch.randn(6, 3, 5, 5)
+    averaged: Any = AveragedModel(model)
+    for _ in range(3):
+        _train(model, sparsifier, 1, inputs)
+        averaged.update_parameters(model)
+    update_bn([inputs], averaged)  # type: ignore[no-untyped-call]
+    alpha = tk.densify(copy.deepcopy(averaged.module))
+    torch.testing.assert_close(averaged.module[1].running_mean, alpha[0](inputs).mean((0, 2, 3)))
 
 
 def test_a_copy_of_the_bits_through_data_is_followed() -> None:
@@ -541,6 +553,68 @@ def test_functional_gradients_are_those_of_autograd(case: Case) -> None:
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
     output = functional_call(model, model.state_dict(), (inputs,))
     torch.testing.assert_close(output, model(inputs))
+
+
+def _tangent(loss: Any, params: Any) -> Any:
+    return jvp(loss, (params,), (tree_map(torch.cos, params),))[1]
+
+
+DERIVATIVES: dict[str, Callable[..., Any]] = {
+    "jvp": _tangent,
+    "jacfwd": lambda loss, params: jacfwd(loss)(params),
+    "hessian": lambda loss, params: hessian(loss)(params),
+    "jacrev twice": lambda loss, params: jacrev(jacrev(loss))(params),
+    "along a direction": lambda loss, params: _tangent(grad(loss), params),
+    "grad twice": lambda loss, params: grad(
+        lambda p: torch.stack([g.square().sum() for g in grad(loss)(p).values()]).sum()
+    )(params),
+}
+
+
+@pytest.mark.parametrize("engine", ["dense", "reference"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("way", DERIVATIVES.values(), ids=DERIVATIVES.keys())
+def test_forward_mode_and_second_derivatives_go_through_alpha(
+    way: Callable[..., Any], compiled: bool, engine: Any
+) -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    plain, inputs = copy.deepcopy(model), torch.randn(3, 5).double()
+    sparsifier = tk.sparsify(model, CONFIG, engine=engine)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    masks = sparsifier.masks()
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return _loss(lambda x: functional_call(model, params, (x,)), inputs)
+
+    def dense(params: dict[str, Tensor]) -> Tensor:
+        return _loss(lambda x: tk.sparse_forward(plain, params, masks, x), inputs)
+
+    run: Any = lambda params: way(loss, params)  # noqa: E731
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found, expected = run(params), way(dense, params)
+    torch.testing.assert_close(found, expected)
+    if way is DERIVATIVES["jacfwd"]:
+        forward, backward = masks["0.weight"]
+        assert found["0.weight"][backward & ~forward].any()
+
+
+@pytest.mark.parametrize("engine", ["dense", "reference", "numba"])
+def test_a_gradient_of_a_gradient_by_autograd_goes_through_alpha(engine: Any) -> None:
+    model, inputs = perceptron().double(), torch.randn(3, 16).double().requires_grad_()
+    plain = copy.deepcopy(model)
+    masks = tk.sparsify(model, CONFIG, engine=engine).masks()
+    theta = {name: p.detach().requires_grad_() for name, p in plain.named_parameters()}
+    seconds = []
+    for run, weight in (
+        (model, model[0].weight),
+        (lambda x: tk.sparse_forward(plain, theta, masks, x), theta["0.weight"]),
+    ):
+        (first,) = torch.autograd.grad(_loss(run, inputs), inputs, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), weight)[0])
+    torch.testing.assert_close(*seconds)
+    assert seconds[0].any()
 
 
 def test_gradients_per_example_are_those_of_each_alone() -> None:

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.func import grad, vmap
 
 from tests.kernels.problems import check_products, integers, problem
+from tests.kernels.test_derivatives import (
+    by_forward_over_reverse,
+    by_reverse_over_forward,
+    dense,
+    ours,
+)
 from tests.kernels.test_linear import (
     Case,
     Gradients,
@@ -73,14 +78,11 @@ def test_gradients_per_sample() -> None:
     assert torch.equal(for_x, expected[1])
 
 
-def test_a_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("way", [by_forward_over_reverse, by_reverse_over_forward])
+def test_second_derivatives_are_those_of_a_dense_layer(way: Callable[..., Any]) -> None:
     case = Case("triton", (16, 16), torch.float32)
-
-    def once(values: Tensor, *others: Any) -> Tensor:
-        return grad(case.loss)(values, *others).square().sum()
-
-    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
-        grad(once)(*case.leaves)
+    case.leaves = (case.given.values / 64, case.x / 64, case.bias)
+    torch.testing.assert_close(way(ours(case), *case.leaves), way(dense(case), *case.leaves))
 
 
 def test_the_same_call_has_the_same_result() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jacrev, jvp, vmap
+from torch.func import grad, jacrev, vmap
 
 from tests.kernels.problems import ON_CPU, Problem, integers, problem
 from topkast_func.kernels import pattern_of, sparse_linear
@@ -197,7 +197,7 @@ def test_a_jacobian_by_reverse_mode() -> None:
     assert torch.equal(found, case.given.alpha)
 
 
-# Derivatives in numbers, and the second one.
+# Derivatives in numbers.
 
 
 @every_engine
@@ -223,27 +223,6 @@ def test_gradcheck_of_inputs_and_bias(engine: str, block: tuple[int, int]) -> No
     assert exploring.any()
     run = lambda x, bias: case(case.given.values, x, bias)  # noqa: E731
     assert torch.autograd.gradcheck(run, (x, bias))
-
-
-@every_engine
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_second_derivative_is_refused(engine: str, which: int) -> None:
-    case = Case(engine, (1, 1), torch.float64)
-
-    def once(*leaves: Tensor) -> Tensor:
-        return grad(case.loss, argnums=which)(*leaves).square().sum()
-
-    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
-        grad(once, argnums=which)(*case.leaves)
-    with pytest.raises(RuntimeError, match="jvp"):
-        jvp(once, case.leaves, case.leaves)
-    leaves = [leaf.clone().requires_grad_() for leaf in case.leaves]
-    loss = case.loss(*leaves)
-    (first,) = torch.autograd.grad(loss, leaves[which], create_graph=True)
-    with pytest.raises(NotImplementedError, match="cannot be differentiated twice"):
-        first.square().sum().backward()  # type: ignore[no-untyped-call]
-    with pytest.raises(Exception, match="cannot be differentiated twice"):
-        compiled(grad(once, argnums=which), engine)(*case.leaves)
 
 
 # Bad input, and autocast.

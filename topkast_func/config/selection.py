@@ -174,7 +174,7 @@ def reason_dense(name: str, leaf: Tensor, config: TopKastConfig | None) -> str:
         return "the method is dense"
     if leaf.is_complex():
         return "complex numbers"
-    if config and any(fnmatchcase(name, glob) for glob in config.keep_dense):
+    if config and matches(name, config.keep_dense):
         return "keep_dense"
     if config and config.sparse is not None:
         return "not in sparse="
@@ -197,9 +197,14 @@ def _by_default(name: str, leaf: Tensor, config: TopKastConfig) -> bool:
 
 
 def _matching(field: str, globs: Iterable[str], params: Params) -> list[str]:
-    by_glob = {glob: [n for n in params if n == glob or fnmatchcase(n, glob)] for glob in globs}
+    by_glob = {glob: [name for name in params if matches(name, (glob,))] for glob in globs}
     matched = {name for glob in globs for name in matched_by(field, glob, by_glob[glob], params)}
     return [name for name in params if name in matched]
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Return whether one of several patterns matches a name, or is it."""
+    return any(name == glob or fnmatchcase(name, glob) for glob in globs)
 
 
 def matched_by(field: str, glob: str, matched: list[str], names: Iterable[str]) -> list[str]:

@@ -1,29 +1,17 @@
 """What training is asked to do: one frozen, validated record."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
-from torch import Tensor
-
-from topkast_func.checks import (
-    check_block_shape,
-    check_choice,
-    check_count,
-    check_number,
-    check_order,
-    check_share,
-)
+from topkast_func.checks import check_order
 from topkast_func.config.description import code_of, described, made, told
-from topkast_func.config.schedule import Schedule, check_refresh_every
+from topkast_func.config.fields import Penalty, Predicate, Shares, checked
+from topkast_func.config.schedule import Schedule
 from topkast_func.methods import Method, topkast
 from topkast_func.sparsity import ByPattern, Fixed, Sparsity, Staged, density
 from topkast_func.types import BlockNorm
-
-Penalty: TypeAlias = Literal["l2", "l1", "group_l2"]
-Shares: TypeAlias = Literal["uniform", "erk"]
-Predicate: TypeAlias = Callable[[str, Tensor], bool]
 
 
 @dataclass(frozen=True)
@@ -91,24 +79,7 @@ class TopKastConfig:
 
     def __post_init__(self) -> None:
         """Check every field and store it in its hashable form."""
-        checked: dict[str, Any] = {
-            "forward_sparsity": _sparsity("forward_sparsity", self.forward_sparsity),
-            "backward_sparsity": None
-            if self.backward_sparsity is None
-            else _sparsity("backward_sparsity", self.backward_sparsity),
-            "sparse": _selection(self.sparse),
-            "refresh_every": check_refresh_every(self.refresh_every),
-            "explore_until": _optional_count("explore_until", self.explore_until, 0),
-            "penalty": check_choice("penalty", self.penalty, (*get_args(Penalty), None)),
-            "penalty_weight": check_number("penalty_weight", self.penalty_weight, 0.0),
-            "block_shape": check_block_shape("block_shape", self.block_shape),
-            "block_norm": check_choice("block_norm", self.block_norm, get_args(BlockNorm)),
-            "method": _method(self.method),
-            "allocation": _allocation(self.allocation),
-            "keep_dense": _globs("keep_dense", self.keep_dense),
-            "powerprop": check_number("powerprop", self.powerprop, 1.0),
-        }
-        for name, value in checked.items():
+        for name, value in checked(vars(self)).items():
             object.__setattr__(self, name, value)
         self._check_over_time()
         by_pattern = isinstance(self.forward_sparsity, ByPattern)
@@ -205,59 +176,3 @@ def _derived(forward: Any) -> Fixed:
 
 def _doubled(sparsity: float) -> float:
     return 1.0 - min(1.0, 2.0 * density(sparsity))
-
-
-def _sparsity(name: str, value: object) -> Fixed | Staged:
-    if isinstance(value, Staged):
-        return value
-    if not isinstance(value, Mapping):
-        return check_number(name, value, 0.0, 1.0)
-    return ByPattern({
-        pattern: check_number(f"{name}[{pattern!r}]", s, 0.0, 1.0)
-        for pattern, s in _patterns(name, value).items()
-    })
-
-
-def _allocation(value: object) -> object:
-    if not isinstance(value, Mapping):
-        return check_choice("allocation", value, get_args(Shares))
-    return ByPattern({
-        pattern: check_share(f"allocation[{pattern!r}]", share)
-        for pattern, share in _patterns("allocation", value).items()
-    })
-
-
-def _patterns(name: str, value: Mapping[Any, Any]) -> Mapping[str, object]:
-    if not value:
-        raise ValueError(f"{name} must name at least one pattern, got an empty mapping")
-    if not all(isinstance(pattern, str) for pattern in value):
-        raise TypeError(f"the keys of {name} must be glob patterns, got {list(value)!r}")
-    return value
-
-
-def _method(value: object) -> Method:
-    if not isinstance(value, Method):
-        raise TypeError(f"method must be a method such as topkast() or rigl(), got {value!r}")
-    return value
-
-
-def _selection(sparse: object) -> tuple[str, ...] | Predicate | None:
-    if sparse is None or callable(sparse):
-        return sparse
-    globs = _globs("sparse", sparse)
-    if not globs:
-        raise ValueError("sparse must name at least one pattern, got an empty sequence")
-    return globs
-
-
-def _globs(name: str, value: object) -> tuple[str, ...]:
-    globs = (value,) if isinstance(value, str) else value
-    if not isinstance(globs, Sequence) or not all(isinstance(g, str) for g in globs):
-        others = "None, a glob pattern, a sequence of them, or a predicate (name, tensor) -> bool"
-        allowed = others if name == "sparse" else "a glob pattern or a sequence of them"
-        raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    return tuple(globs)
-
-
-def _optional_count(name: str, value: object, low: int) -> int | None:
-    return None if value is None else check_count(name, value, low)

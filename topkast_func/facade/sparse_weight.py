@@ -16,7 +16,6 @@ from topkast_func.facade.derived import Derived, counts_of, derive, readable
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.engines import Choice
 from topkast_func.masks import masks_at
-from topkast_func.methods.magnitude import Magnitude
 from topkast_func.types import Masks
 
 
@@ -195,16 +194,18 @@ class SparseWeight:
         )
 
     def _mend(self, layer: nn.Module, known: Derived) -> None:
-        """Choose sets where there are none, or where a mean of bits has replaced them."""
+        """Choose sets where there are none yet."""
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 f"the sets of {self.rule.name!r} are not chosen yet: load a state dict, or run "
                 "the model once before it is compiled"
             )
-        if known.content.any() and not isinstance(self.rule.config.method, Magnitude):
+        if known.content.any():
             raise RuntimeError(
-                f"{self.buffer!r} of {self.rule.name!r} has been overwritten, and the method does "
-                "not choose by θ alone: copy that buffer from the trained model"
+                f"{self.buffer!r} of {self.rule.name!r} has been overwritten by what are no sets "
+                "of it, as a running mean of buffers is: build AveragedModel with "
+                "use_buffers=False, or copy that buffer from the trained model, or zero it to "
+                "have sets chosen from the weight"
             )
         self.choose(layer)
 

@@ -18,7 +18,7 @@ from topkast_func.facade.sparsifier import Sparsifier
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.masks import compute_masks, counts
 from topkast_func.model.modules import trainable
-from topkast_func.training.agreement import check_masks
+from topkast_func.training.fits_config import check_masks
 from topkast_func.training.start import check_ties
 from topkast_func.types import Masks, Params
 
@@ -54,8 +54,8 @@ def sparsify(
     callbacks for the trainers of others.
 
     A state dict of the plain module loads; the sets are then chosen from its weights. A running
-    mean of the parameters (`torch.optim.swa_utils.AveragedModel`) is one of θ; copy the buffers
-    of the module into it before it is used, as for BatchNorm.
+    mean of the parameters, such as `torch.optim.swa_utils.AveragedModel`, is one of θ, with the
+    sets of the module at its last update; one of buffers too is not, and its forward pass says so.
 
     Args:
         model: The module, before it is wrapped or compiled.

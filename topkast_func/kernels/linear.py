@@ -25,7 +25,8 @@ def sparse_linear(
     """Return y = x·αᵀ + b, or x·α + b, computed with A; the gradient of values reaches all of B.
 
     ∂y/∂x sees A only; the gradient of ``values`` is that of the dense product at α, sampled
-    on B (Top-KAST, NeurIPS 2020, section 2.2). It cannot be differentiated twice.
+    on B (Top-KAST, NeurIPS 2020, section 2.2). Forward mode and derivatives of any order follow the
+    same rule; there the products with what moves in B are dense.
 
     Args:
         x: [..., in_features], of the dtype and device of ``values``, any strides. Under

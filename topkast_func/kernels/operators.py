@@ -1,60 +1,99 @@
-"""The products of a layer as operators: those of whatever engine, with their gradients."""
+"""The products of a layer as operators: those of whatever engine, with their derivatives.
+
+Each is linear in its tensors, so that the derivatives of one are the others, of any order. Values
+are differentiated as those of B, whichever of them A is (Top-KAST, NeurIPS 2020, section 2.2).
+"""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from topkast_func.kernels.engines import engine as engine_of
 from topkast_func.kernels.library import Gradient, define, one_by_one
-from topkast_func.kernels.pattern import nested
+from topkast_func.kernels.pattern import block_of, nested, placed
 
 
 class _Product(Gradient):
-    """The gradients of W_A·x, all in the layout of an engine."""
+    """The derivatives of W_A·x, all in the layout of an engine."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.engine, values, x, index, _ = inputs
+        _, ctx.engine, values, x, index, ctx.features = inputs
         ctx.save_for_backward(values, x, *index)
+        ctx.save_for_forward(values, x, *index)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, g.contiguous(), transposed=False)
+        values, x, *index = ctx.saved_tensors
+        g, for_values, for_x = g.contiguous(), None, None
+        if ctx.needs_input_grad[2]:
+            for_values = weight_gradient(ctx.engine, g, x, index, values)
+        if ctx.needs_input_grad[3]:
+            for_x = transposed_product(ctx.engine, values, g, index, x.shape[1])
+        return None, None, for_values, for_x, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        values, x, *index = ctx.saved_tensors
+        moved = _matrix(tangents[2], index, (ctx.features, x.shape[1]))
+        result: Tensor = product(ctx.engine, values, tangents[3], index, ctx.features)
+        return result + _times(moved, x)
 
 
 class _TransposedProduct(_Product):
-    """The gradients of W_Aᵀ·x."""
+    """The derivatives of W_Aᵀ·x."""
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, g.contiguous(), transposed=True)
+        values, x, *index = ctx.saved_tensors
+        g, for_values, for_x = g.contiguous(), None, None
+        if ctx.needs_input_grad[2]:
+            for_values = weight_gradient(ctx.engine, x, g, index, values)
+        if ctx.needs_input_grad[3]:
+            for_x = product(ctx.engine, values, g, index, x.shape[1])
+        return None, None, for_values, for_x, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        values, x, *index = ctx.saved_tensors
+        moved = _matrix(tangents[2], index, (x.shape[1], ctx.features))
+        result: Tensor = transposed_product(ctx.engine, values, tangents[3], index, ctx.features)
+        return result + _times(moved.mT, x)
 
 
-def _gradients(ctx: Any, g: Tensor, transposed: bool) -> tuple[Tensor | None, ...]:
-    values, x, *index = ctx.saved_tensors
-    back = transposed_input_gradient if transposed else input_gradient
-    rows, columns = (x, g) if transposed else (g, x)
-    for_values = for_x = None
-    if ctx.needs_input_grad[2]:
-        for_values = weight_gradient(ctx.engine, rows, columns, index, values)
-    if ctx.needs_input_grad[3]:
-        for_x = back(ctx.engine, values, g, index, x.shape[1])
-    return None, None, for_values, for_x, None, None
-
-
-class _Once(Gradient):
-    """A gradient of the product refuses to be differentiated again."""
+class _WeightGradient(Gradient):
+    """The derivatives of g·xᵀ sampled on B: dense products, as only second ones need them."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing: there is no second derivative."""
+        _, ctx.engine, g, x, index, values = inputs
+        ctx.save_for_backward(g, x, values, *index)
+        ctx.save_for_forward(g, x, values, *index)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise NotImplementedError(
-            "a sparse product cannot be differentiated twice; with storage='dense' it can be, and "
-            "in a facade with engine='dense'"
-        )
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, x, _, *index = ctx.saved_tensors
+        w = _matrix(v, index, (g.shape[1], x.shape[1]))
+        return None, None, _times(w, x), _times(w.mT, g), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        g, x, values, *index = ctx.saved_tensors
+        of_g: Tensor = weight_gradient(ctx.engine, tangents[2], x, index, values)
+        of_x: Tensor = weight_gradient(ctx.engine, g, tangents[3], index, values)
+        return of_g + of_x
+
+
+def _matrix(values: Tensor, index: list[Tensor], shape: tuple[int, int]) -> Tensor:
+    """Return the dense matrix of values, those of B∖A too."""
+    places = nested(index).flat_index(block_of(values), shape)
+    return placed(values, places, shape)
+
+
+def _times(w: Tensor, x: Tensor) -> Tensor:
+    """Return w·x of activations in any layout: their second axis are the features."""
+    return torch.einsum("oi,ni...->no...", w, x)
 
 
 def _compute_product(
@@ -63,7 +102,7 @@ def _compute_product(
     return engine_of(name).forward(values.detach(), x.detach(), nested(index), features)
 
 
-def _compute_input_gradient(
+def _compute_transposed_product(
     name: str, values: Tensor, g: Tensor, index: list[Tensor], features: int
 ) -> Tensor:
     return engine_of(name).input_gradient(values.detach(), g.detach(), nested(index), features)
@@ -98,35 +137,21 @@ def _folded(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Te
 _PRODUCT = "(str engine, Tensor values, Tensor x, Tensor[] index, int features) -> Tensor"
 
 product = define(f"forward{_PRODUCT}", _compute_product, _like_activations, _Product, _folded)
-"""``product(engine, values, x, index, out_features)``: W_A·x; the gradient of values is on B."""
-
-input_gradient = define(
-    f"input_gradient{_PRODUCT}",
-    _compute_input_gradient,
-    _like_activations,
-    _Once,
-    _folded,
-)
-"""``input_gradient(engine, values, g, index, in_features)``: W_Aᵀ·g."""
+"""``product(engine, values, x, index, out_features)``: W_A·x."""
 
 transposed_product = define(
     f"transposed_forward{_PRODUCT}",
-    _compute_input_gradient,
+    _compute_transposed_product,
     _like_activations,
     _TransposedProduct,
     _folded,
 )
-"""``transposed_product(engine, values, x, index, out_features)``: W_Aᵀ·x for a W of [in, out]."""
-
-transposed_input_gradient = define(
-    f"transposed_input_gradient{_PRODUCT}", _compute_product, _like_activations, _Once, _folded
-)
-"""``transposed_input_gradient(engine, values, g, index, in_features)``: W_A·g of the same."""
+"""``transposed_product(engine, values, x, index, out_features)``: W_Aᵀ·x."""
 
 weight_gradient = define(
     "weight_gradient(str engine, Tensor g, Tensor x, Tensor[] index, Tensor values) -> Tensor",
     _compute_weight_gradient,
     _like_values,
-    _Once,
+    _WeightGradient,
 )
 """``weight_gradient(engine, g, x, index, values)``: g·xᵀ sampled on B, as ``values``."""

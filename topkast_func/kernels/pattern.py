@@ -1,5 +1,6 @@
 """Patterns: where the stored values of a sparse weight stand, row-compressed."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -173,6 +174,23 @@ def _like_flat_index(parts: list[Tensor], block: list[int], shape: list[int]) ->
 _FLAT_INDEX = define(
     "flat_index(Tensor[] parts, int[] block, int[] shape) -> Tensor", _flat_index, _like_flat_index
 )
+
+
+def placed(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a dense weight of values, zero elsewhere; autograd follows it.
+
+    Args:
+        values: Values.
+        places: Where they stand in the flat weight, int64, in their shape; the number of its
+            entries where a place is unused.
+        shape: Of the weight.
+
+    Returns:
+        The weight.
+    """
+    size = math.prod(shape)
+    flat = values.new_zeros(size + 1).scatter(0, places.flatten(), values.flatten())
+    return flat[:size].view(*shape)
 
 
 def block_of(values: Tensor) -> tuple[int, int]:

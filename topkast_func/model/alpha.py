@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.library import Gradient, define
+from topkast_func.kernels.pattern import placed
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -66,11 +67,18 @@ def alpha(values: Tensor, index: Tensor, active_count: int, shape: Sequence[int]
 class _Alpha(Gradient):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.shape = inputs[4]
         ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return None, split(g, *ctx.saved_tensors), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (index,) = ctx.saved_tensors
+        return placed(tangents[1], index, ctx.shape)
 
 
 def _compute(values: Tensor, index: Tensor, active_count: int, shape: list[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import NamedTuple
 
 from torch import nn
@@ -100,6 +101,16 @@ def _by_default(sparse: list[str], model: object, config: TopKastConfig | None) 
 
 
 def _empty(rows: Sequence[Row]) -> list[str]:
-    found = [f"{row.name} {row.empty_rows} of {row.shape[0]}" for row in rows if row.empty_rows]
-    told = f"warning: rows without an entry in A, so outputs without an input: {some(found)}"
-    return [told] if found else []
+    lines = {
+        "warning: rows without an entry in A, so outputs without an input": [
+            (row.name, row.empty_rows, row.shape[0]) for row in rows if row.empty_rows
+        ],
+        "columns without an entry in A, so inputs without an effect": [
+            (row.name, row.empty_columns, prod(row.shape[1:])) for row in rows if row.empty_columns
+        ],
+    }
+    return [
+        f"{what}: {some([f'{name} {empty} of {all_}' for name, empty, all_ in found])}"
+        for what, found in lines.items()
+        if found
+    ]

@@ -14,10 +14,12 @@ from topkast_func.files.container import damage_of, opened, write
 from topkast_func.files.drafts import replacing
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.modules import check_names, trainable
-from topkast_func.training.agreement import disagreements, outlines
+from topkast_func.training.agreement import disagreements
+from topkast_func.training.fits_config import outlines
 from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.state import TrainState, theta_in
-from topkast_func.training.state_file import StoredState, block_problem, flattened, restored, stored
+from topkast_func.training.state_file import block_problem, flattened, restored
+from topkast_func.training.stored import StoredState, stored
 from topkast_func.types import Model
 
 

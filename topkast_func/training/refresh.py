@@ -8,7 +8,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
 from topkast_func.entry import entered
 from topkast_func.masks import counts_among, masks_at
-from topkast_func.training.agreement import check_refresh
+from topkast_func.training.fits_config import check_refresh
 from topkast_func.training.state import TrainState, Weights, ordinary, powered
 from topkast_func.types import Masks, Params, Tensors
 

@@ -16,7 +16,7 @@ from topkast_func.files.container import damage_of
 from topkast_func.training.checkpoint import agreed, check_config, put_together, taken_apart
 from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.state import TrainState
-from topkast_func.training.state_file import stored
+from topkast_func.training.stored import stored
 from topkast_func.types import Model
 
 

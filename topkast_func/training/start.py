@@ -1,7 +1,6 @@
 """How training starts: weights are copied, sets are chosen, slots are made."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import given_sparsity
-from topkast_func.config.selection import check_present
+from topkast_func.config.selection import check_present, matches
 from topkast_func.masks import compute_masks
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.layers import kernel_weights
@@ -19,7 +18,8 @@ from topkast_func.powerprop import check_moves, phi_of
 from topkast_func.sparsity import ByPattern
 from topkast_func.storage.compact import compact
 from topkast_func.storage.dense import DenseWeights
-from topkast_func.training.agreement import COMPACT, check_masks
+from topkast_func.training.agreement import COMPACT
+from topkast_func.training.fits_config import check_masks
 from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.state import Storage, TrainState, Weights
 from topkast_func.types import Masks, Params, Tensors
@@ -169,7 +169,7 @@ def check_ties(model: object, config: TopKastConfig) -> None:
     for name, own in ties(model).items():
         for field in ("sparse", "keep_dense"):
             globs = getattr(config, field)
-            if isinstance(globs, tuple) and _matches(name, globs) and not _matches(own, globs):
+            if isinstance(globs, tuple) and matches(name, globs) and not matches(own, globs):
                 raise ValueError(
                     f"{name!r} is tied to {own!r}, which {field}={globs} does not match: "
                     f"name {own!r} in its place, or match neither"
@@ -185,10 +185,6 @@ def check_ties(model: object, config: TopKastConfig) -> None:
                         f"{name!r} is tied to {own!r}: {field} gives them {under} and "
                         f"{given or 'nothing'}; name {own!r} alone"
                     )
-
-
-def _matches(name: str, globs: tuple[str, ...]) -> bool:
-    return any(name == glob or fnmatchcase(name, glob) for glob in globs)
 
 
 def _copied(tensors: Params) -> Tensors:

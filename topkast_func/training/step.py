@@ -26,9 +26,10 @@ from topkast_func.model.alone import (
 from topkast_func.model.layers import stand_ins, standing_in
 from topkast_func.model.modules import modes
 from topkast_func.ranking import NaNParameterError
-from topkast_func.training.agreement import agreement, is_of_stage
+from topkast_func.training.agreement import agreement
 from topkast_func.training.compilation import compiled, signature
 from topkast_func.training.ensembles import by_member, is_ensemble
+from topkast_func.training.fits_config import is_of_stage
 from topkast_func.training.gradients import gradients_of
 from topkast_func.training.optim import (
     Optimizer,

@@ -84,6 +84,10 @@ def adamw(
     θ ← θ − η (m̂ / (√v̂ + ε) + λ_w θ), as `torch.optim.AdamW`; the arguments are those of
     `adam`, weight decay λ_w acting on the weight and not on the gradient.
 
+    The gradient of a layer that a batch does not use is zero, so that moments and decay go on
+    moving it, here and in every optimiser of this library; `torch.optim` passes over a layer whose
+    ``grad`` is None.
+
     Args:
         lr: Learning rate η, see `adam`.
         betas: Decay of the first and second moment, fractions in [0, 1).

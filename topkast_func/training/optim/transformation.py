@@ -30,10 +30,17 @@ class OptimizerState(NamedTuple):
 class Transformation:
     """A pair of pure functions from updates to updates, as in optax: a part of `chain`.
 
+    What these are given are tensors by name, one for each trained parameter, of its dtype: in dense
+    storage of its shape, in compact storage the values of B in a row, [|B|] or [blocks, r, c].
+
     Attributes:
         init: ``init(params)`` to the `OptimizerState` before the first update. It has the same
-            kinds of slots for any parameters, none of them included.
-        update: ``update(updates, state, params)`` to (updates, state). Nothing is written to.
+            kinds of slots for any parameters, none of them included, and asks a parameter for shape
+            and dtype alone: it is called with tensors of the meta device too, which have no values,
+            to see whether the slots of a state are its own.
+        update: ``update(updates, state, params)`` to (updates, state), with ``step`` one more and
+            slots of the same shapes and dtypes. Nothing is written to. It is compiled with the
+            step, and so takes no decision by a value: ``torch.where`` in place of ``if``.
         elementwise: Whether it asks no more of a parameter than its entries, in any arrangement.
             What needs to know rows and columns trains in dense storage alone: compact storage
             keeps the entries of B in one row.
@@ -184,9 +191,18 @@ def slot_problem(slots: dict[str, Tensors], values: Params, optimizer: Optimizer
 
     Returns:
         The first difference, or None.
+
+    Raises:
+        TypeError: The optimiser makes none without values.
     """
     shapes = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
-    expected = optimizer.init(shapes).slots
+    try:
+        expected = optimizer.init(shapes).slots
+    except (RuntimeError, NotImplementedError) as reason:
+        raise TypeError(
+            f"init of {optimizer} must make its slots by the shapes and dtypes of parameters: it "
+            f"fails on the meta device, where these have no values ({reason})"
+        ) from reason
     if slots.keys() != expected.keys():
         return f"slots are {sorted(slots)}, those of {optimizer} are {sorted(expected)}"
     for kind, tree in expected.items():

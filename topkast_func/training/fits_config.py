@@ -1,0 +1,173 @@
+"""Whether sets, and a state that has them, fit a configuration."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from topkast_func.checks import difference
+from topkast_func.config import TopKastConfig
+from topkast_func.config.allocation import allocate, given_sparsity
+from topkast_func.kernels.pattern import block_of
+from topkast_func.masks import counts, counts_among, is_of_blocks
+from topkast_func.model.forward import check_weight_sets
+from topkast_func.training.state import TrainState, Weights
+from topkast_func.types import Masks, Params, Tensors
+
+
+def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfig) -> None:
+    """Check that sets are those that a configuration could have chosen at the start.
+
+    Args:
+        params: Weights by name.
+        masks: Sets by name.
+        config: The configuration.
+
+    Raises:
+        TypeError: The sets are not `Masks` of bool.
+        ValueError: They are of other parameters, of other shapes or sizes, not made of whole
+            blocks, or A is not part of B.
+    """
+    asked = counts(params, config)
+    if masks.keys() != asked.keys():
+        missing, unknown = sorted(asked.keys() - masks.keys()), sorted(masks.keys() - asked.keys())
+        raise ValueError(
+            f"masks must be those of the sparse parameters: missing {missing}, unknown {unknown}; "
+            "sparse= and keep_dense= say which are sparse"
+        )
+    for name, expected in asked.items():
+        sets = masks[name]
+        check_weight_sets(name, sets, params[name].shape)
+        if (sets.forward & ~sets.backward).any():
+            raise ValueError(f"masks[{name!r}]: the forward mask is not part of the backward mask")
+        if not all(is_of_blocks(mask, config.block_shape) for mask in sets):
+            raise ValueError(f"masks[{name!r}] are not made of blocks of {config.block_shape}")
+        found = tuple(int(mask.sum()) for mask in sets)
+        if found != expected:
+            raise ValueError(
+                f"masks[{name!r}] have {found} entries in A and B, the configuration asks for "
+                f"{expected}: give densities of their own by allocation={{pattern: density}}"
+            )
+
+
+def check_refresh(weights: Weights, config: TopKastConfig, step: int) -> None:
+    """Check that the sets of a state can be chosen anew by a configuration.
+
+    Args:
+        weights: The weights of the state.
+        config: The configuration.
+        step: Number of the step that comes next.
+
+    Raises:
+        ValueError: Its method is to train densely, it has other blocks, or, where no predicate
+            says which, other parameters are sparse.
+    """
+    problem = _method_problem(weights, config) or _block_problem(weights, config)
+    if not problem and not callable(config.sparse):
+        problem = _selection_problem(weights, config, outlines(weights), step)
+    if problem:
+        raise ValueError(f"the state is of another configuration: {problem}")
+
+
+def is_of_stage(weights: Weights, config: TopKastConfig, step: int) -> bool:
+    """Return whether sets have the sizes that a configuration asks for at a step."""
+    shapes = {name: weights.shapes()[name] for name in weights.sparse()}
+    return weights.sizes() == counts_among(shapes, config, step)
+
+
+def config_problem(state: TrainState, config: TopKastConfig, params: Params | None) -> str | None:
+    """Say in what a state does not fit a configuration.
+
+    Args:
+        state: The state.
+        config: The configuration.
+        params: Parameters to ask about which are sparse; None where only a module could tell.
+
+    Returns:
+        The first difference, or None.
+    """
+    weights, step = state.weights, int(state.step)
+    return (
+        _method_problem(weights, config)
+        or _block_problem(weights, config)
+        or (_selection_problem(weights, config, params, step) if params else None)
+        or _exponent_problem(state, config, params)
+        or _size_problem(weights, config, step)
+    )
+
+
+def outlines(weights: Weights) -> Tensors:
+    """Return tensors without values in the place of all parameters."""
+    kinds = weights.values()
+    return {
+        name: torch.empty(shape, dtype=kinds[name].dtype, device="meta")
+        for name, shape in weights.shapes().items()
+    }
+
+
+def _method_problem(weights: Weights, config: TopKastConfig) -> str | None:
+    if config.method.sparsifies or not weights.sparse():
+        return None
+    return (
+        f"method={config.method} chooses no sets, and there are some: begin dense training with "
+        "init_state, from a module that has loaded dense_params(state)"
+    )
+
+
+def _block_problem(weights: Weights, config: TopKastConfig) -> str | None:
+    values, block = weights.values(), config.block_shape
+    for name in weights.layers():
+        if (found := block_of(values[name])) != block:
+            return (
+                f"it has {name!r} in blocks of {found}, the configuration asks for {block}: begin "
+                "anew with init_state"
+            )
+    for name, masks in weights.masks().items() if block != (1, 1) else ():
+        if not all(is_of_blocks(mask, block) for mask in masks):
+            return (
+                f"the sets of {name!r} are not made of blocks of {block}, which the configuration "
+                "asks for: begin anew with init_state"
+            )
+    return None
+
+
+def _selection_problem(
+    weights: Weights, config: TopKastConfig, params: Params, step: int
+) -> str | None:
+    try:
+        asked = allocate(params, config, step=step)
+        problem = difference("sparse parameters", weights.sparse(), asked)
+    except ValueError as reason:
+        problem = str(reason)
+    plain = not any(isinstance(parameter, nn.Parameter) for parameter in params.values())
+    if problem and callable(config.sparse) and plain:
+        problem += " (the predicate was asked about plain tensors: pass the module as model)"
+    return problem
+
+
+def _exponent_problem(
+    state: TrainState, config: TopKastConfig, params: Params | None
+) -> str | None:
+    powered: Iterable[str] = ()
+    if config.powerprop > 1.0:
+        powered = given_sparsity(params, config) if params else state.weights.sparse()
+    found = {name: float(exponent) for name, exponent in state.exponents.items()}
+    if found == dict.fromkeys(powered, config.powerprop):
+        return None
+    return f"powerprop is {found or 1.0}, the configuration asks for {config.powerprop}"
+
+
+def _size_problem(weights: Weights, config: TopKastConfig, step: int) -> str | None:
+    """Say what is not as it is asked for, before or after a refresh that is due."""
+    shapes = {name: weights.shapes()[name] for name in weights.sparse()}
+    found, asked = weights.sizes(), counts_among(shapes, config, step)
+    if found in (asked, counts_among(shapes, config, max(step - 1, 0))):
+        return None
+    active = {name: forward for name, (forward, _) in found.items()}
+    if step == config.explore_until and active == {n: sizes[0] for n, sizes in asked.items()}:
+        return None
+    name = next(name for name in found if found[name] != asked[name])
+    return (
+        f"{name!r} has {found[name]} entries in A and B, the configuration asks for {asked[name]} "
+        f"at step {step}: to go on with other sparsities, call refresh(state, config) first"
+    )
