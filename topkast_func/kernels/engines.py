@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,12 +36,13 @@ class Layout(NamedTuple):
     """How an engine takes its activations.
 
     Attributes:
-        pack: Activations [batch, features] to the layout, whose second axis are the features.
-        unpack: ``unpack(y, batch)``: back.
+        pack: ``pack(x, turn)``: activations [batch, features] to the layout, whose second axis
+            are the features; how tiles are transposed need not be said.
+        unpack: ``unpack(y, batch, turn)``: back.
     """
 
-    pack: Callable[[Tensor], Tensor]
-    unpack: Callable[[Tensor, int], Tensor]
+    pack: Callable[..., Tensor]
+    unpack: Callable[..., Tensor]
 
 
 class Choice(NamedTuple):
@@ -195,6 +196,6 @@ def _too_old(layer: Layer) -> str | None:
     )
 
 
-def _same(x: Tensor, batch: int | None = None) -> Tensor:
+def _same(x: Tensor, *_: Any) -> Tensor:
     """Leave activations as they are: [batch, features]."""
     return x

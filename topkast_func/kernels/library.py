@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library, register_fake, register_vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -34,7 +36,11 @@ class Gradient(_SingleLevelFunction):
     @staticmethod
     def forward(operator: Any, *arguments: Any) -> Any:
         """Call the operator one level down, where it is recorded again if that asks for it."""
-        with torch.enable_grad(), _set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+        with (
+            torch.enable_grad(),
+            forward_ad._set_fwd_grad_enabled(True),
+            _AutoDispatchBelowAutograd(),
+        ):
             return operator(*arguments)
 
 
@@ -77,21 +83,32 @@ def define(
 
 def _untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep Dynamo out of a function: it would look into it where it has broken a graph."""
-    hidden: list[Callable[..., Tensor]] = []
 
     def call(*arguments: Any) -> Tensor:
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo and not hidden:
-            hidden.append(dynamo.disable(function))
-        return (hidden[0] if hidden else function)(*arguments)
+        if get_eval_frame_callback() is None:
+            return function(*arguments)
+        hidden: Callable[..., Tensor] = sys.modules["torch._dynamo"].disable(function)
+        return hidden(*arguments)
 
     return call
 
 
 def _record(gradient: Any, operator: Any, *arguments: Any) -> Tensor:
+    if not _is_followed(arguments):
+        with _AutoDispatchBelowAutograd():
+            below: Tensor = operator(*arguments)
+        return below
     with enable_single_level_autograd_function():
         result: Tensor = gradient.apply(operator, *arguments)
     return result
+
+
+def _is_followed(arguments: Any) -> bool:
+    """Return whether a derivative of what is done with the arguments may be asked for."""
+    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
+        return True
+    tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def one_by_one(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:

@@ -11,6 +11,7 @@ from topkast_func.kernels.costs import Layer
 from topkast_func.kernels.engines import EngineName, choose, layout
 from topkast_func.kernels.operators import product, transposed_product
 from topkast_func.kernels.pattern import Pattern, block_of, flattened
+from topkast_func.kernels.tiles import at_once, spelled_out
 
 
 def sparse_linear(
@@ -67,9 +68,10 @@ def sparse_linear(
     layer = layer_of(values, pattern, shape, batch)
     name = _chosen(engine, *layer)
     pack, unpack = layout(name)
-    packed = pack(x.reshape(batch, x.shape[-1]))
+    turn = spelled_out if torch.compiler.is_compiling() and x.ndim == 2 else at_once
+    packed = pack(x.reshape(batch, x.shape[-1]), turn)
     multiply = transposed_product if transposed else product
-    y = unpack(multiply(name, values, packed, flattened(pattern), out_features), batch)
+    y = unpack(multiply(name, values, packed, flattened(pattern), out_features), batch, turn)
     y = y.reshape(*x.shape[:-1], out_features)
     y = y if bias is None else y + bias
     cast = autocast and y.dtype == torch.float32

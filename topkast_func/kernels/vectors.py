@@ -135,6 +135,19 @@ class Tile:
             width //= 2
         return total
 
+    def transposed(self, rows: list[Any]) -> list[Any]:
+        """Return the columns of a square of as many vectors as there are lanes."""
+        distance = 1
+        while distance < self.lanes:
+            low = [j if not j & distance else j + self.lanes - distance for j in range(self.lanes)]
+            high = [lane + distance for lane in low]
+            turned = list(rows)
+            for i in (i for i in range(self.lanes) if not i & distance):
+                pair = rows[i], rows[i + distance]
+                turned[i], turned[i + distance] = (self.shuffled(*pair, h) for h in (low, high))
+            rows, distance = turned, 2 * distance
+        return rows
+
     def _halves(self, groups: int, width: int) -> tuple[list[int], list[int]]:
         """Return the lanes of the first and of the second half of every group."""
         low = [g * width + i for g in range(groups) for i in range(width // 2)]
