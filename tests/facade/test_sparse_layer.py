@@ -472,7 +472,7 @@ def test_statistics_of_an_averaged_model_are_those_of_its_forward_pass() -> None
     for _ in range(3):
         _train(model, sparsifier, 1, inputs)
         averaged.update_parameters(model)
-    update_bn([inputs], averaged)  # type: ignore[no-untyped-call]
+    update_bn([inputs], averaged)
     alpha = tk.densify(copy.deepcopy(averaged.module))
     torch.testing.assert_close(averaged.module[1].running_mean, alpha[0](inputs).mean((0, 2, 3)))
 
