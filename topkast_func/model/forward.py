@@ -46,7 +46,8 @@ def sparse_forward(
 
     The gradient with respect to θ is that of the loss at α, kept on B and zero elsewhere
     (Top-KAST, NeurIPS 2020, section 2.2); the gradient with respect to the inputs sees A
-    only. Works under `torch.func.grad`, `vmap`, `torch.compile` and ``.backward()``.
+    only. Works under `torch.compile`, ``.backward()`` and the transforms of `torch.func`: `grad`,
+    `vmap`, forward mode and derivatives of any order, which follow the same rule.
 
     Args:
         model: A module, or a pure function ``apply(params, *inputs, **options)``. A module is

@@ -137,16 +137,16 @@ def _block_problem(weights: Weights, config: TopKastConfig) -> str | None:
 def _selection_problem(
     weights: Weights, config: TopKastConfig, params: Params, step: int
 ) -> str | None:
+    way_on = f": to change which they are, {ANEW}"
     try:
         asked = allocate(params, config, step=step)
         problem = difference("sparse parameters", weights.sparse(), asked)
-        problem = problem and f"{problem}: to change which they are, {ANEW}"
     except ValueError as reason:
-        problem = str(reason)
+        problem, way_on = str(reason), ""
     plain = not any(isinstance(parameter, nn.Parameter) for parameter in params.values())
-    if problem and callable(config.sparse) and plain:
-        problem += " (the predicate was asked about plain tensors: pass the module as model)"
-    return problem
+    if callable(config.sparse) and plain:
+        way_on = " (the predicate was asked about plain tensors: pass the module as model)"
+    return problem and problem + way_on
 
 
 def _exponent_problem(

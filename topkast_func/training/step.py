@@ -96,10 +96,10 @@ def make_train_step(
 
     Threads may share a step, a module, or parts of modules, and get what each would get alone:
     they take turns where they do, where a step draws random numbers, and where it compiles. What
-    they must leave to the steps meanwhile is a module of theirs (`forward_params` is for running it
-    beside) and torch's own generators (give a ``torch.Generator`` to whatever else draws). Where
-    other programs use the cores, call ``torch.set_num_threads(1)``: threads that wait for each
-    other while they are not scheduled can make a step many times slower.
+    they must leave to the steps meanwhile is a module of theirs (to run it beside, let a copy of it
+    load `forward_params`) and torch's own generators (give a ``torch.Generator`` to whatever else
+    draws). Where other programs use the cores, call ``torch.set_num_threads(1)``: threads that wait
+    for each other while they are not scheduled can make a step many times slower.
 
     A loss that is NaN is returned as it is; θ then holds NaN, and a refresh that comes due
     keeps the sets and warns.
