@@ -1,6 +1,6 @@
 """Checks of single arguments, whose errors name the argument, its range and its value."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 from torch import Tensor
@@ -206,3 +206,31 @@ def difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str 
         return None
     missing, unknown = {*expected} - {*found}, {*found} - {*expected}
     return f"of the {what} missing {sorted(missing)}, unknown {sorted(unknown)}"
+
+
+def check_type(name: str, value: object, kind: type) -> None:
+    """Check that an argument is of the type that it must be of.
+
+    Args:
+        name: What it is called in the error.
+        value: The argument.
+        kind: The type.
+
+    Raises:
+        TypeError: It is of another.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+
+
+def check_tree(params: object) -> None:
+    """Check that parameters are given by name.
+
+    Args:
+        params: The parameters.
+
+    Raises:
+        TypeError: They are not.
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must map names to tensors, got {type(params).__name__}")

@@ -15,7 +15,7 @@ from topkast_func.model.layers import stand_ins
 from topkast_func.model.modules import ties
 from topkast_func.report.export import bsr, csr
 from topkast_func.training.fits_model import check_tensors
-from topkast_func.training.state import TrainState, alpha_in, masks_of
+from topkast_func.training.state import TrainState, alpha_in, check_state, masks_of
 
 
 class SparseLinear(nn.Module):
@@ -122,7 +122,7 @@ def sparse_module(state: TrainState, model: nn.Module, batch_size: int = 64) -> 
         A module of its own, which shares no memory with the state or the model.
 
     Raises:
-        TypeError: ``model`` is no module, or ``batch_size`` no integer.
+        TypeError: ``model`` is no module, ``state`` no state, or ``batch_size`` no integer.
         ValueError: The state is of another model, ``batch_size`` is below 1, or a part of the
             model is compiled.
 
@@ -141,6 +141,7 @@ def sparse_module(state: TrainState, model: nn.Module, batch_size: int = 64) -> 
     model = uncompiled(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_state(state)
     check_uncompiled(model)
     return alone_with(model, partial(_sparse_module, state, model, batch))
 

@@ -404,6 +404,50 @@ def test_sets_that_a_method_draws_are_drawn_once_there_is_data() -> None:
         assert all(map(torch.equal, masks, drawn[name]))
 
 
+@pytest.mark.parametrize("engine", ["dense", "reference", "numba"])
+def test_what_is_looked_at_in_inference_mode_is_trained_with(engine: Any) -> None:
+    model, other = perceptron(), perceptron()
+    tk.sparsify(model, CONFIG, engine=engine)
+    tk.sparsify(other, CONFIG, engine=engine)
+    inputs = torch.randn(6, 16)
+    for own, its in zip(model.buffers(), other.buffers(), strict=True):
+        own.data.copy_(its)
+    with torch.inference_mode():
+        model(inputs)
+    found = _gradients(model, model.parameters(), inputs)
+    torch.testing.assert_close(found, _gradients(model, model.parameters(), inputs))
+    assert all(gradient.any() for gradient in found)
+
+
+@pytest.mark.parametrize("then", ["load_state_dict", "reset_parameters", "forward"])
+def test_a_layer_of_the_seed_is_moved_to_meta_and_back(then: str) -> None:
+    trained = tk.TopKastLinear(16, 12, 0.75, 0.5)
+    layer: Any = tk.TopKastLinear(16, 12, 0.75, 0.5).to("meta").to_empty(device="cpu")
+    inputs = torch.randn(6, 16)
+    if then == "load_state_dict":
+        layer.load_state_dict(trained.state_dict())
+        assert torch.equal(layer(inputs), trained(inputs))
+    elif then == "reset_parameters":
+        layer.reset_parameters()
+    else:
+        with torch.no_grad():
+            layer.weight.copy_(trained.weight)
+    layer(inputs).sum().backward()
+    assert int(layer.weight.grad.count_nonzero()) == 96
+
+
+def test_a_weight_that_was_read_is_differentiated_by_torch_func_again_and_again() -> None:
+    layer = tk.TopKastLinear(16, 12, 0.75, 0.5)
+    inputs = torch.randn(6, 16)
+    layer.weight.detach().sum()
+    params = {name: p.detach() for name, p in layer.named_parameters()}
+    loss = lambda p: _loss(lambda x: functional_call(layer, p, (x,)), inputs)  # noqa: E731
+    expected = _gradients(layer, layer.parameters(), inputs)
+    for _ in range(2):
+        torch.testing.assert_close(list(grad(loss)(params).values()), expected)
+        assert isinstance(layer.weight, nn.Parameter)
+
+
 @each_case
 def test_what_overwrites_the_sets_is_named_and_zeros_have_them_chosen(case: Case) -> None:
     model, sparsifier = _sparse(case)
@@ -472,7 +516,7 @@ def test_statistics_of_an_averaged_model_are_those_of_its_forward_pass() -> None
     for _ in range(3):
         _train(model, sparsifier, 1, inputs)
         averaged.update_parameters(model)
-    update_bn([inputs], averaged)  # type: ignore[no-untyped-call]
+    update_bn([inputs], averaged)
     alpha = tk.densify(copy.deepcopy(averaged.module))
     torch.testing.assert_close(averaged.module[1].running_mean, alpha[0](inputs).mean((0, 2, 3)))
 

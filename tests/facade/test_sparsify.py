@@ -321,6 +321,32 @@ def test_frozen_weights_stay_and_do_not_stop_the_others() -> None:
     assert handle.steps == 3
 
 
+def test_a_weight_that_is_frozen_in_mid_run_computes_the_same_through_refreshes() -> None:
+    model = perceptron()
+    handle = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5, refresh_every=1, explore_until=9))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def steps(count: int) -> tuple[bool, bool]:
+        """Return whether θ, and whether A, of the first layer has changed."""
+        theta, masks = model[0].weight.detach().clone(), handle.masks()["0.weight"]
+        other = model[2].weight.detach().clone()
+        for _ in range(count):
+            _step(model, handle, optimizer, (torch.randn(4, 16), torch.randn(4, 5)))
+        assert not torch.equal(model[2].weight, other)
+        active = handle.masks()["0.weight"].forward
+        return not torch.equal(model[0].weight, theta), not torch.equal(active, masks.forward)
+
+    assert steps(3) == (True, True)
+    model[0].weight.requires_grad_(False)
+    assert steps(3) == (False, False)
+    model[0].weight.requires_grad_(True)
+    assert steps(2) == (True, True)
+    model[0].weight.requires_grad_(False)
+    assert steps(2) == (False, False)
+    masks = handle.masks()["0.weight"]
+    assert torch.equal(masks.forward, masks.backward)
+
+
 def test_training_starts_from_sets_of_ones_own() -> None:
     model = perceptron()
     masks = {

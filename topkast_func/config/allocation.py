@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from topkast_func.checks import check_order
+from topkast_func.checks import check_order, check_type
 from topkast_func.config.selection import check_params, matched_by, select
 from topkast_func.config.topkast_config import TopKastConfig
 from topkast_func.ranking import check_blocks, kept
@@ -31,7 +31,7 @@ def allocate(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[st
         The sparsities by name. Dense parameters are absent.
 
     Raises:
-        TypeError: A leaf is not a floating-point tensor.
+        TypeError: A leaf is not a floating-point tensor, or ``config`` no configuration.
         ValueError: A leaf is empty, a pattern matches no name, two patterns disagree, or a
             parameter has a forward but no backward sparsity, or one larger than it. With ERK, a
             selected leaf is not divisible into blocks.
@@ -43,6 +43,7 @@ def allocate(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[st
         >>> {name: a.forward_density for name, a in allocate(params, config).items()}
         {'a.weight': 0.390625, 'b.weight': 0.9375}
     """
+    check_type("config", config, TopKastConfig)
     check_params(params)
     if not config.method.sparsifies:
         return {}

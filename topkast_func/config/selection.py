@@ -1,6 +1,6 @@
 """Which parameters are sparse."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from glob import escape
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
-from topkast_func.checks import dispatches
+from topkast_func.checks import check_tree, dispatches
 from topkast_func.config.topkast_config import TopKastConfig
 from topkast_func.types import Params
 
@@ -22,11 +22,10 @@ def check_params(params: Params) -> None:
 
     Raises:
         TypeError: The tree is not a mapping, or a leaf is no strided tensor of floating-point
-            or complex numbers, or one that computes in a way of its own.
+            or complex numbers, one of 8 bits, or one that computes in a way of its own.
         ValueError: A leaf is empty, or has no values.
     """
-    if not isinstance(params, Mapping):
-        raise TypeError(f"params must map names to tensors, got {type(params).__name__}")
+    check_tree(params)
     for name, leaf in params.items():
         if not isinstance(leaf, Tensor):
             raise TypeError(
@@ -49,6 +48,11 @@ def check_params(params: Params) -> None:
             raise TypeError(
                 f"params[{name!r}] must have a floating-point dtype, got {leaf.dtype}; buffers do "
                 "not belong among parameters"
+            )
+        if leaf.itemsize == 1:
+            raise TypeError(
+                f"params[{name!r}] is {leaf.dtype}, in which torch does not compute: train in "
+                "float16 or wider, and convert what inference is to read"
             )
         if leaf.numel() == 0:
             raise ValueError(f"params[{name!r}] is empty: its shape is {tuple(leaf.shape)}")

@@ -55,6 +55,7 @@ class Derived(NamedTuple):
         return self.version is None or self.version != _version(self.sets)
 
 
+@torch.inference_mode(False)
 def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> Derived:
     """Look at bits, and make what depends on them, unless that is known.
 

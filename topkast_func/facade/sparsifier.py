@@ -81,6 +81,8 @@ class Sparsifier:
     def refresh(self) -> None:
         """Choose A and B anew now, whether that is due or not.
 
+        A weight that requires no gradient keeps its A, and all of θ.
+
         Raises:
             RuntimeError: The method reads the gradient at α of all entries, and there is none.
             NaNParameterError: A sparse weight holds NaN; nothing has changed.
@@ -96,7 +98,10 @@ class Sparsifier:
             gradients=self._gradients(),
         )
         self._follow_schedule()
+        settled = self.config.schedule.settled(self.steps)
         for name, owners in self._owners().items():
+            if not (owners[0][1].theta(owners[0][0]).requires_grad or settled):
+                continue
             if chosen[name] is not theta[name]:
                 theta[name].copy_(chosen[name])
             for layer, weight in owners:

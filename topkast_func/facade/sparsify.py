@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from topkast_func.checks import check_count
+from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig, allocate
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import release
@@ -69,7 +69,7 @@ def sparsify(
         What is to be called after each step of the optimiser, and knows the penalty.
 
     Raises:
-        TypeError: The model is no module, or see `init_state`.
+        TypeError: The model is no module, ``config`` no configuration, or see `init_state`.
         ValueError: The model is wrapped, sparse already, has nothing to be trained, or see
             `init_state`; it is as it was.
 
@@ -127,6 +127,7 @@ def _checked(model: nn.Module, config: TopKastConfig) -> Params:
     """Return the parameters of a module that can be made sparse, by name."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_type("config", config, TopKastConfig)
     if config.powerprop != 1.0:
         raise ValueError("powerprop trains φ in place of θ: use make_train_step")
     for path, module in model.named_modules():

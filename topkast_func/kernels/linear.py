@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topkast_func.checks import check_type
 from topkast_func.kernels.costs import Layer
 from topkast_func.kernels.engines import EngineName, choose, layout
 from topkast_func.kernels.operators import product, transposed_product
@@ -45,10 +46,11 @@ def sparse_linear(
 
     Raises:
         ImportError: The engine asked for is not installed.
-        TypeError: The dtype of ``x`` is another one, its layout is not strided, or the engine
-            asked for does not support the dtype or device.
+        TypeError: ``x`` is no tensor, its dtype is another one, its layout is not strided, or the
+            engine asked for does not support the dtype or device.
         ValueError: ``x`` has another number of features, or there is no such engine.
     """
+    check_type("inputs", x, Tensor)
     out_features, in_features = shape[::-1] if transposed else shape
     if x.layout != torch.strided:
         raise TypeError(f"inputs of layout {x.layout} are not supported, torch.strided ones are")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from topkast_func.checks import check_block_shape
+from topkast_func.checks import check_block_shape, check_tree
 from topkast_func.kernels.pattern import Pattern, pattern_of
 from topkast_func.masks import is_of_blocks
 from topkast_func.model.alone import alone_with, forward_alone, uncompiled
@@ -46,7 +46,8 @@ def sparse_forward(
 
     The gradient with respect to θ is that of the loss at α, kept on B and zero elsewhere
     (Top-KAST, NeurIPS 2020, section 2.2); the gradient with respect to the inputs sees A
-    only. Works under `torch.func.grad`, `vmap`, `torch.compile` and ``.backward()``.
+    only. Works under `torch.compile`, ``.backward()`` and the transforms of `torch.func`: `grad`,
+    `vmap`, forward mode and derivatives of any order, which follow the same rule.
 
     Args:
         model: A module, or a pure function ``apply(params, *inputs, **options)``. A module is
@@ -179,8 +180,7 @@ def check_sets(model: Model, params: Params, masks: Mapping[str, AnySets]) -> No
         TypeError: See `sparse_forward`.
         ValueError: See `sparse_forward`.
     """
-    if not isinstance(params, Mapping):
-        raise TypeError(f"params must map names to tensors, got {type(params).__name__}")
+    check_tree(params)
     check_names(model, params.keys())
     if unknown := [name for name in masks if name not in params]:
         raise ValueError(f"masks of unknown parameters: {unknown}")

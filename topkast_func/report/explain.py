@@ -5,7 +5,7 @@ from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.kernels.linear import layer_of
 from topkast_func.report.notes import ALPHA
 from topkast_func.report.table import table
-from topkast_func.training.state import TrainState, narrowed
+from topkast_func.training.state import TrainState, check_state, narrowed
 
 
 def explain(
@@ -28,7 +28,8 @@ def explain(
 
     Raises:
         ImportError: The engine asked for is not installed.
-        TypeError: The engine asked for does not support the dtype or device.
+        TypeError: The engine asked for does not support the dtype or device, or ``state`` is no
+            state.
         ValueError: The batch size is below 1 or there is no such engine.
 
     Example:
@@ -47,6 +48,7 @@ def explain(
 
 def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str, Choice]:
     """Return which engine computes each sparse parameter; see `explain`."""
+    check_state(state)
     batch = check_count("batch_size", batch_size, 1)
     values, shapes = narrowed(state.weights.values(), state.narrow), state.weights.shapes()
     patterns = state.weights.layers()

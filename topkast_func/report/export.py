@@ -11,7 +11,7 @@ from torch import Tensor
 
 from topkast_func.checks import check_count
 from topkast_func.kernels.layouts import csr_matrix
-from topkast_func.training.state import TrainState, alpha_in, masks_of
+from topkast_func.training.state import TrainState, alpha_in, check_state, masks_of
 
 
 def to_sparse(
@@ -32,6 +32,7 @@ def to_sparse(
         dimensions are left out.
 
     Raises:
+        TypeError: ``state`` is no state.
         ValueError: The layout is unknown, or the blocks do not divide a matrix.
 
     Example:
@@ -43,6 +44,7 @@ def to_sparse(
     """
     if layout not in (*LAYOUTS, "bsr"):
         raise ValueError(f"layout must be one of {(*LAYOUTS, 'bsr')}, got {layout!r}")
+    check_state(state)
     alpha = alpha_in(state)
     to_layout = partial(bsr, block_shape) if layout == "bsr" else LAYOUTS[layout]
     return {

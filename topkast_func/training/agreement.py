@@ -23,6 +23,11 @@ COMPACT = (
     "pass storage='dense' to init_state, or make it with elementwise=True if it does not"
 )
 
+ANOTHER = (
+    "to go on with another optimiser from its beginning, "
+    "state._replace(optimizer=optimizer.init(state.weights.values()))"
+)
+
 
 def disagreements(
     state: TrainState,
@@ -111,4 +116,5 @@ def _kinds(tensors: Params) -> Hashable:
 def _optimizer_problem(state: TrainState, optimizer: Optimizer) -> str | None:
     if isinstance(state.weights, CompactWeights) and not optimizer.elementwise:
         return COMPACT.format(optimizer)
-    return slot_problem(state.optimizer.slots, state.weights.values(), optimizer)
+    problem = slot_problem(state.optimizer.slots, state.weights.values(), optimizer)
+    return problem and f"{problem}: {ANOTHER}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topkast_func.checks import check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.config.description import code_of, described, made, told
 from topkast_func.files.container import damage_of, opened, write
@@ -17,7 +18,7 @@ from topkast_func.model.modules import check_names, trainable
 from topkast_func.training.agreement import disagreements
 from topkast_func.training.fits_config import outlines
 from topkast_func.training.optim import Optimizer, check_optimizer
-from topkast_func.training.state import TrainState, theta_in
+from topkast_func.training.state import TrainState, check_state, theta_in
 from topkast_func.training.state_file import block_problem, flattened, restored
 from topkast_func.training.stored import StoredState, stored
 from topkast_func.types import Model
@@ -51,10 +52,10 @@ def save(
         config: The configuration it is trained with, so that `load` needs none.
 
     Raises:
-        TypeError: ``config`` is no configuration, or a tensor has a layout or dtype that
-            safetensors has not.
-        ValueError: θ holds NaN, A is not within B, or the state is not one of ``config``; what
-            was at ``path`` stays.
+        TypeError: ``state`` is no state or ``config`` no configuration, or a tensor has a layout or
+            dtype that safetensors has not.
+        ValueError: The state is an ensemble, θ holds NaN, A is not within B, or the state is not
+            one of ``config``; what was at ``path`` stays.
     """
     header, tensors = taken_apart(state, config)
     with replacing(Path(path)) as file:
@@ -77,7 +78,9 @@ def taken_apart(
         TypeError: See `save`.
         ValueError: See `save`.
     """
-    check_config(config)
+    check_state(state)
+    if config is not None:
+        check_type("config", config, TopKastConfig)
     header, tensors = flattened(state)
     header["config"] = None
     if config is not None:
@@ -119,7 +122,8 @@ def load(
         ValueError: The file is cut off, damaged or foreign, of another version, or of another
             configuration, model or optimiser; or ``theta_device`` is given for dense storage.
     """
-    check_config(config)
+    if config is not None:
+        check_type("config", config, TopKastConfig)
     if optimizer is not None:
         check_optimizer(optimizer)
     path = Path(path)
@@ -182,19 +186,6 @@ def load_config(path: str | os.PathLike[str]) -> TopKastConfig:
     """
     with opened(Path(path)) as file:
         return agreed(Path(path), file.header, None)
-
-
-def check_config(config: object) -> None:
-    """Check that a configuration, if given, is one.
-
-    Args:
-        config: What is given.
-
-    Raises:
-        TypeError: It is neither a configuration nor None.
-    """
-    if config is not None and not isinstance(config, TopKastConfig):
-        raise TypeError(f"config must be a TopKastConfig or None, got {type(config).__name__}")
 
 
 def agreed(path: Path, header: Mapping[str, Any], given: TopKastConfig | None) -> TopKastConfig:

@@ -14,6 +14,8 @@ from topkast_func.model.forward import check_weight_sets
 from topkast_func.training.state import TrainState, Weights
 from topkast_func.types import Masks, Params, Tensors
 
+ANEW = "begin anew with init_state, from a module that has loaded dense_params(state)"
+
 
 def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfig) -> None:
     """Check that sets are those that a configuration could have chosen at the start.
@@ -50,19 +52,23 @@ def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfi
             )
 
 
-def check_refresh(weights: Weights, config: TopKastConfig, step: int) -> None:
+def check_refresh(state: TrainState, config: TopKastConfig) -> None:
     """Check that the sets of a state can be chosen anew by a configuration.
 
     Args:
-        weights: The weights of the state.
+        state: The state.
         config: The configuration.
-        step: Number of the step that comes next.
 
     Raises:
-        ValueError: Its method is to train densely, it has other blocks, or, where no predicate
-            says which, other parameters are sparse.
+        ValueError: Its method is to train densely, it has other blocks or another exponent, or,
+            where no predicate says which, other parameters are sparse.
     """
-    problem = _method_problem(weights, config) or _block_problem(weights, config)
+    weights, step = state.weights, int(state.step)
+    problem = (
+        _method_problem(weights, config)
+        or _block_problem(weights, config)
+        or _exponent_problem(state, config, None)
+    )
     if not problem and not callable(config.sparse):
         problem = _selection_problem(weights, config, outlines(weights), step)
     if problem:
@@ -108,10 +114,7 @@ def outlines(weights: Weights) -> Tensors:
 def _method_problem(weights: Weights, config: TopKastConfig) -> str | None:
     if config.method.sparsifies or not weights.sparse():
         return None
-    return (
-        f"method={config.method} chooses no sets, and there are some: begin dense training with "
-        "init_state, from a module that has loaded dense_params(state)"
-    )
+    return f"method={config.method} chooses no sets, and there are some: to train densely, {ANEW}"
 
 
 def _block_problem(weights: Weights, config: TopKastConfig) -> str | None:
@@ -134,15 +137,16 @@ def _block_problem(weights: Weights, config: TopKastConfig) -> str | None:
 def _selection_problem(
     weights: Weights, config: TopKastConfig, params: Params, step: int
 ) -> str | None:
+    way_on = f": to change which they are, {ANEW}"
     try:
         asked = allocate(params, config, step=step)
         problem = difference("sparse parameters", weights.sparse(), asked)
     except ValueError as reason:
-        problem = str(reason)
+        problem, way_on = str(reason), ""
     plain = not any(isinstance(parameter, nn.Parameter) for parameter in params.values())
-    if problem and callable(config.sparse) and plain:
-        problem += " (the predicate was asked about plain tensors: pass the module as model)"
-    return problem
+    if callable(config.sparse) and plain:
+        way_on = " (the predicate was asked about plain tensors: pass the module as model)"
+    return problem and problem + way_on
 
 
 def _exponent_problem(
@@ -154,7 +158,7 @@ def _exponent_problem(
     found = {name: float(exponent) for name, exponent in state.exponents.items()}
     if found == dict.fromkeys(powered, config.powerprop):
         return None
-    return f"powerprop is {found or 1.0}, the configuration asks for {config.powerprop}"
+    return f"powerprop is {found or 1.0}, the configuration asks for {config.powerprop}: {ANEW}"
 
 
 def _size_problem(weights: Weights, config: TopKastConfig, step: int) -> str | None:

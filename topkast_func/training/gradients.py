@@ -11,7 +11,7 @@ from topkast_func.model.modules import bind, ties
 from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.purity import random_numbers_of
-from topkast_func.training.state import TrainState, alpha_in
+from topkast_func.training.state import TrainState, alpha_in, check_state
 from topkast_func.turns import RANDOM_NUMBERS
 from topkast_func.types import LossFn, Model, Tensors
 
@@ -31,8 +31,9 @@ def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any
         Gradients by name, of the shapes of the sparse parameters.
 
     Raises:
-        TypeError: The loss is no 0-d tensor.
+        TypeError: The loss is no 0-d tensor, or ``state`` no state.
     """
+    check_state(state)
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
 
     def gradients() -> Tensors:

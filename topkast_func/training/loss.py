@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from topkast_func.checks import check_tree, check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.model.alone import forward_alone, uncompiled
 from topkast_func.model.forward import AnySets, Indexed, at_alpha, check_sets
@@ -34,6 +35,7 @@ def exploration_penalty(
         The penalty, 0-d; zero where ``config.penalty`` is None or the method does not explore.
 
     Raises:
+        TypeError: ``params`` are not by name, or ``config`` is no configuration.
         ValueError: The configuration gives a masked parameter no sparsity.
 
     Departures:
@@ -48,6 +50,8 @@ def exploration_penalty(
         >>> exploration_penalty(theta, masks, config)
         tensor(5.)
     """
+    check_tree(params)
+    check_type("config", config, TopKastConfig)
     shapes = {name: params[name].shape for name in masks}
     device = next(iter(params.values())).device
     parts = partial(_parts, params, masks)
@@ -101,6 +105,23 @@ def penalized_loss(
     data_loss = forward_alone(model, run)
     penalty = exploration_penalty(params, masks, config, step=step)
     return data_loss + config.penalty_weight * penalty
+
+
+def check_loss_fn(loss_fn: object) -> None:
+    """Check that a loss function is not one of torch itself, which takes outputs and targets.
+
+    Args:
+        loss_fn: The function.
+
+    Raises:
+        TypeError: It is.
+    """
+    if getattr(loss_fn, "__module__", None) in ("torch.nn.functional", "torch.nn.modules.loss"):
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise TypeError(
+            f"loss_fn is called as loss_fn(apply, batch), and {name} takes outputs and targets: "
+            "pass a function such as lambda apply, batch: loss(apply(batch[0]), batch[1])"
+        )
 
 
 def loss_and_aux(result: object) -> tuple[Tensor, tuple[Any, ...]]:

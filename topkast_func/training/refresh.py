@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
+from topkast_func.checks import check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
 from topkast_func.entry import entered
 from topkast_func.masks import counts_among, masks_at
 from topkast_func.training.fits_config import check_refresh
-from topkast_func.training.state import TrainState, Weights, ordinary, powered
+from topkast_func.training.state import TrainState, Weights, check_state, ordinary, powered
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -30,13 +31,17 @@ def refresh(
         The state with its new sets.
 
     Raises:
+        TypeError: ``state`` is no state or ``config`` no configuration.
         ValueError: The method reads gradients and there are none, or the configuration has other
-            sparse parameters or other blocks, or a method that is to train densely.
+            sparse parameters, other blocks or another exponent, or a method that is to train
+            densely.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
         torch.OutOfMemoryError: The device has too little memory; the text says the way on.
     """
+    check_state(state)
+    check_type("config", config, TopKastConfig)
     state = ordinary(state) if state.step.is_inference() else state
-    check_refresh(state.weights, config, int(state.step))
+    check_refresh(state, config)
     try:
         return _refreshed(state, config, gradients)
     except torch.OutOfMemoryError as reason:

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from topkast_func.checks import check_count
+from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.distributed.agreement import check_same
 from topkast_func.distributed.folder import read, write
 from topkast_func.distributed.launched import world
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.files.container import damage_of
-from topkast_func.training.checkpoint import agreed, check_config, put_together, taken_apart
+from topkast_func.training.checkpoint import agreed, put_together, taken_apart
 from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.state import TrainState
 from topkast_func.training.stored import stored
@@ -94,7 +94,8 @@ def load_sharded(
         ValueError: A tensor does not match its checksum, or see `load`.
         RuntimeError: Another rank is lost.
     """
-    check_config(config)
+    if config is not None:
+        check_type("config", config, TopKastConfig)
     if optimizer is not None:
         check_optimizer(optimizer)
     ranks = Ranks(process_group or world())

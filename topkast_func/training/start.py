@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from topkast_func.checks import check_count
+from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import given_sparsity
 from topkast_func.config.selection import check_present, matches
@@ -63,8 +63,8 @@ def init_state(
 
     Raises:
         TypeError: ``master`` is no dtype, a leaf is no plain floating-point or complex tensor (see
-            `compute_masks`), ``optimizer`` is none of this library, or ``masks`` are not `Masks`
-            of bool.
+            `compute_masks`), ``config`` is no configuration, ``optimizer`` none of this library,
+            or ``masks`` are not `Masks` of bool.
         ValueError: There is nothing to train, a leaf is empty or without values (on the meta
             device, of a lazy module), the configuration does not fit, a tied weight is given two
             sparsities, ``masks`` are not what the configuration asks for, ``theta_device`` is
@@ -77,6 +77,7 @@ def init_state(
         raise ValueError(f"storage must be 'compact' or 'dense', got {storage!r}")
     if storage == "dense" and theta_device is not None:
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
+    check_type("config", config, TopKastConfig)
     check_optimizer(optimizer)
     if storage == "compact" and not optimizer.elementwise:
         raise ValueError(COMPACT.format(optimizer))

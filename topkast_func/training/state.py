@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from topkast_func.checks import check_type
 from topkast_func.powerprop import theta_of
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.dense import DenseWeights
@@ -54,6 +55,24 @@ class TrainState(NamedTuple):
         return brief(self)
 
 
+def check_state(state: object) -> None:
+    """Check that a state is one, and of one network.
+
+    Args:
+        state: What is to be one.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: It is an ensemble of states, stacked.
+    """
+    check_type("state", state, TrainState)
+    if isinstance(state, TrainState) and state.step.ndim:
+        raise ValueError(
+            "state is an ensemble of states, stacked: call this under torch.vmap, or take a member "
+            "out of it, tree_map(lambda leaf: leaf[i], state)"
+        )
+
+
 def dense_params(state: TrainState) -> Tensors:
     """Return θ by name, the entries outside B included.
 
@@ -63,7 +82,12 @@ def dense_params(state: TrainState) -> Tensors:
     Returns:
         θ, copies, in the dtype that it is kept in; in compact storage the sparse parameters are on
         ``theta_device``.
+
+    Raises:
+        TypeError: It is no state.
+        ValueError: It is an ensemble of states, stacked.
     """
+    check_state(state)
     return _apart(state, theta_in(state))
 
 
@@ -75,7 +99,12 @@ def masks_of(state: TrainState) -> dict[str, Masks]:
 
     Returns:
         Masks by name, copies; dense parameters are absent.
+
+    Raises:
+        TypeError: It is no state.
+        ValueError: It is an ensemble of states, stacked.
     """
+    check_state(state)
     masks = state.weights.masks()
     return {n: Masks(sets.forward.clone(), sets.backward.clone()) for n, sets in masks.items()}
 
@@ -93,7 +122,12 @@ def forward_params(state: TrainState) -> Tensors:
         Tensors by name, copies, which the model may write to: α, in the dtype that the forward
         pass computes in, then frozen parameters, then buffers. ``load_state_dict`` passes over
         buffers that are not persistent, `functional_call` does not.
+
+    Raises:
+        TypeError: It is no state.
+        ValueError: It is an ensemble of states, stacked.
     """
+    check_state(state)
     return _apart(state, alpha_in(state))
 
 

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
+from topkast_func.checks import check_type
 from topkast_func.compiling import one_report
 from topkast_func.config import TopKastConfig
 from topkast_func.config.description import described
@@ -31,13 +32,11 @@ from topkast_func.training.compilation import compiled, signature
 from topkast_func.training.ensembles import by_member, is_ensemble
 from topkast_func.training.fits_config import is_of_stage
 from topkast_func.training.gradients import gradients_of
-from topkast_func.training.optim import (
-    Optimizer,
-    check_optimizer,
-)
+from topkast_func.training.loss import check_loss_fn
+from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.purity import Draws, check_pure
 from topkast_func.training.refresh import refresh
-from topkast_func.training.state import TrainState, ordinary
+from topkast_func.training.state import TrainState, check_state, ordinary
 from topkast_func.training.update import Moved, update_of
 from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
@@ -97,10 +96,10 @@ def make_train_step(
 
     Threads may share a step, a module, or parts of modules, and get what each would get alone:
     they take turns where they do, where a step draws random numbers, and where it compiles. What
-    they must leave to the steps meanwhile is a module of theirs (`forward_params` is for running it
-    beside) and torch's own generators (give a ``torch.Generator`` to whatever else draws). Where
-    other programs use the cores, call ``torch.set_num_threads(1)``: threads that wait for each
-    other while they are not scheduled can make a step many times slower.
+    they must leave to the steps meanwhile is a module of theirs (to run it beside, let a copy of it
+    load `forward_params`) and torch's own generators (give a ``torch.Generator`` to whatever else
+    draws). Where other programs use the cores, call ``torch.set_num_threads(1)``: threads that wait
+    for each other while they are not scheduled can make a step many times slower.
 
     A loss that is NaN is returned as it is; θ then holds NaN, and a refresh that comes due
     keeps the sets and warns.
@@ -146,8 +145,8 @@ def make_train_step(
         itself raises; the caller's state is whole after any of these.
 
     Raises:
-        TypeError: The model or the loss function cannot be called, or the optimiser is none of
-            this library.
+        TypeError: The model or the loss function cannot be called, or the latter is one of torch
+            itself, ``config`` is no configuration, or the optimiser none of this library.
         ValueError: There is no such engine, or a part of the model is what torch.compile returned;
             or ranks differ in configuration, model, optimiser or torch, the mesh has several axes,
             or a part of the model is SyncBatchNorm.
@@ -165,10 +164,12 @@ def make_train_step(
         (1, torch.Size([]))
     """
     check_engine(engine)
+    check_type("config", config, TopKastConfig)
     check_optimizer(optimizer)
     for name, function in (("model", model), ("loss_fn", loss_fn)):
         if not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+    check_loss_fn(loss_fn)
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
     check_uncompiled(model)
     options = described(compile) if isinstance(compile, Mapping) else compile
@@ -244,6 +245,7 @@ def make_train_step(
 
     @torch.inference_mode(False)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        check_state(state)
         if is_ensemble((state, batch)):
             ensemble: tuple[TrainState, StepMetrics] = by_member(train_step, state, batch)
             return ensemble
