@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import topkast_func as tk
@@ -166,6 +167,17 @@ def test_words_that_are_not_there_are_refused(number: int) -> None:
     sparse, *_ = made(Language())
     with pytest.raises(IndexError, match=r"indices must be in \[0, 40\)"):
         sparse(torch.tensor([3, number]))
+
+
+@small
+def test_a_language_model_of_hugging_face() -> None:
+    sizes = {"n_positions": 16, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, bos_token_id=0, eos_token_id=0, **sizes))
+    sparse, plain, _ = made(model, tk.TopKastConfig(0.8))
+    assert len(layers(sparse)) == 2 * 4 + 1
+    words = torch.randint(0, 40, (3, 9))
+    with torch.no_grad():
+        assert_close(sparse(words).logits, plain(words).logits)
 
 
 class Scaled(nn.Embedding):
