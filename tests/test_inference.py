@@ -288,7 +288,9 @@ def test_bad_arguments_and_inputs_are_refused() -> None:
     with pytest.raises(TypeError, match=r"inputs are torch\.float64, the weight is torch\.float32"):
         sparse(torch.randn(2, 48, dtype=torch.float64))
     with pytest.raises(TypeError, match=r"that of the state .* got TrainState"):
-        tk.sparse_module(state)  # type: ignore[arg-type]
+        tk.sparse_module(state)
+    with pytest.raises(TypeError, match="state must be a TrainState, got Sequential"):
+        tk.sparse_module(model, model)
 
 
 @small

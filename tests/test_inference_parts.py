@@ -38,7 +38,7 @@ class Language(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.words = nn.Embedding(40, WIDTH)
-        self.middle = Conv1D(WIDTH, WIDTH)
+        self.middle = Conv1D(WIDTH, WIDTH)  # type: ignore[no-untyped-call]
         self.head = nn.Linear(WIDTH, 40, bias=False)
         self.head.weight = self.words.weight
 

@@ -49,7 +49,7 @@ def sparse_module(
         A module of its own, which shares no memory with the state or the model.
 
     Raises:
-        TypeError: ``model`` is no module, or ``batch_size`` no integer.
+        TypeError: ``model`` is no module, ``state`` none beside it, or ``batch_size`` no integer.
         ValueError: The state is of another model, ``batch_size`` is below 1, or a part of the
             model is compiled.
 
@@ -72,7 +72,12 @@ def sparse_module(
             f"changed, got {type(given).__name__}"
         )
     check_uncompiled(given)
-    stored = partial(_of_module, given) if model is None else partial(_of_state, state, given)
+    if model is None:
+        stored = partial(_of_module, given)
+    elif isinstance(state, TrainState):
+        stored = partial(_of_state, state, given)
+    else:
+        raise TypeError(f"state must be a TrainState, got {type(state).__name__}")
     return alone_with(given, lambda: _converted(*stored(batch)))
 
 

@@ -48,4 +48,5 @@ class SparsePointwise(nn.Module):
         """
         seen = input[(..., *(slice(None, None, step) for step in self.stride))]
         channels = -1 - len(self.stride)
-        return self.linear(seen.movedim(channels, -1)).movedim(-1, channels)
+        out: Tensor = self.linear(seen.movedim(channels, -1))
+        return out.movedim(-1, channels)
