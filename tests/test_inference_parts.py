@@ -171,7 +171,7 @@ def test_words_that_are_not_there_are_refused(number: int) -> None:
 
 @small
 def test_a_language_model_of_hugging_face() -> None:
-    sizes = {"n_positions": 16, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
+    sizes: dict[str, Any] = {"n_positions": 16, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=40, bos_token_id=0, eos_token_id=0, **sizes))
     sparse, plain, _ = made(model, tk.TopKastConfig(0.8))
     assert len(layers(sparse)) == 2 * 4 + 1
@@ -217,7 +217,7 @@ def test_convolutions_of_one_pixel(kind: Any, stride: int, storage: Any) -> None
 
 @small
 @pytest.mark.parametrize("options", [{"kernel_size": 3}, {"padding": 1}, {"groups": 2}], ids=str)
-def test_other_convolutions_stay(options: dict[str, int]) -> None:
+def test_other_convolutions_stay(options: dict[str, Any]) -> None:
     sparse, plain, _ = made(nn.Sequential(nn.Conv2d(8, 16, **{"kernel_size": 1, **options})))
     assert layers(sparse) == []
     x = torch.randn(3, 8, 5, 5)

@@ -117,8 +117,9 @@ def _converted(plain: nn.Module, stored: Stored) -> nn.Module:
             by = stored.linear(part.products[0].name, part.layer.bias, transposed=part.transposed)
         if by is not None:
             plain = _replaced(plain, part.layer, by)
-        for module in lookups if isinstance(by, SparseLinear) else ():
-            plain = _replaced(plain, module, SparseEmbedding(by))
+        if isinstance(by, SparseLinear):
+            for module in lookups:
+                plain = _replaced(plain, module, SparseEmbedding(by))
     return _without_fused_layers(plain)
 
 
@@ -152,7 +153,8 @@ def _attention(part: StandIn, stored: Stored) -> nn.Module | None:
 
 def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """Return a linear layer of a copy of a weight and a bias."""
-    layer = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="meta")
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=bias is not None, device="meta")
     for key, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             setattr(layer, key, nn.Parameter(tensor.detach().clone(), requires_grad=False))

@@ -46,7 +46,8 @@ class SparsePointwise(nn.Module):
         Returns:
             The same with out_channels, their axis the last in memory.
         """
-        seen = input[(..., *(slice(None, None, step) for step in self.stride))]
         channels = -1 - len(self.stride)
-        out: Tensor = self.linear(seen.movedim(channels, -1))
+        for axis, step in enumerate(self.stride, channels + 1):
+            input = input.movedim(axis, 0)[::step].movedim(0, axis)
+        out: Tensor = self.linear(input.movedim(channels, -1))
         return out.movedim(-1, channels)

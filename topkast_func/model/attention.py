@@ -51,7 +51,8 @@ class AttentionStandIn(StandIn):
             return result
         x = query if layer.batch_first else query.transpose(0, 1)
         projected = project(x, layer.in_proj_weight, layer.in_proj_bias)
-        parts = projected.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        size = (*projected.shape[:2], 3, layer.num_heads, -1)
+        parts = projected.view(size).permute(2, 0, 3, 1, 4)
         joined, _ = mixed(layer, parts, attn_mask, key_padding_mask, is_causal)
         y = project_out(joined, layer.out_proj.weight, layer.out_proj.bias)
         return y if layer.batch_first else y.transpose(0, 1), None
