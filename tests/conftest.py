@@ -56,3 +56,9 @@ def _fresh_figures() -> Iterator[None]:
     from matplotlib import pyplot
 
     pyplot.close("all")
+
+
+@pytest.fixture
+def small_layers_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of any size are stored sparsely for inference, as small ones else are not."""
+    monkeypatch.setattr("topkast_func.inference.stored.pays", lambda *_: True)

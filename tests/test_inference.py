@@ -17,39 +17,17 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 import topkast_func as tk
-from topkast_func import inference
+from tests.inferred import layers, made, small
+from topkast_func.inference import linear
 from topkast_func.kernels import inference as kernels
 from topkast_func.kernels.layouts import csr_matrix
 
 BATCHES = [0, 1, 2, 3, 15, 16, 17, 64, 300]
 
 
-@pytest.fixture
-def _small_layers_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As layers of this size do not, for the time that a call takes."""
-    monkeypatch.setattr(inference, "pays", lambda *_: True)
-
-
-small = pytest.mark.usefixtures("_small_layers_pay")
-
-
 def perceptron(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32, bias=False)).to(dtype)
-
-
-def made(
-    model: nn.Module, config: tk.TopKastConfig | None = None, batch_size: int = 64, **options: Any
-) -> tuple[nn.Module, nn.Module, tk.TrainState]:
-    """The sparse module, the plain model at α, and the state."""
-    state = tk.init_state(model, config or tk.TopKastConfig(0.9), tk.sgd(0.1), **options)
-    plain = copy.deepcopy(model).eval()
-    plain.load_state_dict(tk.forward_params(state), strict=False)
-    return tk.sparse_module(state, model, batch_size), plain, state
-
-
-def layers(module: nn.Module) -> list[tk.SparseLinear]:
-    return [part for part in module.modules() if isinstance(part, tk.SparseLinear)]
 
 
 @small
@@ -214,17 +192,19 @@ def test_all_else_of_a_model_stays_and_the_model_itself_too(
     before = copy.deepcopy(model.state_dict())
     sparse, plain, state = made(model)
     names = {name for name, part in sparse.named_modules() if isinstance(part, tk.SparseLinear)}
-    linears = {f"layers.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
-    assert names == linears | {"shared"}
+    parts = ["linear1", "linear2", *(f"self_attn.{key}_proj" for key in ("q", "k", "v", "out"))]
+    linears = {f"layers.layers.{i}.{part}" for i in (0, 1) for part in parts}
+    assert names == linears | {"shared", "words.shared"}
     assert sparse.shared is sparse.again
+    assert sparse.words.shared is sparse.head  # type: ignore[union-attr]
     assert not sparse.training
     words = torch.randint(0, 40, (3, 6))
     with torch.no_grad():
         assert_close(sparse(words), plain(words))
         product = Mock(wraps=kernels.product)
-        monkeypatch.setattr(inference, "product", product)
+        monkeypatch.setattr(linear, "product", product)
         sparse(words)
-    assert product.call_count == 4 + 2
+    assert product.call_count == 2 * 6 + 2 + 1
     assert_close(functional_call(plain, tk.forward_params(state), words), plain(words))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.training
@@ -299,7 +279,7 @@ def test_bad_arguments_and_inputs_are_refused() -> None:
     sparse, _, state = made(model)
     with pytest.raises(ValueError, match="of another model"):
         tk.sparse_module(state, nn.Linear(3, 3))
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, .* got function"):
         tk.sparse_module(state, lambda params, x: x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         tk.sparse_module(state, model, 0)
@@ -307,3 +287,26 @@ def test_bad_arguments_and_inputs_are_refused() -> None:
         sparse(torch.randn(2, 3))
     with pytest.raises(TypeError, match=r"inputs are torch\.float64, the weight is torch\.float32"):
         sparse(torch.randn(2, 48, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"that of the state .* got TrainState"):
+        tk.sparse_module(state)
+    with pytest.raises(TypeError, match="state must be a TrainState, got Sequential"):
+        tk.sparse_module(model, model)
+
+
+@small
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_model_of_an_ordinary_loop_needs_no_state(plain: bool) -> None:
+    model, x = perceptron(), torch.randn(20, 48)
+    sparsifier = tk.sparsify(model, tk.TopKastConfig(0.9))
+    active = [int(masks.forward.sum()) for masks in sparsifier.masks().values()]
+    with torch.no_grad():
+        expected = model(x)
+        if plain:
+            tk.densify(model)
+        before = copy.deepcopy(model.state_dict())
+        sparse = tk.sparse_module(model)
+        assert_close(sparse(x), expected)
+        assert_close(model(x), expected)
+    assert [len(layer.values) for layer in layers(sparse)] == active
+    assert {type(part) for part in sparse} == {tk.SparseLinear, nn.ReLU}  # type: ignore[attr-defined]
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())

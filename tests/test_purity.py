@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import topkast_func as tk
 
@@ -159,3 +160,22 @@ def test_tied_weights_count_once() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
     model.get_submodule("1").weight = model.get_submodule("0").weight
     assert int(first_step(model, mse, compile=False).step) == 1
+
+
+class Recomputed(nn.Module):
+    """A network that keeps no activations of its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self.first, x, use_reentrant=False)
+        out: Tensor = self.last(hidden)
+        return out
+
+
+@compiled_or_not
+def test_activation_checkpointing_is_refused_with_the_way_on(compile: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.utils\.checkpoint.*take it out.*tk\.sparsify"):
+        first_step(Recomputed(), mse, compile)

@@ -701,6 +701,7 @@ def test_no_warning_in_an_ordinary_run() -> None:
     ("optimizer", "kind"),
     [
         (torch.optim.SGD([torch.zeros(1)], lr=0.1), "SGD, which moves the parameters of a module"),
+        (torch.optim.AdamW, "AdamW, which moves the parameters of a module, .*, after tk.sparsify"),
         (tk.sgd, r"sgd: call it, sgd\(...\)"),
         (None, "NoneType$"),
     ],

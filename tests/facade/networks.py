@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import topkast_func as tk
 
@@ -65,6 +66,12 @@ def perceptron() -> Any:
     return nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 5))
 
 
+def transposed() -> Any:
+    """Return a layer of GPT-2, whose weight is [in, out], and a linear layer."""
+    first: nn.Module = Conv1D(12, 16)  # type: ignore[no-untyped-call]
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(12, 5))
+
+
 def convolutional() -> Any:
     """Return convolutions and a linear layer, with a normalisation between them."""
     return nn.Sequential(
@@ -74,6 +81,7 @@ def convolutional() -> Any:
 
 CASES = {
     "perceptron": Case(perceptron, lambda: torch.randn(6, 16)),
+    "transposed": Case(transposed, lambda: torch.randn(6, 16)),
     "convolutional": Case(convolutional, lambda: torch.randn(6, 3, 5, 5)),
     "attention": Case(Attention, lambda: torch.randint(11, (3, 4))),
     "own": Case(

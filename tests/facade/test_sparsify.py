@@ -275,7 +275,7 @@ def test_summary_has_a_row_for_each_parameter() -> None:
     dense = tk.sparsify(convolutional(), CONFIG).summary().rows[0]
     assert (dense.engine, dense.reason) == (
         "dense",
-        "all of α: not of a plain nn.Linear",
+        "all of α: not of a plain nn.Linear or Conv1D",
     )
 
 
@@ -345,6 +345,22 @@ def test_a_weight_that_is_frozen_in_mid_run_computes_the_same_through_refreshes(
     assert steps(2) == (False, False)
     masks = handle.masks()["0.weight"]
     assert torch.equal(masks.forward, masks.backward)
+
+
+@pytest.mark.parametrize("method", [tk.topkast(), PAPER, tk.set(), tk.rigl()], ids=str)
+def test_a_layer_frozen_in_mid_run_keeps_weights_and_sets(method: tk.Method) -> None:
+    model, batch = perceptron(), (torch.randn(4, 16), torch.randn(4, 5))
+    handle = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5, refresh_every=1, method=method))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for frozen in (False, True):
+        model.get_submodule("0").requires_grad_(not frozen)
+        before, sets = copy.deepcopy(model.state_dict()), handle.masks()
+        for _ in range(3):
+            _step(model, handle, optimizer, batch)
+        same = [torch.equal(before[key], tensor) for key, tensor in model.state_dict().items()]
+        assert same == [frozen and key.startswith("0.") for key in before]
+        stayed = torch.equal(sets["0.weight"].forward, handle.masks()["0.weight"].forward)
+        assert stayed == frozen
 
 
 def test_training_starts_from_sets_of_ones_own() -> None:

@@ -13,7 +13,7 @@ from topkast_func.sparsity import Allocation
 BATCH = 256
 """Rows of activations for which it is decided whether kernels compute a layer."""
 
-WHOLE = f"{ALPHA}not of a plain nn.Linear"
+WHOLE = f"{ALPHA}not of a plain nn.Linear or Conv1D"
 
 
 class Rule(NamedTuple):

@@ -20,6 +20,7 @@ from topkast_func.facade.guard import watch
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
 from topkast_func.kernels.linear import sparse_linear
+from topkast_func.model.stand_in import is_transposed
 from topkast_func.types import Masks
 
 Layer = TypeVar("Layer", bound="SparseLayer")
@@ -142,7 +143,10 @@ class SparseLayer(nn.Module):
 
 
 class SparseLinear(SparseLayer):
-    """Mixed into `torch.nn.Linear`, which kernels compute where that is faster."""
+    """Mixed into `torch.nn.Linear` and ``Conv1D``: kernels compute where that is faster."""
+
+    _transposed: ClassVar[bool] = False
+    """Whether the weight is [in, out]."""
 
     def forward(self, input: Tensor) -> Any:
         """Compute with α, on the kernels or densely."""
@@ -154,9 +158,8 @@ class SparseLinear(SparseLayer):
             bias: Any = self.bias
         theta, kernel = weight.theta(self), derived.kernel
         shape = (theta.shape[0], theta.shape[1])
-        return sparse_linear(
-            input, kernel.values(theta), kernel.pattern, shape, bias, weight.rule.engine
-        )
+        values, engine = kernel.values(theta), weight.rule.engine
+        return sparse_linear(input, values, kernel.pattern, shape, bias, engine, self._transposed)
 
 
 def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:
@@ -175,8 +178,9 @@ def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = No
 
 
 def on_kernels(plain: type[nn.Module]) -> bool:
-    """Return whether modules of a class compute as `torch.nn.Linear`, which kernels can too."""
-    return plain.forward is nn.Linear.forward and plain is not NonDynamicallyQuantizableLinear
+    """Return whether modules of a class are linear layers, which kernels can compute too."""
+    linear = plain.forward is nn.Linear.forward and plain is not NonDynamicallyQuantizableLinear
+    return linear or is_transposed(plain)
 
 
 @cache
@@ -205,7 +209,7 @@ def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
 
     members = {key: sparse_attribute(key) for key in keys}
     named = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "_plain": plain}
-    own = {"forward": forward, "__reduce_ex__": reduce}
+    own = {"forward": forward, "__reduce_ex__": reduce, "_transposed": is_transposed(plain)}
     return type(plain.__name__, (mixed, plain), {**members, **named, **own})
 
 

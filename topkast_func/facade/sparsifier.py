@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -11,19 +11,14 @@ from torch.optim import Optimizer
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
-from topkast_func.config.selection import reason_dense
 from topkast_func.facade.guard import steps_made
-from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.facade.owners import owners_of, summary_of
 from topkast_func.ranking import NaNParameterError
-from topkast_func.report.notes import Row, notes
-from topkast_func.report.summary import Summary, empty_lines
+from topkast_func.report.summary import Summary
 from topkast_func.sparsity import Allocation
 from topkast_func.training.loss import exploration_penalty
 from topkast_func.training.refresh import chosen_anew
 from topkast_func.types import Masks, Tensors
-
-Owners: TypeAlias = dict[str, list[tuple[nn.Module, SparseWeight]]]
-"""By name of a sparse weight the layers that have it: several where it is tied."""
 
 
 class Sparsifier:
@@ -81,7 +76,7 @@ class Sparsifier:
     def refresh(self) -> None:
         """Choose A and B anew now, whether that is due or not.
 
-        A weight that requires no gradient keeps its A, and all of θ.
+        A weight that requires no gradient (any more) keeps its A, and all of θ.
 
         Raises:
             RuntimeError: The method reads the gradient at α of all entries, and there is none.
@@ -99,7 +94,7 @@ class Sparsifier:
         )
         self._follow_schedule()
         settled = self.config.schedule.settled(self.steps)
-        for name, owners in self._owners().items():
+        for name, owners in owners_of(self.model).items():
             if not (owners[0][1].theta(owners[0][0]).requires_grad or settled):
                 continue
             if chosen[name] is not theta[name]:
@@ -135,16 +130,13 @@ class Sparsifier:
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B of the sparse weights by name."""
-        return {name: owner[0][1].masks(owner[0][0]) for name, owner in self._owners().items()}
+        return {
+            name: owner[0][1].masks(owner[0][0]) for name, owner in owners_of(self.model).items()
+        }
 
     def summary(self) -> Summary:
         """Tell what the module consists of, one row for each parameter."""
-        owners = {id(w.theta(m)): (m, w) for several in self._owners().values() for m, w in several}
-        rows = [
-            _row(name, parameter, self.config, *owners.get(id(parameter), (None, None)))
-            for name, parameter in self.model.named_parameters()
-        ]
-        return Summary(rows, notes(rows, self._owners(), self.model, self.config))
+        return summary_of(self.model, self.config)
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of the step and the seed; the rest is in the module's state dict."""
@@ -167,19 +159,14 @@ class Sparsifier:
         self._follow_schedule()
         self._ask_for_gradients()
 
-    def _owners(self) -> Owners:
-        found: Owners = {}
-        for module in self.model.modules():
-            for weight in weights_of(module).values():
-                found.setdefault(weight.rule.name, []).append((module, weight))
-        return found
-
     def _theta(self) -> dict[str, nn.Parameter]:
-        return {name: owners[0][1].theta(owners[0][0]) for name, owners in self._owners().items()}
+        return {
+            name: owners[0][1].theta(owners[0][0]) for name, owners in owners_of(self.model).items()
+        }
 
     def _follow_schedule(self) -> None:
         """Tell each weight at which step it is, for sets that are chosen from a loaded θ."""
-        owners = self._owners()
+        owners = owners_of(self.model)
         shapes = {name: theta.shape for name, theta in self._theta().items()}
         for name, allocation in shared_among_all(shapes, self.config, self.steps).items():
             if self.config.schedule.settled(self.steps):
@@ -195,7 +182,7 @@ class Sparsifier:
         asked = method.reads_gradient and (
             by_hand or self.config.schedule.refreshes_at(self.steps + 1)
         )
-        for owners in self._owners().values():
+        for owners in owners_of(self.model).values():
             theta = owners[0][1].theta(owners[0][0])
             probe = torch.zeros_like(theta, requires_grad=True) if asked else None
             for _, weight in owners:
@@ -205,7 +192,7 @@ class Sparsifier:
         """Return the gradients that the method reads, summed over the processes."""
         if not self.config.method.reads_gradient or self.config.schedule.settled(self.steps):
             return None
-        probes = {name: owners[0][1].probe for name, owners in self._owners().items()}
+        probes = {name: owners[0][1].probe for name, owners in owners_of(self.model).items()}
         if all(probe is None or probe.grad is None for probe in probes.values()):
             raise RuntimeError(
                 f"{self.config.method} chooses by the gradient at α, and there is none: a backward "
@@ -227,7 +214,7 @@ class Sparsifier:
         if not held and self.config.method.sparsifies:
             raise RuntimeError("model has no sparse weights any more: it was densified")
         theta = [p for p in held.values() if p.requires_grad]
-        optimized = sum(w.steps for owners in self._owners().values() for _, w in owners)
+        optimized = sum(w.steps for owners in owners_of(self.model).values() for _, w in owners)
         if theta and not self._reached and optimized == self._optimized:
             raise RuntimeError(
                 "no backward pass has reached a sparse weight since the last step(): call "
@@ -245,36 +232,3 @@ class Sparsifier:
 def _overflown(theta: list[nn.Parameter]) -> bool:
     """Return whether a gradient is not finite, for which a scaler leaves the step out."""
     return any(p.grad is not None and not p.grad.isfinite().all() for p in theta)
-
-
-def _row(
-    name: str,
-    parameter: nn.Parameter,
-    config: TopKastConfig,
-    layer: nn.Module | None,
-    weight: SparseWeight | None,
-) -> Row:
-    size, engine = parameter.numel(), "torch"
-    trained = parameter.requires_grad
-    reason = reason_dense(name, parameter, config) if trained else "frozen"
-    masks = None
-    forward, backward, stored = size, size if trained else 0, parameter.nbytes
-    if layer is not None and weight is not None:
-        masks = weight.masks(layer)
-        forward, backward = int(masks.forward.sum()), int(masks.backward.sum())
-        engine, reason = weight.choice(layer)
-        stored += weight.sets(layer).nbytes
-    empty = empty_lines(masks)
-    return Row(
-        name=name,
-        shape=tuple(parameter.shape),
-        forward=forward,
-        backward=backward,
-        forward_density=forward / size,
-        backward_density=backward / size,
-        engine=engine,
-        reason=reason,
-        bytes=stored,
-        empty_rows=empty[0],
-        empty_columns=empty[1],
-    )

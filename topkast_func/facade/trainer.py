@@ -2,21 +2,20 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from math import isclose, isfinite
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
-from topkast_func.checks import check_count, check_number
+from topkast_func.checks import check_count
+from topkast_func.facade.fit import check_fit, sparse_layers
 from topkast_func.facade.loss import TopKastLoss
-from topkast_func.facade.sparse_weight import weights_of
-from topkast_func.facade.topkast_layer import TopKastLayer
+from topkast_func.facade.observations import features_for, mean_of, split, target_for
 from topkast_func.ranking import NaNParameterError
 from topkast_func.warn import warn_caller
 
@@ -29,20 +28,17 @@ class TopKastTrainer:
 
     Sets are chosen anew at the start of every epoch while exploring, then at every
     ``update_every``-th epoch. Validation and early stopping measure the loss without penalty
-    of the network that is trained (α). When training ends, the network has the weights of
-    its best epoch.
+    at α. When training ends, the network has the weights of its best epoch.
 
     Args:
         net: The network; it is moved to the device and trained in place.
-        loss: A `TopKastLoss`, or any loss ``(y_hat, y) -> scalar``, the mean over observations:
-            those of batches are weighed by their sizes.
+        loss: A `TopKastLoss`, or any loss ``(y_hat, y) -> scalar``, the mean over observations.
         num_epochs: Most epochs to train, at least 1.
         print_info_every: Print the losses every so many epochs, at least 1.
         print_loss_history: Print all losses up to the best epoch in the end.
         num_epochs_explore: Epochs that choose sets anew each time, in [0, num_epochs]; None
             for a tenth of num_epochs, at least one.
-        update_every: Epochs between two choices after that, at least 1; None for a fifth of
-            num_epochs.
+        update_every: Epochs between two choices after that, at least 1; None for a fifth.
         batch_size: Observations per batch, at least 1; None for a fiftieth of the data.
         train_val_test_split: Fractions that sum to 1; the third may be left out for 0.
         patience: Stop after so many epochs without a better validation loss, at least 1;
@@ -56,8 +52,8 @@ class TopKastTrainer:
 
     Attributes:
         losses_train: Mean loss of each epoch's batches without penalty, float64, [epochs run].
-        losses_validation: Loss after each epoch on the validation part, without penalty; NaN
-            where that part is empty (the training loss then decides what is best).
+        losses_validation: The same of the validation part after each epoch; NaN where that is
+            empty (the training loss then decides what is best).
         best_loss: Lowest validation loss.
         best_epoch: Its epoch, from 0.
         best_net: Copy of the network of that epoch; None before training.
@@ -71,8 +67,8 @@ class TopKastTrainer:
 
     Departures:
         The seed's losses carry the penalty, and its training loss is divided by the batch
-        size once more. Targets are brought to the shape and dtype of the output only where
-        they have as many entries, so that class indices stay as they are.
+        size once more. Targets get shape and dtype of an output of as many entries alone, so
+        that class indices stay as they are.
     """
 
     def __init__(
@@ -96,11 +92,7 @@ class TopKastTrainer:
     ) -> None:
         if data is None:
             raise ValueError("data is missing: pass a data set of pairs (features, target)")
-        if optimizer is None:
-            raise ValueError("optimizer is missing: pass one built from net.parameters()")
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
-        n_obs = len(data)  # type: ignore[arg-type]
+        self.optimizer = check_fit(optimizer, net)
         self.num_epochs = check_count("num_epochs", num_epochs, 1)
         self.print_info_every = check_count("print_info_every", print_info_every, 1)
         self.print_loss_history = print_loss_history
@@ -112,27 +104,19 @@ class TopKastTrainer:
             )
         self.update_every = _or(update_every, num_epochs // 5, "update_every", 1)
         self.patience = _or(patience, num_epochs, "patience", 1)
-        self.batch_size = _or(batch_size, n_obs // 50, "batch_size", 1)
+        self.batch_size = _or(batch_size, len(data) // 50, "batch_size", 1)  # type: ignore[arg-type]
         generator = torch.Generator("cpu").manual_seed(check_count("seed", seed, 0))
-        parts = random_split(data, _counts(train_val_test_split, n_obs), generator)
+        parts = split(data, train_val_test_split, generator)
         self.train_dataset, self.validation_dataset, self.test_dataset = parts
-        if not len(self.train_dataset):
-            raise ValueError(
-                f"train_val_test_split={train_val_test_split} of {n_obs} observations leaves "
-                "none to train on"
-            )
         self.train_loader = DataLoader(
             self.train_dataset, self.batch_size, shuffle=True, generator=generator
         )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.net = net.to(self.device)
-        _check_fit(optimizer, self.net)
         self.loss = loss
         self.data_loss = loss.loss if isinstance(loss, TopKastLoss) else loss
-        self.optimizer = optimizer
         self.callbacks = callbacks
-        self.losses_train = np.zeros(0)
-        self.losses_validation = np.zeros(0)
+        self.losses_train, self.losses_validation = np.zeros(0), np.zeros(0)
         self.best_loss = float("inf")
         self.best_epoch = 0
         self.best_net: nn.Module | None = None
@@ -166,9 +150,8 @@ class TopKastTrainer:
                 train, validation = self._train_epoch(), self._mean_loss(self.validation_dataset)
                 self.losses_train = np.append(self.losses_train, train)
                 self.losses_validation = np.append(self.losses_validation, validation)
-                epochs.set_postfix(
-                    train=f"{train:.4g}", validation=f"{validation:.4g}", refresh=False
-                )
+                losses = {"train": f"{train:.4g}", "validation": f"{validation:.4g}"}
+                epochs.set_postfix(losses, refresh=False)
                 if (epoch + 1) % self.print_info_every == 0:
                     tqdm.write(
                         f"epoch {epoch + 1}: training loss {train:.6g}, "
@@ -183,19 +166,12 @@ class TopKastTrainer:
                     break
 
     def predict(self, data: Tensor) -> Any:
-        """Run the trained network in evaluation mode.
-
-        Args:
-            data: Features, [n, ...].
-
-        Returns:
-            The output of the network, without a gradient.
-        """
+        """Return the network's output of features [n, ...], in evaluation mode, no gradient."""
         mode = self.net.training
         self.net.eval()
         try:
             with torch.no_grad():
-                return self.net(self._features(data))
+                return self.net(features_for(self.net, data, self.device))
         finally:
             self.net.train(mode)
 
@@ -221,34 +197,30 @@ class TopKastTrainer:
         return self.test_loss
 
     def plot_loss(self) -> "Figure":
-        """Draw training and validation loss over epochs.
-
-        Returns:
-            The figure.
-        """
+        """Return a figure of training and validation loss over epochs."""
         from topkast_func.report import plots
 
         return plots.losses(self.losses_train, self.losses_validation)
 
     def _refresh_when_due(self, epoch: int) -> None:
         if epoch < self.num_epochs_explore or epoch % self.update_every == 0:
-            for layer in _sparse_layers(self.net):
+            for layer in sparse_layers(self.net):
                 layer.update_active_param_set()
 
     def _train_epoch(self) -> float:
         self.net.train()
         total = 0.0
         for features, target in self.train_loader:
-            total += self._train_batch(self._features(features), target) * len(target)
+            total += self._train_batch(features, target) * len(target)
         return total / len(self.train_dataset)
 
     def _train_batch(self, features: Tensor, target: Tensor) -> float:
-        measured = []
+        features, measured = features_for(self.net, features, self.device), []
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             y_hat = self.net(features)
-            y = self._target(target, y_hat)
+            y = target_for(y_hat, target, self.device)
             measured.append(self.data_loss(y_hat.detach(), y))
             loss = self.loss(y_hat, y)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -257,26 +229,12 @@ class TopKastTrainer:
         self.optimizer.step(closure)  # type: ignore[arg-type]
         return float(measured[0])
 
-    def _mean_loss(self, data: "Subset[Any] | Dataset[Any]") -> float:
-        total, n = 0.0, 0
-        for features, target in DataLoader(data, max(self.batch_size, 256)):
+    def _mean_loss(self, data: "Dataset[Any]") -> float:
+        def measure(features: Tensor, target: Tensor) -> Tensor:
             y_hat = self.predict(features)
-            total += float(self.data_loss(y_hat, self._target(target, y_hat))) * len(target)
-            n += len(target)
-        return total / n if n else float("nan")
+            return self.data_loss(y_hat, target_for(y_hat, target, self.device))
 
-    def _features(self, features: Tensor) -> Tensor:
-        features = features.to(self.device)
-        if not features.is_floating_point():
-            return features
-        dtypes = (p.dtype for p in self.net.parameters() if p.is_floating_point())
-        return features.to(next(dtypes, features.dtype))
-
-    def _target(self, target: Tensor, y_hat: Any) -> Tensor:
-        target = target.to(self.device)
-        if isinstance(y_hat, Tensor) and target.numel() == y_hat.numel():
-            return target.reshape(y_hat.shape).to(y_hat.dtype)
-        return target
+        return mean_of(measure, data, max(self.batch_size, 256))
 
     def _keep_if_best(self, epoch: int, loss: float) -> None:
         if loss < self.best_loss:
@@ -288,33 +246,5 @@ class TopKastTrainer:
             self.net.load_state_dict(self.best_net.state_dict())
 
 
-def _sparse_layers(net: nn.Module) -> list[TopKastLayer]:
-    return [module for module in net.modules() if isinstance(module, TopKastLayer)]
-
-
-def _check_fit(optimizer: Optimizer, net: nn.Module) -> None:
-    """Check that the optimiser is one of the network, whose sets the trainer can choose."""
-    if len(_sparse_layers(net)) < sum(bool(weights_of(module)) for module in net.modules()):
-        raise ValueError(
-            "net was made sparse by sparsify, which keeps a schedule of its own: train it in a "
-            "loop that calls its step(), or build net of layers such as TopKastLinear"
-        )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in net.parameters()):
-        raise ValueError(
-            "the optimizer holds no parameter of net: build it from net.parameters(), of the very "
-            "net that is trained"
-        )
-
-
 def _or(value: int | None, default: int, name: str, low: int) -> int:
     return max(1, default) if value is None else check_count(name, value, low)
-
-
-def _counts(split: Sequence[float], n: int) -> list[int]:
-    """Round the bounds between the parts of ``n``, so that the parts sum to ``n``."""
-    fractions = [check_number("train_val_test_split", part, 0.0) for part in split]
-    if len(fractions) not in (2, 3) or not isclose(sum(fractions), 1.0, abs_tol=1e-6):
-        raise ValueError(f"train_val_test_split must be 2 or 3 fractions of sum 1, got {split!r}")
-    bounds = [0, round(n * fractions[0]), min(n, round(n * sum(fractions[:2]))), n]
-    return [high - low for low, high in pairwise(bounds)]

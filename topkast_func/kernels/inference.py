@@ -5,20 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from topkast_func.kernels.engines import installed
 from topkast_func.kernels.layouts import csr_matrix
 from topkast_func.kernels.library import define
 from topkast_func.kernels.pattern import BlockRows, block_of
+from topkast_func.kernels.soundness import check_indices
 from topkast_func.kernels.tiles import pack, unpack
 
 VECTORS, NUMBA_FROM = 2, 16
 """Rows of activations up to which each is a product of its own, and from which on they fill a tile
 of the kernels."""
-
-_SOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By the columns of a matrix, which versions of its indices have been checked."""
 
 
 def supported(dtype: torch.dtype, device: str) -> bool:
@@ -54,9 +51,7 @@ def pays(shape: tuple[int, int], stored: int, batch: int, dtype: torch.dtype, de
 
 def _compute(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, features: int) -> Tensor:
     x = x.detach()
-    _check_indices(
-        rows, columns, features // block_of(values)[0], x.shape[1] // block_of(values)[1]
-    )
+    check_indices(rows, columns, features // block_of(values)[0], x.shape[1] // block_of(values)[1])
     if values.ndim == 3 or (x.shape[0] >= NUMBA_FROM and installed("numba")):
         from topkast_func.kernels import numba_cpu
 
@@ -68,26 +63,11 @@ def _compute(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, features:
     return (matrix @ x.t()).t().contiguous()
 
 
-def _check_indices(rows: Tensor, columns: Tensor, height: int, width: int) -> None:
-    """Check, once for each version of the indices, that none points beyond the matrix."""
-    versions = (id(rows), _version(rows), _version(columns), height, width)
-    if _SOUND.get(columns) == versions:
-        return
-    torch._validate_sparse_csr_tensor_args(
-        rows, columns, columns.new_zeros(columns.shape, dtype=torch.float32), (height, width)
-    )
-    _SOUND[columns] = versions
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
 def _fake(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, features: int) -> Tensor:
     return x.new_empty(x.shape[0], features)
 
 
-def _batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+def batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
     """Batch a product in one call; it is the activations that are batched."""
     x, *matrix, features = arguments
     x = x.movedim(in_dims[0], 0)
@@ -99,7 +79,7 @@ product = define(
     "apply(Tensor x, Tensor values, Tensor rows, Tensor columns, int features) -> Tensor",
     _compute,
     _fake,
-    batched=_batched,
+    batched=batched,
 )
 """``product(x, values, crow_indices, col_indices, out_features)``: x·αᵀ of x [batch, in], with
 values [stored] or [blocks, r, c] and int32 indices. It has no gradient."""

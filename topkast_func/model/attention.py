@@ -1,5 +1,9 @@
 """`torch.nn.MultiheadAttention` with its projections on the kernels."""
 
+import math
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -48,14 +52,46 @@ class AttentionStandIn(StandIn):
         x = query if layer.batch_first else query.transpose(0, 1)
         projected = project(x, layer.in_proj_weight, layer.in_proj_bias)
         size = (*projected.shape[:2], 3, layer.num_heads, -1)
-        q, k, v = projected.view(size).permute(2, 0, 3, 1, 4)
-        causal = is_causal and key_padding_mask is None
-        mask = None if causal else _added(attn_mask, key_padding_mask, layer.num_heads, x.dtype)
-        dropped = layer.dropout if layer.training else 0.0
-        mixed = functional.scaled_dot_product_attention(q, k, v, mask, dropped, causal)
-        joined = mixed.transpose(1, 2).flatten(2)
+        parts = projected.view(size).permute(2, 0, 3, 1, 4)
+        joined, _ = mixed(layer, parts, attn_mask, key_padding_mask, is_causal)
         y = project_out(joined, layer.out_proj.weight, layer.out_proj.bias)
         return y if layer.batch_first else y.transpose(0, 1), None
+
+
+def mixed(
+    layer: Any,
+    parts: Iterable[Tensor],
+    attention: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Mix values by how much queries attend to keys.
+
+    Args:
+        layer: The `torch.nn.MultiheadAttention`, or what has its ``num_heads``, ``dropout`` and
+            ``training``.
+        parts: Queries, keys and values, [batch, heads, length, depth].
+        attention: Its ``attn_mask``.
+        padding: Its ``key_padding_mask``.
+        is_causal: Whether ``attention`` is the causal mask.
+        need_weights: Whether the weights of the heads are to be returned.
+
+    Returns:
+        What is to be projected, [batch, length, heads·depth], and the weights, [batch, heads,
+        length, length of the keys], or None.
+    """
+    q, k, v = parts
+    causal = is_causal and padding is None and not need_weights
+    mask = None if causal else _added(attention, padding, layer.num_heads, q.dtype)
+    dropped = layer.dropout if layer.training else 0.0
+    if not need_weights:
+        y = functional.scaled_dot_product_attention(q, k, v, mask, dropped, causal)
+        return y.transpose(1, 2).flatten(2), None
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+    weights = functional.softmax(scores if mask is None else scores + mask, -1)
+    weights = functional.dropout(weights, dropped, layer.training)
+    return (weights @ v).transpose(1, 2).flatten(2), weights
 
 
 def _added(

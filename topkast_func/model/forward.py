@@ -11,7 +11,7 @@ from topkast_func.checks import check_block_shape, check_tree
 from topkast_func.kernels.pattern import Pattern, pattern_of
 from topkast_func.masks import is_of_blocks
 from topkast_func.model.alone import alone_with, forward_alone, uncompiled
-from topkast_func.model.alpha import alpha, split, straight_through
+from topkast_func.model.alpha import alpha, straight_through
 from topkast_func.model.layers import bound_to, kernel_weights, stand_ins, standing_in
 from topkast_func.model.modules import bind, buffers, check_names, frozen, ties
 from topkast_func.types import Masks, Model, Params
@@ -22,17 +22,22 @@ class Indexed(NamedTuple):
 
     Attributes:
         pattern: The two disjoint sets, over blocks.
-        block_shape: (r, c) of a block.
         shape: Of the weight.
+        places: Where the values of B stand in the flat θ, A first: int64, [|B|] or [blocks, r, c].
     """
 
     pattern: Pattern
-    block_shape: tuple[int, int]
     shape: tuple[int, int]
+    places: Tensor
 
     def split(self, theta: Tensor) -> Tensor:
         """Gather the values of B from θ, A first: [|B|] or [blocks, r, c]."""
-        return split(theta, self.pattern.flat_index(self.block_shape, theta.shape))
+        values: Tensor = theta.flatten().gather(0, self.places.flatten()).view(self.places.shape)
+        return values
+
+    def active(self) -> "Indexed":
+        """Return the sets for a pass without a gradient, which reads the values of A alone."""
+        return self._replace(places=self.places[: self.pattern.active_count])
 
 
 AnySets: TypeAlias = Masks | Indexed
@@ -56,7 +61,9 @@ def sparse_forward(
         params: θ by name; for a module, all its trainable parameters, and any of its frozen
             parameters and buffers, which otherwise are the module's own.
         masks: Sets by name, as masks or as `index_masks` returns them; parameters without are
-            dense. Linear layers whose sets are indexed run on the kernels.
+            dense. Linear layers whose sets are indexed run on the kernels. Each call gathers
+            their values from θ and puts α together, which for small batches takes longer than
+            the product: for a trained model take `sparse_module`.
         *inputs: Inputs of the model.
         **options: Keyword inputs of the model.
 
@@ -95,6 +102,8 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
     Returns:
         ``apply(*inputs, **options)``.
     """
+    if not torch.is_grad_enabled():
+        masks = {n: s.active() if isinstance(s, Indexed) else s for n, s in masks.items()}
     indexed = {name: sets for name, sets in masks.items() if isinstance(sets, Indexed)}
     patterns = {name: sets.pattern for name, sets in indexed.items()}
     values = {name: sets.split(params[name]) for name, sets in indexed.items()}
@@ -112,8 +121,7 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
 def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tensor:
     """Return α of a weight, from its values where its sets are indexed."""
     if isinstance(sets, Indexed) and values is not None:
-        index = sets.pattern.flat_index(sets.block_shape, theta.shape)
-        return alpha(values, index, sets.pattern.active_count, theta.shape)
+        return alpha(values, sets.places, sets.pattern.active_count, theta.shape)
     return straight_through(theta, sets) if isinstance(sets, Masks) else theta
 
 
@@ -124,7 +132,7 @@ def index_masks(
 
     `sparse_forward` and `penalized_loss` then run these layers on the kernels. The index is
     made of the contents of the masks, which `torch.func` and `torch.compile` do not see, and
-    serves until the next refresh.
+    serves until the next refresh: make it once, not at each call.
 
     Args:
         model: The module.
@@ -161,11 +169,14 @@ def index_masks(
         if name in shapes and not all(is_of_blocks(mask, block_shape) for mask in sets):
             raise ValueError(f"the sets of {name!r} are not made of blocks of {block_shape}")
     return {
-        name: Indexed(pattern_of(*sets, block_shape), block_shape, (*shapes[name],))
-        if name in shapes
-        else sets
+        name: _indexed(sets, block_shape, shapes[name]) if name in shapes else sets
         for name, sets in masks.items()
     }
+
+
+def _indexed(sets: Masks, block_shape: tuple[int, int], shape: torch.Size) -> Indexed:
+    pattern = pattern_of(*sets, block_shape)
+    return Indexed(pattern, (*shape,), pattern.flat_index(block_shape, shape))
 
 
 def check_sets(model: Model, params: Params, masks: Mapping[str, AnySets]) -> None:

@@ -91,6 +91,11 @@ class StandIn:
         return self.products[0](input, self.layer.weight, self.layer.bias)
 
 
+def is_transposed(kind: type) -> bool:
+    """Return whether a class is the ``Conv1D`` of transformers, whose weight is [in, out]."""
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
 class TransposedStandIn(StandIn):
     """Stands in for ``transformers.pytorch_utils.Conv1D``, the linear layer of GPT-2."""
 
@@ -99,8 +104,7 @@ class TransposedStandIn(StandIn):
     @staticmethod
     def fits(layer: nn.Module) -> bool:
         """Return whether the layer is one; nothing is imported to see it."""
-        kind = type(layer)
-        return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        return is_transposed(type(layer))
 
     def compute(self, x: Tensor) -> Tensor:
         """Return what the layer returns."""

@@ -1,7 +1,7 @@
 """What makes a step pure: a forward pass without side effects, random numbers of its own."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,12 @@ from topkast_func.turns import NO_RANDOM_NUMBERS, RANDOM_NUMBERS, Claims, requir
 from topkast_func.types import LossFn, Model
 
 Result = TypeVar("Result")
+
+HOOKS = (
+    "the step does not differentiate through torch.utils.checkpoint, nor through other hooks on "
+    "saved tensors: take it out of the model (model.gradient_checkpointing_disable() where that "
+    "is of Hugging Face), or train in an ordinary loop, by tk.sparsify"
+)
 
 UNSEEN = (
     "the loss does not depend on what is trained: call the model through apply: model(x) has the "
@@ -37,15 +43,16 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
 
     Raises:
         ValueError: It changes a parameter or its inputs, gives a buffer another shape, or sets
-            one that was None; or the loss does not depend on what is trained. What else is
-            wrong with it is for the step to say.
+            one that was None; or the loss does not depend on what is trained.
+        RuntimeError: It uses `torch.utils.checkpoint`. What else is wrong with it is for the step
+            to say.
     """
     batch = tree_map_only(Tensor, torch.clone, batch)
     before, unset = alpha_in(state), unset_buffers(model)
     trained = {name: before[name].detach().requires_grad_() for name in state.weights.shapes()}
     weights = {name: tensor.clone() for name, tensor in {**before, **trained}.items()}
     held, loss = dict(weights), None
-    with random_numbers_of(state), suppress(Exception):
+    with random_numbers_of(state), _only_of_hooks():
         loss, _ = loss_and_aux(loss_fn(bind(model, ties(model), weights, {}, held), batch))
     same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
     written = {name: held.pop(name) for name in state.buffers}
@@ -71,6 +78,17 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
         )
     if isinstance(loss, Tensor) and not _depends_on(loss, trained.values()):
         raise ValueError(UNSEEN)
+
+
+@contextmanager
+def _only_of_hooks() -> Iterator[None]:
+    """Raise an error of hooks on saved tensors, which `torch.func` does not take, and no other."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(HOOKS):
+            yield
+    except Exception as reason:
+        if str(reason) == HOOKS:
+            raise RuntimeError(HOOKS) from None
 
 
 def _depends_on(loss: Tensor, leaves: Iterable[Tensor]) -> bool:

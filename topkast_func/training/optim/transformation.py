@@ -120,8 +120,12 @@ def check_optimizer(optimizer: object) -> None:
         raise TypeError(f"{optimizer} is a part of an optimiser: chain({optimizer}, adamw(lr))")
     name = getattr(optimizer, "__name__", type(optimizer).__name__)
     hint = ""
-    if isinstance(optimizer, torch.optim.Optimizer):
-        hint = ", which moves the parameters of a module, where a state has weights of its own"
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    if issubclass(kind, torch.optim.Optimizer):
+        hint = (
+            ", which moves the parameters of a module, where a state has weights of its own: it is "
+            "for ordinary loops, after tk.sparsify"
+        )
     elif callable(optimizer):
         hint = f": call it, {name}(...)"
     raise TypeError(

@@ -1,0 +1,256 @@
+"""What is sparse in training is sparse in inference: attention, Conv1D, tied embeddings."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+import topkast_func as tk
+from tests.inferred import layers, made, small
+from topkast_func.inference.attention import SparseAttention
+from topkast_func.inference.embedding import SparseEmbedding
+
+WIDTH = 32
+
+
+class Attention(nn.Module):
+    """Attention that is told how to attend."""
+
+    def __init__(self, options: dict[str, Any], **of_layer: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 4, **of_layer)
+        self.options = options
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.attention(*inputs, **self.options)
+
+
+class Language(nn.Module):
+    """Embeddings tied to the output layer, and a layer of GPT-2 between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(40, WIDTH)
+        self.middle = Conv1D(WIDTH, WIDTH)  # type: ignore[no-untyped-call]
+        self.head = nn.Linear(WIDTH, 40, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.middle(self.words(words))))
+        return out
+
+
+def encoder(**options: Any) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 64, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def sequences(*lengths: int) -> list[Tensor]:
+    return [torch.randn(3, length, WIDTH) for length in lengths]
+
+
+PADDING = torch.arange(7) >= torch.tensor([[7], [5], [4]])
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(7)
+PER_HEAD = torch.where(torch.arange(12 * 49).view(12, 7, 7) % 5 == 1, -torch.inf, 0.5)
+
+
+@small
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"need_weights": False},
+        {"average_attn_weights": False},
+        {"key_padding_mask": PADDING},
+        {"key_padding_mask": PADDING, "need_weights": False},
+        {"attn_mask": CAUSAL, "is_causal": True, "need_weights": False},
+        {"attn_mask": CAUSAL < 0, "is_causal": True, "key_padding_mask": PADDING},
+        {"attn_mask": CAUSAL, "is_causal": True},
+        {"attn_mask": PER_HEAD, "need_weights": False},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_attention_computes_what_torch_does(options: dict[str, Any], batch_first: bool) -> None:
+    sparse, plain, _ = made(Attention(options, batch_first=batch_first))
+    assert len(layers(sparse)) == 4
+    (x,) = sequences(7)
+    x = x if batch_first else x.transpose(0, 1)
+    with torch.no_grad():
+        (y, weights), (expected, expected_weights) = sparse(x, x, x), plain(x, x, x)
+    assert_close(y, expected)
+    assert_close(weights, expected_weights)
+
+
+@small
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_between_sequences_and_without_a_batch(bias: bool) -> None:
+    sparse, plain, _ = made(Attention({}, bias=bias, batch_first=True))
+    query, key = sequences(5, 7)
+    with torch.no_grad():
+        for inputs in ((query, key, key + 1), (query[0], key[0], key[1]), (key[0],) * 3):
+            assert_close(sparse(*inputs), plain(*inputs))
+
+
+@small
+def test_attention_wants_the_mask_that_it_is_told_of() -> None:
+    sparse, *_ = made(Attention({"is_causal": True}))
+    with pytest.raises(ValueError, match="attn_mask"):
+        sparse(*sequences(7) * 3)
+
+
+@small
+def test_projections_of_which_some_are_dense() -> None:
+    for keep, count in (("*in_proj*", 1), ("*out_proj*", 3)):
+        config = tk.TopKastConfig(0.9, keep_dense=keep)
+        sparse, plain, _ = made(Attention({}, batch_first=True), config)
+        assert len(layers(sparse)) == count
+        (x,) = sequences(7)
+        with torch.no_grad():
+            assert_close(sparse(x, x, x), plain(x, x, x))
+
+
+@small
+@pytest.mark.parametrize("block", [(1, 1), (8, 4), (3, 4)])
+def test_projections_in_blocks(block: tuple[int, int]) -> None:
+    """Those of three rows do not divide one projection."""
+    config = tk.TopKastConfig(0.9, block_shape=block, keep_dense="*out_proj*")
+    sparse, plain, _ = made(Attention({}, batch_first=True), config)
+    assert {part.values.ndim for part in layers(sparse)} == {3 if block == (8, 4) else 1}
+    (x,) = sequences(7)
+    with torch.no_grad():
+        assert_close(sparse(x, x, x), plain(x, x, x))
+
+
+@small
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_transformers_of_torch() -> None:
+    model = nn.Transformer(WIDTH, 4, 1, 1, 64, batch_first=True)
+    sparse, plain, _ = made(model)
+    assert sum(isinstance(part, SparseAttention) for part in sparse.modules()) == 3
+    assert len(layers(sparse)) == 3 * 4 + 2 * 2
+    source, target = sequences(7, 5)
+    with torch.no_grad():
+        assert_close(sparse(source, target), plain(source, target))
+        masked = {"src_key_padding_mask": PADDING, "memory_key_padding_mask": PADDING}
+        assert_close(sparse(source, target, **masked), plain(source, target, **masked))
+
+
+@small
+@pytest.mark.parametrize("block", [(1, 1), (4, 4), (4, 8)])
+def test_tied_embeddings_look_up_what_the_output_layer_stores(block: tuple[int, int]) -> None:
+    sparse, plain, state = made(Language(), tk.TopKastConfig(0.8, block_shape=block))
+    assert isinstance(sparse.words, SparseEmbedding)
+    assert sparse.words.shared is sparse.head
+    assert len(layers(sparse)) == 2
+    words = torch.randint(0, 40, (3, 9))
+    with torch.no_grad():
+        assert torch.equal(sparse.words(words), plain.words(words))  # type: ignore[operator]
+        assert_close(sparse(words), plain(words))
+        assert_close(torch.vmap(sparse)(words), plain(words))
+        assert sparse.words(words[:0]).shape == (0, 9, WIDTH)
+    assert torch.equal(sparse.words.weight, tk.forward_params(state)["words.weight"])
+    converted = sparse.double()
+    assert converted.words.shared.values is converted.head.values  # type: ignore[union-attr]
+
+
+@small
+@pytest.mark.parametrize("number", [-1, 40])
+def test_words_that_are_not_there_are_refused(number: int) -> None:
+    sparse, *_ = made(Language())
+    with pytest.raises(IndexError, match=r"indices must be in \[0, 40\)"):
+        sparse(torch.tensor([3, number]))
+
+
+@small
+def test_a_language_model_of_hugging_face() -> None:
+    sizes: dict[str, Any] = {"n_positions": 16, "n_embd": WIDTH, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, bos_token_id=0, eos_token_id=0, **sizes))
+    sparse, plain, _ = made(model, tk.TopKastConfig(0.8))
+    assert len(layers(sparse)) == 2 * 4 + 1
+    words = torch.randint(0, 40, (3, 9))
+    with torch.no_grad():
+        assert_close(sparse(words).logits, plain(words).logits)
+
+
+class Scaled(nn.Embedding):
+    """An embedding that does more than to look up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@small
+@pytest.mark.parametrize("embedding", [Scaled(40, WIDTH), nn.Embedding(40, WIDTH, max_norm=1.0)])
+def test_a_weight_that_something_else_reads_stays_dense(embedding: nn.Embedding) -> None:
+    model = Language()
+    model.words = embedding
+    model.head.weight = embedding.weight
+    sparse, plain, _ = made(model)
+    assert [part.in_features for part in layers(sparse)] == [WIDTH]
+    assert sparse.head.weight is sparse.words.weight  # type: ignore[union-attr]
+    words = torch.randint(0, 40, (3, 9))
+    with torch.no_grad():
+        assert_close(sparse(words), plain(words))
+
+
+@small
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("storage", ["compact", "dense"])
+def test_convolutions_of_one_pixel(kind: Any, stride: int, storage: Any) -> None:
+    model = nn.Sequential(kind(8, 16, 1, stride), nn.ReLU(), kind(16, 4, 1, bias=False))
+    sparse, plain, _ = made(model, storage=storage)
+    assert len(layers(sparse)) == 2
+    x = torch.randn(3, 8, *[5] * (len(model[0].stride)))  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert_close(sparse(x), plain(x))
+        assert_close(sparse(x[0]), plain(x[0]))
+
+
+@small
+@pytest.mark.parametrize("options", [{"kernel_size": 3}, {"padding": 1}, {"groups": 2}], ids=str)
+def test_other_convolutions_stay(options: dict[str, Any]) -> None:
+    sparse, plain, _ = made(nn.Sequential(nn.Conv2d(8, 16, **{"kernel_size": 1, **options})))
+    assert layers(sparse) == []
+    x = torch.randn(3, 8, 5, 5)
+    assert_close(sparse(x), plain(x))
+
+
+@small
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (encoder(), sequences(7)),
+        (encoder(activation=nn.functional.silu), sequences(7)),
+        (Attention({"need_weights": False}, batch_first=True), sequences(7) * 3),
+        (Language(), [torch.randint(0, 40, (3, 9))]),
+        (nn.Sequential(nn.Conv2d(16, 32, 1)), [torch.randn(3, 16, 5, 5)]),
+    ],
+    ids=["encoder", "silu", "attention", "language", "convolution"],
+)
+def test_they_compile_export_and_are_smaller(
+    model: nn.Module, inputs: list[Tensor], tmp_path: Path
+) -> None:
+    sparse, plain, _ = made(model)
+    expected = plain(*inputs)
+    with torch.no_grad():
+        fast = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+        assert_close(fast(*inputs), expected)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(sparse, tuple(inputs)), file)
+    file.seek(0)
+    assert_close(torch.export.load(file).module()(*inputs), expected)
+    sizes = []
+    for module in (sparse, plain):
+        once = {t.data_ptr(): (name, t) for name, t in module.state_dict().items()}
+        save_file(dict(once.values()), tmp_path / "tensors")
+        sizes.append((tmp_path / "tensors").stat().st_size)
+    assert sizes[0] < 0.75 * sizes[1]

@@ -1,0 +1,77 @@
+"""The sparse weights of a sparsified module, the layers that have them, and its summary."""
+
+from typing import TypeAlias
+
+from torch import nn
+
+from topkast_func.config import TopKastConfig
+from topkast_func.config.selection import reason_dense
+from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.report.notes import Row, notes
+from topkast_func.report.summary import Summary, empty_lines
+
+Owners: TypeAlias = dict[str, list[tuple[nn.Module, SparseWeight]]]
+"""By name of a sparse weight the layers that have it: several where it is tied."""
+
+
+def owners_of(model: nn.Module) -> Owners:
+    """Return the sparse weights of a module and the layers that have them."""
+    found: Owners = {}
+    for module in model.modules():
+        for weight in weights_of(module).values():
+            found.setdefault(weight.rule.name, []).append((module, weight))
+    return found
+
+
+def summary_of(model: nn.Module, config: TopKastConfig) -> Summary:
+    """Tell what a module consists of, one row for each parameter.
+
+    Args:
+        model: The module.
+        config: What it was made sparse by.
+
+    Returns:
+        The table.
+    """
+    found = owners_of(model)
+    owners = {
+        id(weight.theta(m)): (m, weight) for several in found.values() for m, weight in several
+    }
+    rows = [
+        _row(name, parameter, config, *owners.get(id(parameter), (None, None)))
+        for name, parameter in model.named_parameters()
+    ]
+    return Summary(rows, notes(rows, found, model, config))
+
+
+def _row(
+    name: str,
+    parameter: nn.Parameter,
+    config: TopKastConfig,
+    layer: nn.Module | None,
+    weight: SparseWeight | None,
+) -> Row:
+    size, engine = parameter.numel(), "torch"
+    trained = parameter.requires_grad
+    reason = reason_dense(name, parameter, config) if trained else "frozen"
+    masks = None
+    forward, backward, stored = size, size if trained else 0, parameter.nbytes
+    if layer is not None and weight is not None:
+        masks = weight.masks(layer)
+        forward, backward = int(masks.forward.sum()), int(masks.backward.sum())
+        engine, reason = weight.choice(layer)
+        stored += weight.sets(layer).nbytes
+    empty = empty_lines(masks)
+    return Row(
+        name=name,
+        shape=tuple(parameter.shape),
+        forward=forward,
+        backward=backward,
+        forward_density=forward / size,
+        backward_density=backward / size,
+        engine=engine,
+        reason=reason,
+        bytes=stored,
+        empty_rows=empty[0],
+        empty_columns=empty[1],
+    )

@@ -1,0 +1,94 @@
+"""A linear layer for inference, whose weight is stored and computed sparsely."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from topkast_func.kernels.inference import product, supported
+from topkast_func.kernels.pattern import BlockRows, block_of, flat
+
+
+class SparseLinear(nn.Module):
+    """A linear layer for inference, whose weight is stored as CSR or BSR, in three plain tensors.
+
+    They are those of `torch.sparse_csr_tensor` and `torch.sparse_bsr_tensor`, so that
+    ``torch.sparse_csr_tensor(layer.crow_indices, layer.col_indices, layer.values)`` is the weight;
+    `scipy.sparse.csr_array` takes the same. The dense weight is put together, at each call, where
+    an input requires a gradient, off the CPU, and in half precision.
+
+    Args:
+        weight: The weight, [out_features, in_features], of layout CSR or BSR.
+        bias: [out_features], or None.
+
+    Attributes:
+        values: Stored values, [stored], or [blocks, r, c].
+        crow_indices: Where each row (of blocks) starts, int32, [rows + 1].
+        col_indices: Column (of blocks) of each, int32, [stored].
+        bias: [out_features], or None.
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+    """
+
+    values: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("values", weight.values().detach().clone())
+        self.register_buffer("crow_indices", weight.crow_indices().int())
+        self.register_buffer("col_indices", weight.col_indices().int())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, dense, [out_features, in_features]."""
+        shape = (self.out_features, self.in_features)
+        places = flat(BlockRows(self.crow_indices, self.col_indices), block_of(self.values), shape)
+        entries = self.values.new_zeros(self.out_features * self.in_features)
+        dense: Tensor = entries.index_put((places,), self.values).view(shape)
+        return dense
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what `torch.nn.Linear` returns.
+
+        Args:
+            input: [..., in_features], of the dtype of the values. Under autocast it is cast to
+                that, and float32 that is returned to the dtype of autocast.
+
+        Returns:
+            [..., out_features].
+
+        Raises:
+            TypeError: The dtype is another one.
+            ValueError: There is another number of features.
+        """
+        if input.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"inputs of shape {tuple(input.shape)} do not fit a layer of "
+                f"in_features={self.in_features}"
+            )
+        autocast = torch.is_autocast_enabled(input.device.type)
+        x = input.to(self.values.dtype) if autocast else input
+        if x.dtype != self.values.dtype:
+            raise TypeError(f"inputs are {x.dtype}, the weight is {self.values.dtype}")
+        differentiated = torch.is_grad_enabled() and x.requires_grad
+        if differentiated or not supported(x.dtype, x.device.type):
+            return functional.linear(x, self.weight, self.bias)
+        rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        index = self.crow_indices, self.col_indices
+        y: Tensor = product(rows, self.values, *index, self.out_features)
+        y = y if self.bias is None else y + self.bias
+        y = y if x.ndim == 2 else y.reshape(*input.shape[:-1], self.out_features)
+        cast = autocast and y.dtype == torch.float32
+        return y.to(torch.get_autocast_dtype(input.device.type)) if cast else y
+
+    def extra_repr(self) -> str:
+        """Return the sizes, as `torch.nn.Linear` does, and how dense the weight is."""
+        density = self.values.numel() / (self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, density={density:.1%}"
+        )
