@@ -17,6 +17,7 @@ from topkast_func.facade import (
     densify,
     sparsify,
 )
+from topkast_func.files.weights import from_safetensors
 from topkast_func.inference import SparseLinear, sparse_module
 from topkast_func.integrations.tensorboard import TensorBoardLogger
 from topkast_func.masks import compute_masks
@@ -113,6 +114,7 @@ __all__ = [
     "explored",
     "first_weight",
     "forward_params",
+    "from_safetensors",
     "gmp",
     "index_masks",
     "init_state",
