@@ -39,6 +39,7 @@ from topkast_func.report.explain import explain
 from topkast_func.report.export import to_sparse
 from topkast_func.report.flops import TrainingFlops, training_flops
 from topkast_func.report.history import History, Refresh
+from topkast_func.report.plan import Layout, Plan, plan
 from topkast_func.report.summary import Summary, summary
 from topkast_func.sparsity import Allocation, Staged, cubic, staged
 from topkast_func.training.best import Best
@@ -72,10 +73,12 @@ __all__ = [
     "Callback",
     "Exchange",
     "History",
+    "Layout",
     "Masks",
     "Method",
     "Optimizer",
     "OptimizerState",
+    "Plan",
     "Refresh",
     "Situation",
     "SparseLinear",
@@ -128,6 +131,7 @@ __all__ = [
     "multi_steps",
     "partition",
     "penalized_loss",
+    "plan",
     "random_backward",
     "refresh",
     "rigl",
