@@ -61,7 +61,7 @@ from topkast_func.training.optim import (
     sgd,
 )
 from topkast_func.training.refresh import refresh
-from topkast_func.training.sharded import load_sharded, save_sharded
+from topkast_func.training.sharded import async_save_sharded, load_sharded, save_sharded
 from topkast_func.training.start import init_state
 from topkast_func.training.state import TrainState, dense_params, forward_params, masks_of
 from topkast_func.training.step import StepMetrics, make_train_step
@@ -101,6 +101,7 @@ __all__ = [
     "adam",
     "adamw",
     "allocate",
+    "async_save_sharded",
     "chain",
     "clip_by_global_norm",
     "compilation_seconds",
