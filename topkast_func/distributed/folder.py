@@ -186,8 +186,15 @@ def _by_torch(kind: type[Exception], problem: str) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as reason:
-        told = f"{type(reason).__name__}: {reason}"
-        raise kind(f"{problem}: {told:.500}") from reason
+        raise kind(f"{problem}: {_told(reason):.500}") from reason
+
+
+def _told(reason: BaseException) -> str:
+    """Tell an error, of one that torch has collected from ranks what each of them says."""
+    if isinstance(reason, CheckpointException):
+        failures = reason.failures.items()
+        return "; ".join(f"rank {rank}: {_told(own)}" for rank, (own, _) in failures)
+    return f"{type(reason).__name__}: {reason}"
 
 
 @contextmanager
