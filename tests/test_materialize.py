@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import topkast_func as tk
 from tests.distributed.processes import FORKING
+from tests.storage import STORAGES
 
 CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=2)
 OPTIMIZERS = [tk.adamw(0.01), tk.sgd(0.1, momentum=0.9)]
@@ -169,14 +170,16 @@ def test_what_has_values_keeps_them() -> None:
     assert list(state.weights.values()) == [name for name, _ in model.named_parameters()]
 
 
-def test_the_state_shares_no_memory_with_what_was_returned() -> None:
-    given = {"weight": torch.randn(8, 8), "bias": torch.randn(8)}
-    outlines = {name: torch.empty_like(tensor, device="meta") for name, tensor in given.items()}
-    state = tk.init_state(outlines, CONFIG, OPTIMIZERS[0], materialize=lambda n, t: given[n])
-    before = tk.dense_params(state)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_state_shares_no_memory_with_what_was_returned(storage: Any) -> None:
+    given = _tensors()
+    state = tk.init_state(
+        _on_meta(), CONFIG, OPTIMIZERS[0], materialize=lambda n, t: given[n], storage=storage
+    )
+    before = tree_map(torch.clone, state)
     for tensor in given.values():
-        tensor.zero_()
-    _same(tk.dense_params(state), before)
+        tensor.fill_(7)
+    _same(state, before)
 
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {

@@ -57,8 +57,8 @@ def init_state(
         materialize: ``materialize(name, tensor)`` to the values of a tensor that is on the meta
             device, parameter or buffer, in its shape and dtype: an initialiser, or what
             `from_safetensors` returns. It is called for one at a time, and the next is asked for
-            when the values of the last are stored, so that a model needs no more memory than its
-            state and its largest tensor. Random numbers that torch draws in it follow from
+            when the values of the last are stored, so that it takes little more memory than the
+            state and the largest tensor. Random numbers that torch draws in it follow from
             ``seed`` and the name alone, on any number of ranks; the caller's stay as they are.
 
     Returns:
