@@ -17,6 +17,7 @@ from topkast_func.facade import (
     densify,
     sparsify,
 )
+from topkast_func.files.weights import from_safetensors
 from topkast_func.inference import SparseLinear, sparse_module
 from topkast_func.integrations.tensorboard import TensorBoardLogger
 from topkast_func.masks import compute_masks
@@ -38,6 +39,7 @@ from topkast_func.report.explain import explain
 from topkast_func.report.export import to_sparse
 from topkast_func.report.flops import TrainingFlops, training_flops
 from topkast_func.report.history import History, Refresh
+from topkast_func.report.plan import Layout, Plan, plan
 from topkast_func.report.summary import Summary, summary
 from topkast_func.sparsity import Allocation, Staged, cubic, staged
 from topkast_func.training.best import Best
@@ -59,7 +61,7 @@ from topkast_func.training.optim import (
     sgd,
 )
 from topkast_func.training.refresh import refresh
-from topkast_func.training.sharded import load_sharded, save_sharded
+from topkast_func.training.sharded import async_save_sharded, load_sharded, save_sharded
 from topkast_func.training.start import init_state
 from topkast_func.training.state import TrainState, dense_params, forward_params, masks_of
 from topkast_func.training.step import StepMetrics, make_train_step
@@ -71,10 +73,12 @@ __all__ = [
     "Callback",
     "Exchange",
     "History",
+    "Layout",
     "Masks",
     "Method",
     "Optimizer",
     "OptimizerState",
+    "Plan",
     "Refresh",
     "Situation",
     "SparseLinear",
@@ -97,6 +101,7 @@ __all__ = [
     "adam",
     "adamw",
     "allocate",
+    "async_save_sharded",
     "chain",
     "clip_by_global_norm",
     "compilation_seconds",
@@ -113,6 +118,7 @@ __all__ = [
     "explored",
     "first_weight",
     "forward_params",
+    "from_safetensors",
     "gmp",
     "index_masks",
     "init_state",
@@ -126,6 +132,7 @@ __all__ = [
     "multi_steps",
     "partition",
     "penalized_loss",
+    "plan",
     "random_backward",
     "refresh",
     "rigl",

@@ -58,7 +58,33 @@ def compute_masks(
         ([[1, 0], [0, 0]], [[1, 0], [0, 1]])
     """
     step, seed = check_count("step", step, 0), check_count("seed", seed, 0)
-    allocations = allocate(params, config, step=step)
+    return starting_masks(params, allocate(params, config, step=step), config, step=step, seed=seed)
+
+
+def starting_masks(
+    params: Params,
+    allocations: Mapping[str, Allocation],
+    config: TopKastConfig,
+    *,
+    step: int = 0,
+    seed: int = 0,
+) -> dict[str, Masks]:
+    """Do the same for some of the parameters, where all have been allocated a sparsity.
+
+    Args:
+        params: Weights by name.
+        allocations: Sparsities by name, of others too.
+        config: See `compute_masks`.
+        step: See `compute_masks`.
+        seed: See `compute_masks`.
+
+    Returns:
+        Masks by name.
+
+    Raises:
+        ValueError: See `compute_masks`.
+        NaNParameterError: See `compute_masks`; a ValueError too.
+    """
     for name, leaf in params.items():
         check_present(name, leaf)
         if is_functorch_wrapped_tensor(leaf.detach()):
@@ -68,7 +94,8 @@ def compute_masks(
             )
         if name not in allocations and leaf.isnan().any():
             raise NaNParameterError(f"params[{name!r}] holds NaN")
-    return masks_at(params, allocations, config, step=step, seed=seed)
+    own = {name: allocations[name] for name in params if name in allocations}
+    return masks_at(params, own, config, step=step, seed=seed)
 
 
 def counts(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[str, tuple[int, int]]:

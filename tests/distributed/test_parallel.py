@@ -16,7 +16,7 @@ import topkast_func as tk
 from tests.distributed.processes import results
 from tests.optimizers import EVERY
 from tests.storage import dense_slots
-from topkast_func.distributed.parallel import FILLER
+from topkast_func.distributed.batches import FILLER
 
 ADAM = tk.adamw(lr=0.01)
 

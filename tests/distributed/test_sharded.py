@@ -2,13 +2,15 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -81,7 +83,51 @@ def _save_and_go_on(rank: int, folder: Path) -> dict[str, Any]:
         same(loaded, middle)
         same(_train(loaded, 10), end)
         found[storage] = middle
-    return found | _refused(rank, folder)
+    return found | _refused(rank, folder) | {"beside": _beside(rank, folder / "beside")}
+
+
+def _held_up(rank: int, hold: Callable[[], object]) -> Callable[[], None]:
+    """Let rank 1 do something before it writes, until the function that is returned is called."""
+    own = FileSystemWriter.write_data
+
+    def write_data(*arguments: Any) -> Any:
+        hold()
+        return own(*arguments)
+
+    if rank == 1:
+        setattr(FileSystemWriter, "write_data", write_data)  # noqa: B010
+    return lambda: setattr(FileSystemWriter, "write_data", own)
+
+
+def _fails() -> NoReturn:
+    raise OSError("no space left")
+
+
+def _beside(rank: int, folder: Path) -> dict[str, Any]:
+    """Save while training goes on and rank 1 is late; then twice in a row; then in vain."""
+    found: dict[str, Any] = {}
+    first, latest = _train(_start(), 2), folder / "latest"
+    may = Event()
+    release = _held_up(rank, lambda: may.wait(30))
+    future = tk.async_save_sharded(first, folder, CONFIG)
+    found["state"] = pickle.loads(pickle.dumps(first))
+    first.weights.values()["0.bias"].zero_()  # a caller's own doing, the same on both
+    second = _train(_train(_start(), 2), 6)
+    found["early"] = (future.done(), latest.exists(), (folder / "step-2").exists())
+    release()
+    may.set()
+    found["path"], found["latest"] = future.result(60).name, latest.read_text()
+    found["loaded"] = _load(folder)
+    futures = [tk.async_save_sharded(second, folder, CONFIG, keep=1) for _ in range(2)]
+    tk.save_sharded(second, folder, keep=2)
+    found["names"] = [future.result(60).name for future in futures]
+    dist.barrier()
+    found["folder"] = sorted(path.name for path in folder.iterdir())
+    release = _held_up(rank, _fails)
+    found["error"] = _error(lambda: tk.async_save_sharded(second, folder, CONFIG).result(60))
+    release()
+    found["after"] = latest.read_text()
+    return found
 
 
 def _refused(rank: int, folder: Path) -> dict[str, str]:
@@ -127,6 +173,25 @@ def test_a_checkpoint_of_two_ranks_is_one_of_three(kept: Any) -> None:
     for found in results(_load_in_threes, folder, ranks=3):
         for state, storage in zip(found, STORAGES, strict=True):
             same(state, first[storage])
+
+
+def test_a_checkpoint_beside_training_appears_when_all_ranks_have_written(kept: Any) -> None:
+    _, pair = kept
+    for found in (both["beside"] for both in pair):
+        assert found["early"] == (False, False, False)
+        assert found["path"] == found["latest"] == "step-2"
+        same(found["loaded"], found["state"])
+
+
+def test_checkpoints_beside_training_stand_in_line_and_old_ones_go(kept: Any) -> None:
+    _, pair = kept
+    for found in (both["beside"] for both in pair):
+        assert found["names"] == ["step-6", "step-6.1"]
+        assert found["folder"] == ["latest", "step-6", "step-6.1"]
+        assert "RuntimeError: " in found["error"]
+        assert "step-6.2.part was not written, and the checkpoints before it stay" in found["error"]
+        assert "checkpoints before it stay: rank 1: OSError: no space left" in found["error"]
+        assert found["after"] == "step-6"
 
 
 REFUSED = {
@@ -196,6 +261,18 @@ def test_the_newest_checkpoints_stay_and_none_is_written_over(tmp_path: Path) ->
     for keep, error in ((0, ValueError), (True, TypeError)):
         with pytest.raises(error, match="keep must be"):
             tk.save_sharded(state, tmp_path, keep=keep)
+
+
+def test_a_process_alone_has_written_when_it_goes_on(tmp_path: Path) -> None:
+    state = _start()
+    future = tk.async_save_sharded(state, tmp_path, CONFIG)
+    assert future.done()
+    assert future.result() == tmp_path / "step-0"
+    same(_load(tmp_path), state)
+    (tmp_path / "file").touch()
+    assert isinstance(tk.async_save_sharded(state, tmp_path / "file").exception(), OSError)
+    with pytest.raises(ValueError, match="keep must be"):
+        tk.async_save_sharded(state, tmp_path, keep=0)
 
 
 def _save_until_killed(folder: Path, end: Any) -> None:

@@ -1,10 +1,13 @@
-"""What is sent in a step, beside what DistributedDataParallel sends."""
+"""What is sent in a step, beside what DDP and FSDP2 send, and beside what is planned."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import topkast_func as tk
@@ -38,8 +41,18 @@ class Counted:
         return counting
 
 
-def _sent(rank: int) -> tuple[int, int, int]:
-    """Return the bytes of our steps, of those of DDP, and the number of values."""
+class Sent(NamedTuple):
+    """Bytes of all steps, the number of values, bytes that FSDP2 holds, and what is planned."""
+
+    ours: int
+    ddp: int
+    fsdp: int
+    values: int
+    held_by_fsdp: int
+    planned: list[tk.Layout]
+
+
+def _sent(rank: int) -> Sent:
     model, counted = _network(), Counted()
     config, optimizer = tk.TopKastConfig(0.9, 0.8, refresh_every=6), tk.adamw(lr=0.01)
     state = tk.init_state(model, config, optimizer)
@@ -50,26 +63,76 @@ def _sent(rank: int) -> tuple[int, int, int]:
         state, metrics = step(state, BATCH)
         refreshes += int(metrics.refreshed)
     assert refreshes == 1
-    values = sum(value.numel() for value in state.weights.values().values())
-    wrapped, of_ddp = DistributedDataParallel(model), 0
+    ours, values = counted.bytes, state.weights.values().values()
+    planned = tk.plan(model, config, 2, optimizer).layouts
+    of_fsdp, held = _of_fsdp()
+    return Sent(ours, _of_ddp(model), of_fsdp, sum(v.numel() for v in values), held, planned)
+
+
+def _of_ddp(model: nn.Module) -> int:
+    wrapped, sent = DistributedDataParallel(model), 0
 
     def hook(
         _: object,
         bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> torch.futures.Future[Tensor]:
-        nonlocal of_ddp
-        of_ddp += bucket.buffer().nbytes
-        sent = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-        return sent.then(lambda done: done.value()[0] / 2)
+        nonlocal sent
+        sent += bucket.buffer().nbytes
+        done = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return done.then(lambda done: done.value()[0] / 2)
 
-    ours = counted.bytes
     wrapped.register_comm_hook(None, hook)
     for _ in range(STEPS):
         _loss(wrapped, BATCH).backward()  # type: ignore[no-untyped-call]
-    return ours, of_ddp, values
+    return sent
 
 
-def test_a_step_sends_one_number_for_each_value_and_a_fifth_of_a_dense_one() -> None:
-    for ours, of_ddp, values in results(_sent):
-        assert 4 * values * STEPS < ours <= 1.05 * 4 * values * STEPS
-        assert 0 < ours <= 0.22 * of_ddp
+def _of_fsdp() -> tuple[int, int]:
+    """Return the bytes that are sent to one other rank, and those that are held."""
+    model, mesh, sent = _network(), init_device_mesh("cpu", (2,)), 0
+
+    def counting(send: Any, share: int) -> Any:
+        def counting(*arguments: Any, **options: Any) -> Any:
+            nonlocal sent
+            given = options["input"] if "input" in options else arguments[1]
+            sent += given.nbytes // share
+            return send(*arguments, **options)
+
+        return counting
+
+    for name, share in (("all_gather_single", 1), ("reduce_scatter_single", 2)):
+        vars(dist)[name] = counting(getattr(dist, name), share)
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        _loss(model, BATCH).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    slots = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
+    held = [*model.parameters(), *(p.grad for p in model.parameters()), *slots]
+    return sent, sum(tensor.to_local().nbytes for tensor in held)
+
+
+@pytest.fixture(scope="module")
+def pair() -> list[Sent]:
+    return results(_sent)
+
+
+def test_a_step_sends_one_number_for_each_value_and_a_fifth_of_a_dense_one(
+    pair: list[Sent],
+) -> None:
+    for sent in pair:
+        assert 4 * sent.values * STEPS < sent.ours <= 1.05 * 4 * sent.values * STEPS
+        assert 0 < sent.ours <= 0.22 * sent.ddp
+
+
+def test_what_is_planned_is_sent_and_held(pair: list[Sent]) -> None:
+    for sent in pair:
+        planned = {layout.name: layout for layout in sent.planned}
+        ddp, fsdp = planned["dense model, DDP"], planned["dense model, FSDP2"]
+        assert STEPS * planned["compact"].sent == pytest.approx(sent.ours, rel=0.01)
+        assert STEPS * ddp.sent == sent.ddp
+        assert STEPS * fsdp.sent == sent.fsdp
+        assert fsdp.device == sent.held_by_fsdp

@@ -86,7 +86,8 @@ def check_present(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise ValueError(
             f"{name!r} is on the meta device, without values: move the module by "
-            "to_empty(device=...), and load or initialise it, before"
+            "to_empty(device=...), and load or initialise it, before; or, for init_state, pass "
+            "materialize, which does so for one tensor at a time"
         )
 
 

@@ -26,13 +26,16 @@ def checksum(tensor: Tensor) -> int:
     return int(_checksum(tensor))
 
 
-def check_same(ranks: Ranks, where: str, tree: Any) -> None:
+def check_same(ranks: Ranks, where: str, tree: Any) -> list[int]:
     """Check that all ranks hold the same tensors, bit for bit.
 
     Args:
         ranks: The processes.
         where: Which rank this is, and where in the training, for the error.
         tree: A tree of tensors, of the same structure on all ranks.
+
+    Returns:
+        The checksum of each.
 
     Raises:
         RuntimeError: They do not; the same on every rank.
@@ -41,7 +44,7 @@ def check_same(ranks: Ranks, where: str, tree: Any) -> None:
     table = ranks.gathered(torch.stack(sums))
     differs = table != table[0]
     if not differs.any():
-        return
+        return table[0].tolist()
     rank, place = differs.nonzero()[0].tolist()
     paths = [keystr(path) for path, _ in tree_flatten_with_path(tree)[0]]
     count = int(differs[rank].sum())

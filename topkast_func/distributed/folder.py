@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from topkast_func.distributed.agreement import checksum
+from topkast_func.distributed.agreement import check_same, checksum
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.files.drafts import replacing
 from topkast_func.types import Tensors
@@ -39,14 +39,14 @@ def write(
     tensors: Tensors,
     keep: int | None = None,
 ) -> Path:
-    """Write a checkpoint; a collective call.
+    """Write a checkpoint, once all ranks are found to hold the same; a collective call.
 
     Beside what `torch.distributed.checkpoint` writes it has ``about.json``: ``format``,
     ``version``, ``header``, the ``checksums`` of the tensors, see `checksum`, in their order, and
     under ``digest`` BLAKE2b of all that in JSON.
 
     Args:
-        ranks: The processes, which all hold the same tensors.
+        ranks: The processes.
         folder: Where checkpoints are kept; no other job may write there.
         step: Number of the step.
         header: JSON object.
@@ -57,17 +57,27 @@ def write(
         The checkpoint: ``folder/step-N``, or ``folder/step-N.1`` and so on where there is one.
 
     Raises:
-        RuntimeError: A rank could not write.
+        RuntimeError: Ranks hold different tensors, a rank is lost, or one could not write.
         FileNotFoundError: A rank does not see the folder.
     """
+    where = f"in save_sharded at step {step}"
+    with ranks.waiting(where):
+        about = {"format": FORMAT, "version": VERSION, "header": header}
+        sums = check_same(ranks, f"rank {ranks.rank} of {ranks.size}, {where}", tensors)
+        about["checksums"] = dict(zip(tensors, sums, strict=True))
+        return _written(ranks, folder, step, about, tensors, keep)
+
+
+def _written(
+    ranks: Ranks, folder: Path, step: int, about: dict[str, Any], tensors: Tensors, keep: int | None
+) -> Path:
     name = ranks.by_first(lambda: _begun(folder, step))
     part = folder / f"{name}{PART}"
     ranks.attempted(lambda: _check_seen(part))
     writer = FileSystemWriter(part)
-    with _by_torch(RuntimeError, f"{part} was not written, and the checkpoints before it stay"):
+    stay = f"{part} was not written, and the checkpoints before it stay"
+    with _by_torch(RuntimeError, stay), _no_warning(ranks):
         save(tensors, storage_writer=writer, process_group=ranks.group)
-    about = {"format": FORMAT, "version": VERSION, "header": header}
-    about["checksums"] = {key: checksum(tensor) for key, tensor in tensors.items()}
     ranks.by_first(lambda: _finish(part, folder / name, about, keep))
     return folder / name
 
@@ -88,7 +98,7 @@ def read(ranks: Ranks, folder: Path) -> tuple[Path, dict[str, Any], Tensors]:
     """
     path = ranks.by_first(lambda: _latest(folder))
     about, reader, tensors = ranks.attempted(lambda: _opened(path))
-    with _by_torch(ValueError, DAMAGED.format(path)):
+    with _by_torch(ValueError, DAMAGED.format(path)), _no_warning(ranks):
         load(tensors, storage_reader=reader, process_group=ranks.group)
     ranks.attempted(lambda: _check_tensors(path, tensors, about["checksums"]))
     return path, about["header"], tensors
@@ -172,14 +182,30 @@ def _check_tensors(path: Path, tensors: Tensors, checksums: Mapping[str, int]) -
 
 @contextmanager
 def _by_torch(kind: type[Exception], problem: str) -> Iterator[None]:
-    """Let errors of torch, some of them no `Exception`, say what they mean; hush one warning."""
+    """Let errors of torch, some of them no `Exception`, say what they mean."""
+    try:
+        yield
+    except (Exception, CheckpointException) as reason:
+        raise kind(f"{problem}: {_told(reason):.500}") from reason
+
+
+def _told(reason: BaseException) -> str:
+    """Tell an error, of one that torch has collected from ranks what each of them says."""
+    if isinstance(reason, CheckpointException):
+        failures = reason.failures.items()
+        return "; ".join(f"rank {rank}: {_told(own)}" for rank, (own, _) in failures)
+    return f"{type(reason).__name__}: {reason}"
+
+
+@contextmanager
+def _no_warning(ranks: Ranks) -> Iterator[None]:
+    """Hush what torch says of a process that is alone; filters are of all threads at once."""
+    if ranks.group is not None:
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
-        try:
-            yield
-        except (Exception, CheckpointException) as reason:
-            told = f"{type(reason).__name__}: {reason}"
-            raise kind(f"{problem}: {told:.500}") from reason
+        yield
 
 
 def _digest(about: Mapping[str, Any]) -> str:

@@ -7,21 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import topkast_func.distributed.agreement as agreement
+from topkast_func.distributed.batches import Samples, filled, rows
 from topkast_func.distributed.bucket import mean_over
+from topkast_func.distributed.models import about, averaged_buffers, check_unsynced, is_mean
 from topkast_func.distributed.ranks import Ranks, ranks_of
-from topkast_func.model.modules import tensors_of
 from topkast_func.types import LossFn, Tensors
 
 Result = TypeVar("Result")
 
-Samples = Callable[[Any], float | Tensor]
-"""``samples(batch)``: how much a batch counts, such as how many tokens its loss is the mean of."""
-
-FILLER = 2  # rows that the model sees of an empty batch: batch norm refuses one
 BROKEN = (
     "a rank that catches an error of train_step cannot go on without the others: end the process, "
     "and begin again on all ranks, from a checkpoint"
@@ -109,7 +106,7 @@ class DataParallel(Alone):
         """Return a loss function that sees rows of zeros where the batch has none."""
 
         def fed(apply: Callable[..., Any], batch: Any) -> Any:
-            return loss_fn(apply, tree_map_only(Tensor, _filled, batch))
+            return loss_fn(apply, filled(batch))
 
         return fed
 
@@ -133,7 +130,7 @@ class DataParallel(Alone):
         """
         grads, loss, aux, after = own
         leaves, structure = tree_flatten(aux)
-        numbers = [i for i, leaf in enumerate(leaves) if leaf.ndim == 0 and _is_mean(leaf)]
+        numbers = [i for i, leaf in enumerate(leaves) if leaf.ndim == 0 and is_mean(leaf)]
         changes = [
             torch.where(after[name] == before[name], 0.0, after[name] - before[name])
             for name in self._averaged
@@ -234,70 +231,12 @@ def data_parallel(
         if samples is not None:
             raise ValueError("samples is for several processes: pass process_group or mesh too")
         return Alone()
-    synced = [
-        name
-        for name, part in (model.named_modules() if isinstance(model, nn.Module) else ())
-        if isinstance(part, nn.SyncBatchNorm)
-    ]
-    if synced:
-        raise ValueError(
-            f"the parts {synced} of the model are SyncBatchNorm, which sends within what is "
-            "differentiated: use BatchNorm; its running statistics are averaged over the ranks"
-        )
+    check_unsynced(model)
     if ranks.size == 1:
         return Alone()
     with ranks.waiting("in make_train_step"):
-        ranks.check_alike({**facts, **_about(model)}, "in make_train_step")
-    return DataParallel(ranks, samples or rows, _averaged(model))
-
-
-def rows(batch: Any) -> int:
-    """Return how many samples a batch has: the length of the first axis of its tensors.
-
-    Args:
-        batch: A tree of tensors; those without an axis do not count.
-
-    Returns:
-        How many.
-
-    Raises:
-        ValueError: The tensors do not agree, or there are none.
-    """
-    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    found = {leaf.shape[0] for leaf in leaves}
-    if len(found) != 1:
-        raise ValueError(
-            f"the first axes of the tensors of the batch have lengths {sorted(found)}, so that it "
-            "does not tell how many samples it has: pass make_train_step(..., samples=f), f(batch) "
-            "to that number"
-        )
-    return found.pop()
-
-
-def _averaged(model: object) -> tuple[str, ...]:
-    """Name the buffers that are averaged: the floating ones that are saved."""
-    if not isinstance(model, nn.Module):
-        return ()
-    kept = model.state_dict(keep_vars=True)
-    return tuple(n for n, buffer in model.named_buffers() if n in kept and _is_mean(buffer))
-
-
-def _is_mean(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _filled(tensor: Tensor) -> Tensor:
-    empty = tensor.ndim > 0 and tensor.shape[0] == 0
-    return tensor.new_zeros((FILLER, *tensor.shape[1:])) if empty else tensor
-
-
-def _about(model: object) -> dict[str, Any]:
-    """Return what of a model and of the installed torch must be alike on all ranks."""
-    tensors = tensors_of(model)
-    return {
-        "torch": str(torch.__version__),
-        "the model": {n: (tuple(t.shape), str(t.dtype)) for n, t in tensors.items()},
-    }
+        ranks.check_alike({**facts, **about(model)}, "in make_train_step")
+    return DataParallel(ranks, samples or rows, tuple(averaged_buffers(model)))
 
 
 def _digest(value: Mapping[str, object]) -> int:

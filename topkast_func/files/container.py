@@ -128,12 +128,8 @@ def opened(path: Path) -> Iterator[Container]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no state at {path}")
     with path.open("rb") as file:
+        head = head_of(path, file)
         size = os.fstat(file.fileno()).st_size
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        if length > min(size - 8, LIMIT):
-            raise ValueError(f"{path} is cut off or is not a safetensors file")
-        head += file.read(length)
         said, header = _parsed(path, head[8:])
         with damage_of(path):
             file.seek(-DIGEST, os.SEEK_END)
@@ -142,6 +138,26 @@ def opened(path: Path) -> Iterator[Container]:
             entries = _entries(said, size - len(head))
             _check_header(header, entries)
         yield Container(header, entries, file, len(head))
+
+
+def head_of(path: Path, file: BinaryIO) -> bytes:
+    """Read what comes before the data of a safetensors file: a length, and a JSON text of it.
+
+    Args:
+        path: The file, for errors.
+        file: The same, open, at its beginning.
+
+    Returns:
+        Length and text.
+
+    Raises:
+        ValueError: The file is shorter than that, or the text is longer than one may be.
+    """
+    head = file.read(8)
+    length = int.from_bytes(head, "little")
+    if length > min(os.fstat(file.fileno()).st_size - 8, LIMIT):
+        raise ValueError(f"{path} is cut off or is not a safetensors file")
+    return head + file.read(length)
 
 
 @contextmanager

@@ -172,6 +172,7 @@ def compact(
     block_shape: tuple[int, int],
     theta_device: torch.device | str | None = None,
     stored: Mapping[str, int] | None = None,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> CompactWeights:
     """Store weights compactly.
 
@@ -182,11 +183,12 @@ def compact(
         block_shape: (r, c) of the blocks that the sets are made of.
         theta_device: Where θ rests; None for where it is.
         stored: How many values, or blocks of them, there are to be at the least, by name.
+        sizes: |A| and |B| by name; None to count them.
 
     Returns:
         The weights.
     """
-    kept, sizes = stored or {}, sizes_of(masks)
+    kept, sizes = stored or {}, sizes or sizes_of(masks)
 
     def exploring(name: str, block: tuple[int, int]) -> int:
         return kept.get(name, 0) - sizes[name][0] // math.prod(block)

@@ -1,14 +1,18 @@
 """States of many processes on disk: checkpoints in a folder, each whole or not there."""
 
 import os
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig
-from topkast_func.distributed.agreement import check_same
+from topkast_func.distributed.background import in_background
 from topkast_func.distributed.folder import read, write
 from topkast_func.distributed.launched import world
 from topkast_func.distributed.ranks import Ranks
@@ -17,7 +21,7 @@ from topkast_func.training.checkpoint import agreed, put_together, taken_apart
 from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.state import TrainState
 from topkast_func.training.stored import stored
-from topkast_func.types import Model
+from topkast_func.types import Model, Tensors
 
 
 def save_sharded(
@@ -52,13 +56,74 @@ def save_sharded(
         RuntimeError: Ranks hold different states, a rank is lost, or one could not write.
         FileNotFoundError: A rank does not see the folder that rank 0 does.
     """
+    return _saving(_as_it_is, state, folder, config, keep, process_group).result()
+
+
+def async_save_sharded(
+    state: TrainState,
+    folder: str | os.PathLike[str],
+    config: TopKastConfig | None = None,
+    *,
+    keep: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Future[Path]:
+    """Do what `save_sharded` does while training goes on; a collective call.
+
+    It returns when the tensors are copied to the host. A thread of each rank writes them, over a
+    group of its own (gloo); the checkpoint gets its name, and ``folder/latest`` names it, when all
+    ranks have written. Further saves, `save_sharded` too, wait in line. A process without others
+    has written when it returns.
+
+    Args:
+        state: See `save_sharded`.
+        folder: See `save_sharded`.
+        config: See `save_sharded`.
+        keep: See `save_sharded`.
+        process_group: See `save_sharded`.
+
+    Returns:
+        A future. Its ``result()`` waits for what `save_sharded` returns, or raises what that does;
+        to be called for the last one before the group is destroyed, and for each whose failure
+        is to be known of.
+
+    Raises:
+        TypeError: See `save`; or ``keep`` is no integer.
+        ValueError: See `save`; or ``keep`` is below 1.
+        RuntimeError: A rank is lost.
+    """
+    return _saving(_on_the_host, state, folder, config, keep, process_group)
+
+
+def _saving(
+    staged: Callable[[TrainState, Tensors], Tensors],
+    state: TrainState,
+    folder: str | os.PathLike[str],
+    config: TopKastConfig | None,
+    keep: int | None,
+    process_group: dist.ProcessGroup | None,
+) -> Future[Path]:
     keep = None if keep is None else check_count("keep", keep, 1)
     ranks, step = Ranks(process_group or world()), int(state.step)
-    where = f"in save_sharded at step {step}"
-    with ranks.waiting(where):
-        check_same(ranks, f"rank {ranks.rank} of {ranks.size}, {where}", state)
-        header, tensors = ranks.attempted(lambda: taken_apart(state, config))
-        return write(ranks, Path(folder), step, header, tensors, keep)
+
+    def taken() -> tuple[dict[str, Any], Tensors]:
+        header, tensors = taken_apart(state, config)
+        return header, staged(state, tensors)
+
+    with ranks.waiting(f"in save_sharded at step {step}"):
+        header, tensors = ranks.attempted(taken)
+        return in_background(
+            ranks, lambda own: write(own, Path(folder), step, header, tensors, keep)
+        )
+
+
+def _as_it_is(state: TrainState, tensors: Tensors) -> Tensors:
+    return tensors
+
+
+def _on_the_host(state: TrainState, tensors: Tensors) -> Tensors:
+    """Copy tensors to the host that are on another device, or may be written to by others."""
+    held = {id(leaf) for leaf in tree_leaves(state)}
+    return {n: t.to("cpu", copy=id(t) in held) for n, t in tensors.items()}
 
 
 def load_sharded(
@@ -74,7 +139,9 @@ def load_sharded(
     """Read a state that `save_sharded` wrote, on every rank of a group; a collective call.
 
     The group may have another number of ranks than that which wrote it. With the same number
-    training goes on from it bit for bit.
+    training goes on from it bit for bit, after ``torchrun --max-restarts`` too. That needs
+    ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` and ``--standalone`` or ``--rdzv-backend=c10d``: else
+    torch, up to 2.13 at the least, hands the processes the addresses of those that have ended.
 
     Args:
         folder: A checkpoint, or a folder of them, of which the last whole one is read.

@@ -4,25 +4,21 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig
-from topkast_func.config.allocation import given_sparsity
-from topkast_func.config.selection import check_present, matches
-from topkast_func.masks import compute_masks
+from topkast_func.config.selection import matches
 from topkast_func.model.alone import alone_with, uncompiled
-from topkast_func.model.layers import kernel_weights
-from topkast_func.model.modules import buffers, frozen, tensors_of, ties, trainable
-from topkast_func.powerprop import check_moves, phi_of
+from topkast_func.model.modules import frozen, tensors_of, ties
 from topkast_func.sparsity import ByPattern
-from topkast_func.storage.compact import compact
-from topkast_func.storage.dense import DenseWeights
 from topkast_func.training.agreement import COMPACT
-from topkast_func.training.fits_config import check_masks
+from topkast_func.training.first_weights import Manner, first_weights, trained
+from topkast_func.training.materialize import Materialize, Source
 from topkast_func.training.optim import Optimizer, check_optimizer
-from topkast_func.training.state import Storage, TrainState, Weights
-from topkast_func.types import Masks, Params, Tensors
+from topkast_func.training.state import Storage, TrainState
+from topkast_func.turns import RANDOM_NUMBERS
+from topkast_func.types import Masks, Params
 
 
 @torch.inference_mode(False)
@@ -37,6 +33,7 @@ def init_state(
     mask_seed: int | None = None,
     masks: Mapping[str, Masks] | None = None,
     master: torch.dtype | None = None,
+    materialize: Materialize | None = None,
 ) -> TrainState:
     """Start training: copy the weights, choose A and B, make zero slots.
 
@@ -57,21 +54,37 @@ def init_state(
             penalised and moved in this one, and the model computes with α rounded to theirs, which
             is what `forward_params` returns; gradients pass through the rounding. None keeps θ in
             the dtype of each parameter, where an update below half its spacing is lost.
+        materialize: ``materialize(name, tensor)`` to the values of a tensor that is on the meta
+            device, parameter or buffer, in its shape and dtype: an initialiser, or what
+            `from_safetensors` returns. It is called for one at a time, and the next is asked for
+            when the values of the last are stored, so that it takes little more memory than the
+            state and the largest tensor. Random numbers that torch draws in it follow from
+            ``seed`` and the name alone, on any number of ranks; the caller's stay as they are.
 
     Returns:
         The state before step 0. It shares no memory with the arguments.
 
     Raises:
-        TypeError: ``master`` is no dtype, a leaf is no plain floating-point or complex tensor (see
+        TypeError: ``master`` is no dtype, ``materialize`` no function or one that returns no
+            tensor, a leaf is no plain floating-point or complex tensor (see
             `compute_masks`), ``config`` is no configuration, ``optimizer`` none of this library,
             or ``masks`` are not `Masks` of bool.
         ValueError: There is nothing to train, a leaf is empty or without values (on the meta
-            device, of a lazy module), the configuration does not fit, a tied weight is given two
-            sparsities, ``masks`` are not what the configuration asks for, ``theta_device`` is
-            given for dense storage, compact storage is asked for an optimiser that is not
-            elementwise, a parameter that is to be trained by powerpropagation is zero
+            device and ``materialize`` not given, of a lazy module), ``materialize`` is given and
+            all have values, or returns another shape or dtype, the configuration does not fit, a
+            tied weight is given two sparsities, ``masks`` are not what the configuration asks for,
+            ``theta_device`` is given for dense storage, compact storage is asked for an optimiser
+            that is not elementwise, a parameter that is to be trained by powerpropagation is zero
             everywhere, or ``master`` is another dtype.
         NaNParameterError: A leaf holds NaN; a ValueError too.
+
+    Example:
+        >>> from topkast_func import sgd
+        >>> model = nn.Linear(100, 10, device="meta")
+        >>> draw = lambda name, tensor: torch.empty_like(tensor, device="cpu").normal_(std=0.02)
+        >>> state = init_state(model, TopKastConfig(), sgd(lr=0.1), materialize=draw)
+        >>> state.weights.sizes()
+        {'weight': (100, 200)}
     """
     if storage not in ("compact", "dense"):
         raise ValueError(f"storage must be 'compact' or 'dense', got {storage!r}")
@@ -85,64 +98,38 @@ def init_state(
     seed = check_count("seed", seed, 0)
     mask_seed = seed if mask_seed is None else check_count("mask_seed", mask_seed, 0)
     _check_master(master)
-    seeds = (seed, mask_seed)
-    begin = partial(
-        _first_state, model, config, optimizer, storage, theta_device, seeds, masks, master
-    )
-    return alone_with(model, begin)
+    manner = Manner(config, storage, theta_device, mask_seed, masks, master)
+    begin = partial(_first_state, model, optimizer, manner, seed, materialize)
+    return alone_with(model, begin, frozenset() if materialize is None else RANDOM_NUMBERS)
 
 
 def _first_state(
     model: nn.Module | Params,
-    config: TopKastConfig,
     optimizer: Optimizer,
-    storage: Storage,
-    theta_device: torch.device | str | None,
-    seeds: tuple[int, int],
-    masks: Mapping[str, Masks] | None,
-    master: torch.dtype | None,
+    manner: Manner,
+    seed: int,
+    materialize: Materialize | None,
 ) -> TrainState:
-    params = trainable(model) if isinstance(model, nn.Module) else model
-    if not params:
-        raise ValueError("there is no parameter that requires a gradient")
-    for name, tensor in tensors_of(model).items():
-        check_present(name, tensor)
-    check_ties(model, config)
-    if masks is None:
-        masks = compute_masks(params, config, seed=seeds[1])
-    else:
-        check_masks(params, masks, config)
-        masks = {n: Masks(*(m.to(params[n].device, copy=True) for m in masks[n])) for n in masks}
-    params = {name: theta.detach().as_subclass(Tensor) for name, theta in params.items()}
-    kinds = {name: theta.dtype for name, theta in params.items()}
-    if master is not None:
-        params = {n: p.to(torch.promote_types(p.dtype, master)) for n, p in params.items()}
-    exponents: Tensors = {}
-    if config.powerprop > 1.0:
-        names = given_sparsity(params, config)
-        for name in names:
-            check_moves(name, params[name], config.powerprop)
-        exponent = torch.tensor(config.powerprop, dtype=torch.float64, device="cpu")
-        exponents = {name: exponent.clone() for name in names}
-        params = {**params, **{n: phi_of(params[n], config.powerprop) for n in names}}
-    weights: Weights
-    if storage == "compact":
-        matrices = [name for name, theta in params.items() if theta.ndim == 2]
-        layers = kernel_weights(model) if isinstance(model, nn.Module) else matrices
-        weights = compact(params, masks, layers, config.block_shape, theta_device)
-    else:
-        weights = DenseWeights(_copied(params), masks)
+    params, layers = trained(model)
+    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    check_ties(model, manner.config)
+    source = Source({**params, **tensors_of(model)}, materialize, seed)
+    weights, powers = first_weights(params, layers, source, manner)
+    values = weights.values()
+    exponent = torch.tensor(manner.config.powerprop, dtype=torch.float64, device="cpu")
     return TrainState(
         step=torch.zeros((), dtype=torch.int64, device="cpu"),
-        seed=torch.tensor(seeds[0], device="cpu"),
-        mask_seed=torch.tensor(seeds[1], device="cpu"),
+        seed=torch.tensor(seed, device="cpu"),
+        mask_seed=torch.tensor(manner.mask_seed, device="cpu"),
         weights=weights,
-        buffers=buffers(model),
-        frozen=_copied(frozen(model)),
-        optimizer=optimizer.init(weights.values()),
-        exponents=exponents,
+        buffers=source.copied(buffers),
+        frozen=source.copied(frozen(model)),
+        optimizer=optimizer.init(values),
+        exponents={name: exponent.clone() for name in powers},
         narrow={
-            n: p.new_empty(0, dtype=kinds[n]) for n, p in params.items() if p.dtype != kinds[n]
+            name: values[name].new_empty(0, dtype=tensor.dtype)
+            for name, tensor in params.items()
+            if tensor.dtype != values[name].dtype
         },
     )
 
@@ -186,7 +173,3 @@ def check_ties(model: object, config: TopKastConfig) -> None:
                         f"{name!r} is tied to {own!r}: {field} gives them {under} and "
                         f"{given or 'nothing'}; name {own!r} alone"
                     )
-
-
-def _copied(tensors: Params) -> Tensors:
-    return {name: tensor.detach().as_subclass(Tensor).clone() for name, tensor in tensors.items()}

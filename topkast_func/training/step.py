@@ -14,7 +14,8 @@ from topkast_func.checks import check_type
 from topkast_func.compiling import one_report
 from topkast_func.config import TopKastConfig
 from topkast_func.config.description import described
-from topkast_func.distributed.parallel import Samples, data_parallel
+from topkast_func.distributed.batches import Samples
+from topkast_func.distributed.parallel import data_parallel
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.model.alone import (
     alone_with,

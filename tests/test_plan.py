@@ -1,0 +1,149 @@
+"""What a training is planned to take, beside what it takes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import topkast_func as tk
+
+CONFIG, ADAM = tk.TopKastConfig(0.9, 0.8), tk.adamw(0.01)
+GIGA = 1e9
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _network() -> nn.Sequential:
+    layers = (nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(32, 300))
+    model = nn.Sequential(*layers, nn.Linear(300, 2500), nn.Linear(2500, 4))
+    model[-1].bias.requires_grad_(False)
+    return model
+
+
+CONFIGS = {
+    "entries": {},
+    "blocks": {"block_shape": (4, 4), "sparse": ("4.weight", "5.weight")},
+    "erk": {"allocation": "erk"},
+    "dense": {"method": tk.dense()},
+    "powers": {"powerprop": 2.0},
+}
+OPTIMIZERS = [ADAM, tk.sgd(0.1), tk.chain(tk.clip_by_global_norm(1.0), tk.lion(0.01))]
+
+
+@pytest.mark.parametrize("master", [None, torch.float64])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bytes_are_those_of_the_state_that_training_begins_with(
+    name: str, optimizer: tk.Optimizer, master: Any
+) -> None:
+    options: Any = CONFIGS[name]
+    config, model = tk.TopKastConfig(0.9, 0.8, **options), _network()
+    plan = tk.plan(model.to("meta"), config, 4, optimizer, master=master)
+    for layout in plan.layouts[:3]:
+        assert layout.options is not None
+        state = tk.init_state(_network(), config, optimizer, master=master, **layout.options)
+        gradients = _bytes(state.weights.values())
+        held = (state.weights, state.buffers, state.frozen, state.optimizer.slots)
+        assert layout.device + layout.host == _bytes(held) + gradients
+        if layout.host:
+            assert layout.host == _bytes(state.weights.theta)
+        buffers = sum(state.buffers[name].nbytes for name in ("1.running_mean", "1.running_var"))
+        assert layout.sent == 2 * (gradients + buffers) * 3 // 4
+
+
+def test_a_dense_model_takes_what_torch_does() -> None:
+    model = _network()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    model(torch.randn(2, 1, 10)).square().sum().backward()
+    optimizer.step()
+    slots = [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    frozen = _bytes([p for p in model.parameters() if p.grad is None])
+    rest = _bytes([*model.buffers()]) + frozen
+    trained = _bytes([*model.parameters(), slots, gradients]) - frozen
+    *_, ddp, fsdp = tk.plan(model, CONFIG, 4).layouts
+    assert ddp[1:4] == (trained + rest, 0, 2 * (_bytes(gradients) + 32) * 3 // 4)
+    assert fsdp[1:4] == (-(-trained // 4) + rest, 0, 3 * _bytes(gradients) * 3 // 4)
+
+
+def _of_billions(billions: float, width: int) -> nn.Sequential:
+    layers = round(billions * GIGA / width**2)
+    with torch.device("meta"):
+        return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+
+
+SIZES = [
+    (1, 4096, 8, (4.8, 4.0, 1.4), (16.0, 0.0, 7.0), (2.0, 0.0, 10.5)),
+    (7, 16384, 8, (34.0, 28.0, 9.8), (112.0, 0.0, 49.0), (14.0, 0.0, 73.5)),
+    (100, 32768, 64, (480.0, 400.0, 158.0), (1600.0, 0.0, 788.0), (25.0, 0.0, 1181.0)),
+]
+
+
+@pytest.mark.parametrize(("billions", "width", "ranks", "ours", "ddp", "fsdp"), SIZES)
+def test_a_model_that_fits_no_machine_is_planned(
+    billions: float, width: int, ranks: int, ours: Any, ddp: Any, fsdp: Any
+) -> None:
+    plan = tk.plan(_of_billions(billions, width), CONFIG, ranks)
+    print(plan)
+    found = {layout.name: [n / GIGA for n in layout[1:4]] for layout in plan.layouts}
+    assert found["compact, θ on the host"] == pytest.approx(ours, rel=0.03)
+    assert found["dense model, DDP"] == pytest.approx(ddp, rel=0.03)
+    assert found["dense model, FSDP2"] == pytest.approx(fsdp, rel=0.03)
+    assert plan.notes == [
+        "dense model, FSDP2: takes less of a device than any other from 4 ranks on"
+    ]
+
+
+def test_the_first_layout_that_fits_is_chosen() -> None:
+    model = _of_billions(0.1, 2048)
+    sizes = {layout.name: layout.device for layout in tk.plan(model, CONFIG, 2).layouts}
+    for memory, name in [
+        (sizes["compact"], "compact"),
+        (sizes["compact"] - 1, "compact, θ on the host"),
+        (sizes["compact, θ on the host"] - 1, None),
+    ]:
+        plan = tk.plan(model, CONFIG, 2, memory=memory)
+        assert (plan.choice and plan.choice.name) == name
+    assert tk.plan(model, CONFIG, 2).choice == tk.plan(model, CONFIG, 2).layouts[0]
+
+
+def test_a_table_is_printed() -> None:
+    plan = tk.plan(_of_billions(1, 4096), CONFIG, 8, memory=5 * 10**9)
+    assert repr(plan).splitlines() == [
+        "bytes of each of 8     device  host sent a step fits",
+        "compact                 8.94G     0       1.41G   no",
+        "compact, θ on the host  4.91G 4.03G       1.41G  yes",
+        "dense storage           18.1G     0       7.05G   no",
+        "dense model, DDP        16.1G     0       7.05G   no",
+        "dense model, FSDP2      2.01G     0       10.6G  yes",
+        "dense model, FSDP2: takes less of a device than any other from 4 ranks on",
+    ]
+
+
+def test_a_rank_alone_sends_nothing_and_what_is_not_elementwise_is_dense() -> None:
+    init = ADAM.init
+    rows = tk.Optimizer(init, ADAM.update, ADAM.learning_rate, elementwise=False, name="rows")
+    plan = tk.plan({"weight": torch.empty(64, 64)}, CONFIG, 1, rows)
+    assert [layout.sent for layout in plan.layouts] == [0, 0, 0]
+    assert plan.layouts[0].name == "dense storage"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"world_size": 0}, ValueError, "world_size must be at least 1, got 0"),
+        ({"world_size": 2.0}, TypeError, "world_size must be an integer"),
+        ({"memory": 0}, ValueError, "memory must be at least 1, got 0"),
+        ({"optimizer": torch.optim.Adam}, TypeError, "optimizer must be what"),
+        ({"model": nn.ReLU()}, ValueError, "there is no parameter that requires a gradient"),
+        ({"model": 3}, TypeError, "params must map names to tensors, got int"),
+    ],
+)
+def test_bad_input_is_named(change: Any, error: type[Exception], message: str) -> None:
+    usual = {"model": nn.Linear(20, 20), "config": CONFIG, "world_size": 2}
+    with pytest.raises(error, match=message):
+        tk.plan(**(usual | change))

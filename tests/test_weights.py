@@ -1,0 +1,64 @@
+"""Safetensors files that others wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from topkast_func import from_safetensors
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+ANY = torch.empty(0, device="meta")
+
+
+def _tensors() -> dict[str, Tensor]:
+    found = {str(kind): (3 * torch.randn(3, 5)).to(kind) for kind in DTYPES}
+    return found | {"number": torch.tensor(2.0), "nothing": torch.empty(0, 4)}
+
+
+def test_tensors_are_read_as_they_were_saved(tmp_path: Path) -> None:
+    tensors = _tensors()
+    save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
+    read = from_safetensors(tmp_path / "x")
+    found = {name: read(name, ANY) for name in tensors}
+    torch.testing.assert_close(found, tensors, rtol=0.0, atol=0.0)
+
+
+def test_a_tensor_of_two_files_is_refused(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        save_file({"weight": torch.ones(2), name: torch.ones(2)}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"'weight' is in two files, .*x and .*y"):
+        from_safetensors(tmp_path / "x", tmp_path / "y")
+
+
+def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with pytest.raises(ValueError, match="needs a file, and got none"):
+        from_safetensors()
+    with pytest.raises(FileNotFoundError, match=r"there is no file at .*x"):
+        from_safetensors(path)
+    save_file({"weight": torch.ones(2, 3)}, path)
+    whole = path.read_bytes()
+    for content in (b"", b"no", whole[:30], b"\xff" * 100):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is cut off or is not a safetensors file"):
+            from_safetensors(path)
+    path.write_bytes(whole[:-4])
+    with pytest.raises(ValueError, match=r"no safetensors file that can be read: .* 24 bytes"):
+        from_safetensors(path)
+    for said in (b"[1, 2]", json.dumps({"weight": 3}).encode(), b"{" * 50):
+        path.write_bytes(len(said).to_bytes(8, "little") + said)
+        with pytest.raises(ValueError, match="no safetensors file that can be read"):
+            from_safetensors(path)
+
+
+def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    save_file({"weight": torch.ones(2, 3)}, path)
+    read = from_safetensors(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="has become shorter: 'weight' is cut off"):
+        read("weight", ANY)

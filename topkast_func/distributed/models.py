@@ -1,0 +1,51 @@
+"""What of a model has to do with ranks: its buffers, and what is to be alike on all."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topkast_func.model.modules import tensors_of
+
+
+def averaged_buffers(model: object) -> dict[str, Tensor]:
+    """Return the buffers of a module that ranks average, by name: the floating ones it saves."""
+    if not isinstance(model, nn.Module):
+        return {}
+    kept = model.state_dict(keep_vars=True)
+    return {n: buffer for n, buffer in model.named_buffers() if n in kept and is_mean(buffer)}
+
+
+def is_mean(tensor: Tensor) -> bool:
+    """Return whether a tensor can be averaged."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def about(model: object) -> dict[str, Any]:
+    """Return what of a model and of the installed torch must be alike on all ranks."""
+    tensors = tensors_of(model)
+    return {
+        "torch": str(torch.__version__),
+        "the model": {n: (tuple(t.shape), str(t.dtype)) for n, t in tensors.items()},
+    }
+
+
+def check_unsynced(model: object) -> None:
+    """Check that no part of a model sends anything itself.
+
+    Args:
+        model: A module, or anything else.
+
+    Raises:
+        ValueError: One does.
+    """
+    synced = [
+        name
+        for name, part in (model.named_modules() if isinstance(model, nn.Module) else ())
+        if isinstance(part, nn.SyncBatchNorm)
+    ]
+    if synced:
+        raise ValueError(
+            f"the parts {synced} of the model are SyncBatchNorm, which sends within what is "
+            "differentiated: use BatchNorm; its running statistics are averaged over the ranks"
+        )

@@ -1,0 +1,185 @@
+"""What a training takes on many processes: bytes of each, and what it sends in a step."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from topkast_func.checks import check_count
+from topkast_func.config import TopKastConfig
+from topkast_func.distributed.models import averaged_buffers
+from topkast_func.model.alone import alone_with, uncompiled
+from topkast_func.model.modules import frozen
+from topkast_func.report.table import in_bytes, paragraph, table
+from topkast_func.training.first_weights import outlined_weights
+from topkast_func.training.optim import Optimizer, adamw, check_optimizer
+from topkast_func.training.state import Weights
+from topkast_func.types import Params
+
+COMPACT, REST, DENSE = "compact", "compact, θ on the host", "dense storage"
+DDP, FSDP = "dense model, DDP", "dense model, FSDP2"
+
+
+class Layout(NamedTuple):
+    """A way to train on many processes.
+
+    Attributes:
+        name: How it prints.
+        device: Bytes of a rank on its device: parameters, gradients, slots, sets, buffers.
+        host: Bytes of a rank on its host.
+        sent: Bytes that a rank sends in a step, and receives, where a ring sums or gathers.
+        options: What `init_state` is to be told; None for what is not of this library.
+    """
+
+    name: str
+    device: int
+    host: int
+    sent: int
+    options: dict[str, Any] | None = None
+
+
+class Plan:
+    """Layouts beside each other; prints as a table.
+
+    Attributes:
+        layouts: Those of this library, the fastest first; then DDP and FSDP2 of a dense model.
+        world_size: How many ranks there are.
+        memory: Bytes that a device has for them; None if it is not known.
+        notes: What is said below the table.
+    """
+
+    def __init__(
+        self, layouts: Sequence[Layout], world_size: int, memory: int | None, notes: Sequence[str]
+    ) -> None:
+        self.layouts, self.world_size, self.memory = list(layouts), world_size, memory
+        self.notes = list(notes)
+
+    @property
+    def choice(self) -> Layout | None:
+        """The first layout of this library that fits into the memory; None where none does."""
+        own = (layout for layout in self.layouts if layout.options is not None)
+        return next((layout for layout in own if self._fits(layout)), None)
+
+    def __repr__(self) -> str:
+        """Print the table as text."""
+        head = [f"bytes of each of {self.world_size:,}", "device", "host", "sent a step"]
+        rows = [[name, *map(in_bytes, numbers)] for name, *numbers, _ in self.layouts]
+        if self.memory is not None:
+            head.append("fits")
+            for row, layout in zip(rows, self.layouts, strict=True):
+                row.append("yes" if self._fits(layout) else "no")
+        return "\n".join([table(head, rows), *map(paragraph, self.notes)])
+
+    def _fits(self, layout: Layout) -> bool:
+        return self.memory is None or layout.device <= self.memory
+
+
+def plan(
+    model: nn.Module | Params,
+    config: TopKastConfig,
+    world_size: int,
+    optimizer: Optimizer | None = None,
+    *,
+    memory: int | None = None,
+    master: torch.dtype | None = None,
+) -> Plan:
+    """Tell what training takes on many processes, before anything is made.
+
+    Counted is what stays from step to step, and gradients; activations, and what a step or a
+    refresh needs for a moment, come on top. A ring of N ranks that sums m bytes sends 2·m·(N−1)/N
+    of each, one that gathers or scatters them m·(N−1)/N. What is summed are the gradients of all
+    that is stored, and floating buffers. FSDP2 shards parameters, gradients and slots, gathers the
+    parameters twice a step, and scatters the gradients, all in the dtype of the parameters.
+
+    Args:
+        model: A module, such as one on the meta device, or weights by name; no value is read.
+        config: The configuration, with the sparsities that it begins with.
+        world_size: How many ranks there are to be, at least 1.
+        optimizer: The optimiser; None for AdamW, with two slots.
+        memory: Bytes that a device has for this; None to leave open what fits.
+        master: See `init_state`; the dense models are counted with weights of this dtype too.
+
+    Returns:
+        The layouts.
+
+    Raises:
+        TypeError: A parameter is no plain tensor, ``optimizer`` none of this library, or a number
+            no integer.
+        ValueError: There is nothing to train, the configuration does not fit, or a number is
+            below 1.
+
+    Example:
+        >>> model = {"weight": torch.empty(65536, 16384, device="meta")}
+        >>> plan(model, TopKastConfig(0.9, 0.8), world_size=8, memory=6 * 10**9)
+        bytes of each of 8     device  host sent a step fits
+        compact                 9.53G     0        1.5G   no
+        compact, θ on the host  5.23G 4.29G        1.5G  yes
+        dense storage           19.3G     0       7.52G   no
+        dense model, DDP        17.2G     0       7.52G   no
+        dense model, FSDP2      2.15G     0       11.3G  yes
+        dense model, FSDP2: takes less of a device than any other from 4 ranks on
+    """
+    world_size = check_count("world_size", world_size, 1)
+    memory = None if memory is None else check_count("memory", memory, 1)
+    optimizer = adamw(1e-3) if optimizer is None else optimizer
+    check_optimizer(optimizer)
+    model = uncompiled(model)
+    work = partial(_layouts, model, config, world_size, optimizer, master)
+    layouts, notes = alone_with(model, work)
+    return Plan(layouts, world_size, memory, notes)
+
+
+def _layouts(
+    model: nn.Module | Params,
+    config: TopKastConfig,
+    ranks: int,
+    optimizer: Optimizer,
+    master: torch.dtype | None,
+) -> tuple[list[Layout], list[str]]:
+    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    rest = _bytes(buffers) + _bytes(frozen(model))
+    averaged = _bytes(averaged_buffers(model))
+
+    def trained(weights: Weights) -> tuple[int, int]:
+        """Return the bytes of gradients, and those of gradients and slots."""
+        values = weights.values()
+        gradients = _bytes(values)
+        return gradients, gradients + _bytes(optimizer.init(values).slots)
+
+    def summed(numbers: int) -> int:
+        return _ring(2 * (numbers + averaged), ranks)
+
+    layouts = []
+    if optimizer.elementwise:
+        weights = outlined_weights(model, config, "compact", master)
+        gradients, moved = trained(weights)
+        theta = _bytes(weights.theta)
+        held, sent = _bytes(weights) + moved + rest, summed(gradients)
+        layouts.append(Layout(COMPACT, held, 0, sent, {}))
+        layouts.append(Layout(REST, held - theta, theta, sent, {"theta_device": "cpu"}))
+    weights = outlined_weights(model, config, "dense", master)
+    gradients, moved = trained(weights)
+    held, theta = _bytes(weights) + moved + rest, _bytes(weights.theta)
+    layouts.append(Layout(DENSE, held, 0, summed(gradients), {"storage": "dense"}))
+    layouts.append(Layout(DDP, theta + moved + rest, 0, summed(gradients)))
+    sharded = theta + moved
+    layouts.append(Layout(FSDP, -(-sharded // ranks) + rest, 0, _ring(3 * theta, ranks)))
+    return layouts, _notes(layouts, sharded, rest)
+
+
+def _notes(layouts: Sequence[Layout], sharded: int, rest: int) -> list[str]:
+    """Say from how many ranks on sharding needs less memory than what is here."""
+    least = min(layout.device for layout in layouts if layout.options is not None)
+    ranks = -(-sharded // (least - rest))
+    return [f"{FSDP}: takes less of a device than any other from {ranks:,} ranks on"]
+
+
+def _ring(numbers: int, ranks: int) -> int:
+    return numbers * (ranks - 1) // ranks
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

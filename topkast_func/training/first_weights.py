@@ -1,0 +1,174 @@
+"""The weights of a state as it begins: all that have values at once, the others one by one."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from topkast_func.config import TopKastConfig
+from topkast_func.config.allocation import allocate, given_sparsity
+from topkast_func.config.selection import check_params
+from topkast_func.masks import counts, starting_masks
+from topkast_func.model.layers import kernel_weights
+from topkast_func.model.modules import trainable
+from topkast_func.powerprop import check_moves, phi_of
+from topkast_func.sparsity import Allocation
+from topkast_func.storage.compact import compact
+from topkast_func.storage.dense import DenseWeights
+from topkast_func.training.fits_config import check_masks
+from topkast_func.training.materialize import Source
+from topkast_func.training.state import Storage, Weights
+from topkast_func.types import Masks, Params, Tensors
+
+
+class Manner(NamedTuple):
+    """How weights begin; see `init_state`.
+
+    Attributes:
+        config: The configuration.
+        storage: "compact" or "dense".
+        theta_device: Where θ rests; None for where it is.
+        mask_seed: Seed of the methods that draw sets.
+        masks: Sets of the caller's; None for those that the method chooses.
+        master: The dtype that narrower weights are kept in; None for their own.
+    """
+
+    config: TopKastConfig
+    storage: Storage
+    theta_device: torch.device | str | None
+    mask_seed: int
+    masks: Mapping[str, Masks] | None
+    master: torch.dtype | None
+
+
+def first_weights(
+    params: Params, layers: Collection[str], source: Source, manner: Manner
+) -> tuple[Weights, list[str]]:
+    """Choose the sets of weights, and store them.
+
+    Args:
+        params: Weights by name, on the meta device where they have no values yet.
+        layers: Names of the sparse matrices that kernels are to compute.
+        source: Where the values come from.
+        manner: How they begin.
+
+    Returns:
+        The weights, and the names of those that are stored as φ of powerpropagation.
+
+    Raises:
+        TypeError: See `init_state`.
+        ValueError: See `init_state`.
+        NaNParameterError: See `init_state`; a ValueError too.
+    """
+    config = manner.config
+    if manner.masks is None:
+        allocations = allocate(params, config)
+    else:
+        allocations = {}
+        check_masks(params, manner.masks, config)
+    powers = given_sparsity(params, config) if config.powerprop > 1.0 else []
+    at_hand = [name for name, theta in params.items() if not theta.is_meta]
+    apart = [[name] for name, theta in params.items() if theta.is_meta]
+    parts = [
+        _stored({n: source(n, params[n]) for n in names}, allocations, layers, powers, manner)
+        for names in (at_hand, *apart)
+        if names
+    ]
+    return _joined(parts, list(params)), powers
+
+
+def outlined_weights(
+    model: nn.Module | Params,
+    config: TopKastConfig,
+    storage: Storage,
+    master: torch.dtype | None = None,
+) -> Weights:
+    """Return what `first_weights` does without values: every tensor on the meta device.
+
+    Args:
+        model: A module, on any device, or weights by name.
+        config: The configuration.
+        storage: "compact" or "dense".
+        master: See `init_state`.
+
+    Returns:
+        The weights, in the shapes and dtypes of those that training begins with.
+
+    Raises:
+        TypeError: See `init_state`.
+        ValueError: There is nothing to train, or the configuration does not fit.
+    """
+    params, layers = trained(model)
+    sizes = counts(params, config)
+    outlines = {name: _raised(theta, master).to("meta") for name, theta in params.items()}
+    sets = {n: Masks(*2 * [torch.empty_like(outlines[n], dtype=torch.bool)]) for n in sizes}
+    if storage == "compact":
+        return compact(outlines, sets, layers, config.block_shape, sizes=sizes)
+    return DenseWeights(outlines, sets)
+
+
+def trained(model: nn.Module | Params) -> tuple[Params, list[str]]:
+    """Return what of a model is trained, by name, and which of it kernels could multiply by.
+
+    Args:
+        model: A module, or weights by name, of which every matrix is taken for one of a layer.
+
+    Returns:
+        The parameters, and names of some of them.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: There are no parameters.
+    """
+    params = trainable(model) if isinstance(model, nn.Module) else model
+    check_params(params)
+    if not params:
+        raise ValueError("there is no parameter that requires a gradient")
+    if isinstance(model, nn.Module):
+        return params, [*kernel_weights(model)]
+    return params, [name for name, theta in params.items() if theta.ndim == 2]
+
+
+def _stored(
+    params: Tensors,
+    allocations: Mapping[str, Allocation],
+    layers: Collection[str],
+    powers: Collection[str],
+    manner: Manner,
+) -> Weights:
+    check_params(params)
+    sets = _sets(params, allocations, manner)
+    raw = {name: _raised(theta, manner.master) for name, theta in params.items()}
+    exponent = manner.config.powerprop
+    for name in [name for name in powers if name in raw]:
+        check_moves(name, raw[name], exponent)
+        raw[name] = phi_of(raw[name], exponent)
+    if manner.storage == "compact":
+        return compact(raw, sets, layers, manner.config.block_shape, manner.theta_device)
+    return DenseWeights({name: theta.clone() for name, theta in raw.items()}, sets)
+
+
+def _sets(
+    params: Tensors, allocations: Mapping[str, Allocation], manner: Manner
+) -> dict[str, Masks]:
+    if manner.masks is None:
+        return starting_masks(params, allocations, manner.config, seed=manner.mask_seed)
+    return {
+        name: Masks(*(mask.to(params[name].device, copy=True) for mask in masks))
+        for name, masks in manner.masks.items()
+        if name in params
+    }
+
+
+def _raised(theta: Tensor, master: torch.dtype | None) -> Tensor:
+    """Return a weight as a plain tensor, in the dtype that it is kept in."""
+    plain = theta.detach().as_subclass(Tensor)
+    return plain if master is None else plain.to(torch.promote_types(plain.dtype, master))
+
+
+def _joined(parts: Sequence[Weights], names: Sequence[str]) -> Weights:
+    """Join the weights of different parameters, in the order of their names."""
+    fields = zip(*parts, strict=True)
+    joined = [{name: leaf for tree in trees for name, leaf in tree.items()} for trees in fields]
+    return type(parts[0])(*({n: tree[n] for n in names if n in tree} for tree in joined))
