@@ -19,6 +19,7 @@ PACKAGES = [
     "tiebreak",
     "bits",
     "places",
+    "groups",
     "kernels",
     "ranking",
     "methods",
