@@ -22,6 +22,7 @@ PACKAGES = [
     "groups",
     "kernels",
     "ranking",
+    "filling",
     "methods",
     "config",
     "masks",

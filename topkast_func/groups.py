@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from topkast_func.sparsity import density
+from topkast_func.sparsity import Sparsity, density, numbers
 
 ROUNDING = 1e-6
 """How far from a whole number the entries of a group may be that a sparsity asks for."""
@@ -59,6 +59,31 @@ def check_pattern(name: str, value: object) -> NOfM:
     if pattern.group < 2 or not 1 <= pattern.kept <= pattern.group:
         raise ValueError(f"{name} must be 'N:M', 1 ≤ N ≤ M and M ≥ 2, such as '2:4', got {value!r}")
     return pattern
+
+
+def check_shares(pattern: NOfM, forward: Sparsity | None, backward: Sparsity | None) -> None:
+    """Check that sparsities keep N, and whole numbers, of each group.
+
+    Args:
+        pattern: N and M.
+        forward: Every number of it must be 1 − N/M.
+        backward: Every number of it must be 1 − K/M; None where it is not read.
+
+    Raises:
+        ValueError: They do not.
+    """
+    for number in numbers(forward):
+        if pattern.share(number) != pattern.kept:
+            raise ValueError(
+                f"forward_sparsity must be {pattern.sparsity}, as pattern='{pattern}' asks for, or "
+                f"be left out (None), got {number}"
+            )
+    for number in numbers(backward):
+        if pattern.share(number) is None:
+            raise ValueError(
+                f"backward_sparsity must be 1 − K/{pattern.group} for a whole K, the entries of B "
+                f"in each group, as pattern='{pattern}' asks for, got {number}"
+            )
 
 
 def grouped(tensor: Tensor, group: int | None) -> Tensor:

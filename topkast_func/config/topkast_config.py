@@ -17,9 +17,9 @@ from topkast_func.checks import (
 )
 from topkast_func.config.description import code_of, described, made, told
 from topkast_func.config.schedule import Schedule, check_refresh_every
-from topkast_func.groups import NOfM, check_pattern
+from topkast_func.groups import NOfM, check_pattern, check_shares
 from topkast_func.methods import Method, topkast
-from topkast_func.sparsity import ByPattern, Fixed, Sparsity, Staged, density, numbers
+from topkast_func.sparsity import ByPattern, Fixed, Sparsity, Staged, density
 from topkast_func.types import BlockNorm
 
 FORWARD_SPARSITY = 0.9
@@ -200,7 +200,7 @@ class TopKastConfig:
                 check_order(forward, backward, name=name)
 
     def _check_groups(self, pattern: NOfM) -> None:
-        told = f"pattern={str(pattern)!r}"
+        told = f"pattern='{pattern}'"
         if self.block_shape != (1, 1):
             raise ValueError(
                 f"{told} chooses single entries, block_shape={self.block_shape} whole blocks: give "
@@ -211,18 +211,8 @@ class TopKastConfig:
                 f"{told} gives every weight one density: allocation must be 'uniform', got "
                 f"{self.allocation!r}"
             )
-        for number in numbers(self.forward_sparsity):
-            if pattern.share(number) != pattern.kept:
-                raise ValueError(
-                    f"forward_sparsity must be {pattern.sparsity}, as {told} asks for, or be left "
-                    f"out (None), got {number}"
-                )
-        for number in numbers(self.backward_sparsity) if self.method.explores else ():
-            if pattern.share(number) is None:
-                raise ValueError(
-                    f"backward_sparsity must be 1 − K/{pattern.group} for a whole K, the entries "
-                    f"of B in each group, as {told} asks for, got {number}"
-                )
+        backward = self.backward_sparsity if self.method.explores else None
+        check_shares(pattern, self.forward_sparsity, backward)
 
     @property
     def group(self) -> int | None:

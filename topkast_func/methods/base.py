@@ -6,7 +6,8 @@ from typing import ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from topkast_func.ranking import NaNParameterError, Sets, drawn_beside
+from topkast_func.filling import drawn_beside
+from topkast_func.ranking import NaNParameterError, Sets
 from topkast_func.sparsity import Allocation
 
 Entry: TypeAlias = Literal["value", "zero", "threshold"]

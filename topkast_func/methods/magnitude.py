@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from topkast_func.checks import check_choice, check_share
+from topkast_func.filling import drawn_beside, exchanged_sets
 from topkast_func.methods.base import Entry, Method, Situation
-from topkast_func.ranking import Sets, drawn_beside, exchanged_sets, top_sets
+from topkast_func.ranking import Sets, top_sets
 from topkast_func.sparsity import Allocation, Staged, cubic_fractions
 
 
