@@ -53,6 +53,17 @@ def block_mask(theta: Array, sparsity: float, block: tuple[int, int], norm: str)
     return mask
 
 
+def group_mask(theta: Array, kept: int, group: int) -> Mask:
+    """N largest of each M consecutive entries of the second axis, ties by their key."""
+    flat = np.arange(theta.size).reshape(theta.shape)
+    mask = np.zeros(theta.size, bool)
+    for start in range(0, theta.shape[1], group):
+        for row, *rest in product(*map(range, (theta.shape[0], *theta.shape[2:]))):
+            index: tuple[slice | int, ...] = (row, slice(start, start + group), *rest)
+            mask[ranked(theta, map(int, flat[index]))[:kept]] = True
+    return mask.reshape(theta.shape)
+
+
 def _block(index: tuple[int, ...], block: tuple[int, int]) -> tuple[slice | int, ...]:
     i, j, *rest = index
     rows, columns = block

@@ -14,8 +14,8 @@ from torch import Tensor
 import topkast_func as tk
 from tests.test_methods import batch, mse, network, states
 from topkast_func.entry import entered
+from topkast_func.filling import exchanged_sets
 from topkast_func.powerprop import phi_of, theta_of
-from topkast_func.ranking import exchanged_sets
 from topkast_func.testing import check_counts, check_nested, check_outside_untouched
 
 PAPER = tk.topkast("value", exchange=None)

@@ -54,7 +54,7 @@ def test_a_row_for_every_parameter_with_its_counts_and_bytes() -> None:
             "a.weight",
             torch.ones(8, 3),
             {"block_shape": (4, 4)},
-            "not divisible into blocks of (4, 4)",
+            "block_shape=(4, 4) does not divide it",
         ),
         ("a.weight", torch.ones(8, 8), {"keep_dense": "a.*"}, "keep_dense"),
         ("a.weight", torch.ones(8, 8), {"sparse": "b.*"}, "not in sparse="),

@@ -19,6 +19,7 @@ from topkast_func.testing import (
     check_outside_untouched,
     configs,
     masks,
+    patterned,
     weights,
 )
 
@@ -179,3 +180,13 @@ def test_an_entry_that_moved_outside_b_is_found() -> None:
     wrong = {"w": PARAMS["w"] + 1}
     with pytest.raises(AssertionError, match="w: 3 entries outside B have moved"):
         check_outside_untouched(state, state._replace(weights=state.weights._replace(theta=wrong)))
+
+
+def test_patterns_reach_several_groups_ties_and_kernels() -> None:
+    def several(drawn: tuple[Tensor, TopKastConfig]) -> bool:
+        theta, config = drawn
+        return theta.shape[1] > (config.group or 0) and 0 < config.sparsities(0)[0] < 1  # type: ignore[operator]
+
+    find(patterned(), several)
+    find(patterned(), lambda d: d[0].ndim == 4 and d[0].unique().numel() < 4)
+    find(patterned(), lambda d: d[1].sparsities(0)[0] != d[1].sparsities(0)[1])

@@ -13,6 +13,7 @@ from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
 from topkast_func.config.selection import check_present
+from topkast_func.groups import uneven
 from topkast_func.methods.base import Situation, check_kind, size_problem
 from topkast_func.places import counted
 from topkast_func.ranking import NO_RANKING, NaNParameterError, kept, magnitudes
@@ -25,10 +26,11 @@ def compute_masks(
 ) -> dict[str, Masks]:
     """Choose A and B of every sparse parameter, as training would start with them.
 
-    Of n entries (or blocks) at sparsity s, k = max(1, floor((1 − s)·n + 1/2)) are kept. In
-    Top-KAST these are the largest in magnitude (or block norm), ties going in the order of
-    `tie_key`, a fixed hash of the flat index, so evenly over the tensor. One ranking gives both
-    sets, so A ⊆ B (NeurIPS 2020, section 2: top-K per tensor). They follow from the values alone.
+    Of n entries (or blocks) at sparsity s, k = max(1, floor((1 − s)·n + 1/2)) are kept; with a
+    ``pattern`` so many of each group, n being M. In Top-KAST these are the largest in magnitude
+    (or block norm), ties going in the order of `tie_key`, a fixed hash of the flat index, so
+    evenly over the tensor. One ranking gives both sets, so A ⊆ B (NeurIPS 2020, section 2: top-K
+    per tensor). They follow from the values alone.
 
     Args:
         params: Weights by name, floating point of any dtype and device.
@@ -134,7 +136,8 @@ def _counts(
     for name, (forward, backward) in allocations.items():
         asked = (forward, forward if config.schedule.settled(step) else backward)
         units = math.prod(shapes[name]) // size
-        found[name] = (kept(asked[0], units) * size, kept(asked[1], units) * size)
+        sizes = (kept(sparsity, units, config.group) * size for sparsity in asked)
+        found[name] = (next(sizes), next(sizes))
     return found
 
 
@@ -178,8 +181,8 @@ def masks_at(
         situation = Situation(
             name,
             scores,
-            kept(sparsity.forward, scores.numel()),
-            kept(sparsity.backward, scores.numel()),
+            kept(sparsity.forward, scores.numel(), config.group),
+            kept(sparsity.backward, scores.numel(), config.group),
             active=active[name].to(device) if old else None,
             gradient=magnitudes(name, gradients[name].to(device), block, norm)
             if gradients
@@ -187,18 +190,38 @@ def masks_at(
             progress=min(1.0, step / config.explore_until) if config.explore_until else 0.0,
             generator=_generator(seed, step, name),
             held=held.get(name, 0),
+            group=config.group,
         )
         sets = config.method.sets(situation)
         check_kind(config.method, situation, sets)
         chosen[name], situations[name] = sets, situation
-    found = iter(counted([mask for a, b in chosen.values() for mask in (a, b, a & b)]))
+    told = {name: telling(*sets, config.group) for name, sets in chosen.items()}
+    found = iter(counted([mask for masks in told.values() for mask in masks]))
     for name, situation in situations.items():
-        problem = size_problem(config.method, situation, next(found), next(found), next(found))
+        problem = size_problem(config.method, situation, *(next(found) for _ in told[name]))
         if problem and any(tree[name].isnan().any() for tree in (params, gradients) if tree):
             raise NaNParameterError(NO_RANKING.format(name))
         if problem:
             raise ValueError(problem)
     return {n: Masks(*(spread(mask, block) for mask in sets)) for n, sets in chosen.items()}
+
+
+def telling(forward: Tensor, backward: Tensor, group: int | None) -> tuple[Tensor, ...]:
+    """Return masks whose counts tell whether sets are right.
+
+    Args:
+        forward: 1_A.
+        backward: 1_B.
+        group: M; None where there are no groups.
+
+    Returns:
+        A, B, the entries of A in B and, where there are groups, those that have not as many in
+        A or B as the first.
+    """
+    sizes = (forward, backward, forward & backward)
+    if group is None:
+        return sizes
+    return *sizes, uneven(forward, group) | uneven(backward, group)
 
 
 def _generator(seed: int, step: int, name: str) -> torch.Generator:
@@ -242,3 +265,12 @@ def is_of_blocks(mask: Tensor, block_shape: tuple[int, int]) -> bool:
     if block_shape == (1, 1):
         return True
     return mask.ndim > 1 and torch.equal(spread(blocks(mask, block_shape), block_shape), mask)
+
+
+def uneven_sets(masks: Mapping[str, Masks], config: TopKastConfig) -> list[str]:
+    """Name the parameters whose sets have not as many entries in each group, in one wait."""
+    group = config.group
+    if group is None:
+        return []
+    found = counted([uneven(a, group) | uneven(b, group) for a, b in masks.values()])
+    return [name for name, groups in zip(masks, found, strict=True) if groups]

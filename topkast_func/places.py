@@ -54,7 +54,7 @@ def places_of(mask: Tensor, count: int) -> Tensor:
 
 
 def order_of(numbers: Tensor) -> Tensor:
-    """Return the order that sorts numbers, equals staying as they are: int64, [n] of [n]."""
+    """Return the order that sorts each row of numbers, equals staying as they are: int64."""
     if numbers.device.type != "cpu":
         return torch.sort(numbers, stable=True).indices
     return torch.from_numpy(np.argsort(numbers.numpy(), kind="stable"))  # radix, of 16 bits

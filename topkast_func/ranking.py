@@ -1,7 +1,10 @@
-"""Rankings by magnitude: exact counts, ties in the order of a hash, entries or blocks."""
+"""Rankings by magnitude: exact counts, ties in the order of a hash, entries or blocks.
+
+The count of `top_sets` is exact in all of a tensor, or in each group of N:M; ``…_among`` takes
+from a set, wherever its entries stand.
+"""
 
 import math
-from collections.abc import Sequence
 from importlib import import_module
 from typing import TypeAlias
 
@@ -9,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topkast_func.groups import grouped, ungrouped
 from topkast_func.kernels.engines import installed
 from topkast_func.places import order_of, places_of
 from topkast_func.sparsity import density
@@ -32,35 +36,19 @@ class NaNParameterError(ValueError):
     """A parameter holds NaN, so that its entries cannot be ranked."""
 
 
-def kept(sparsity: float, n: int) -> int:
-    """Return k, how many of ``n`` entries stay at ``sparsity``: at least one.
+def kept(sparsity: float, n: int, group: int | None = None) -> int:
+    """Return k, how many of ``n`` entries stay at ``sparsity``: at least one of each group.
 
     Args:
         sparsity: Fraction that goes, in [0, 1).
         n: Entries there are.
+        group: M, entries of a group, which divides n; None where all are one group, of n.
 
     Returns:
-        max(1, floor((1 − sparsity)·n + 1/2)), in double precision.
+        max(1, floor((1 − sparsity)·M + 1/2)), in double precision, for each of the n / M groups.
     """
-    return max(1, math.floor(density(sparsity) * n + 0.5))
-
-
-def check_blocks(name: str, shape: Sequence[int], block_shape: tuple[int, int]) -> None:
-    """Check that blocks divide a parameter.
-
-    Args:
-        name: Name of the parameter, for errors.
-        shape: Its shape.
-        block_shape: (rows, columns) of a block; (1, 1) divides every shape.
-
-    Raises:
-        ValueError: The first two axes are not divisible into blocks.
-    """
-    sides = zip(shape, block_shape, strict=False)
-    if block_shape != (1, 1) and (len(shape) < 2 or any(n % side for n, side in sides)):
-        raise ValueError(
-            f"block_shape={block_shape} does not divide params[{name!r}] of shape {tuple(shape)}"
-        )
+    size = group or n
+    return max(1, math.floor(density(sparsity) * size + 0.5)) * (n // size)
 
 
 def magnitudes(
@@ -70,7 +58,7 @@ def magnitudes(
 
     Args:
         name: Name of the parameter, for errors.
-        theta: The weight, [rows, columns, *positions] if there are blocks.
+        theta: The weight, [rows, columns, *positions] if there are blocks, which divide it.
         block_shape: (rows, columns) of a block.
         block_norm: "l2" ranks by the sum of squares, which orders as the Euclidean norm
             does; "l1" by the sum of absolute values.
@@ -78,13 +66,9 @@ def magnitudes(
     Returns:
         The weights themselves, in float32 or float64, or block scores in float64,
         [rows / block rows, columns / block columns, *positions]; they rank by magnitude.
-
-    Raises:
-        ValueError: The first two axes are not divisible into blocks.
     """
     if block_shape == (1, 1):
         return theta if theta.dtype == torch.float64 else theta.float()
-    check_blocks(name, theta.shape, block_shape)
     rows, columns = block_shape
     grid = (theta.shape[0] // rows, rows, theta.shape[1] // columns, columns)
     exponent = torch.frexp(theta.abs().max().double()).exponent.clamp(-1000, 1000)
@@ -94,8 +78,10 @@ def magnitudes(
     return entries.sum(dim=(1, 3))
 
 
-def top_sets(name: str, scores: Tensor, forward: int, backward: int) -> Sets:
-    """Mark the largest magnitudes, ties going in the order of `tie_key`.
+def top_sets(
+    name: str, scores: Tensor, forward: int, backward: int, group: int | None = None
+) -> Sets:
+    """Mark the largest magnitudes, as many in each group, ties going in the order of `tie_key`.
 
     The host does not wait for a device: on one, where a score is NaN, nothing is marked.
 
@@ -104,6 +90,7 @@ def top_sets(name: str, scores: Tensor, forward: int, backward: int) -> Sets:
         scores: float32 or float64, any shape.
         forward: How many to mark first, at least 1.
         backward: How many to mark second, at least as many.
+        group: M, see `grouped`; None where all are one group.
 
     Returns:
         Two bool tensors of the shape of ``scores``, the first contained in the second.
@@ -111,12 +98,19 @@ def top_sets(name: str, scores: Tensor, forward: int, backward: int) -> Sets:
     Raises:
         NaNParameterError: A score on the CPU is NaN.
     """
-    first, second = _top(name, scores.flatten(), None, forward, backward)
-    return first.view(scores.shape), second.view(scores.shape)
+    rows = grouped(scores, group)
+    if len(rows) == 1:
+        first, second = _top(name, rows[0], None, forward, backward)
+    else:
+        if scores.device.type == "cpu" and scores.isnan().any():
+            raise NaNParameterError(NO_RANKING.format(name))
+        shares = (forward // len(rows), backward // len(rows))
+        first, second = _top_in_order(rows.abs(), grouped(_keys(scores), group), *shares)
+    return ungrouped(first, scores.shape, group), ungrouped(second, scores.shape, group)
 
 
 def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> Tensor:
-    """Mark the candidates of largest magnitude, as `top_sets` does.
+    """Mark the candidates of largest magnitude, wherever they stand, ties as in `top_sets`.
 
     Args:
         name: Name of the parameter, for errors.
@@ -132,7 +126,7 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
     """
     if scores.device.type != "cpu":
         among = torch.where(candidates, scores.abs(), -1.0).flatten()
-        return _top_in_order(among, count, count)[0].view(candidates.shape)
+        return _top_in_order(among, _keys(among), count, count)[0].view(candidates.shape)
     marked = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
     if count:
         places = candidates.flatten().nonzero().squeeze(1)
@@ -143,7 +137,7 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
 def _top(name: str, scores: Tensor, places: Tensor | None, forward: int, backward: int) -> Sets:
     """Mark the largest of 1-D scores, which stand at ``places`` (all of them at None)."""
     if scores.device.type != "cpu":
-        return _top_in_order(scores.abs(), forward, backward)
+        return _top_in_order(scores.abs(), _keys(scores), forward, backward)
     many = scores.numel() >= MANY and installed("numba")
     marks = (_top_by_bits if many else _top_by_values)(scores, places, forward, backward)
     if marks is None:
@@ -151,14 +145,19 @@ def _top(name: str, scores: Tensor, places: Tensor | None, forward: int, backwar
     return marks
 
 
-def _top_in_order(magnitudes: Tensor, forward: int, backward: int) -> Sets:
-    """Mark the largest of 1-D magnitudes by sorting all, first by their tie keys."""
-    keys = tie_key(torch.arange(magnitudes.shape[0], device=magnitudes.device))
+def _keys(scores: Tensor) -> Tensor:
+    """Return the tie keys of all entries of a tensor, in its shape."""
+    return tie_key(torch.arange(scores.numel(), device=scores.device)).view(scores.shape)
+
+
+def _top_in_order(magnitudes: Tensor, keys: Tensor, forward: int, backward: int) -> Sets:
+    """Mark the largest of each row of magnitudes by sorting it, first by its tie keys."""
     order = order_of(keys)
-    ranked = order[magnitudes[order].sort(descending=True, stable=True).indices]
+    by_key = magnitudes.gather(-1, order)
+    ranked = order.gather(-1, by_key.sort(descending=True, stable=True).indices)
     blank = torch.zeros_like(magnitudes, dtype=torch.bool)
     whole = ~magnitudes.isnan().any()
-    first, second = (blank.index_fill(0, ranked[:k], True) & whole for k in (forward, backward))
+    first, second = (blank.scatter(-1, ranked[..., :k], True) & whole for k in (forward, backward))
     return first, second
 
 
@@ -197,39 +196,6 @@ def _mark(magnitudes: Tensor, places: Tensor | None, largest: Tensor) -> Tensor:
         keys = tie_key(tied if places is None else places[tied])
         mask[tied[keys >= _largest(keys, excess).min()]] = False
     return mask
-
-
-def exchanged_sets(
-    name: str,
-    scores: Tensor,
-    active: Tensor,
-    held: int,
-    forward: int,
-    backward: int,
-    fraction: float,
-) -> Sets:
-    """Mark the largest magnitudes, of which the largest of the old A are to be.
-
-    Args:
-        name: Name of the parameter, for errors.
-        scores: float32 or float64, any shape.
-        active: 1_A as it is, bool, of the same shape.
-        held: How many entries that has.
-        forward: How many to mark first, at least 1.
-        backward: How many to mark second, at least as many.
-        fraction: Share of A that may go, in (0, 1]: max(1, floor(fraction·n + 1/2)) of the n
-            entries that A could keep.
-
-    Returns:
-        Two bool tensors of the shape of ``scores``, the first contained in the second.
-
-    Raises:
-        NaNParameterError: A score on the CPU is NaN; see `top_sets`.
-    """
-    keep = min(held, forward)
-    exchanged = max(1, math.floor(fraction * keep + 0.5))
-    stay = largest_among(name, active, scores, max(0, keep - exchanged))
-    return top_sets(name, torch.where(stay, torch.inf, scores), forward, backward)
 
 
 def drawn_among(candidates: Tensor, among: int, count: int, generator: torch.Generator) -> Tensor:

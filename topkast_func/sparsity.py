@@ -100,6 +100,15 @@ Fixed: TypeAlias = float | ByPattern
 Sparsity: TypeAlias = float | Mapping[str, float] | Staged
 
 
+def numbers(sparsity: Sparsity | None) -> tuple[float, ...]:
+    """Return every number that a sparsity consists of; none where it is not given."""
+    if sparsity is None:
+        return ()
+    if isinstance(sparsity, Staged):
+        return sparsity.sparsities
+    return tuple(sparsity.values()) if isinstance(sparsity, Mapping) else (sparsity,)
+
+
 def staged(stages: Mapping[int, float]) -> Staged:
     """Let a sparsity change over time, in stages.
 

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from topkast_func.config import TopKastConfig
-from topkast_func.masks import blocks, compute_masks, counts, is_of_blocks
+from topkast_func.groups import grouped
+from topkast_func.masks import blocks, compute_masks, counts, is_of_blocks, uneven_sets
 from topkast_func.ranking import magnitudes
 from topkast_func.tiebreak import tie_key as tie_key
 from topkast_func.training.state import TrainState, dense_params, masks_of
@@ -82,6 +83,27 @@ def blocked(
     return draw(weights(st.just(shape), dtypes, MODERATE)), block
 
 
+@st.composite
+def patterned(
+    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> tuple[Tensor, TopKastConfig]:
+    """Weights, each with a configuration of N:M sets that fits it; ties are likely.
+
+    Args:
+        draw: Given by Hypothesis.
+        dtypes: Floating dtypes.
+
+    Returns:
+        The weight and the configuration, which selects parameters named "weight".
+    """
+    group = draw(st.integers(2, 8))
+    kept, wider = sorted((draw(st.integers(1, group)), draw(st.integers(1, group))))
+    rest = draw(st.sampled_from([(), (2,), (3, 2)]))
+    shape = (draw(sides()), group * draw(sides(4)), *rest)
+    config = TopKastConfig(pattern=f"{kept}:{group}", backward_sparsity=1.0 - wider / group)
+    return draw(weights(st.just(shape), dtypes)), config
+
+
 def sparsities() -> st.SearchStrategy[float]:
     """Fractions in [0, 1), round ones and extremes among them."""
     return st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.999]) | st.floats(0, 1, exclude_max=True)
@@ -129,7 +151,7 @@ def check_nested(masks: Mapping[str, Masks], params: Params) -> None:
 def check_counts(
     masks: Mapping[str, Masks], params: Params, config: TopKastConfig, *, step: int = 0
 ) -> None:
-    """Check that A and B have exactly as many entries as the configuration asks for.
+    """Check that A and B have exactly as many entries as asked for, in each group of a pattern.
 
     Args:
         masks: Sets by name.
@@ -145,17 +167,20 @@ def check_counts(
     for name, expected in asked.items():
         found = tuple(int(mask.sum()) for mask in masks[name])
         _require(found == expected, f"{name}: {found} entries in A and B, not {expected}")
+    for name in uneven_sets(masks, config):
+        _require(False, f"{name}: groups of {config.group} have different numbers of entries")
 
 
 def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastConfig) -> None:
     """Check that no entry left out ranks before one that is in, ties by their `tie_key`.
 
-    Blocks must be in or out as a whole. A weight that holds NaN has no such sets.
+    Blocks must be in or out as a whole; with a pattern each group has a ranking of its own. A
+    weight that holds NaN has no such sets.
 
     Args:
         masks: Sets by name, of a method that ranks by magnitude.
         params: Weights by name.
-        config: Shape and norm of the blocks.
+        config: Shape and norm of the blocks, or pattern.
 
     Raises:
         AssertionError: One does; the text names the parameter.
@@ -163,17 +188,17 @@ def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastCon
     for name, sets in masks.items():
         scores = magnitudes(name, params[name], config.block_shape, config.block_norm)
         _require(not scores.isnan().any(), f"{name} holds NaN")
-        by_key = tie_key(torch.arange(scores.numel(), device=scores.device)).argsort()
-        ranked = scores.abs().flatten()[by_key].sort(descending=True, stable=True).indices
-        ranking = by_key[ranked]
+        keys = tie_key(torch.arange(scores.numel(), device=scores.device)).view(scores.shape)
+        by_key = grouped(keys, config.group).argsort(1)
+        ranked = grouped(scores.abs(), config.group).gather(1, by_key)
+        ranking = by_key.gather(1, ranked.sort(dim=1, descending=True, stable=True).indices)
         for mask in sets:
             _require(mask.shape == params[name].shape, f"{name}: {tuple(mask.shape)}")
             whole = is_of_blocks(mask, config.block_shape)
             _require(whole, f"{name}: a block is in by a part of it")
-            chosen = blocks(mask, config.block_shape).flatten()[ranking]
-            count = int(chosen.sum())
+            chosen = grouped(blocks(mask, config.block_shape), config.group).gather(1, ranking)
             told = f"{name}: an entry is in and one that ranks before it is not"
-            _require(bool(chosen[:count].all()), told)
+            _require(not (chosen[:, 1:] & ~chosen[:, :-1]).any(), told)
 
 
 def check_outside_untouched(before: TrainState, after: TrainState) -> None:

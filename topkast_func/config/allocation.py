@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from topkast_func.checks import check_order, check_type
-from topkast_func.config.selection import check_params, matched_by, select
+from topkast_func.config.selection import check_params, matched_by, select, undivided
 from topkast_func.config.topkast_config import TopKastConfig
-from topkast_func.ranking import check_blocks, kept
+from topkast_func.ranking import kept
 from topkast_func.sparsity import Allocation, ByPattern, density
 from topkast_func.types import Params
 
@@ -33,8 +33,8 @@ def allocate(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[st
     Raises:
         TypeError: A leaf is not a floating-point tensor, or ``config`` no configuration.
         ValueError: A leaf is empty, a pattern matches no name, two patterns disagree, or a
-            parameter has a forward but no backward sparsity, or one larger than it. With ERK, a
-            selected leaf is not divisible into blocks.
+            parameter has a forward but no backward sparsity, or one larger than it, or is not
+            divisible into blocks or groups.
 
     Example:
         >>> import torch
@@ -76,6 +76,9 @@ def shared(
     for name in forward:
         if name not in backward:
             raise ValueError(f"no pattern of backward_sparsity matches {name!r}")
+        if field := undivided(shapes[name], config):
+            shape = tuple(shapes[name])
+            raise ValueError(f"{field} does not divide params[{name!r}] of shape {shape}")
         check_order(forward[name], backward[name], name=f"backward_sparsity of {name!r}")
     asked = {name: Allocation(forward[name], backward[name]) for name in forward}
     if isinstance(config.allocation, ByPattern):
@@ -137,8 +140,6 @@ def _given(densities: ByPattern, uniform: dict[str, Allocation]) -> dict[str, Al
 def _erdos_renyi(
     shapes: Mapping[str, Sequence[int]], uniform: dict[str, Allocation], config: TopKastConfig
 ) -> dict[str, Allocation]:
-    for name in uniform:
-        check_blocks(name, shapes[name], config.block_shape)
     size = math.prod(config.block_shape)
     units = {name: math.prod(shapes[name]) // size for name in uniform}
     scores = {name: sum(shapes[name] or (1,)) / math.prod(shapes[name]) for name in uniform}

@@ -13,9 +13,13 @@ from topkast_func.checks import (
     check_share,
 )
 from topkast_func.config.schedule import check_refresh_every
+from topkast_func.groups import check_pattern
 from topkast_func.methods import Method
 from topkast_func.sparsity import ByPattern, Fixed, Staged
 from topkast_func.types import BlockNorm
+
+FORWARD_SPARSITY = 0.9
+"""1 − D where neither a sparsity nor a pattern is given."""
 
 Penalty: TypeAlias = Literal["l2", "l1", "group_l2"]
 Shares: TypeAlias = Literal["uniform", "erk"]
@@ -35,9 +39,13 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: A field has the wrong type.
         ValueError: A field is outside its range, or NaN.
     """
-    backward, until = given["backward_sparsity"], given["explore_until"]
+    forward, backward = given["forward_sparsity"], given["backward_sparsity"]
+    pattern, until = given["pattern"], given["explore_until"]
+    groups = None if pattern is None else check_pattern("pattern", pattern)
+    if forward is None:
+        forward = FORWARD_SPARSITY if groups is None else groups.sparsity
     return {
-        "forward_sparsity": _sparsity("forward_sparsity", given["forward_sparsity"]),
+        "forward_sparsity": _sparsity("forward_sparsity", forward),
         "backward_sparsity": None if backward is None else _sparsity("backward_sparsity", backward),
         "sparse": _selection(given["sparse"]),
         "refresh_every": check_refresh_every(given["refresh_every"]),
@@ -50,6 +58,7 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         "allocation": _allocation(given["allocation"]),
         "keep_dense": _globs("keep_dense", given["keep_dense"]),
         "powerprop": check_number("powerprop", given["powerprop"], 1.0),
+        "pattern": None if groups is None else str(groups),
     }
 
 

@@ -1,6 +1,6 @@
 """Which parameters are sparse."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
 
@@ -187,8 +187,8 @@ def reason_dense(name: str, leaf: Tensor, config: TopKastConfig | None) -> str:
         return "one dimension" if leaf.ndim else "a number"
     if not _is_weight(name, leaf):
         return 'its name does not end in "weight"'
-    if config and not _by_default(name, leaf, config):
-        return f"not divisible into blocks of {config.block_shape}"
+    if config and (field := undivided(leaf.shape, config)):
+        return f"{field} does not divide it"
     return "left out by the configuration"
 
 
@@ -197,8 +197,28 @@ def _is_weight(name: str, leaf: Tensor) -> bool:
 
 
 def _by_default(name: str, leaf: Tensor, config: TopKastConfig) -> bool:
-    sides = enumerate(config.block_shape)
-    return _is_weight(name, leaf) and all(leaf.shape[i] % side == 0 for i, side in sides)
+    return _is_weight(name, leaf) and undivided(leaf.shape, config) is None
+
+
+def undivided(shape: Sequence[int], config: TopKastConfig) -> str | None:
+    """Name what does not divide a parameter into whole blocks or groups.
+
+    Args:
+        shape: Shape of the parameter.
+        config: The configuration.
+
+    Returns:
+        ``block_shape`` or ``pattern`` with its value; None where both divide the first two axes.
+    """
+    if _remainder(shape, config.block_shape):
+        return f"block_shape={config.block_shape}"
+    return f"pattern={config.pattern!r}" if _remainder(shape, (1, config.group or 1)) else None
+
+
+def _remainder(shape: Sequence[int], sides: tuple[int, int]) -> bool:
+    if sides == (1, 1):
+        return False
+    return len(shape) < 2 or any(n % side for n, side in zip(shape, sides, strict=False))
 
 
 def _matching(field: str, globs: Iterable[str], params: Params) -> list[str]:

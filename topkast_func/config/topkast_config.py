@@ -9,6 +9,7 @@ from topkast_func.checks import check_order
 from topkast_func.config.description import code_of, described, made, told
 from topkast_func.config.fields import Penalty, Predicate, Shares, checked
 from topkast_func.config.schedule import Schedule
+from topkast_func.groups import NOfM, check_pattern, check_shares
 from topkast_func.methods import Method, topkast
 from topkast_func.sparsity import ByPattern, Fixed, Sparsity, Staged, density
 from topkast_func.types import BlockNorm
@@ -24,7 +25,8 @@ class TopKastConfig:
     different sparsities are an error. Where one is `staged` or `cubic`, it changes over time.
 
     Args:
-        forward_sparsity: 1 − D, the fraction that is zero in the forward pass, in [0, 1).
+        forward_sparsity: 1 − D, the fraction that is zero in the forward pass, in [0, 1); None
+            for that of ``pattern``, 1 − N/M, or 0.9 where there is none.
         backward_sparsity: 1 − (D + M), the fraction that gets no update, in
             [0, forward_sparsity]; None lets B be twice as large as A, 1 − min(1, 2·D). Read by the
             methods that explore only.
@@ -53,17 +55,24 @@ class TopKastConfig:
         powerprop: Exponent a ≥ 1 of powerpropagation: what is trained is φ, with
             θ = φ·abs(φ)^(a−1) (Schwarz et al., NeurIPS 2021); 1 for θ itself. A zero
             has no gradient then, so a weight of zeros alone is refused.
+        pattern: ``"N:M"`` such as "2:4": A has N of each group of M consecutive entries of the
+            second axis of a weight (the inputs of linear and convolutional layers), at each
+            position of any further axes, and B has K of them, a ``backward_sparsity`` of
+            1 − K/M, min(2·N, M) by default. Weights that the groups do not divide stay dense by
+            default. Any method; the allocation is uniform, the ``block_shape`` (1, 1).
 
     Raises:
         TypeError: A field has the wrong type; booleans and strings are not numbers.
-        ValueError: A field is outside its range, or NaN.
+        ValueError: A field is outside its range, or NaN, or contradicts ``pattern``.
 
     Example:
         >>> TopKastConfig(forward_sparsity=0.95, backward_sparsity=0.9).refresh_every
         100
+        >>> TopKastConfig(pattern="2:8", backward_sparsity=0.5).forward_sparsity
+        0.75
     """
 
-    forward_sparsity: Sparsity = 0.9
+    forward_sparsity: Sparsity | None = None
     backward_sparsity: Sparsity | None = None
     sparse: str | Sequence[str] | Predicate | None = None
     refresh_every: int | Mapping[int, int | None] | None = 100
@@ -76,12 +85,15 @@ class TopKastConfig:
     allocation: Shares | Mapping[str, float] = "uniform"
     keep_dense: str | Sequence[str] = ()
     powerprop: float = 1.0
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field and store it in its hashable form."""
         for name, value in checked(vars(self)).items():
             object.__setattr__(self, name, value)
         self._check_over_time()
+        if self.pattern is not None:
+            self._check_groups(check_pattern("pattern", self.pattern))
         by_pattern = isinstance(self.forward_sparsity, ByPattern)
         if by_pattern and self.allocation != "uniform":
             raise ValueError(
@@ -149,6 +161,26 @@ class TopKastConfig:
             if self.method.explores:
                 name = f"backward_sparsity at step {step}" if starts else "backward_sparsity"
                 check_order(forward, backward, name=name)
+
+    def _check_groups(self, pattern: NOfM) -> None:
+        told = f"pattern='{pattern}'"
+        if self.block_shape != (1, 1):
+            raise ValueError(
+                f"{told} chooses single entries, block_shape={self.block_shape} whole blocks: give "
+                "one of them"
+            )
+        if self.allocation != "uniform":
+            raise ValueError(
+                f"{told} gives every weight one density: allocation must be 'uniform', got "
+                f"{self.allocation!r}"
+            )
+        backward = self.backward_sparsity if self.method.explores else None
+        check_shares(pattern, self.forward_sparsity, backward)
+
+    @property
+    def group(self) -> int | None:
+        """M of ``pattern``; None where counts are exact in whole tensors."""
+        return None if self.pattern is None else int(self.pattern.partition(":")[2])
 
     @property
     def schedule(self) -> Schedule:

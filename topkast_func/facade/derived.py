@@ -9,6 +9,7 @@ from topkast_func.checks import dispatches
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.pattern import Pattern, pattern_of
+from topkast_func.masks import telling
 from topkast_func.places import counted
 from topkast_func.types import Masks
 
@@ -73,7 +74,7 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
     if known is not None and same(known.content, sets):
         return known._replace(sets=sets, version=_version(sets))
     masks = masks_in(sets, theta.shape)
-    counts = counts_of(masks)
+    counts = counts_of(masks, rule.config.group)
     whole = counts is not None and counts in rule.counts
     kernel = None
     if counts is not None and whole and rule.choice(theta, *counts).engine != "dense":
@@ -83,10 +84,10 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
     return Derived(sets, _version(sets), sets.clone(), whole, kernel)
 
 
-def counts_of(masks: Masks) -> tuple[int, int] | None:
-    """Return |A| and |B|; None where A is no part of B."""
-    outside, forward, backward = counted([masks.forward & ~masks.backward, *masks])
-    return None if outside else (forward, backward)
+def counts_of(masks: Masks, group: int | None) -> tuple[int, int] | None:
+    """Return |A| and |B|; None where A is no part of B, or groups have not as many entries."""
+    forward, backward, both, *uneven = counted(telling(*masks, group))
+    return None if both != forward or any(uneven) else (forward, backward)
 
 
 def readable(tensor: Tensor) -> bool:

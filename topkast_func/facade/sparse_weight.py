@@ -183,12 +183,14 @@ class SparseWeight:
             return None
         if bits.dtype != torch.uint8:
             return f"{name} must be torch.uint8, got {bits.dtype}"
-        counts = counts_of(masks_in(bits, self.theta(layer).shape))
+        counts = counts_of(masks_in(bits, self.theta(layer).shape), self.rule.config.group)
         if counts in self.rule.counts:
             return None
         known = " or ".join(map(str, sorted(self.rule.counts)))
+        group = self.rule.config.group
+        torn = "A outside B" + (f" or groups of {group} that differ" if group else "")
         return (
-            f"{name} has |A|, |B| = {counts or 'A outside B'}, this layer {known}: the "
+            f"{name} has |A|, |B| = {counts or torn}, this layer {known}: the "
             "checkpoint is of another sparsity; without that key the sets are chosen from its "
             "weight"
         )

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from topkast_func.ranking import NaNParameterError, Sets, drawn_among
+from topkast_func.filling import drawn_beside
+from topkast_func.ranking import NaNParameterError, Sets
 from topkast_func.sparsity import Allocation
 
 Entry: TypeAlias = Literal["value", "zero", "threshold"]
@@ -28,6 +29,8 @@ class Situation(NamedTuple):
         progress: Share of the exploration that is over, in [0, 1]; 0 where it has no end.
         generator: Of random numbers, on the CPU.
         held: How many entries A has as it is; 0 where ``active`` is None.
+        group: M, where A and B are to have as many entries in each group of M consecutive ones of
+            the second axis; None where their counts are those of the tensor alone.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Situation(NamedTuple):
     progress: float
     generator: torch.Generator
     held: int = 0
+    group: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Method:
 
         Returns:
             1_A and 1_B, bool, of the shape of the scores, with as many entries as are asked for,
-            A within B.
+            in each group where there are groups, A within B.
 
         Raises:
             NotImplementedError: The method is abstract.
@@ -151,7 +155,7 @@ def check_kind(method: Method, situation: Situation, sets: Sets) -> None:
 
 
 def size_problem(
-    method: Method, situation: Situation, forward: int, backward: int, both: int
+    method: Method, situation: Situation, forward: int, backward: int, both: int, uneven: int = 0
 ) -> str | None:
     """Say what is wrong with the sizes of the sets that a method has chosen.
 
@@ -161,6 +165,7 @@ def size_problem(
         forward: Entries of A.
         backward: Entries of B.
         both: Entries of A that are in B.
+        uneven: Groups in which A or B has not its share.
 
     Returns:
         A sentence; None where they are right.
@@ -169,6 +174,11 @@ def size_problem(
     if (forward, backward) != asked:
         found = (forward, backward)
         return f"{told} must choose {asked} entries for A and B, and has chosen {found}"
+    if uneven:
+        return (
+            f"{told} must choose as many entries in each group of {situation.group}, and has not: "
+            "`Situation.group` asks for it"
+        )
     return f"{told} has chosen an A that is not part of B" if both != forward else None
 
 
@@ -186,6 +196,6 @@ def drawn(situation: Situation) -> Sets:
     """
     if situation.scores.isnan().any():
         raise NaNParameterError(f"params[{situation.name!r}] holds NaN")
-    everything = torch.ones_like(situation.scores, dtype=torch.bool)
-    active = drawn_among(everything, everything.numel(), situation.forward, situation.generator)
+    nothing = torch.zeros_like(situation.scores, dtype=torch.bool)
+    active = drawn_beside(nothing, 0, situation.forward, situation.generator, situation.group)
     return active, active

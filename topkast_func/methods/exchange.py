@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from topkast_func.checks import check_fraction
+from topkast_func.filling import drawn_beside, largest_beside
 from topkast_func.methods.base import Entry, Method, Situation, drawn
 from topkast_func.ranking import Sets, drawn_among, largest_among
 
@@ -24,11 +25,10 @@ class Static(Method):
         """Draw A once, and stay with it; where its size changes, draw which go or come."""
         if situation.active is None:
             return drawn(situation)
-        old, held = situation.active, situation.held
+        held, draw = situation.held, situation.generator
         staying = min(held, situation.forward)
-        stay = drawn_among(old, held, staying, situation.generator)
-        others, coming = old.numel() - held, situation.forward - staying
-        active = stay | drawn_among(~old, others, coming, situation.generator)
+        stay = drawn_among(situation.active, held, staying, draw)
+        active = drawn_beside(stay, staying, situation.forward, draw, situation.group)
         return active, active
 
 
@@ -57,19 +57,19 @@ class Exchanging(Method):
             return drawn(situation)
         staying = _surviving(situation, self.drop_fraction)
         stay = largest_among(situation.name, situation.active, situation.scores, staying)
-        active = stay | self.grown(situation, ~stay, situation.forward - staying)
+        active = self.grown(situation, stay, staying)
         return active, active
 
-    def grown(self, situation: Situation, candidates: Tensor, count: int) -> Tensor:
-        """Mark which of the candidates come.
+    def grown(self, situation: Situation, stay: Tensor, staying: int) -> Tensor:
+        """Mark A: what stays, and what comes beside it.
 
         Args:
-            situation: What they are chosen from.
-            candidates: bool; what was just dropped is among them.
-            count: How many come.
+            situation: What comes is chosen from; what was just dropped may come back.
+            stay: bool, what stays.
+            staying: How many stay.
 
         Returns:
-            bool, ``count`` of the candidates.
+            bool, as many as A is to have.
 
         Raises:
             NotImplementedError: The method is abstract.
@@ -81,10 +81,10 @@ class Exchanging(Method):
 class SparseEvolution(Exchanging):
     """See `set`."""
 
-    def grown(self, situation: Situation, candidates: Tensor, count: int) -> Tensor:
-        """Draw them at random."""
-        among = candidates.numel() - (situation.forward - count)
-        return drawn_among(candidates, among, count, situation.generator)
+    def grown(self, situation: Situation, stay: Tensor, staying: int) -> Tensor:
+        """Draw what comes at random."""
+        size, draw = situation.forward, situation.generator
+        return drawn_beside(stay, staying, size, draw, situation.group)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RigL(Exchanging):
 
     reads_gradient: ClassVar[bool] = True
 
-    def grown(self, situation: Situation, candidates: Tensor, count: int) -> Tensor:
+    def grown(self, situation: Situation, stay: Tensor, staying: int) -> Tensor:
         """Take those of the largest gradient."""
         if situation.gradient is None:
             raise ValueError(
@@ -101,7 +101,8 @@ class RigL(Exchanging):
                 "model, loss_fn, state, batch))"
             )
         name = f"{situation.name} (its gradient)"
-        return largest_among(name, candidates, situation.gradient, count)
+        size = situation.forward
+        return largest_beside(name, stay, situation.gradient, size, size, situation.group)[0]
 
 
 def _surviving(situation: Situation, drop_fraction: float) -> int:

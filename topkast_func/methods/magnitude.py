@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from topkast_func.checks import check_choice, check_share
+from topkast_func.filling import drawn_beside, exchanged_sets
 from topkast_func.methods.base import Entry, Method, Situation
-from topkast_func.ranking import Sets, drawn_among, exchanged_sets, top_sets
+from topkast_func.ranking import Sets, top_sets
 from topkast_func.sparsity import Allocation, Staged, cubic_fractions
 
 
@@ -15,7 +16,13 @@ class Magnitude(Method):
 
     def sets(self, situation: Situation) -> Sets:
         """Take the largest."""
-        return top_sets(situation.name, situation.scores, situation.forward, situation.backward)
+        return top_sets(
+            situation.name,
+            situation.scores,
+            situation.forward,
+            situation.backward,
+            situation.group,
+        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class TopKast(Magnitude):
             situation.forward,
             situation.backward,
             self.exchange,
+            situation.group,
         )
 
 
@@ -68,9 +76,9 @@ class RandomBackward(TopKast):
 
     def sets(self, situation: Situation) -> Sets:
         """Choose A as Top-KAST does, and add others at random for B."""
-        active, _ = super().sets(situation._replace(backward=situation.forward))
-        more, others = (n - situation.forward for n in (situation.backward, active.numel()))
-        return active, active | drawn_among(~active, others, more, situation.generator)
+        size, wider, draw = situation.forward, situation.backward, situation.generator
+        active, _ = super().sets(situation._replace(backward=size))
+        return active, drawn_beside(active, size, wider, draw, situation.group)
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,8 @@ def topkast(entry: Entry = "zero", exchange: float | None = 0.05) -> Method:
       entries that stay in A; a block is scaled by min(1, τ/norm).
 
     With ``exchange`` f, at most k = max(1, floor(f·|A| + 1/2)) entries of A are exchanged at a
-    refresh: the |A| − k largest of A stay, and the largest of all others join them.
+    refresh: the |A| − k largest of A stay, and the largest of all others join them, with N:M sets
+    those of each group that it lacks.
 
     Under powerpropagation an entry at 0 would never move, so ``"zero"`` is ``"threshold"`` there.
 

@@ -9,11 +9,12 @@ from topkast_func.checks import difference
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, given_sparsity
 from topkast_func.kernels.pattern import block_of
-from topkast_func.masks import counts, counts_among, is_of_blocks
+from topkast_func.masks import counts, counts_among, is_of_blocks, uneven_sets
 from topkast_func.model.forward import check_weight_sets
 from topkast_func.training.state import TrainState, Weights
 from topkast_func.types import Masks, Params, Tensors
 
+UNEVEN = "not as many in each group, as pattern={!r} asks for"
 ANEW = "begin anew with init_state, from a module that has loaded dense_params(state)"
 
 
@@ -28,7 +29,7 @@ def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfi
     Raises:
         TypeError: The sets are not `Masks` of bool.
         ValueError: They are of other parameters, of other shapes or sizes, not made of whole
-            blocks, or A is not part of B.
+            blocks or not as many in each group, or A is not part of B.
     """
     asked = counts(params, config)
     if masks.keys() != asked.keys():
@@ -50,6 +51,8 @@ def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfi
                 f"masks[{name!r}] have {found} entries in A and B, the configuration asks for "
                 f"{expected}: give densities of their own by allocation={{pattern: density}}"
             )
+    if names := uneven_sets(masks, config):
+        raise ValueError(f"masks of {names} are {UNEVEN.format(config.pattern)}")
 
 
 def check_refresh(state: TrainState, config: TopKastConfig) -> None:
@@ -99,6 +102,7 @@ def config_problem(state: TrainState, config: TopKastConfig, params: Params | No
         or (_selection_problem(weights, config, params, step) if params else None)
         or _exponent_problem(state, config, params)
         or _size_problem(weights, config, step)
+        or _group_problem(weights, config)
     )
 
 
@@ -175,3 +179,9 @@ def _size_problem(weights: Weights, config: TopKastConfig, step: int) -> str | N
         f"{name!r} has {found[name]} entries in A and B, the configuration asks for {asked[name]} "
         f"at step {step}: to go on with other sparsities, call refresh(state, config) first"
     )
+
+
+def _group_problem(weights: Weights, config: TopKastConfig) -> str | None:
+    names = uneven_sets(weights.masks(), config) if config.group else ()
+    told = f"{UNEVEN.format(config.pattern)}: call refresh(state, config) first"
+    return f"the sets of {names} are {told}" if names else None
