@@ -71,6 +71,9 @@ def test_alpha_has_the_gradient_of_the_identity_on_b(given: Problem, kind: str) 
     weight = torch.arange(1.0, given.theta.numel() + 1, dtype=given.theta.dtype)
     (gradient,) = torch.autograd.grad((found.flatten() * weight).sum(), values)
     assert torch.equal(gradient, weight[places])
+    dense = lambda values: alpha(values, places, sets.active_count, given.theta.shape)  # noqa: E731
+    tangent = torch.func.jvp(dense, (values.detach(),), (weight[places],))[1]
+    assert torch.equal(tangent.flatten(), weight * given.backward.flatten())
 
 
 @given(problems(), st.integers(0, 1000), every_kind)

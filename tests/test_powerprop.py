@@ -110,6 +110,8 @@ def test_a_state_of_another_exponent_is_refused(tmp_path: Any) -> None:
     step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
     with pytest.raises(ValueError, match=r"powerprop is 1.0, the configuration asks for 2.0"):
         step(plain, batch(0))
+    with pytest.raises(ValueError, match=r"powerprop is 1.0, .* asks for 2.0: begin anew"):
+        tk.refresh(plain, CONFIG)
     with pytest.raises(ValueError, match=r"asks for 3\.0"):
         tk.make_train_step(model, mse, replace(CONFIG, powerprop=3.0), optimizer)(powered, batch(0))
     tk.save(powered, tmp_path / "state")
