@@ -123,16 +123,17 @@ def test_sets_are_those_of_a_start_at_once(changes: dict[str, Any]) -> None:
 )
 def test_a_module_on_the_meta_device_trains_as_one_in_memory(storage: Any, compile: Any) -> None:
     optimizer = tk.sgd(1e-4, momentum=0.9)
-    start = tk.init_state(_on_meta(), CONFIG, optimizer, materialize=_drawn, storage=storage)
+    meta = _on_meta().double()
+    start = tk.init_state(meta, CONFIG, optimizer, materialize=_drawn, storage=storage)
 
     def run(model: nn.Module, compile: Any) -> Any:
         step = tk.make_train_step(model, _loss, CONFIG, optimizer, compile=compile)
         state = start
-        for batch in torch.randn(4, 8, 1, 8, generator=torch.Generator().manual_seed(1)):
+        for batch in torch.randn(4, 8, 1, 8, generator=torch.Generator().manual_seed(1)).double():
             state, metrics = step(state, batch)
         return state, metrics
 
-    found, expected = run(_on_meta(), compile), run(_loaded(start), False)
+    found, expected = run(meta, compile), run(_loaded(start).double(), False)
     torch.testing.assert_close(found, expected)
     began, ended = (tk.dense_params(s)["first.weight"] for s in (start, found[0]))
     assert not torch.equal(began, ended)
@@ -248,7 +249,7 @@ def test_what_a_file_has_not_or_otherwise_is_named(tmp_path: Path) -> None:
 
 LAYERS, WIDTH = 16, 1024
 LARGEST = 4 * WIDTH * WIDTH
-SLACK = 4 * LARGEST
+SLACK = 8 * LARGEST
 """For what choosing the sets of a layer takes, and what the allocator keeps of it."""
 
 

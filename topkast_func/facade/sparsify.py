@@ -152,8 +152,9 @@ def _checked(model: nn.Module, config: TopKastConfig) -> Params:
 
 
 def _rules(params: Params, config: TopKastConfig, engine: EngineName, seed: int) -> dict[str, Rule]:
-    ends = () if config.explore_until is None else (config.explore_until,)
-    stages = [counts(params, config, step=step) for step in (0, *config.schedule.starts, *ends)]
+    exploring, until = replace(config, explore_until=None), config.explore_until
+    stages = [counts(params, exploring, step=step) for step in (0, *config.schedule.starts)]
+    stages += [] if until is None else [counts(params, config, step=until)]
     alone = replace(config, sparse=None, keep_dense=())
     return {
         name: Rule(

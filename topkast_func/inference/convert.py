@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable
 from functools import partial
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.layers import stand_ins
 from topkast_func.model.stand_in import StandIn
 from topkast_func.training.fits_model import check_tensors
-from topkast_func.training.state import TrainState, alpha_in, masks_of
+from topkast_func.training.state import TrainState, alpha_in, check_state, masks_of
 
 
 def sparse_module(
@@ -74,10 +75,9 @@ def sparse_module(
     check_uncompiled(given)
     if model is None:
         stored = partial(_of_module, given)
-    elif isinstance(state, TrainState):
-        stored = partial(_of_state, state, given)
     else:
-        raise TypeError(f"state must be a TrainState, got {type(state).__name__}")
+        check_state(state)
+        stored = partial(_of_state, cast(TrainState, state), given)
     return alone_with(given, lambda: _converted(*stored(batch)))
 
 

@@ -85,7 +85,8 @@ def _untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep Dynamo out of a function: it would look into it where it has broken a graph."""
 
     def call(*arguments: Any) -> Tensor:
-        if get_eval_frame_callback() is None:
+        traced = torch.compiler.is_dynamo_compiling()
+        if not traced and get_eval_frame_callback() is None:
             return function(*arguments)
         hidden: Callable[..., Tensor] = sys.modules["torch._dynamo"].disable(function)
         return hidden(*arguments)
