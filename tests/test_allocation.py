@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import topkast_func as tk
 from topkast_func import TopKastConfig
 from topkast_func.config.allocation import allocate, shared
-from topkast_func.config.selection import check_params, select
+from topkast_func.config.leaves import check_params
+from topkast_func.config.selection import select
 from topkast_func.ranking import kept
 from topkast_func.sparsity import Allocation
 from topkast_func.testing import sparsities

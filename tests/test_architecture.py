@@ -20,6 +20,7 @@ PACKAGES = [
     "bits",
     "places",
     "groups",
+    "block_masks",
     "kernels",
     "ranking",
     "filling",

@@ -47,6 +47,7 @@ from topkast_func.training.checkpoint import load, load_config, save
 from topkast_func.training.gradients import dense_gradients
 from topkast_func.training.loop import Callback, train
 from topkast_func.training.loss import exploration_penalty, penalized_loss
+from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.optim import (
     Optimizer,
     OptimizerState,
@@ -64,7 +65,7 @@ from topkast_func.training.refresh import refresh
 from topkast_func.training.sharded import async_save_sharded, load_sharded, save_sharded
 from topkast_func.training.start import init_state
 from topkast_func.training.state import TrainState, dense_params, forward_params, masks_of
-from topkast_func.training.step import StepMetrics, make_train_step
+from topkast_func.training.step import make_train_step
 from topkast_func.types import Masks
 
 __all__ = [

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from topkast_func.masks import blocks, spread
+from topkast_func.block_masks import blocks, spread
 from topkast_func.methods import Entry
 from topkast_func.powerprop import theta_of
 from topkast_func.ranking import magnitudes

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from topkast_func.block_masks import blocks, spread
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
-from topkast_func.config.selection import check_present
+from topkast_func.config.leaves import check_present
 from topkast_func.groups import uneven
 from topkast_func.methods.base import Situation, check_kind, size_problem
 from topkast_func.places import counted
@@ -228,43 +229,6 @@ def _generator(seed: int, step: int, name: str) -> torch.Generator:
     """Return random numbers that depend on the arguments alone."""
     entropy = np.random.SeedSequence((seed, step, crc32(name.encode())))
     return torch.Generator("cpu").manual_seed(int(entropy.generate_state(1)[0]))
-
-
-def blocks(mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
-    """Return a mask over blocks, each as its first entry is.
-
-    Args:
-        mask: Mask over the entries of a weight.
-        block_shape: (rows, columns) of a block, over the first two axes.
-
-    Returns:
-        The mask over blocks; inverse of `spread` where every block is in or out as a whole.
-    """
-    rows, columns = block_shape
-    return mask if block_shape == (1, 1) else mask[::rows, ::columns]
-
-
-def spread(mask: Tensor, block_shape: tuple[int, int]) -> Tensor:
-    """Spread a mask over blocks to the entries of a weight.
-
-    Args:
-        mask: Mask over blocks.
-        block_shape: (rows, columns) of a block, over the first two axes.
-
-    Returns:
-        The mask over entries.
-    """
-    if block_shape == (1, 1):
-        return mask
-    rows, columns = block_shape
-    return mask.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-
-
-def is_of_blocks(mask: Tensor, block_shape: tuple[int, int]) -> bool:
-    """Return whether a mask over entries has every block in or out as a whole."""
-    if block_shape == (1, 1):
-        return True
-    return mask.ndim > 1 and torch.equal(spread(blocks(mask, block_shape), block_shape), mask)
 
 
 def uneven_sets(masks: Mapping[str, Masks], config: TopKastConfig) -> list[str]:

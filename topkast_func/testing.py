@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from topkast_func.block_masks import blocks, is_of_blocks
 from topkast_func.config import TopKastConfig
 from topkast_func.groups import grouped
-from topkast_func.masks import blocks, compute_masks, counts, is_of_blocks, uneven_sets
+from topkast_func.masks import compute_masks, counts, uneven_sets
 from topkast_func.ranking import magnitudes
 from topkast_func.tiebreak import tie_key as tie_key
 from topkast_func.training.state import TrainState, dense_params, masks_of

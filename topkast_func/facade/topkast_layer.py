@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from topkast_func.checks import check_number, check_order
 from topkast_func.config import TopKastConfig
-from topkast_func.config.selection import check_params
+from topkast_func.config.leaves import check_params
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import (
     SparseLayer,

@@ -9,8 +9,8 @@ from topkast_func.checks import check_count
 from topkast_func.report.flops import TrainingFlops
 from topkast_func.report.history import History
 from topkast_func.training.loop import Callback
+from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.state import TrainState
-from topkast_func.training.step import StepMetrics
 
 
 class TensorBoardLogger(Callback):

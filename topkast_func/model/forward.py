@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import check_block_shape, check_tree
 from topkast_func.kernels.pattern import Pattern, pattern_of
-from topkast_func.masks import is_of_blocks
 from topkast_func.model.alone import alone_with, forward_alone, uncompiled
 from topkast_func.model.alpha import alpha, straight_through
 from topkast_func.model.layers import bound_to, kernel_weights, stand_ins, standing_in

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from topkast_func.report.exchange import Exchange, exchanges, exploration_rate, explored
 from topkast_func.report.flops import TrainingFlops
 from topkast_func.training.loop import Callback
+from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.state import TrainState, masks_of
-from topkast_func.training.step import StepMetrics
 from topkast_func.types import Tensors
 
 

@@ -9,8 +9,8 @@ from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.training.checkpoint import save
 from topkast_func.training.loop import Callback
+from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.state import TrainState
-from topkast_func.training.step import StepMetrics
 
 
 class Best(Callback):

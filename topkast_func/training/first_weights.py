@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, given_sparsity
-from topkast_func.config.selection import check_params
+from topkast_func.config.leaves import check_params
 from topkast_func.masks import counts, starting_masks
 from topkast_func.model.layers import kernel_weights
 from topkast_func.model.modules import trainable

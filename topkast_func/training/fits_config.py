@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import difference
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, given_sparsity
 from topkast_func.kernels.pattern import block_of
-from topkast_func.masks import counts, counts_among, is_of_blocks, uneven_sets
+from topkast_func.masks import counts, counts_among, uneven_sets
 from topkast_func.model.forward import check_weight_sets
 from topkast_func.training.state import TrainState, Weights
 from topkast_func.types import Masks, Params, Tensors

@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from topkast_func.compiling import stopwatch
 from topkast_func.config import TopKastConfig
+from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.state import TrainState
-from topkast_func.training.step import StepMetrics, TrainStep
+from topkast_func.training.step import TrainStep
 
 KEPT = (
     "topkast_func: the state after {} steps is kept as the attribute `state` of this exception; "

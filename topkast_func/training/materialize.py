@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.random import fork_rng
 
-from topkast_func.config.selection import check_present
+from topkast_func.config.leaves import check_present
 from topkast_func.types import Params, Tensors
 
 Materialize: TypeAlias = Callable[[str, Tensor], Tensor]

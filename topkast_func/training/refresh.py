@@ -9,9 +9,12 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
 from topkast_func.entry import entered
 from topkast_func.masks import counts_among, masks_at
-from topkast_func.training.fits_config import check_refresh
+from topkast_func.ranking import NaNParameterError
+from topkast_func.training.fits_config import check_refresh, is_of_stage
+from topkast_func.training.optim import Optimizer
 from topkast_func.training.state import TrainState, Weights, check_state, ordinary, powered
 from topkast_func.types import Masks, Params, Tensors
+from topkast_func.warn import warn_caller
 
 
 @torch.inference_mode(False)
@@ -133,3 +136,44 @@ def chosen_anew(
             for name in new
         }
     return raw, new
+
+
+def refreshes_around(
+    state: TrainState, config: TopKastConfig, optimizer: Optimizer
+) -> tuple[bool, bool]:
+    """Return whether a step begins, and whether it ends, by choosing the sets anew.
+
+    Args:
+        state: The state before it.
+        config: The configuration.
+        optimizer: The optimiser; only some of its calls may move the weights.
+
+    Returns:
+        Whether a refresh is due before the step, unless the one before has chosen the sets of a
+        new stage; and whether it is the last step of a stage.
+    """
+    step, calls, schedule = int(state.step), int(state.optimizer.step), config.schedule
+    chosen = step in schedule.starts and is_of_stage(state.weights, config, step)
+    due = calls % optimizer.every == 0 and schedule.refreshes_at(step) and not chosen
+    ends = (calls + 1) % optimizer.every == 0 and step + 1 in schedule.starts
+    return due, ends
+
+
+def refreshed_if_finite(
+    state: TrainState, config: TopKastConfig, gradients: Callable[[], Tensors]
+) -> TrainState:
+    """Return the state with new sets, or as it is, with a warning, where NaN forbids to choose any.
+
+    Args:
+        state: The state.
+        config: The configuration.
+        gradients: Returns what `refresh` takes, for a method that reads it.
+
+    Returns:
+        The state.
+    """
+    try:
+        return refresh(state, config, gradients() if config.method.reads_gradient else None)
+    except NaNParameterError as reason:
+        warn_caller(f"no refresh before step {int(state.step)}: {reason}")
+        return state

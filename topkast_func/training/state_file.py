@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topkast_func.block_masks import is_of_blocks
 from topkast_func.files.packing import packed_sets
-from topkast_func.masks import is_of_blocks
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
 from topkast_func.training.optim import OptimizerState

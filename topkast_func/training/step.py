@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import cache, partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
@@ -27,43 +26,19 @@ from topkast_func.model.alone import (
 )
 from topkast_func.model.layers import stand_ins, standing_in
 from topkast_func.model.modules import modes
-from topkast_func.ranking import NaNParameterError
 from topkast_func.training.agreement import agreement
 from topkast_func.training.compilation import compiled, signature
 from topkast_func.training.ensembles import by_member, is_ensemble
-from topkast_func.training.fits_config import is_of_stage
 from topkast_func.training.gradients import gradients_of
 from topkast_func.training.loss import check_loss_fn
+from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.purity import Draws, check_pure
-from topkast_func.training.refresh import refresh
+from topkast_func.training.refresh import refreshed_if_finite, refreshes_around
 from topkast_func.training.state import TrainState, check_state, ordinary
 from topkast_func.training.update import Moved, update_of
 from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
-from topkast_func.warn import warn_caller
-
-
-class StepMetrics(NamedTuple):
-    """What a step tells its caller, 0-d tensors.
-
-    Attributes:
-        loss: data_loss + λ·penalty.
-        data_loss: The loss that ``loss_fn`` returned.
-        penalty: The exploration penalty before its weight λ.
-        grad_norm: Euclidean norm of the gradient of the loss over B and the dense parameters, in
-            float32 at the least.
-        refreshed: Whether the sets were chosen anew, before the step or at its end, bool.
-        aux: What ``loss_fn`` returned beside the loss; () where it returned nothing else.
-    """
-
-    loss: Tensor
-    data_loss: Tensor
-    penalty: Tensor
-    grad_norm: Tensor
-    refreshed: Tensor
-    aux: Any
-
 
 TrainStep: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
 
@@ -200,18 +175,9 @@ def make_train_step(
     own = claim(parts)
     tried: set[tuple[bool, ...]] = set()
 
-    def due(state: TrainState) -> bool:
-        step, begins = int(state.step), int(state.optimizer.step) % optimizer.every == 0
-        chosen = step in schedule.starts and is_of_stage(state.weights, config, step)
-        return begins and schedule.refreshes_at(step) and not chosen
-
-    def ends_stage(state: TrainState) -> bool:
-        ends = (int(state.optimizer.step) + 1) % optimizer.every == 0
-        return ends and int(state.step) + 1 in schedule.starts
-
     def anew(state: TrainState, batch: Any, kind: Hashable) -> TrainState:
         read = partial(draws.run, (kind, "gradients"), state, lambda: gradients(state, batch))
-        return _refreshed(state, config, read)
+        return refreshed_if_finite(state, config, read)
 
     def in_its_turn(
         state: TrainState,
@@ -254,7 +220,7 @@ def make_train_step(
         batch, mode = ordinary(batch), modes(model)
         kind: Hashable = mode
         sizes = tuple(value.shape for value in state.weights.values().values())
-        refreshes = (due(state), ends_stage(state))
+        refreshes = refreshes_around(state, config, optimizer)
         if compile is not False:
             chooses = (schedule.stage(int(state.step)), *refreshes)
             kind = (mode, type(state.weights), sizes, *chooses, signature(batch))
@@ -265,16 +231,3 @@ def make_train_step(
 
     vars(train_step)["config"] = config
     return train_step
-
-
-def _refreshed(
-    state: TrainState, config: TopKastConfig, gradients: Callable[[], Tensors]
-) -> TrainState:
-    """Return the state with new sets, or as it is where NaN forbids to choose any."""
-    try:
-        if not config.method.reads_gradient:
-            return refresh(state, config)
-        return refresh(state, config, gradients())
-    except NaNParameterError as reason:
-        warn_caller(f"no refresh before step {int(state.step)}: {reason}")
-        return state
