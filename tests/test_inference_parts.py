@@ -254,3 +254,74 @@ def test_they_compile_export_and_are_smaller(
         save_file(dict(once.values()), tmp_path / "tensors")
         sizes.append((tmp_path / "tensors").stat().st_size)
     assert sizes[0] < 0.75 * sizes[1]
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that changes its weight first."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, 3.0 * weight, bias)
+
+
+class Called(nn.Linear):
+    """A linear layer with an attribute of its own, which computes more when it is called."""
+
+    gain = 2.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = super().__call__(x)
+        return out * self.gain
+
+
+def hooked(layer: Any) -> Any:
+    layer.register_forward_hook(lambda layer, inputs, y: y * 2.0)
+    return layer
+
+
+def with_forward(layer: Any) -> Any:
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) + 1.0
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: hooked(nn.Linear(WIDTH, WIDTH)),
+        lambda: hooked(nn.Conv2d(WIDTH, WIDTH, 1)),
+        lambda: with_forward(nn.Conv2d(WIDTH, WIDTH, 1)),
+        lambda: with_forward(nn.Linear(WIDTH, WIDTH)),
+        lambda: Standardised(WIDTH, WIDTH, 1),
+        lambda: Called(WIDTH, WIDTH),
+    ],
+    ids=["hook", "hook 1×1", "forward 1×1", "forward", "class 1×1", "class"],
+)
+@small
+def test_a_layer_that_does_more_than_its_class_goes_on_doing_so(layer: Any) -> None:
+    module, plain, _ = made(nn.Sequential(layer()))
+    of_image = isinstance(plain.get_submodule("0"), nn.Conv2d)
+    x = torch.randn(3, WIDTH, 5, 5) if of_image else torch.randn(3, WIDTH)
+    assert_close(module(x), plain(x))
+
+
+@small
+def test_a_tied_embedding_with_a_hook_stays_with_its_output_layer() -> None:
+    model = Language()
+    hooked(model.words)
+    module, plain, _ = made(model)
+    words = torch.arange(12).view(3, 4)
+    assert_close(module(words), plain(words))
+
+
+@small
+def test_a_parametrised_bias_is_kept() -> None:
+    model = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 1))
+    nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh())
+    module, plain, _ = made(model)
+    x = torch.randn(3, WIDTH, 5, 5)
+    assert_close(module(x), plain(x))
+
+
+def test_a_module_without_values_is_named() -> None:
+    with pytest.raises(ValueError, match="'weight' is on the meta device, without values"):
+        tk.sparse_module(nn.Linear(4, 4, device="meta"))

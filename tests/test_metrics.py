@@ -124,3 +124,24 @@ def test_what_is_no_loss_is_refused(returned: Any, message: str) -> None:
     train_step = tk.make_train_step(model, lambda f, x: returned, CONFIG, optimizer, compile=False)
     with pytest.raises(TypeError, match=message):
         train_step(state, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=str)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_the_loss_function_returned_shares_no_memory_with_states(
+    compile: Any, storage: Any
+) -> None:
+    def model(params: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ params["weight"] + params["bias"], params["bias"]
+
+    def loss_fn(apply: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        out, bias = apply(x)
+        return out.square().mean(), bias
+
+    params = {"weight": torch.randn(8, 8), "bias": torch.ones(8)}
+    config, optimizer = tk.TopKastConfig(0.8), tk.sgd(0.1)
+    state = tk.init_state(params, config, optimizer, storage=storage)
+    step = tk.make_train_step(model, loss_fn, config, optimizer, compile=compile)
+    _, metrics = step(state, torch.randn(4, 8))
+    metrics.aux.fill_(7.0)
+    assert torch.equal(tk.dense_params(state)["bias"], torch.ones(8))

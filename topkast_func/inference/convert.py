@@ -8,17 +8,19 @@ from typing import cast
 from torch import Tensor, nn
 
 from topkast_func.checks import check_count
+from topkast_func.config.leaves import check_present
 from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.facade.sparsify import densify
 from topkast_func.inference.attention import SparseAttention
 from topkast_func.inference.embedding import SparseEmbedding
 from topkast_func.inference.linear import SparseLinear
 from topkast_func.inference.pointwise import SparsePointwise
+from topkast_func.inference.replaceable import replaceable
 from topkast_func.inference.stored import Stored
 from topkast_func.model.alone import alone_with, check_uncompiled, uncompiled
 from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.layers import stand_ins
-from topkast_func.model.stand_in import StandIn
+from topkast_func.model.stand_in import StandIn, TransposedStandIn
 from topkast_func.training.fits_model import check_tensors
 from topkast_func.training.state import TrainState, alpha_in, check_state, masks_of
 
@@ -32,7 +34,8 @@ def sparse_module(
     that this is faster than a dense layer, and takes less memory. So are the projections of
     `torch.nn.MultiheadAttention`, one each for queries, keys, values and the output, and
     convolutions of one pixel. An output layer that is tied to embeddings stays one with them, and
-    they look up in its stored entries. All else is as in the model. It has no parameter that
+    they look up in its stored entries. All else is as in the model: layers of a class of one's own,
+    with hooks or with a forward pass of their own too. It has no parameter that
     requires a gradient. `torch.compile` and `torch.export` take it; what was exported needs
     ``import topkast_func`` before it is loaded.
 
@@ -91,6 +94,8 @@ def _of_state(state: TrainState, model: nn.Module, batch: int) -> tuple[nn.Modul
 
 
 def _of_module(model: nn.Module, batch: int) -> tuple[nn.Module, Stored]:
+    for name, parameter in model.named_parameters():
+        check_present(name, parameter)
     plain = copy.deepcopy(model).eval()
     if any(map(weights_of, plain.modules())):
         densify(plain)
@@ -107,6 +112,9 @@ def _converted(plain: nn.Module, stored: Stored) -> nn.Module:
         if linear is not None and not _others(plain, layer, [weight]):
             plain = _replaced(plain, layer, SparsePointwise(layer, linear))
     for part in stand_ins(plain):
+        conv1d = (type(part.layer),) if isinstance(part, TransposedStandIn) else ()
+        if not replaceable(part.layer, (nn.Linear, nn.MultiheadAttention, *conv1d)):
+            continue
         own = [plain.get_parameter(product.name) for product in part.products]
         lookups = _others(plain, part.layer, own)
         if not all(SparseEmbedding.fits(module) and type(part) is StandIn for module in lookups):

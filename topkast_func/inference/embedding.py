@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from topkast_func.inference.linear import SparseLinear
+from topkast_func.inference.replaceable import replaceable
 from topkast_func.kernels.lookup import lookup
 
 
@@ -25,7 +26,7 @@ class SparseEmbedding(nn.Module):
         """Return whether a layer does nothing but look up."""
         return (
             isinstance(layer, nn.Embedding)
-            and type(layer).forward is nn.Embedding.forward
+            and replaceable(layer, (nn.Embedding,))
             and layer.max_norm is None
         )
 

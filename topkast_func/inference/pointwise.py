@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from topkast_func.inference.linear import SparseLinear
+from topkast_func.inference.replaceable import replaceable
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -31,7 +32,7 @@ class SparsePointwise(nn.Module):
         """Return whether a layer is such a convolution."""
         return (
             isinstance(layer, CONVOLUTIONS)
-            and type(layer).forward in {kind.forward for kind in CONVOLUTIONS}
+            and replaceable(layer, CONVOLUTIONS)
             and layer.weight.shape[2:].numel() == 1
             and layer.groups == 1
             and not (isinstance(layer.padding, tuple) and any(layer.padding))

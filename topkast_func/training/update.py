@@ -87,6 +87,6 @@ def update_of(
                 narrow=state.narrow,
             )
             norm = global_norm(grads)
-        return after, (loss, data_loss, penalty, norm), aux
+        return after, (loss, data_loss, penalty, norm), tree_map(torch.clone, aux)
 
     return step

@@ -1,0 +1,22 @@
+"""Which layers another one may take the place of."""
+
+from collections.abc import Collection
+
+from torch import nn
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def replaceable(layer: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
+    """Return whether a layer does what its class does, and nothing else.
+
+    Args:
+        layer: The layer.
+        kinds: The classes that it may be of; one derived from them may do more, or be asked for
+            more, than they are.
+
+    Returns:
+        Whether it is of one of them, without hooks, and without a forward pass of its own.
+    """
+    alone = "forward" not in vars(layer) and not any(getattr(layer, hooks) for hooks in HOOKS)
+    return type(layer) in kinds and alone
