@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -16,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.testing import assert_close
 
 import topkast_func as tk
@@ -263,6 +264,73 @@ def test_the_newest_checkpoints_stay_and_none_is_written_over(tmp_path: Path) ->
             tk.save_sharded(state, tmp_path, keep=keep)
 
 
+def test_nothing_is_removed_but_checkpoints_and_their_drafts(tmp_path: Path) -> None:
+    other = ("movie.part", "step-.part", "step-1a.part", "my-step-1.part", "step-best")
+    for name in other:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "about.json").touch()
+    for name in ("film.part", "step-0.part"):
+        (tmp_path / name).touch()
+    (tmp_path / "step-7.part").symlink_to(tmp_path / "movie.part")
+    for name in ("step-3.part", "step-12.4.part"):
+        (tmp_path / name).mkdir()
+    state = _start()
+    whole = [tk.save_sharded(state, tmp_path, CONFIG, keep=1).name for _ in range(2)]
+    assert whole == ["step-0.1", "step-0.2"]
+    there = {path.name for path in tmp_path.iterdir()}
+    kept = {*other, "film.part", "step-0.part", "step-7.part"}
+    assert there == kept | {"latest", "step-0.2"}
+    assert all((tmp_path / name / "about.json").exists() for name in other)
+
+
+def test_threads_that_save_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, inside, most = FileSystemWriter.write_data, [0], [0]
+
+    def write_data(*arguments: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.05)
+        inside[0] -= 1
+        return own(*arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_data)
+    state = _start()
+    works = (tk.save_sharded, tk.async_save_sharded, tk.save_sharded)
+    with ThreadPoolExecutor(3) as threads:
+        for work in [threads.submit(work, state, tmp_path, CONFIG) for work in works]:
+            assert work.exception() is None
+    assert most == [1]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("latest", "step-0", "step-0.1", "step-0.2")
+    }
+    for where in (tmp_path, *tmp_path.glob("step-*")):
+        same(tk.load_sharded(where), state)
+
+
+def test_a_save_within_another_leaves_its_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, own, within = _start(), FileSystemWriter.write_data, []
+
+    def write_data(*arguments: Any) -> Any:
+        monkeypatch.setattr(FileSystemWriter, "write_data", own)
+        signal.raise_signal(signal.SIGUSR1)
+        return own(*arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", write_data)
+    monkeypatch.chdir(tmp_path)
+    before = signal.signal(
+        signal.SIGUSR1, lambda *_: within.append(tk.save_sharded(state, tmp_path, CONFIG))
+    )
+    try:
+        whole = tk.save_sharded(state, ".", CONFIG)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (whole.name, within) == ("step-0", [tmp_path / "step-0.1"])
+    for where in (whole, *within):
+        same(tk.load_sharded(where), state)
+
+
 def test_a_process_alone_has_written_when_it_goes_on(tmp_path: Path) -> None:
     state = _start()
     future = tk.async_save_sharded(state, tmp_path, CONFIG)
@@ -339,6 +407,22 @@ def test_what_is_told_of_a_checkpoint_is_believed_as_it_was_written_alone(tmp_pa
     where.write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r"damaged, .*about.json is not as it was written"):
         tk.load_sharded(tmp_path)
+
+
+def test_what_is_unpickled_is_as_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = tk.save_sharded(_start(), tmp_path, CONFIG) / ".metadata"
+    content, read = bytearray(where.read_bytes()), list[object]()
+    monkeypatch.setattr(FileSystemReader, "read_metadata", read.append)
+    for damaged in (content[:-1], content + b".", bytes([content[0] ^ 1]) + content[1:]):
+        where.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"step-0 is damaged, .*\.metadata is not as it was"):
+            tk.load_sharded(tmp_path)
+    where.unlink()
+    with pytest.raises(ValueError, match=r"step-0 is damaged, .*\.metadata"):
+        tk.load_sharded(tmp_path)
+    assert not read
 
 
 def test_a_checkpoint_without_its_configuration_asks_for_it(tmp_path: Path) -> None:

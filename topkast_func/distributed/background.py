@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import RLock
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -43,13 +44,17 @@ class Background:
 _KNOWN: WeakKeyDictionary[dist.ProcessGroup, Background] = WeakKeyDictionary()
 """By the group that trains."""
 
+_TURN = RLock()
+"""Of the threads of a process alone; a signal may have a thread do work within its own."""
+
 
 def in_background(ranks: Ranks, work: Callable[[Ranks], Result]) -> Future[Result]:
     """Begin work of all ranks beside their training; a collective call.
 
     Args:
         ranks: The processes.
-        work: See `Background.begin`. One process alone does it at once.
+        work: See `Background.begin`. One process alone does it at once, its threads
+            one after the other.
 
     Returns:
         What is to come of it.
@@ -64,7 +69,8 @@ def in_background(ranks: Ranks, work: Callable[[Ranks], Result]) -> Future[Resul
 def _at_once(work: Callable[[Ranks], Result], ranks: Ranks) -> Future[Result]:
     done: Future[Result] = Future()
     try:
-        done.set_result(work(ranks))
+        with _TURN:
+            done.set_result(work(ranks))
     except Exception as reason:
         done.set_exception(reason)
     return done

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from topkast_func.distributed.agreement import check_same, checksum
+from topkast_func.distributed.names import ABOUT, PART, begin, by_age, end
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.files.drafts import replacing
 from topkast_func.types import Tensors
 
 FORMAT, VERSION = "topkast_func checkpoint", 1
 DAMAGED = "{} is damaged, so nothing was loaded"
-ABOUT, LATEST, PART = "about.json", "latest", ".part"
+LATEST, METADATA = "latest", ".metadata"
 
 
 def write(
@@ -42,8 +42,9 @@ def write(
     """Write a checkpoint, once all ranks are found to hold the same; a collective call.
 
     Beside what `torch.distributed.checkpoint` writes it has ``about.json``: ``format``,
-    ``version``, ``header``, the ``checksums`` of the tensors, see `checksum`, in their order, and
-    under ``digest`` BLAKE2b of all that in JSON.
+    ``version``, ``header``, the ``checksums`` of the tensors, see `checksum`, in their order,
+    under ``metadata`` BLAKE2b of the file ``.metadata``, and under ``digest`` that of all this in
+    JSON.
 
     Args:
         ranks: The processes.
@@ -71,14 +72,17 @@ def write(
 def _written(
     ranks: Ranks, folder: Path, step: int, about: dict[str, Any], tensors: Tensors, keep: int | None
 ) -> Path:
-    name = ranks.by_first(lambda: _begun(folder, step))
+    name = ranks.by_first(lambda: begin(folder, step))
     part = folder / f"{name}{PART}"
-    ranks.attempted(lambda: _check_seen(part))
-    writer = FileSystemWriter(part)
-    stay = f"{part} was not written, and the checkpoints before it stay"
-    with _by_torch(RuntimeError, stay), _no_warning(ranks):
-        save(tensors, storage_writer=writer, process_group=ranks.group)
-    ranks.by_first(lambda: _finish(part, folder / name, about, keep))
+    try:
+        ranks.attempted(lambda: _check_seen(part))
+        writer = FileSystemWriter(part)
+        stay = f"{part} was not written, and the checkpoints before it stay"
+        with _by_torch(RuntimeError, stay), _no_warning(ranks):
+            save(tensors, storage_writer=writer, process_group=ranks.group)
+        ranks.by_first(lambda: _finish(part, folder / name, about, keep))
+    finally:
+        end(part)
     return folder / name
 
 
@@ -104,17 +108,6 @@ def read(ranks: Ranks, folder: Path) -> tuple[Path, dict[str, Any], Tensors]:
     return path, about["header"], tensors
 
 
-def _begun(folder: Path, step: int) -> str:
-    """Make the folder of a checkpoint that is to be written, and return its name to be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"*{PART}"):
-        shutil.rmtree(left)
-    names = (f"step-{step}{f'.{again}' if again else ''}" for again in count())
-    name = next(name for name in names if not (folder / name).exists())
-    (folder / f"{name}{PART}").mkdir()
-    return name
-
-
 def _check_seen(part: Path) -> None:
     if not part.is_dir():
         raise FileNotFoundError(
@@ -125,22 +118,16 @@ def _check_seen(part: Path) -> None:
 
 def _finish(part: Path, whole: Path, about: dict[str, Any], keep: int | None) -> None:
     """Give a checkpoint its name, let `latest` name it, and remove what is too old."""
+    about = {**about, "metadata": _digest((part / METADATA).read_bytes())}
     with replacing(part / ABOUT) as file:
-        file.write(json.dumps({**about, "digest": _digest(about)}).encode())
+        file.write(json.dumps({**about, "digest": _digest(_encoded(about))}).encode())
     part.rename(whole)
     with replacing(whole.parent / LATEST) as file:  # which puts the new names on the disk too
         file.write(whole.name.encode())
-    for old in _by_age(whole.parent)[:-keep] if keep else []:
+    for old in by_age(whole.parent)[:-keep] if keep else []:
         doomed = old.with_name(f"{old.name}{PART}")
         old.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def _by_age(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the oldest first."""
-    found = [path.parent for path in folder.glob(f"step-*/{ABOUT}")]
-    whole = [path for path in found if not path.name.endswith(PART)]
-    return sorted(whole, key=lambda path: (path / ABOUT).stat().st_mtime_ns)
 
 
 def _latest(folder: Path) -> Path:
@@ -150,7 +137,7 @@ def _latest(folder: Path) -> Path:
         named = folder / (folder / LATEST).read_text()
         if (named / ABOUT).is_file():
             return named
-    if found := _by_age(folder):
+    if found := by_age(folder):
         return found[-1]
     raise FileNotFoundError(f"there is no checkpoint in {folder}")
 
@@ -159,8 +146,10 @@ def _opened(path: Path) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """Return what is told of a checkpoint, what reads it, and tensors to read into."""
     with _by_torch(ValueError, DAMAGED.format(path)):
         about = dict(json.loads((path / ABOUT).read_text()))
-        if about.pop("digest", None) != _digest(about) or about.get("format") != FORMAT:
+        if about.pop("digest", None) != _digest(_encoded(about)) or about.get("format") != FORMAT:
             raise ValueError(f"{ABOUT} is not as it was written")
+        if _digest((path / METADATA).read_bytes()) != about["metadata"]:  # before it is unpickled
+            raise ValueError(f"{METADATA} is not as it was written")
         reader = FileSystemReader(path)
         kinds: Any = reader.read_metadata().state_dict_metadata
         tensors = {
@@ -208,5 +197,9 @@ def _no_warning(ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _digest(about: Mapping[str, Any]) -> str:
-    return blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
+def _encoded(about: Mapping[str, Any]) -> bytes:
+    return json.dumps(about).encode()
+
+
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=16).hexdigest()

@@ -37,7 +37,8 @@ def save_sharded(
     The checkpoint ``folder/step-N`` appears whole or not at all, whoever is killed when, and one
     that is there is never written to; ``folder/latest`` names the last. Its tensors are those of
     `save`, by name, in the format of `torch.distributed.checkpoint`; any number of ranks can load
-    them. Reading that format runs pickle: load checkpoints of your own alone.
+    them. Reading that format runs pickle: load checkpoints of your own alone. Threads of a process
+    without others take turns.
 
     Args:
         state: The state, the same on all ranks.
