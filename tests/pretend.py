@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import topkast_func
 from topkast_func.checks import dispatches
-from topkast_func.config import selection
+from topkast_func.config import leaves
 from topkast_func.facade import derived
 from topkast_func.training import compilation
 
@@ -85,7 +85,7 @@ def pretending() -> Iterator[torch.device]:
     """Let there be such a device, on which nobody has waited yet."""
     WAITS.clear()
     with ExitStack() as patched:
-        for module in (selection, compilation, derived):
+        for module in (leaves, compilation, derived):
             patched.enter_context(patch.object(module, "dispatches", _dispatches))
         patched.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
         patched.enter_context(_Mode())  # type: ignore[no-untyped-call]
