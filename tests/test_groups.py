@@ -12,11 +12,13 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import topkast_func as tk
 from tests import reference
 from tests.storage import STORAGES
+from tests.test_methods import METHODS as OTHERS
+from tests.test_methods import batch, mse, network, states
 from topkast_func.groups import grouped, ungrouped
 from topkast_func.ranking import NaNParameterError, top_sets
 from topkast_func.testing import (
@@ -28,46 +30,15 @@ from topkast_func.testing import (
 )
 
 PAPER = tk.topkast("value", exchange=None)
-METHODS = {
+METHODS = OTHERS | {
     "topkast": tk.topkast(exchange=0.2),
     "threshold": tk.topkast("threshold", exchange=0.2),
     "paper": PAPER,
     "random_backward": tk.random_backward(exchange=0.2),
-    "ste": tk.ste(),
-    "static": tk.static(),
-    "set": tk.set(0.4),
-    "rigl": tk.rigl(0.4),
-    "gmp": tk.gmp(2, 6, stages=2),
-    "dense": tk.dense(),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 every_storage = pytest.mark.parametrize("storage", STORAGES)
 BASE = tk.TopKastConfig(pattern="1:4", refresh_every=2, penalty_weight=0.01)
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
-
-
-def mse(apply: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return nn.functional.mse_loss(apply(batch[0]), batch[1])
-
-
-def batch(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(16, 8, generator=generator), torch.randn(16, 4, generator=generator)
-
-
-def states(
-    config: tk.TopKastConfig, steps: int = 7, compile: Any = False, storage: Any = "compact"
-) -> list[tk.TrainState]:
-    model, optimizer = network(), tk.sgd(0.1, momentum=0.9)
-    found = [tk.init_state(model, config, optimizer, storage=storage)]
-    train_step = tk.make_train_step(model, mse, config, optimizer, compile=compile)
-    for seed in range(steps):
-        found.append(train_step(found[-1], batch(seed))[0])
-    return found
 
 
 def shares(mask: Tensor, group: int) -> set[int]:

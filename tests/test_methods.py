@@ -46,7 +46,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def states(
-    config: tk.TopKastConfig, steps: int, compile: Any = False, storage: Any = "compact"
+    config: tk.TopKastConfig, steps: int = 7, compile: Any = False, storage: Any = "compact"
 ) -> list[tk.TrainState]:
     model, optimizer = network(), tk.sgd(0.1, momentum=0.9)
     found = [tk.init_state(model, config, optimizer, storage=storage)]

@@ -83,13 +83,15 @@ def define(
 
 def _untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep Dynamo out of a function: it would look into it where it has broken a graph."""
+    hidden: list[Callable[..., Tensor]] = []
 
     def call(*arguments: Any) -> Tensor:
         traced = torch.compiler.is_dynamo_compiling()
         if not traced and get_eval_frame_callback() is None:
             return function(*arguments)
-        hidden: Callable[..., Tensor] = sys.modules["torch._dynamo"].disable(function)
-        return hidden(*arguments)
+        if not hidden:
+            hidden.append(sys.modules["torch._dynamo"].disable(function))
+        return hidden[0](*arguments)
 
     return call
 
