@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import topkast_func as tk
 from topkast_func import turns
-from topkast_func.training.purity import Draws
+from topkast_func.training.random_numbers import Draws
 from topkast_func.turns import EVERYTHING, NO_RANDOM_NUMBERS, RANDOM_NUMBERS, in_turn, require
 
 THREADS, STEPS = 8, 50

@@ -162,9 +162,9 @@ def _top_in_order(magnitudes: Tensor, keys: Tensor, forward: int, backward: int)
 
 
 def _top_by_bits(scores: Tensor, places: Tensor | None, forward: int, backward: int) -> Sets | None:
-    selection = import_module("topkast_func.kernels.selection")
+    largest = import_module("topkast_func.kernels.largest")
     where = None if places is None else places.numpy()
-    marks = selection.top_marks(scores.numpy(), forward, backward, where)
+    marks = largest.top_marks(scores.numpy(), forward, backward, where)
     return marks and tuple(map(torch.from_numpy, marks))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from topkast_func.checks import check_order
-from topkast_func.config.description import code_of, described, made, told
+from topkast_func.config.as_json import code_of, described, made, told
 from topkast_func.config.fields import Penalty, Predicate, Shares, checked
 from topkast_func.config.schedule import Schedule
 from topkast_func.groups import NOfM, check_pattern, check_shares

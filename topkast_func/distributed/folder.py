@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from topkast_func.distributed.agreement import check_same, checksum
+from topkast_func.distributed.checksums import check_same, checksum
 from topkast_func.distributed.names import ABOUT, PART, begin, by_age, end
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.files.drafts import replacing

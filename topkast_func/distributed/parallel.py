@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-import topkast_func.distributed.agreement as agreement
+from topkast_func.distributed import checksums
 from topkast_func.distributed.batches import Samples, filled, rows
 from topkast_func.distributed.bucket import mean_over
 from topkast_func.distributed.models import about, averaged_buffers, check_unsynced, is_mean
@@ -184,7 +184,7 @@ class DataParallel(Alone):
         if (told[-1] != told[-1][0]).any():
             self._ranks.check_alike(kind, f"in step {step}")
         if checks.any():
-            agreement.check_same(self._ranks, where, state)
+            checksums.check_same(self._ranks, where, state)
         counts = weights.view(torch.float64)
         if not ((counts >= 0).all() and 0 < counts.sum() < math.inf):
             raise ValueError(

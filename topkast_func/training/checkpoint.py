@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from topkast_func.checks import check_type
 from topkast_func.config import TopKastConfig
-from topkast_func.config.description import code_of, described, made, told
+from topkast_func.config.as_json import code_of, described, made, told
 from topkast_func.files.container import damage_of, opened, write
 from topkast_func.files.drafts import replacing
 from topkast_func.model.alone import alone_with, uncompiled

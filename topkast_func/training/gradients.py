@@ -10,7 +10,7 @@ from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.modules import bind, ties
 from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.loss import loss_and_aux
-from topkast_func.training.purity import random_numbers_of
+from topkast_func.training.random_numbers import random_numbers_of
 from topkast_func.training.state import TrainState, alpha_in, check_state
 from topkast_func.turns import RANDOM_NUMBERS
 from topkast_func.types import LossFn, Model, Tensors

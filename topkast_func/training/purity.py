@@ -1,11 +1,10 @@
-"""What makes a step pure: a forward pass without side effects, random numbers of its own."""
+"""A trial of the forward pass, which must have no side effects."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
@@ -13,11 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from topkast_func.model.modules import bind, ties, unset_buffers
 from topkast_func.training.loss import loss_and_aux
+from topkast_func.training.random_numbers import random_numbers_of
 from topkast_func.training.state import TrainState, alpha_in
-from topkast_func.turns import NO_RANDOM_NUMBERS, RANDOM_NUMBERS, Claims, require
 from topkast_func.types import LossFn, Model
-
-Result = TypeVar("Result")
 
 HOOKS = (
     "the step does not differentiate through torch.utils.checkpoint, nor through other hooks on "
@@ -102,93 +99,3 @@ def _depends_on(loss: Tensor, leaves: Iterable[Tensor]) -> bool:
         met |= ahead
         ahead = {node for behind in ahead for node, _ in behind.next_functions}
     return False
-
-
-class Draws:
-    """Which kinds of work draw random numbers, as found out by doing it.
-
-    Args:
-        first: What the first work of a kind claims.
-        rank: The process of several that does it.
-    """
-
-    def __init__(self, first: Claims, rank: int = 0) -> None:
-        self._first, self._rank = first, rank
-        self._found: dict[Hashable, bool] = {}
-
-    def claims(self, kind: Hashable) -> Claims:
-        """Return what work of a kind claims, but for the model.
-
-        Args:
-            kind: What decides whether it draws, and whether it is compiled anew.
-
-        Returns:
-            The claim.
-        """
-        found = self._found.get(kind)
-        if found is None:
-            return self._first
-        return RANDOM_NUMBERS if found else NO_RANDOM_NUMBERS
-
-    def run(self, kind: Hashable, state: TrainState, work: Callable[[], Result]) -> Result:
-        """Do work in its turn, with the random numbers of a state if it draws any.
-
-        A turn that claims less than the work does begins again, and so does one in which the
-        work turns out to draw.
-
-        Args:
-            kind: Kind of the work.
-            state: The state.
-            work: A pure function.
-
-        Returns:
-            What it returns.
-        """
-        claims = self.claims(kind)
-        require(claims)
-        if claims != NO_RANDOM_NUMBERS:
-            with random_numbers_of(state, self._rank) as drawn:
-                result = work()
-                self._found[kind] = self._found.get(kind, False) or drawn()
-            return result
-        generators = _generators(state)
-        before = [generator.get_state() for generator in generators]
-        result = work()
-        if _differ(generators, before):
-            for generator, start in zip(generators, before, strict=True):
-                generator.set_state(start)
-            self._found.pop(kind)
-            require(self._first)
-        return result
-
-
-@contextmanager
-def random_numbers_of(state: TrainState, rank: int = 0) -> Iterator[Callable[[], bool]]:
-    """Draw the random numbers of a step, and leave the caller's generators as they are.
-
-    Args:
-        state: The state; its seed, its step and the calls of its optimiser decide.
-        rank: The process of several that draws them; each has its own.
-
-    Yields:
-        A function that tells whether any have been drawn.
-    """
-    entropy = (int(state.seed), int(state.step), int(state.optimizer.step))
-    chance = np.random.SeedSequence(entropy, spawn_key=(rank,) if rank else ())
-    seed = int(chance.generate_state(1)[0])
-    generators = _generators(state)
-    with torch.random.fork_rng(devices=[g.device.index for g in generators[1:]]):
-        before = [generator.manual_seed(seed).get_state() for generator in generators]
-        yield lambda: _differ(generators, before)
-
-
-def _generators(state: TrainState) -> list[torch.Generator]:
-    """Return the generators of the process that a step may draw from, that of the CPU first."""
-    device = next(iter(state.weights.values().values())).device
-    own = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
-    return [torch.default_generator, *own]
-
-
-def _differ(generators: list[torch.Generator], before: list[Tensor]) -> bool:
-    pairs = zip(generators, before, strict=True)
-    return not all(torch.equal(generator.get_state(), start) for generator, start in pairs)

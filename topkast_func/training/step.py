@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from topkast_func.checks import check_type
 from topkast_func.compiling import one_report
 from topkast_func.config import TopKastConfig
-from topkast_func.config.description import described
+from topkast_func.config.as_json import described
 from topkast_func.distributed.batches import Samples
 from topkast_func.distributed.parallel import data_parallel
 from topkast_func.kernels.engines import EngineName, check_engine
@@ -33,7 +33,8 @@ from topkast_func.training.gradients import gradients_of
 from topkast_func.training.loss import check_loss_fn
 from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.optim import Optimizer, check_optimizer
-from topkast_func.training.purity import Draws, check_pure
+from topkast_func.training.purity import check_pure
+from topkast_func.training.random_numbers import Draws
 from topkast_func.training.refresh import refreshed_if_finite, refreshes_around
 from topkast_func.training.state import TrainState, check_state, ordinary
 from topkast_func.training.update import Moved, update_of

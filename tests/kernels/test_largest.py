@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests import reference
-from topkast_func.kernels.selection import top_marks
+from topkast_func.kernels.largest import top_marks
 from topkast_func.tiebreak import tie_key
 
 SIZE = 70_001

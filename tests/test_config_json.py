@@ -145,10 +145,10 @@ class _Own(tk.Method):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sparse": _wide}, r"sparse is the code of tests.test_description._wide, which JSON"),
+        ({"sparse": _wide}, r"sparse is the code of tests.test_config_json._wide, which JSON"),
         ({"sparse": lambda name, tensor: True}, r"sparse is the code of .*<lambda>"),
-        ({"sparse": _Wide()}, r"sparse is the code of tests.test_description._Wide"),
-        ({"method": _Own()}, r"method is the code of tests.test_description._Own"),
+        ({"sparse": _Wide()}, r"sparse is the code of tests.test_config_json._Wide"),
+        ({"method": _Own()}, r"method is the code of tests.test_config_json._Own"),
         ({"sparse": _wide, "method": _Own()}, r"sparse is the .*_wide and method is the .*_Own"),
     ],
 )
