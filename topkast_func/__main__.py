@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(runs: dict[str, Run], options: argparse.Namespace, config: TopKastConfig) -> None:
-    """Add the run, and that of the dense twin, which computes as torch does, unless Ctrl-C ends."""
+    """Add the run and that of its dense twin, as far as Ctrl-C lets them come."""
     twin = replace(config, forward_sparsity=0.0, backward_sparsity=0.0, method=METHODS["topkast"])
     storages: dict[str, Storage] = {"sparse": "compact", "dense": "dense"}
     for name, its in (("sparse", config), ("dense", twin))[: 1 + options.dense_twin]:

@@ -187,7 +187,7 @@ def check_block_shape(name: str, value: object) -> tuple[int, int]:
 
 
 def dispatches(tensor: Tensor) -> bool:
-    """Return whether a tensor is of a class that computes in a way of its own."""
+    """Return whether the class of a tensor overrides how operations on it are computed."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 

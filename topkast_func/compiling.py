@@ -1,4 +1,4 @@
-"""Word of what compiles, which takes from seconds to minutes, and of how long it took."""
+"""Messages that compilation has begun, which takes seconds to minutes, and how long it took."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 LOGGER = logging.getLogger("topkast_func")
-"""Gets the word at level INFO."""
+"""Receives the messages at level INFO."""
 
 BEGUN = "topkast_func: compiling, once for each shape of batch; this may take a minute"
 ENDED = "topkast_func: compiled in {:.1f} s"
@@ -53,14 +53,14 @@ class _Watch:
 _WATCH = _Watch()
 
 begin, end = _WATCH.begin, _WATCH.end
-"""What compiles calls these before and after; arguments are ignored."""
+"""Called before and after each compilation; arguments are ignored."""
 
 
 @contextmanager
 def one_report() -> Iterator[None]:
-    """Tell once of all that compiles in here.
+    """Report all compilations within the context in one message.
 
-    The word is a record of the logger "topkast_func" at level INFO. Where no logging is
+    The message is a record of the logger "topkast_func" at level INFO. Where no logging is
     configured at all, which would lose it, it goes to the standard error.
 
     Yields:
@@ -79,7 +79,7 @@ def one_report() -> Iterator[None]:
 def compilation_seconds() -> float:
     """Return how long this process has compiled steps and kernels so far.
 
-    Of two calls the difference is what is to be taken off the time between them.
+    The difference of two calls is the part of the time between them that went to compiling.
 
     Returns:
         Seconds of wall time.
@@ -99,7 +99,7 @@ class Times(NamedTuple):
     compilation: float
 
     def __str__(self) -> str:
-        """Tell both."""
+        """Name both times."""
         return f"training {self.training:.1f} s, compilation {self.compilation:.1f} s, once"
 
 

@@ -1,4 +1,4 @@
-"""With what a weight starts that newly enters A: `entry` of `topkast`."""
+"""The value with which a weight newly enters A: `entry` of `topkast`."""
 
 import torch
 from torch import Tensor
@@ -21,20 +21,20 @@ def entered(
     block_norm: BlockNorm = "l2",
     exponent: float = 1.0,
 ) -> Tensor:
-    """Give what newly enters A its start.
+    """Give the entries that newly enter A their first value.
 
     Args:
         name: Name of the parameter, for errors.
         raw: θ, or φ of powerpropagation.
         old: The sets before the refresh.
         new: The sets after it.
-        entry: With what it starts; "zero" is "threshold" where ``exponent`` is above 1.
+        entry: How they start; "zero" is "threshold" where ``exponent`` is above 1.
         block_shape: (rows, columns) of the blocks that are chosen whole.
         block_norm: Norm by which blocks are ranked.
         exponent: a of powerpropagation; 1 where ``raw`` is θ itself.
 
     Returns:
-        ``raw`` with the starts of what newly enters A, every other entry as it was.
+        ``raw`` with the first values of what newly enters A, every other entry as it was.
     """
     if entry == "value":
         return raw

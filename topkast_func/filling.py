@@ -1,4 +1,4 @@
-"""Sets that go on from others: what is taken stays, and others come beside it.
+"""Sets that continue others: entries that are taken stay, and others join them.
 
 Their counts are exact in all of a tensor, or in each group of N:M, as those of `top_sets` are.
 """

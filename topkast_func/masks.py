@@ -72,7 +72,7 @@ def starting_masks(
     step: int = 0,
     seed: int = 0,
 ) -> dict[str, Masks]:
-    """Do the same for some of the parameters, where all have been allocated a sparsity.
+    """Choose A and B as `compute_masks` does, of parameters with sparsities that were allocated.
 
     Args:
         params: Weights by name.
@@ -122,7 +122,7 @@ def counts(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[str,
 def counts_among(
     shapes: Mapping[str, Sequence[int]], config: TopKastConfig, step: int = 0
 ) -> dict[str, tuple[int, int]]:
-    """Return the same of parameters that are sparse already, by their shapes; see `counts`."""
+    """Return what `counts` does, for parameters that are sparse already, by their shapes."""
     return _counts(shapes, shared_among_all(shapes, config, step), config, step)
 
 
@@ -216,8 +216,8 @@ def telling(forward: Tensor, backward: Tensor, group: int | None) -> tuple[Tenso
         group: M; None where there are no groups.
 
     Returns:
-        A, B, the entries of A in B and, where there are groups, those that have not as many in
-        A or B as the first.
+        A, B, the entries of A in B and, where there are groups, those whose count in A or B is
+        not that of the first group.
     """
     sizes = (forward, backward, forward & backward)
     if group is None:
@@ -232,7 +232,7 @@ def _generator(seed: int, step: int, name: str) -> torch.Generator:
 
 
 def uneven_sets(masks: Mapping[str, Masks], config: TopKastConfig) -> list[str]:
-    """Name the parameters whose sets have not as many entries in each group, in one wait."""
+    """Name the parameters whose groups differ in their counts; the host waits once."""
     group = config.group
     if group is None:
         return []

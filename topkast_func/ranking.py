@@ -23,7 +23,7 @@ Sets: TypeAlias = tuple[Tensor, Tensor]
 """1_A and 1_B over entries, or over blocks."""
 
 MANY = 2**16
-"""Entries from which on a ranking by bits pays for the threads it takes."""
+"""Entries from which on a ranking by bits is worth its threads."""
 
 
 NO_RANKING = (

@@ -15,25 +15,25 @@ from typing import TypeAlias, TypeVar
 Result = TypeVar("Result")
 
 Claims: TypeAlias = frozenset[int | str]
-"""What has one user at a time: modules by their id, and what stands below."""
+"""Things with one user at a time: modules by their id, and the names below."""
 
 RANDOM_NUMBERS: Claims = frozenset({"random numbers"})
 """The generators that torch draws from by itself."""
 
 NO_RANDOM_NUMBERS: Claims = frozenset({"no random numbers"})
-"""That nobody draws, for work that is thought not to and will see if it does; many may claim it."""
+"""Nobody else draws: for work that is thought not to, and checks. Many may claim it at once."""
 
 EVERYTHING: Claims = frozenset({"everything"})
 """For work that changes flags of the process, as compiling does: nobody else has a turn."""
 
 _USED: dict[int, Claims] = {}
-"""What is in use, by thread."""
+"""Claims of the threads that have a turn."""
 
 _WAITING: dict[int, Claims] = {}
 """Claims of the threads that wait, in the order in which they came."""
 
 _CHANGE = threading.Condition()
-"""Of either."""
+"""Guards both; notified when one of them changes."""
 
 
 class _MoreNeededError(BaseException):
@@ -78,7 +78,7 @@ def in_turn(claims: Claims, run: Callable[[], Result]) -> Result:
 
 
 def require(claims: Claims) -> None:
-    """Go on if a turn has some claims, or stronger ones; else begin it again with them.
+    """Continue if this turn holds some claims, or stronger ones; else begin it again with them.
 
     Args:
         claims: What turns out to be used.

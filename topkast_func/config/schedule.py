@@ -38,7 +38,7 @@ def check_refresh_every(value: object) -> int | ByStep | None:
     """Return ``refresh_every`` in its hashable form.
 
     Args:
-        value: N, at least 1, or None; or these by the step from which on they hold.
+        value: N, at least 1, or None; or a mapping to these from the steps at which each begins.
 
     Returns:
         The number, None, or the mapping.

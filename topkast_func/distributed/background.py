@@ -42,10 +42,10 @@ class Background:
 
 
 _KNOWN: WeakKeyDictionary[dist.ProcessGroup, Background] = WeakKeyDictionary()
-"""By the group that trains."""
+"""The background of each group that trains."""
 
 _TURN = RLock()
-"""Of the threads of a process alone; a signal may have a thread do work within its own."""
+"""Held by one thread of a single process; a signal may interrupt it with more work."""
 
 
 def in_background(ranks: Ranks, work: Callable[[Ranks], Result]) -> Future[Result]:

@@ -143,7 +143,7 @@ def _latest(folder: Path) -> Path:
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """Return what is told of a checkpoint, what reads it, and tensors to read into."""
+    """Return the facts of ``about.json``, a reader, and empty tensors to read into."""
     with _by_torch(ValueError, DAMAGED.format(path)):
         about = dict(json.loads((path / ABOUT).read_text()))
         if about.pop("digest", None) != _digest(_encoded(about)) or about.get("format") != FORMAT:
@@ -171,7 +171,7 @@ def _check_tensors(path: Path, tensors: Tensors, checksums: Mapping[str, int]) -
 
 @contextmanager
 def _by_torch(kind: type[Exception], problem: str) -> Iterator[None]:
-    """Let errors of torch, some of them no `Exception`, say what they mean."""
+    """Raise errors of torch, some of them no `Exception`, as one kind that names the problem."""
     try:
         yield
     except (Exception, CheckpointException) as reason:
@@ -179,7 +179,7 @@ def _by_torch(kind: type[Exception], problem: str) -> Iterator[None]:
 
 
 def _told(reason: BaseException) -> str:
-    """Tell an error, of one that torch has collected from ranks what each of them says."""
+    """Describe an error; one that torch collected from several ranks by what each rank reported."""
     if isinstance(reason, CheckpointException):
         failures = reason.failures.items()
         return "; ".join(f"rank {rank}: {_told(own)}" for rank, (own, _) in failures)
@@ -188,7 +188,7 @@ def _told(reason: BaseException) -> str:
 
 @contextmanager
 def _no_warning(ranks: Ranks) -> Iterator[None]:
-    """Hush what torch says of a process that is alone; filters are of all threads at once."""
+    """Silence torch's warning about a single process, where no other thread needs its filters."""
     if ranks.group is not None:
         yield
         return

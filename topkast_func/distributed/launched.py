@@ -31,12 +31,12 @@ def world() -> dist.ProcessGroup | None:
 
 
 def is_first() -> bool:
-    """Return whether this is rank 0, which tells and writes what came of it, or alone."""
+    """Return whether this process is rank 0, which prints and writes the results, or runs alone."""
     return Ranks(world()).rank == 0
 
 
 def own_rows(samples: list[Any]) -> Any:
-    """Collate every r-th sample of a batch, from that of the number of this rank on.
+    """Collate the samples of this rank out of r: every r-th of a batch, from its own number on.
 
     Args:
         samples: Those of the batch, the same on all ranks.

@@ -1,4 +1,4 @@
-"""What of a model has to do with ranks: its buffers, and what is to be alike on all."""
+"""The parts of a model that concern ranks: buffers to average, and facts that must agree."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def is_mean(tensor: Tensor) -> bool:
 
 
 def about(model: object) -> dict[str, Any]:
-    """Return what of a model and of the installed torch must be alike on all ranks."""
+    """Return the facts about a model and the installed torch that must agree on all ranks."""
     tensors = tensors_of(model)
     return {
         "torch": str(torch.__version__),

@@ -38,7 +38,7 @@ def begin(folder: Path, step: int) -> str:
 
 
 def end(draft: Path) -> None:
-    """Write to a draft no more: what is left of it is removed by the next to begin one."""
+    """Give up a draft: the next call of `begin` removes what is left of it."""
     _UNDER_WAY.discard(draft.resolve())
 
 

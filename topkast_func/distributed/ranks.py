@@ -52,7 +52,7 @@ class Ranks:
         return torch.stack(found).cpu()
 
     def told(self, own: Any) -> list[Any]:
-        """Collect an object from each."""
+        """Collect an object from each process."""
         if self.size == 1:
             return [own]
         found: list[Any] = [None] * self.size
@@ -123,7 +123,7 @@ class Ranks:
 
     @contextmanager
     def waiting(self, where: str) -> Iterator[None]:
-        """Say of an error on which rank and where it is, and of a lost rank what that means.
+        """Add the rank and the place to an error, and to one of a lost rank what it means.
 
         Args:
             where: Where in the training this is, such as "in step 7".
@@ -146,7 +146,7 @@ class Ranks:
             raise
 
     def _device(self) -> torch.device:
-        """Return where tensors that all exchange are to be: on the CPU, if the group can."""
+        """Return the device for tensors that ranks exchange: the CPU, if the group supports it."""
         if "cpu:" in dist.get_backend_config(self.group):
             return torch.device("cpu")
         return torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -194,7 +194,7 @@ def _is_lost(reason: Exception) -> bool:
 
 
 def _short(value: Any, other: Any) -> str:
-    """Print a value, of a mapping what differs from another."""
+    """Print a value; of a mapping, the items that differ from another's."""
     if isinstance(value, Mapping) and isinstance(other, Mapping):
         value = {k: v for k, v in value.items() if k not in other or other[k] != v}
     return f"{value!r:.300}"

@@ -1,4 +1,4 @@
-"""Layers, a loss and a trainer that keep their own state: the seed's classes, and their like."""
+"""Layers, a loss and a trainer that keep their own state: the seed's classes and their siblings."""
 
 from topkast_func.facade.layers import (
     TopKastConv1d,

@@ -32,7 +32,7 @@ def masks_in(sets: Tensor, shape: torch.Size) -> Masks:
 
 
 class _Alpha(torch.autograd.Function):
-    """A third of the passes over θ that `straight_through` makes; it keeps the bits of B alone."""
+    """Passes over θ a third as often as `straight_through`, and saves the bits of B alone."""
 
     generate_vmap_rule = True
 

@@ -32,7 +32,7 @@ class Kernel(NamedTuple):
 
 
 class Derived(NamedTuple):
-    """What was found in the bits, or made of them.
+    """Facts found in the bits, and indices made of them.
 
     Attributes:
         sets: The buffer of the bits.
@@ -85,13 +85,13 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
 
 
 def counts_of(masks: Masks, group: int | None) -> tuple[int, int] | None:
-    """Return |A| and |B|; None where A is no part of B, or groups have not as many entries."""
+    """Return |A| and |B|; None where A is not within B, or groups differ in their counts."""
     forward, backward, both, *uneven = counted(telling(*masks, group))
     return None if both != forward or any(uneven) else (forward, backward)
 
 
 def readable(tensor: Tensor) -> bool:
-    """Return whether Python can look at the numbers of a tensor."""
+    """Return whether the host can read the numbers of a tensor."""
     return (
         not dispatches(tensor)
         and not tensor.is_meta

@@ -47,7 +47,7 @@ def watch(layer: nn.Module) -> None:
 
 
 def release(layer: nn.Module) -> None:
-    """Guard a layer no longer."""
+    """Stop guarding a layer."""
     _LAYERS.pop(id(layer), None)
 
 
@@ -58,7 +58,7 @@ def steps_made() -> int:
 
 @cache
 def _hook() -> None:
-    """Hook into every step, where it is compiled between its graphs."""
+    """Hook into every optimiser step; a compiled step runs the hooks between its graphs."""
     apart: Any = torch.compiler.disable
     register_optimizer_step_pre_hook(apart(_before))
     register_optimizer_step_post_hook(apart(_after))

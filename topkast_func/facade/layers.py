@@ -1,4 +1,4 @@
-"""The seed's linear layer, and its like for convolutions and embeddings."""
+"""The seed's linear layer, and its siblings for convolutions and embeddings."""
 
 from typing import Any
 

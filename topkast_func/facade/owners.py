@@ -11,7 +11,7 @@ from topkast_func.report.notes import Row, notes
 from topkast_func.report.summary import Summary, empty_lines
 
 Owners: TypeAlias = dict[str, list[tuple[nn.Module, SparseWeight]]]
-"""By name of a sparse weight the layers that have it: several where it is tied."""
+"""The layers that have each sparse weight, by its name: several where it is tied."""
 
 
 def owners_of(model: nn.Module) -> Owners:
@@ -24,7 +24,7 @@ def owners_of(model: nn.Module) -> Owners:
 
 
 def summary_of(model: nn.Module, config: TopKastConfig) -> Summary:
-    """Tell what a module consists of, one row for each parameter.
+    """Describe what a module consists of, one row for each parameter.
 
     Args:
         model: The module.

@@ -27,7 +27,7 @@ class Rule(NamedTuple):
         step: Number of the step that comes next.
         seed: Seed of the methods that draw.
         matrix: Whether it is the weight of a linear layer, which kernels can compute.
-        engine: Who then computes.
+        engine: The engine that is asked for.
     """
 
     name: str

@@ -96,7 +96,7 @@ class SparseLayer(nn.Module):
         return ", ".join(filter(None, told))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Come out of a pickle or a copy, maybe as the first sparse layer of a process."""
+        """Restore the layer from a pickle or a copy, maybe as the first sparse one of a process."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         for weight in weights_of(self).values():
             watch(self)

@@ -30,7 +30,7 @@ class SparseWeight:
     Attributes:
         probe: Zeros of the shape of θ, whose gradient is that of the loss at α with respect to
             every entry; None but in the step before a refresh that reads it.
-        steps: Steps of optimisers that had a gradient of it.
+        steps: Optimiser steps in which it had a gradient.
     """
 
     def __init__(self, key: str, rule: Rule) -> None:
@@ -40,7 +40,7 @@ class SparseWeight:
         self._derived: Derived | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave behind what is derived."""
+        """Leave out what is derived from the bits."""
         return SparseWeight, (self.key, self.rule), {"probe": self.probe, "steps": self.steps}
 
     @property

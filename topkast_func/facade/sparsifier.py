@@ -135,7 +135,7 @@ class Sparsifier:
         }
 
     def summary(self) -> Summary:
-        """Tell what the module consists of, one row for each parameter."""
+        """Describe what the module consists of, one row for each parameter."""
         return summary_of(self.model, self.config)
 
     def state_dict(self) -> dict[str, int]:
@@ -177,7 +177,7 @@ class Sparsifier:
                 )
 
     def _ask_for_gradients(self) -> None:
-        """Let the next step give the gradient of every entry, if a refresh is to read it then."""
+        """Let the next step leave the gradient of every entry, if a refresh then reads it."""
         method, by_hand = self.config.method, self.config.refresh_every is None
         asked = method.reads_gradient and (
             by_hand or self.config.schedule.refreshes_at(self.steps + 1)

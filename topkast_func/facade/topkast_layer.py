@@ -1,4 +1,4 @@
-"""What the seed's layer and its like have in common: a sparse weight, and the seed's names."""
+"""The base of the seed's layer and its siblings: a sparse weight, and the seed's names."""
 
 from typing import Any
 
@@ -198,7 +198,7 @@ class TopKastLayer(SparseLayer):
             theta.copy_(value.reshape(theta.shape))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Come out of a pickle, which makes a plain parameter of θ."""
+        """Restore the layer from a pickle, which makes a plain parameter of θ."""
         super().__setstate__(state)
         self._parameters["weight"].__class__ = Theta
 
@@ -224,4 +224,4 @@ def check_sparsities(p_forward: object, p_backward: object) -> Allocation:
 
 
 def _keep_off_fused_paths(*_: object) -> None:
-    """Be a hook: torch's fused transformer layers, which read θ themselves, step back for one."""
+    """Do nothing, as a hook: fused transformer layers, which read θ, give way to any hook."""

@@ -162,7 +162,7 @@ def head_of(path: Path, file: BinaryIO) -> bytes:
 
 @contextmanager
 def damage_of(path: Path) -> Iterator[None]:
-    """Let an error of a value name the file that holds it.
+    """Name the damaged file in a ValueError.
 
     Args:
         path: The file.

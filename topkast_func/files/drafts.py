@@ -67,7 +67,7 @@ def _name(part: str) -> str:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the drafts of the dead: only those can be locked."""
+    """Remove the drafts of writers that were killed: only those can be locked."""
     for draft in folder.glob(_name("*")):
         with suppress(OSError), draft.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ from topkast_func.files.layout import Entry, check_places, entry_of
 
 
 class Place(NamedTuple):
-    """A file, where in it the data begin, and what its header says of a tensor."""
+    """Place of a tensor: its file, where the data begin there, and its entry in the header."""
 
     path: Path
     data: int

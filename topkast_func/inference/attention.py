@@ -46,7 +46,7 @@ class SparseAttention(nn.Module):
         """Return what `torch.nn.MultiheadAttention` returns.
 
         Args:
-            query: [batch, length, embed_dim], or without batch; lengths first unless
+            query: [batch, length, embed_dim], or without batch; length first unless
                 ``batch_first``.
             key: The same, of a length of its own.
             value: As ``key``.

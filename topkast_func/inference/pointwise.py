@@ -19,7 +19,7 @@ class SparsePointwise(nn.Module):
 
     Attributes:
         linear: The same.
-        stride: Along each axis of the image.
+        stride: Its step along each axis of the image.
     """
 
     def __init__(self, layer: Any, linear: SparseLinear) -> None:

@@ -1,4 +1,4 @@
-"""Which layers another one may take the place of."""
+"""Which layers may be replaced."""
 
 from collections.abc import Collection
 

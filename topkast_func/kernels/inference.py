@@ -19,7 +19,7 @@ of the kernels."""
 
 
 def supported(dtype: torch.dtype, device: str) -> bool:
-    """Return whether products with values of a dtype on a type of device are computed sparsely."""
+    """Return whether sparse products support a dtype on a type of device."""
     return device == "cpu" and dtype in (torch.float32, torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""Tensors of torch's sparse layouts, made without its word that they are in beta."""
+"""Tensors of torch's sparse layouts, made without its warning that they are in beta."""
 
 import warnings
 from functools import cache
@@ -33,7 +33,7 @@ def csr_matrix(
 
 @cache
 def _say_it_unheard() -> None:
-    """Let torch say once in a process that CSR is in beta, where nobody hears it."""
+    """Let torch warn that CSR is in beta, which it does once a process, with warnings ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         empty = torch.zeros(0, dtype=torch.int64, device="cpu")

@@ -111,7 +111,7 @@ def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: in
 def _chosen(name: EngineName, *layer: Any) -> str:
     """Choose an engine; while Dynamo traces, by a function that it takes for a constant."""
     if torch.compiler.is_dynamo_compiling():
-        from topkast_func.kernels.tracing import chosen  # its mark loads Dynamo: a second
+        from topkast_func.kernels.tracing import chosen  # its import loads Dynamo: a second
 
         return chosen(name, *layer)
     return choose(name, Layer(*layer)).engine

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _SOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""By the columns of a matrix, which versions of its indices have been checked."""
+"""Versions of the indices that have been checked, by the columns of their matrix."""
 
 
 def check_indices(rows: Tensor, columns: Tensor, height: int, width: int) -> None:

@@ -11,7 +11,7 @@ from topkast_func.ranking import NaNParameterError, Sets
 from topkast_func.sparsity import Allocation
 
 Entry: TypeAlias = Literal["value", "zero", "threshold"]
-"""With what an entry that newly enters A starts: see `topkast`."""
+"""How an entry that newly enters A starts: see `topkast`."""
 
 
 class Situation(NamedTuple):
@@ -91,7 +91,7 @@ class Method:
 
     @property
     def enters_at(self) -> Entry:
-        """With what an entry that newly enters A starts."""
+        """How an entry that newly enters A starts."""
         return "value"
 
     @property
@@ -165,7 +165,7 @@ def size_problem(
         forward: Entries of A.
         backward: Entries of B.
         both: Entries of A that are in B.
-        uneven: Groups in which A or B has not its share.
+        uneven: Groups in which A or B lacks its exact count.
 
     Returns:
         A sentence; None where they are right.

@@ -48,7 +48,7 @@ class Exchanging(Method):
 
     @property
     def enters_at(self) -> Entry:
-        """With what an entry that newly enters A starts."""
+        """How an entry that newly enters A starts."""
         return "zero"
 
     def sets(self, situation: Situation) -> Sets:

@@ -30,7 +30,7 @@ class TopKast(Magnitude):
     """See `topkast`.
 
     Attributes:
-        entry: With what an entry that newly enters A starts.
+        entry: How an entry that newly enters A starts.
         exchange: Largest fraction of A that a refresh exchanges; None for no bound.
     """
 
@@ -46,7 +46,7 @@ class TopKast(Magnitude):
 
     @property
     def enters_at(self) -> Entry:
-        """With what an entry that newly enters A starts."""
+        """How an entry that newly enters A starts."""
         return self.entry
 
     @property
@@ -172,7 +172,7 @@ def random_backward(entry: Entry = "value", exchange: float | None = None) -> Me
     The random numbers follow from the state's seed and step.
 
     Args:
-        entry: With what an entry that newly enters A starts; see `topkast`.
+        entry: How an entry that newly enters A starts; see `topkast`.
         exchange: Largest fraction of A that a refresh exchanges, in (0, 1]; None for no bound.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A model in its turn, and as it is written: what it is read and run by."""
+"""Reading and running a model: in its turn, and without what torch.compile put into it."""
 
 from collections.abc import Callable, Iterable
 from functools import partial

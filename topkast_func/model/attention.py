@@ -66,7 +66,7 @@ def mixed(
     is_causal: bool,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Mix values by how much queries attend to keys.
+    """Average values, weighted by how much queries attend to keys.
 
     Args:
         layer: The `torch.nn.MultiheadAttention`, or what has its ``num_heads``, ``dropout`` and

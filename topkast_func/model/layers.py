@@ -59,7 +59,7 @@ def kernel_weights(model: object) -> dict[str, torch.Size]:
 
 @contextmanager
 def standing_in(stand_ins: Iterable[StandIn]) -> Iterator[None]:
-    """Let layers compute by their stand-ins for a while.
+    """Let layers compute by their stand-ins within the context.
 
     Args:
         stand_ins: What stands in, one for a layer.
@@ -83,8 +83,7 @@ def bound_to(
 ) -> Iterator[None]:
     """Let stand-ins compute on the kernels wherever they meet α.
 
-    A layer that is given another weight, by the model itself or by whoever calls it beside, is
-    computed with that.
+    A layer that is given another weight, by the model or by another caller, computes with that.
 
     Args:
         stand_ins: What stands in.

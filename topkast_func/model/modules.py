@@ -20,7 +20,7 @@ def bind(
         tied: What `ties` returns for it.
         alpha: Weights by name.
         constant: Frozen parameters by name, where ``alpha`` has none.
-        buffers: Buffers by name; what a module writes or assigns to them stands here after.
+        buffers: Buffers by name; the mapping then holds what the module wrote or assigned.
 
     Returns:
         The bound model.
@@ -119,7 +119,7 @@ def unset_buffers(model: object) -> dict[str, tuple[nn.Module, str]]:
 
 
 def modes(model: object) -> tuple[bool, ...]:
-    """Return of each part of a module whether it is in training mode; others have none."""
+    """Return the ``training`` flag of every part of a module; () for anything else."""
     return tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else ()
 
 

@@ -41,7 +41,7 @@ class Product:
         self.bound: Bound | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be copied bound to nothing."""
+        """Copy the product without what it is bound to."""
         return Product, (self.name, self.engine, self.transposed)
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

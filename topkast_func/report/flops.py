@@ -140,14 +140,14 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if packet in COPIES and (owner := self._owner(args)):
             self.owners[out.untyped_storage().data_ptr()] = owner
-            self.copies.append(out)  # nothing else may come to stand in its place
+            self.copies.append(out)  # kept, so that its memory is not used again
         if packet in COUNTS:
             count = COUNTS[packet](*args, **kwargs, out_val=out)
             self.flops[self._owner(args)] += count
         return out
 
     def _owner(self, args: Any) -> str:
-        """Return the parameter that a product multiplies with, or nothing."""
+        """Return the name of the parameter that a product multiplies with, or ""."""
         operands = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         storages = [leaf.untyped_storage().data_ptr() for leaf in operands if leaf.ndim > 1]
         return next((self.owners[s] for s in storages if s in self.owners), "")

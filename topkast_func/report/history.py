@@ -1,4 +1,4 @@
-"""What a run was like: its losses, and what each refresh did."""
+"""History of a run: its losses, and what each refresh did."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from topkast_func.types import Tensors
 
 
 class Refresh(NamedTuple):
-    """What is known of one refresh.
+    """Record of one refresh.
 
     Attributes:
         step: Number of the step that it was part of.
@@ -36,7 +36,7 @@ class History(Callback):
 
     Attributes:
         losses: Loss of the data at each step.
-        refreshes: What is known of each refresh.
+        refreshes: The record of each refresh.
     """
 
     def __init__(self, flops: Callable[[TrainState], TrainingFlops] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a summary says below its table: why weights are dense, and what one may not have meant."""
+"""Notes below the table of a summary: why weights are dense, and what may not be meant."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

@@ -86,7 +86,7 @@ def plan(
     memory: int | None = None,
     master: torch.dtype | None = None,
 ) -> Plan:
-    """Tell what training takes on many processes, before anything is made.
+    """Estimate what training takes on many processes, before anything is made.
 
     Counted is what stays from step to step, and gradients; activations, and what a step or a
     refresh needs for a moment, come on top. A ring of N ranks that sums m bytes sends 2·m·(N−1)/N

@@ -86,7 +86,7 @@ def summary(
     model: Model | None = None,
     config: TopKastConfig | None = None,
 ) -> Summary:
-    """Tell what a state consists of.
+    """Describe what a state consists of.
 
     Below the table it says why weights are dense, and warns of weights that no kernel computes,
     and of rows and columns of A without an entry.

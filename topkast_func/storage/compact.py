@@ -17,7 +17,7 @@ from topkast_func.types import Masks, Params, Tensors
 
 
 class CompactWeights(NamedTuple):
-    """The weights of a state, of which only B is at hand.
+    """The weights of a state, stored as the values of B.
 
     After B has become A, the places of B∖A are unused: their values, gradients and slots are
     zero and stay so, and no shape has changed.
@@ -68,7 +68,7 @@ class CompactWeights(NamedTuple):
         return self.patterns[name] if name in self.patterns else self.positions[name]
 
     def stands(self, name: str) -> Index | None:
-        """Return what says where the values of a parameter stand; None for a dense one."""
+        """Return the index of the values of a parameter; None for a dense one."""
         return self.sets(name) if name in self.theta else None
 
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -80,7 +80,7 @@ class CompactWeights(NamedTuple):
         }
 
     def sets_key(self) -> Hashable:
-        """Return what differs where the sets are others, without counting them."""
+        """Return a key that changes with the sets, without counting them."""
         return tuple((n, self.sets(n).active_count, self.held[n].shape) for n in self.theta)
 
     def penalty(self, values: Tensors, config: TopKastConfig, step: int) -> Tensor:

@@ -53,14 +53,14 @@ class DenseWeights(NamedTuple):
         return {name: theta.shape for name, theta in self.theta.items()}
 
     def stands(self, name: str) -> None:
-        """Return nothing: the values stand where they are."""
+        """Return None: every value stands at its own place in θ."""
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return how many entries A and B have, by name."""
         return sizes_of(self.sets)
 
     def sets_key(self) -> Hashable:
-        """Return what differs where the sets are others, without counting them."""
+        """Return a key that changes with the sets, without counting them."""
         return tuple((name, id(masks.forward)) for name, masks in self.sets.items())
 
     def dense(self) -> Tensors:

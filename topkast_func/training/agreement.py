@@ -37,7 +37,7 @@ def disagreements(
     model: Model | None = None,
     optimizer: Optimizer | None = None,
 ) -> list[str]:
-    """Say in what a state is not one of a model, a configuration and an optimiser.
+    """Say where a state does not fit a model, a configuration and an optimiser.
 
     Args:
         state: The state.
@@ -96,7 +96,7 @@ def agreement(
 
 
 def _looks(state: TrainState, config: TopKastConfig) -> Hashable:
-    """Return what differs between any two states of which one may agree and the other not."""
+    """Return a key that differs between states of which one may agree and the other not."""
     step, weights = int(state.step), state.weights
     trees = (weights.values(), state.frozen, state.buffers, state.narrow)
     slots = state.optimizer.slots

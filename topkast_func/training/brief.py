@@ -17,7 +17,7 @@ WIDTH = 80
 
 
 def brief(state: "TrainState") -> str:
-    """Tell what a state consists of, in a few lines whatever its size; see also `summary`.
+    """Describe a state in a few lines, whatever its size; see also `summary`.
 
     Args:
         state: The state: one, or an ensemble.

@@ -1,4 +1,4 @@
-"""torch.compile for a pure step: one graph, and a clear word where that cannot be."""
+"""torch.compile for a pure step: one graph, or an error that says why not."""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -72,7 +72,7 @@ def compiled(
         return step
     if compile is not True and not isinstance(compile, Mapping):
         raise TypeError(f"compile must be a bool or options of torch.compile, got {compile!r}")
-    from torch._dynamo import callback, exc  # loads Dynamo: a second
+    from torch._dynamo import callback, exc  # loads Dynamo, which takes a second
 
     options = {**ONE_GRAPH, **({} if compile is True else compile)}
     if not {"backend", "mode", "options"} & options.keys():
@@ -102,7 +102,7 @@ def compiled(
 
 @contextmanager
 def _watched(handler: Any) -> Iterator[None]:
-    """Let Dynamo say when it compiles."""
+    """Let Dynamo report when it begins and ends to compile."""
     starts, ends = handler.start_callbacks, handler.end_callbacks
     starts.append(compiling.begin)
     ends.append(compiling.end)

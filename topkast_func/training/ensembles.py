@@ -1,4 +1,4 @@
-"""Ensembles: what reads numbers on the host, under `torch.vmap`, does one member after another."""
+"""Ensembles under `torch.vmap`: work that the host decides on, one member after another."""
 
 from collections.abc import Callable
 from typing import Any

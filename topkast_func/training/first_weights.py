@@ -109,7 +109,7 @@ def outlined_weights(
 
 
 def trained(model: nn.Module | Params) -> tuple[Params, list[str]]:
-    """Return what of a model is trained, by name, and which of it kernels could multiply by.
+    """Return the trained parameters of a model, and names of those that kernels could multiply by.
 
     Args:
         model: A module, or weights by name, of which every matrix is taken for one of a layer.

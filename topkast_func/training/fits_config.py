@@ -86,7 +86,7 @@ def is_of_stage(weights: Weights, config: TopKastConfig, step: int) -> bool:
 
 
 def config_problem(state: TrainState, config: TopKastConfig, params: Params | None) -> str | None:
-    """Say in what a state does not fit a configuration.
+    """Say where a state does not fit a configuration.
 
     Args:
         state: The state.
@@ -108,7 +108,7 @@ def config_problem(state: TrainState, config: TopKastConfig, params: Params | No
 
 
 def outlines(weights: Weights) -> Tensors:
-    """Return tensors without values in the place of all parameters."""
+    """Return a tensor on the meta device for every parameter."""
     kinds = weights.values()
     return {
         name: torch.empty(shape, dtype=kinds[name].dtype, device="meta")
@@ -167,7 +167,7 @@ def _exponent_problem(
 
 
 def _size_problem(weights: Weights, config: TopKastConfig, step: int) -> str | None:
-    """Say what is not as it is asked for, before or after a refresh that is due."""
+    """Say which sizes are not those asked for, before or after a refresh that is due."""
     shapes = {name: weights.shapes()[name] for name in weights.sparse()}
     found, asked = weights.sizes(), counts_among(shapes, config, step)
     if found in (asked, counts_among(shapes, config, max(step - 1, 0))):

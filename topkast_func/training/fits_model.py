@@ -11,7 +11,7 @@ from topkast_func.training.state import TrainState
 from topkast_func.types import Params
 
 Facts: TypeAlias = Mapping[str, Mapping[str, object]]
-"""What is known of tensors, such as their "shape" and "dtype", by name."""
+"""Facts about tensors by name, such as their "shape" and "dtype"."""
 
 
 def check_tensors(state: TrainState, model: nn.Module) -> None:
@@ -33,7 +33,7 @@ def check_tensors(state: TrainState, model: nn.Module) -> None:
 
 
 def model_problem(state: TrainState, model: nn.Module) -> str | None:
-    """Say in what a state does not fit a module.
+    """Say where a state does not fit a module.
 
     Args:
         state: The state.

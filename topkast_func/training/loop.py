@@ -19,7 +19,7 @@ KEPT = (
 
 
 class Callback:
-    """Is told of steps and refreshes, and may stop the training; override what you need."""
+    """Learns of steps and refreshes, and may stop the training; override what you need."""
 
     def on_step(self, state: TrainState, metrics: StepMetrics) -> bool | None:
         """Take note of a step.
@@ -108,7 +108,7 @@ def train(
 def _told(
     callbacks: Sequence[Callback], before: TrainState, after: TrainState, metrics: StepMetrics
 ) -> bool:
-    """Tell of a step; return whether a callback asks to stop."""
+    """Call the callbacks after a step; return whether one asks to stop."""
     asked = []
     for callback in callbacks:
         if metrics.refreshed:

@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class Draws:
-    """Which kinds of work draw random numbers, as found out by doing it.
+    """Remembers which kinds of work draw random numbers, as they are found out.
 
     Args:
         first: What the first work of a kind claims.
@@ -27,7 +27,7 @@ class Draws:
         self._found: dict[Hashable, bool] = {}
 
     def claims(self, kind: Hashable) -> Claims:
-        """Return what work of a kind claims, but for the model.
+        """Return the claims of a kind of work, the model apart.
 
         Args:
             kind: What decides whether it draws, and whether it is compiled anew.
@@ -41,10 +41,10 @@ class Draws:
         return RANDOM_NUMBERS if found else NO_RANDOM_NUMBERS
 
     def run(self, kind: Hashable, state: TrainState, work: Callable[[], Result]) -> Result:
-        """Do work in its turn, with the random numbers of a state if it draws any.
+        """Do work within a turn, with the random numbers of a state if it draws any.
 
-        A turn that claims less than the work does begins again, and so does one in which the
-        work turns out to draw.
+        A turn with too few claims begins again, and so does one in which the work turns out to
+        draw.
 
         Args:
             kind: Kind of the work.

@@ -76,7 +76,7 @@ def _refreshed(state: TrainState, config: TopKastConfig, gradients: Params | Non
 
 
 def sizes_after(weights: Weights, config: TopKastConfig, step: int) -> dict[str, tuple[int, int]]:
-    """Return |A| and |B| by name after a refresh, of which the host knows without counting."""
+    """Return |A| and |B| by name after a refresh, which follow without counting."""
     if config.schedule.settled(step):
         return {name: (active, active) for name, (active, _) in weights.sizes().items()}
     shapes = weights.shapes()
@@ -162,7 +162,7 @@ def refreshes_around(
 def refreshed_if_finite(
     state: TrainState, config: TopKastConfig, gradients: Callable[[], Tensors]
 ) -> TrainState:
-    """Return the state with new sets, or as it is, with a warning, where NaN forbids to choose any.
+    """Return the state with new sets; where NaN forbids that, warn and return it as it is.
 
     Args:
         state: The state.

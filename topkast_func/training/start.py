@@ -144,7 +144,7 @@ def _check_master(master: object) -> None:
 
 
 def check_ties(model: object, config: TopKastConfig) -> None:
-    """Check that no pattern speaks of a tied weight of a module under its second name alone.
+    """Check that no pattern names a tied weight of a module by its second name alone.
 
     Args:
         model: A module, or anything else.

@@ -56,7 +56,7 @@ class TrainState(NamedTuple):
 
 
 def check_state(state: object) -> None:
-    """Check that a state is one, and of one network.
+    """Check that this is the state of one network.
 
     Args:
         state: What is to be one.

@@ -186,7 +186,7 @@ def check_distinct(what: str, kinds: list[str]) -> None:
 
 
 def slot_problem(slots: dict[str, Tensors], values: Params, optimizer: Optimizer) -> str | None:
-    """Say what of the slots is not as an optimiser makes them.
+    """Say where slots are not as an optimiser makes them.
 
     Args:
         slots: By kind and name.
