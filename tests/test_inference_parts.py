@@ -16,6 +16,7 @@ import topkast_func as tk
 from tests.inferred import layers, made, small
 from topkast_func.inference.attention import SparseAttention
 from topkast_func.inference.embedding import SparseEmbedding
+from topkast_func.inference.stored import Stored
 
 WIDTH = 32
 
@@ -325,3 +326,15 @@ def test_a_parametrised_bias_is_kept() -> None:
 def test_a_module_without_values_is_named() -> None:
     with pytest.raises(ValueError, match="'weight' is on the meta device, without values"):
         tk.sparse_module(nn.Linear(4, 4, device="meta"))
+
+
+@pytest.mark.usefixtures("small_layers_pay")
+def test_the_blocks_of_a_weight_that_is_transposed_are_transposed() -> None:
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:2, :4] = mask[4:6, 4:] = True
+    alpha = torch.where(mask, torch.randn(8, 8), 0.0)
+    stored = Stored({"weight": alpha}, {"weight": mask}, {"weight": torch.zeros(4, 2, 4)}, batch=4)
+    layer = stored.linear("weight", None, transposed=True)
+    assert layer is not None
+    assert layer.values.shape == (2, 4, 2)
+    assert torch.equal(layer.weight, alpha.t())

@@ -327,6 +327,29 @@ def test_a_turn_that_has_what_it_needs_goes_on() -> None:
         assert starts == [1]
 
 
+def test_a_turn_with_a_module_alone_does_not_know_that_nobody_draws() -> None:
+    starts: list[int] = []
+
+    def work() -> int:
+        starts.append(1)
+        require(NO_RANDOM_NUMBERS)
+        return len(starts)
+
+    assert in_turn(frozenset({1}), work) == 2
+
+
+def test_who_comes_later_waits_behind_who_waits_for_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second waits for what is free, but the first, who needs it too, came before."""
+    monkeypatch.setattr(turns, "_USED", {3: frozenset({1})})
+    monkeypatch.setattr(turns, "_WAITING", {1: frozenset({1, 2}), 2: frozenset({2})})
+    assert not turns._is_next(1)
+    assert not turns._is_next(2)
+    turns._USED.clear()
+    assert turns._is_next(1)
+
+
 def test_a_forked_process_has_its_turn() -> None:
     fork = multiprocessing.get_context("fork")
 

@@ -199,6 +199,22 @@ def test_a_sparse_part_is_stepped_with_its_own_optimizer(tmp_path: Path) -> None
     assert type(module.sparse) is nn.Linear
 
 
+class InOneBatch(Adversaries):
+    """Both optimisers step in each batch, that of the sparse part first."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> None:
+        for turn in range(2):
+            super().training_step(batch, turn)
+
+
+def test_a_step_counts_if_another_optimizer_steps_after_it(tmp_path: Path) -> None:
+    module = InOneBatch().double()
+    sparsifier = tk.sparsify(module.sparse, tk.TopKastConfig(0.8, 0.5, refresh_every=2))
+    options: Any = {"gradient_clip_val": None, "accumulate_grad_batches": 1}
+    trainer_of(tmp_path, TopKastCallback(sparsifier), **options).fit(module, loader())
+    assert sparsifier.steps == EPOCHS * 10
+
+
 class Tied(LightningModule):
     """Reads the weight of its embedding in a step, outside any forward pass."""
 
