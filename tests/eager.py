@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import topkast_func as tk
+from topkast_func import make_train_step
 
 
 def eager_step(*arguments: Any, **options: Any) -> Any:
     """Make the step that `make_train_step` makes, but for its compilation."""
-    return tk.make_train_step(*arguments, **{**options, "compile": False})
+    return make_train_step(*arguments, **{**options, "compile": False})

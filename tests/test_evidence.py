@@ -24,6 +24,7 @@ from benchmarks.evidence.settings import (
     start,
     trials,
 )
+from tests.eager import eager_step
 
 TUNED = {method: start("mlp", method) for method in METHODS}
 
@@ -80,6 +81,7 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs += torch.randn(10, 784, generator=generator)[labels]
     parts = ((inputs[:500], labels[:500]), (inputs[500:], labels[500:]))
     monkeypatch.setattr(tasks, "_images", lambda shape, validate: parts)
+    monkeypatch.setattr("topkast_func.make_train_step", eager_step)
     for module in (tasks, training):
         monkeypatch.setitem(module.TASKS, "mlp", tasks.TASKS["mlp"]._replace(steps=24))
 

@@ -486,7 +486,7 @@ def test_an_ensemble_moves_under_vmap_as_each_of_its_members(optimizer: tk.Optim
 
 # --- half precision ----------------------------------------------------------------------
 
-HALF_STEPS = 200
+HALF_STEPS = 100
 FOLLOWED = 8
 """Roundings of the loss by which a run in half precision may be off: θ is rounded at each step."""
 

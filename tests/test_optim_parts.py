@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
-from torch.utils._pytree import tree_flatten
 
 import topkast_func as tk
 from tests.optimizers import EVERY, TOGETHER, halving
+from tests.small_runs import drawn, mse, network, run, same
 from tests.storage import STORAGES, dense_slots
 from topkast_func.types import Params
 
@@ -25,45 +25,6 @@ PAPER = tk.topkast("value", exchange=None)
 CONFIG = tk.TopKastConfig(0.7, 0.4, refresh_every=2, method=PAPER)
 BLOCKS = tk.TopKastConfig(0.75, 0.5, refresh_every=2, block_shape=(2, 2), sparse="*weight")
 every_storage = pytest.mark.parametrize("storage", STORAGES)
-
-
-def _network() -> nn.Module:
-    """Weights so small that a few steps change which are the largest."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.05)
-    return model
-
-
-def _batches(n: int, rows: int = 8) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator).double()
-
-    return [(draw(6), draw(4)) for _ in range(n)]
-
-
-def _mse(apply: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return (apply(batch[0]) - batch[1]).square().mean()
-
-
-def _run(
-    optimizer: tk.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],
-    storage: Any = "compact",
-    config: tk.TopKastConfig = CONFIG,
-    compile: Any = False,
-    start: tk.TrainState | None = None,
-) -> list[tk.TrainState]:
-    model = _network()
-    step = tk.make_train_step(model, _mse, config, optimizer, compile=compile)
-    states = [start or tk.init_state(model, config, optimizer, storage=storage)]
-    for batch in batches:
-        states.append(step(states[-1], batch)[0])
-    return states
 
 
 def _weights() -> Tree:
@@ -86,32 +47,30 @@ def _updates(optimizer: tk.Optimizer, gradients: list[Tree]) -> list[Tree]:
     return taken
 
 
-def _same(one: Any, other: Any) -> bool:
-    leaves = zip(tree_flatten(one)[0], tree_flatten(other)[0], strict=True)
-    return all(torch.equal(a, b) for a, b in leaves)
-
-
 # --- every optimiser in every kind of run ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "config"),
-    [*((name, CONFIG) for name in EVERY), ("adamw", BLOCKS), ("gathered", BLOCKS)],
+    ("name", "config", "storage"),
+    [
+        *((name, CONFIG, "compact") for name in EVERY),
+        *((name, BLOCKS, "compact") for name in ("adamw", "gathered")),
+        *((name, CONFIG, "dense") for name in ("adamw", "all")),
+    ],
 )
-@every_storage
 def test_compiled_equals_eager_through_refreshes(name: str, config: Any, storage: Any) -> None:
     """One graph, traced once; outside B nothing moves, and on B∖A something does."""
     torch._dynamo.utils.clear_compilation_metrics()
     counter = CompileCounterWithBackend("aot_eager")
-    optimizer, batches = EVERY[name], _batches(6)
-    eager = _run(optimizer, batches, storage, config)
-    compiled = _run(optimizer, batches, storage, config, {"backend": counter, "fullgraph": True})
+    optimizer, batches = EVERY[name], drawn(6)
+    eager = run(config, optimizer, batches, storage)
+    compiled = run(config, optimizer, batches, storage, {"backend": counter, "fullgraph": True})
     (metrics,) = torch._dynamo.utils.get_compilation_metrics()
     assert (counter.frame_count, metrics.restart_reasons) == (1, set())
     for one, other in zip(eager[1:], compiled[1:], strict=True):
         assert_close(tk.dense_params(one), tk.dense_params(other))
         assert_close(dense_slots(one), dense_slots(other))
-        assert _same(tk.masks_of(one), tk.masks_of(other))
+        assert same(tk.masks_of(one), tk.masks_of(other))
     moved = torch.zeros((), dtype=torch.bool)
     for before, after in itertools.pairwise(compiled):
         for weight, masks in tk.masks_of(after).items():
@@ -121,31 +80,31 @@ def test_compiled_equals_eager_through_refreshes(name: str, config: Any, storage
             for tree in dense_slots(after).values():
                 assert weight not in tree or not tree[weight][~masks.backward].any()
     assert moved
-    assert not _same(tk.masks_of(eager[0]), tk.masks_of(eager[-1]))
+    assert not same(tk.masks_of(eager[0]), tk.masks_of(eager[-1]))
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_both_storages_move_alike(name: str) -> None:
     """The norm of all gradients is that over B in both."""
-    compact, dense = (_run(EVERY[name], _batches(6), storage) for storage in STORAGES)
+    compact, dense = (run(CONFIG, EVERY[name], drawn(6), storage) for storage in STORAGES)
     for one, other in zip(compact, dense, strict=True):
         assert_close(tk.dense_params(one), tk.dense_params(other))
         assert_close(dense_slots(one), dense_slots(other))
-        assert _same(tk.masks_of(one), tk.masks_of(other))
-    assert not _same(tk.dense_params(dense[0]), tk.dense_params(dense[-1]))
+        assert same(tk.masks_of(one), tk.masks_of(other))
+    assert not same(tk.dense_params(dense[0]), tk.dense_params(dense[-1]))
 
 
 @every_storage
 @pytest.mark.parametrize("name", EVERY)
 def test_a_run_goes_on_from_a_file_bit_for_bit(name: str, storage: Any, tmp_path: Path) -> None:
     """Before a refresh is due, and between two batches of one update."""
-    batches, optimizer = _batches(7), EVERY[name]
-    whole = _run(optimizer, batches, storage)
+    batches, optimizer = drawn(7), EVERY[name]
+    whole = run(CONFIG, optimizer, batches, storage)
     for pause in (3, 4):
         tk.save(whole[pause], tmp_path / "state")
-        loaded = tk.load(tmp_path / "state", CONFIG, _network(), optimizer)
+        loaded = tk.load(tmp_path / "state", CONFIG, network(), optimizer)
         assert list(loaded.optimizer.slots) == list(whole[pause].optimizer.slots)
-        assert _same(_run(optimizer, batches[pause:], start=loaded)[-1], whole[-1])
+        assert same(run(CONFIG, optimizer, batches[pause:], start=loaded)[-1], whole[-1])
 
 
 # --- clip_by_global_norm and chain ----------------------------------------------------------
@@ -164,13 +123,13 @@ def test_gradients_above_the_norm_are_scaled_to_it(share: float) -> None:
 def test_gradients_within_the_norm_stay_as_they_are_bit_for_bit() -> None:
     clip = tk.clip_by_global_norm(100.0)
     gradients = _gradients()
-    assert _same(clip.update(gradients, clip.init(gradients), _weights())[0], gradients)
+    assert same(clip.update(gradients, clip.init(gradients), _weights())[0], gradients)
 
 
 def test_gradients_of_zero_stay_zero() -> None:
     clip = tk.clip_by_global_norm(1.0)
     zeros = {name: torch.zeros_like(gradient) for name, gradient in _gradients().items()}
-    assert _same(clip.update(zeros, clip.init(zeros), _weights())[0], zeros)
+    assert same(clip.update(zeros, clip.init(zeros), _weights())[0], zeros)
 
 
 def test_the_norm_of_half_precision_is_that_of_float32() -> None:
@@ -181,7 +140,7 @@ def test_the_norm_of_half_precision_is_that_of_float32() -> None:
     expected, _ = clip.update(gradients, clip.init(gradients), gradients)
     found, _ = clip.update(half, clip.init(half), half)
     assert expected["b"].all()
-    assert _same(found, expected)
+    assert same(found, expected)
 
 
 def test_a_chain_clips_before_the_optimizer() -> None:
@@ -224,7 +183,7 @@ def test_a_chain_returns_updates_of_the_dtype_of_the_parameters() -> None:
 
 def test_a_chain_has_the_slots_and_the_rate_of_its_optimizer() -> None:
     optimizer = tk.chain(tk.clip_by_global_norm(1.0), tk.adamw(halving))
-    assert _same(optimizer.init(_weights()), tk.adamw().init(_weights()))
+    assert same(optimizer.init(_weights()), tk.adamw().init(_weights()))
     rate: Any = optimizer.learning_rate(torch.tensor(1))
     assert float(rate) == 0.0625
 
@@ -257,7 +216,7 @@ def test_a_part_of_ones_own_keeps_its_slots() -> None:
     updates = _updates(tk.chain(_noise(), tk.sgd(1.0)), gradients)
     expected = {n: -0.5 * (gradients[0][n] + gradients[1][n]) for n in gradients[0]}
     assert_close(updates[1], expected)
-    states = _run(tk.chain(_noise(), tk.sgd(0.1)), _batches(5))
+    states = run(CONFIG, tk.chain(_noise(), tk.sgd(0.1)), drawn(5))
     for name, masks in tk.masks_of(states[-1]).items():
         assert not dense_slots(states[-1])["before"][name][~masks.backward].any()
 
@@ -299,7 +258,7 @@ def test_a_part_alone_is_no_optimizer() -> None:
     clip: Any = tk.clip_by_global_norm(1.0)
     message = re.escape("clip_by_global_norm(1.0) is a part of an optimiser: chain(clip_by")
     with pytest.raises(TypeError, match=message):
-        tk.init_state(_network(), CONFIG, clip)
+        tk.init_state(network(), CONFIG, clip)
 
 
 # --- multi_steps ------------------------------------------------------------------------------
@@ -323,24 +282,24 @@ def test_four_batches_make_the_update_of_one_as_large(
 ) -> None:
     """Refreshes, the end of exploration and the schedule count updates."""
     config = tk.TopKastConfig(0.7, 0.4, refresh_every=2, explore_until=until)
-    batches = _batches(20)
-    whole = _run(inner, _joined(batches), storage, config)
-    parts = _run(tk.multi_steps(inner, QUARTERS), batches, storage, config)
-    assert not _same(tk.masks_of(whole[0]), tk.masks_of(whole[-1]))
+    batches = drawn(20)
+    whole = run(config, inner, _joined(batches), storage)
+    parts = run(config, tk.multi_steps(inner, QUARTERS), batches, storage)
+    assert not same(tk.masks_of(whole[0]), tk.masks_of(whole[-1]))
     for update, state in enumerate(whole):
         other = parts[QUARTERS * update]
         assert int(other.step) == int(state.step) == update
         assert_close(tk.dense_params(other), tk.dense_params(state))
-        assert _same(tk.masks_of(other), tk.masks_of(state))
+        assert same(tk.masks_of(other), tk.masks_of(state))
 
 
 @every_storage
 def test_between_updates_nothing_moves_but_what_is_gathered(storage: Any) -> None:
-    states = _run(tk.multi_steps(tk.adamw(0.1), QUARTERS), _batches(12), storage)
+    states = run(CONFIG, tk.multi_steps(tk.adamw(0.1), QUARTERS), drawn(12), storage)
     for call, (before, after) in enumerate(itertools.pairwise(states), 1):
         moved = call % QUARTERS == 0
         assert (int(after.step), int(after.optimizer.step)) == (call // QUARTERS, call)
-        assert _same(tk.dense_params(before), tk.dense_params(after)) != moved
+        assert same(tk.dense_params(before), tk.dense_params(after)) != moved
         old, new = before.optimizer.slots, after.optimizer.slots
         assert torch.equal(old["adamw.exp_avg"]["0.bias"], new["adamw.exp_avg"]["0.bias"]) != moved
         gathered = new["multi_steps(4).gradient"]
@@ -352,18 +311,18 @@ def test_between_updates_nothing_moves_but_what_is_gathered(storage: Any) -> Non
 def test_a_refresh_comes_before_the_first_batch_of_an_update(storage: Any, method: Any) -> None:
     """And before no other: another exchange of SET or RigL would change the sets again."""
     config = replace(CONFIG, method=method)
-    states = _run(tk.multi_steps(tk.sgd(0.5), QUARTERS), _batches(17), storage, config)
+    states = run(config, tk.multi_steps(tk.sgd(0.5), QUARTERS), drawn(17), storage)
     changed = [
         call
         for call, (before, after) in enumerate(itertools.pairwise(states))
-        if not _same(tk.masks_of(before), tk.masks_of(after))
+        if not same(tk.masks_of(before), tk.masks_of(after))
     ]
     assert changed == [8, 16]
 
 
 @every_storage
 def test_what_is_gathered_follows_its_weights_at_a_refresh_by_hand(storage: Any) -> None:
-    states = _run(tk.multi_steps(tk.sgd(0.5), 2), _batches(3), storage)
+    states = run(CONFIG, tk.multi_steps(tk.sgd(0.5), 2), drawn(3), storage)
     before = states[-1]
     after = tk.refresh(before, CONFIG)
     old, new = (dense_slots(state)["multi_steps(2).gradient"] for state in (before, after))
@@ -379,10 +338,10 @@ def test_what_is_gathered_follows_its_weights_at_a_refresh_by_hand(storage: Any)
 def test_batches_of_one_update_draw_other_random_numbers() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4)).double()
     optimizer = tk.multi_steps(tk.sgd(0.1), 2)
-    step = tk.make_train_step(model, _mse, CONFIG, optimizer, compile=False)
+    step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
     state, losses = tk.init_state(model, CONFIG, optimizer), []
     for _ in range(2):
-        state, metrics = step(state, _batches(1)[0])
+        state, metrics = step(state, drawn(1)[0])
         losses.append(float(metrics.data_loss))
     assert losses[0] != losses[1]
 
@@ -396,7 +355,7 @@ def test_accumulation_may_be_nested() -> None:
 
 def test_one_call_for_an_update_is_the_optimizer_itself() -> None:
     gradients = [_gradients(seed) for seed in range(3)]
-    assert _same(_updates(tk.multi_steps(tk.adam(), 1), gradients), _updates(tk.adam(), gradients))
+    assert same(_updates(tk.multi_steps(tk.adam(), 1), gradients), _updates(tk.adam(), gradients))
 
 
 @pytest.mark.parametrize(
@@ -446,11 +405,11 @@ def test_groups_of_one_kind_have_the_slots_of_one_optimizer() -> None:
 
 def test_nothing_may_be_left_for_all_others(tmp_path: Path) -> None:
     optimizer = tk.partition({"0.*": tk.sgd(0.1), "2.*": tk.sgd(0.1), "*": tk.adam()})
-    whole = _run(optimizer, _batches(4))
+    whole = run(CONFIG, optimizer, drawn(4))
     assert whole[0].optimizer.slots == {"adam.exp_avg": {}, "adam.exp_avg_sq": {}}
     tk.save(whole[2], tmp_path / "state")
-    loaded = tk.load(tmp_path / "state", CONFIG, _network(), optimizer)
-    assert _same(_run(optimizer, _batches(4)[2:], start=loaded)[-1], whole[-1])
+    loaded = tk.load(tmp_path / "state", CONFIG, network(), optimizer)
+    assert same(run(CONFIG, optimizer, drawn(4)[2:], start=loaded)[-1], whole[-1])
 
 
 def test_a_clip_is_of_its_group_or_of_all() -> None:

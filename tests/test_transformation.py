@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._pytree import tree_flatten
 
 import topkast_func as tk
 from tests.own_optimizers import factored, normalized
+from tests.small_runs import drawn, mse, network, run, same
 from tests.storage import STORAGES
 from topkast_func.training.optim.transformation import slot_problem, wide
 from topkast_func.types import Params
@@ -31,72 +31,30 @@ CASES = [
 every_case = pytest.mark.parametrize(("name", "storage"), CASES)
 
 
-def _network() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.05)
-    return model
-
-
-def _batches(n: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(columns: int) -> Tensor:
-        return torch.randn(8, columns, generator=generator).double()
-
-    return [(draw(6), draw(4)) for _ in range(n)]
-
-
-def _mse(apply: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return (apply(batch[0]) - batch[1]).square().mean()
-
-
-def _run(
-    optimizer: tk.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],
-    storage: Any,
-    compile: Any = False,
-    start: tk.TrainState | None = None,
-) -> list[tk.TrainState]:
-    model = _network()
-    step = tk.make_train_step(model, _mse, CONFIG, optimizer, compile=compile)
-    states = [start or tk.init_state(model, CONFIG, optimizer, storage=storage)]
-    for batch in batches:
-        states.append(step(states[-1], batch)[0])
-    return states
-
-
-def _same(one: Any, other: Any) -> bool:
-    leaves = zip(tree_flatten(one)[0], tree_flatten(other)[0], strict=True)
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in leaves)
-
-
 @every_case
 def test_slots_of_other_shapes_stay_as_they_are_at_a_refresh(name: str, storage: Any) -> None:
-    before = _run(OWN[name], _batches(2), storage)[-1]
+    before = run(CONFIG, OWN[name], drawn(2), storage)[-1]
     after = tk.refresh(before, CONFIG)
-    assert not _same(tk.masks_of(before), tk.masks_of(after))
+    assert not same(tk.masks_of(before), tk.masks_of(after))
     assert all(slot.all() for tree in before.optimizer.slots.values() for slot in tree.values())
-    assert _same(after.optimizer, before.optimizer)
+    assert same(after.optimizer, before.optimizer)
 
 
 @every_case
 def test_a_run_with_them_goes_on_from_a_file_bit_for_bit(
     name: str, storage: Any, tmp_path: Path
 ) -> None:
-    whole = _run(OWN[name], _batches(6), storage)
+    whole = run(CONFIG, OWN[name], drawn(6), storage)
     tk.save(whole[3], tmp_path / "state")
-    loaded = tk.load(tmp_path / "state", CONFIG, _network(), OWN[name])
-    assert _same(loaded.optimizer, whole[3].optimizer)
-    assert _same(_run(OWN[name], _batches(6)[3:], storage, start=loaded)[-1], whole[-1])
+    loaded = tk.load(tmp_path / "state", CONFIG, network(), OWN[name])
+    assert same(loaded.optimizer, whole[3].optimizer)
+    assert same(run(CONFIG, OWN[name], drawn(6)[3:], storage, start=loaded)[-1], whole[-1])
 
 
 @every_case
 def test_compiled_with_them_equals_eager(name: str, storage: Any) -> None:
-    eager = _run(OWN[name], _batches(5), storage)
-    compiled = _run(OWN[name], _batches(5), storage, {"backend": "aot_eager"})
+    eager = run(CONFIG, OWN[name], drawn(5), storage)
+    compiled = run(CONFIG, OWN[name], drawn(5), storage, {"backend": "aot_eager"})
     for one, other in zip(eager, compiled, strict=True):
         assert_close(tk.dense_params(one), tk.dense_params(other))
         assert_close(one.optimizer, other.optimizer)
@@ -110,7 +68,7 @@ def test_compiled_with_them_equals_eager(name: str, storage: Any) -> None:
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_both_storages_keep_the_same_number_of_a_parameter(shape: tuple[int, ...]) -> None:
     compact, dense = (
-        _run(normalized(0.02, shape), _batches(5), storage)[-1] for storage in STORAGES
+        run(CONFIG, normalized(0.02, shape), drawn(5), storage)[-1] for storage in STORAGES
     )
     for kept, other in zip(
         compact.optimizer.slots["largest"].values(),
@@ -125,7 +83,7 @@ def test_slots_of_any_dtype_follow_their_weights() -> None:
     """An int8 stays one; what newly enters B starts at zero."""
     optimizer = tk.sgd(0.5, momentum=0.9)
     for storage in STORAGES:
-        state = _run(optimizer, _batches(2), storage)[-1]
+        state = run(CONFIG, optimizer, drawn(2), storage)[-1]
         moments = state.optimizer.slots["sgd.momentum"]
         counts = {name: slot.ne(0).to(torch.int8) for name, slot in moments.items()}
         counted = state._replace(optimizer=state.optimizer._replace(slots={"age": counts}))
@@ -158,8 +116,8 @@ def test_an_optimizer_that_needs_shapes_is_refused_by_name_in_compact_storage(
     assert "factored(lr=0.1)" in repr(optimizer)
     message = re.escape(f"{optimizer} may need the shapes of weights") + ".*storage='dense'"
     with pytest.raises(ValueError, match=message):
-        tk.init_state(_network(), CONFIG, optimizer)
-    state = tk.init_state(_network(), CONFIG, optimizer, storage="dense")
+        tk.init_state(network(), CONFIG, optimizer)
+    state = tk.init_state(network(), CONFIG, optimizer, storage="dense")
     assert state.optimizer.slots["row"]["0.weight"].shape == (8,)
     assert state.optimizer.slots["column"]["0.weight"].shape == (6,)
 
@@ -249,7 +207,7 @@ def test_an_optimizer_that_reads_values_to_make_its_slots_is_told() -> None:
 
     like = tk.sgd(0.1)
     reads = tk.Optimizer(init, like.update, like.learning_rate, elementwise=True, name="reads")
-    state = tk.init_state(_network(), CONFIG, reads)
-    train_step = tk.make_train_step(_network(), _mse, CONFIG, reads, compile=False)
+    state = tk.init_state(network(), CONFIG, reads)
+    train_step = tk.make_train_step(network(), mse, CONFIG, reads, compile=False)
     with pytest.raises(TypeError, match=r"init of reads must make its slots by the shapes and dty"):
-        train_step(state, _batches(1)[0])
+        train_step(state, drawn(1)[0])

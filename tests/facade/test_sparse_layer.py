@@ -615,15 +615,16 @@ DERIVATIVES: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("engine", ["dense", "reference"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "compiled"), [("dense", False), ("reference", False), ("reference", True)]
+)
 @pytest.mark.parametrize("way", DERIVATIVES.values(), ids=DERIVATIVES.keys())
 def test_forward_mode_and_second_derivatives_go_through_alpha(
-    way: Callable[..., Any], compiled: bool, engine: Any
+    way: Callable[..., Any], engine: Any, compiled: bool
 ) -> None:
     torch.compiler.reset()
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-    plain, inputs = copy.deepcopy(model), torch.randn(3, 5).double()
+    model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    plain, inputs = copy.deepcopy(model), torch.randn(2, 5).double()
     sparsifier = tk.sparsify(model, CONFIG, engine=engine)
     params = {name: p.detach() for name, p in model.named_parameters()}
     masks = sparsifier.masks()
