@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from topkast_func.checks import check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.config.description import code_of, described, made, told
+from topkast_func.devices import check_device
 from topkast_func.files.container import damage_of, opened, write
 from topkast_func.files.drafts import replacing
 from topkast_func.model.alone import alone_with, uncompiled
@@ -120,7 +121,8 @@ def load(
         TypeError: ``config`` is no configuration, ``model`` neither a module nor a function, or
             ``optimizer`` none of this library.
         ValueError: The file is cut off, damaged or foreign, of another version, or of another
-            configuration, model or optimiser; or ``theta_device`` is given for dense storage.
+            configuration, model or optimiser; ``theta_device`` is given for dense storage; or a
+            device is not there, or is the meta device.
     """
     if config is not None:
         check_type("config", config, TopKastConfig)
@@ -160,6 +162,8 @@ def put_together(
     Raises:
         ValueError: See `load`.
     """
+    check_device("device", device)
+    check_device("theta_device", theta_device)
     if theta_device is not None and parts.values is None:
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
     if problem := block_problem(parts, config.block_shape):
