@@ -115,12 +115,13 @@ def test_inputs_that_are_written_to_after_the_first_step_are_named(
 
 
 @compiled_or_not
+@every_storage
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_that_begins_after_the_first_step_is_refused(
-    reentrant: bool, compile: Any
+    reentrant: bool, storage: Any, compile: Any
 ) -> None:
     model = Late()
-    state, train_step = begun(model, compile)
+    state, train_step = begun(model, compile, storage)
     model.recompute = reentrant
     with pytest.raises(RuntimeError, match=r"torch\.utils\.checkpoint.*take it out"):
         train_step(state, BATCH)

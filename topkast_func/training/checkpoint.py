@@ -217,9 +217,12 @@ def agreed(path: Path, header: Mapping[str, Any], given: TopKastConfig | None) -
         raise ValueError(f"{path} cannot hold code, and {told(code)}: pass config, with it")
     with damage_of(path):
         config = made(TopKastConfig, description, {name: getattr(given, name) for name in code})
+        found = described(vars(config))
+        if untold := [name for name in found if name not in description]:
+            raise ValueError(f"its configuration does not tell {untold}")
     if given is None:
         return config
-    found, asked = described(vars(config)), described(vars(given))
+    asked = described(vars(given))
     found |= {name: description[name] for name in code if name not in code_of(asked)}
     if differing := [name for name in asked if found[name] != asked[name]]:
         sides = (f"{name} is {found[name]!r} and not {asked[name]!r}" for name in differing)

@@ -36,8 +36,6 @@ EAGER_ALONE = (
     "the model or loss_fn runs in eager mode, and not compiled: pass make_train_step(..., "
     "compile=False). The reason: {}"
 )
-COMPILERS = ("InvalidCxxCompiler", "CppCompileError", "TritonMissing")
-"""Errors of torch where there is no compiler for its code, or one that fails."""
 SHAPES = (
     "train_step has met more shapes of batches than torch.compile keeps graphs for "
     "(torch._dynamo.config.recompile_limit), or numbers that change: give batches few shapes, by "
@@ -173,6 +171,4 @@ def _fresh(step: Any) -> FunctionType:
 def _cause(failure: Any) -> str:
     """Name the exception behind a failure and the first line of its text, if it has any."""
     cause = failure.inner_exception
-    kind, lines = type(cause).__name__, str(cause).strip().splitlines()
-    told = ": ".join([kind, *lines[:1]])
-    return f"{told}; is there a C++ compiler?" if kind in COMPILERS else told
+    return ": ".join([type(cause).__name__, *str(cause).strip().splitlines()[:1]])
