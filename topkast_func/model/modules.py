@@ -113,15 +113,14 @@ def buffers(model: object, given: Params | None = None) -> Tensors:
 
 
 def parameters_of(model: object) -> dict[str, tuple[nn.Module, str]]:
-    """Return the parameters of a module by name: where they are, and their key."""
+    """Return the parameters of a module by name, tied ones by each: where they are, their key."""
     if not isinstance(model, nn.Module):
         return {}
-    tied = ties(model)
     return {
-        name: (module, key)
+        f"{path}.{key}".lstrip("."): (module, key)
         for path, module in model.named_modules()
         for key, parameter in module._parameters.items()
-        if parameter is not None and (name := f"{path}.{key}".lstrip(".")) not in tied
+        if parameter is not None
     }
 
 
