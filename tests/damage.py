@@ -148,7 +148,23 @@ def forged_header(content: bytes, random: Random) -> Damaged:
     header = json.loads(entries["__metadata__"]["topkast_func"])
     place = random.choice([key for key in header if key != "config"] + [*header["config"]])
     where = header if place in header else header["config"]
-    where[place] = random.choice([{"junk": None}, [[[]]], -(10**30), {"name": 3}, -(10**400)])
+    where[place] = random.choice([
+        {"junk": None},
+        [[[]]],
+        -(10**30),
+        {"name": 3},
+        -(10**400),
+        "x" * 5000,
+    ])
+    entries["__metadata__"]["topkast_func"] = json.dumps(header)
+    return Damaged(_sealed(entries, data))
+
+
+def forged_configuration(content: bytes, random: Random) -> Damaged:
+    """Leave out a field of the configuration, which then would have its default."""
+    entries, data = _parts(content)
+    header = json.loads(entries["__metadata__"]["topkast_func"])
+    del header["config"][random.choice(sorted(header["config"]))]
     entries["__metadata__"]["topkast_func"] = json.dumps(header)
     return Damaged(_sealed(entries, data))
 
@@ -230,6 +246,7 @@ KINDS: list[Callable[[bytes, Random], Damaged]] = [
     edited,
     forged_entry,
     forged_header,
+    forged_configuration,
     forged_values,
     forged_name,
     forged_absence,

@@ -15,6 +15,7 @@ PACKAGES = [
     "warn",
     "compiling",
     "checks",
+    "devices",
     "sparsity",
     "tiebreak",
     "bits",

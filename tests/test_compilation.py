@@ -101,3 +101,42 @@ def test_without_a_compiler_the_step_runs_eager_with_one_warning() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("3 1 train_step runs eager")
     assert "C++ compiler" in result.stdout
+
+
+class Hooked(Talking):
+    """A network with a hook that only one graph by autograd can call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc.register_full_backward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x)
+        return out
+
+
+def test_what_was_passed_is_not_what_is_advised() -> None:
+    with pytest.raises(RuntimeError) as error:
+        step_of(Hooked(), compile={"fullgraph": False})()
+    assert "runs in eager mode, and not compiled: pass" in str(error.value)
+    assert "fullgraph" not in str(error.value)
+    assert int(step_of(Hooked(), compile=False)()[0].step) == 1
+
+
+def test_a_failure_that_is_no_compiler_s_does_not_ask_for_one() -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise NotImplementedError
+
+    with pytest.warns(UserWarning, match=r"torch.compile failed \(NotImplementedError\)$"):
+        step_of(nn.Linear(6, 3), compile={"backend": backend})()
+
+
+def test_out_of_memory_is_told_as_it_is() -> None:
+    def backend(graph: Any, inputs: Any) -> Any:
+        def run(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("no room")
+
+        return run
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        step_of(nn.Linear(6, 3), compile={"backend": backend})()

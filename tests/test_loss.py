@@ -113,6 +113,8 @@ def test_compiled_gradient_equals_eager(form: Penalty) -> None:
     [
         (lambda apply, x: apply(x), r"loss_fn must return a 0-d tensor, got shape \(5, 4\)"),
         (lambda apply, x: 1.0, "loss_fn must return a 0-d tensor, got float"),
+        (lambda apply, x: apply(x).argmax(), "a real floating-point number, got torch.int64"),
+        (lambda apply, x: apply(x).sum() * 1j, "a real floating-point number, got torch.complex64"),
         (lambda apply, x: apply(x).sum().reshape(1), r"got shape \(1,\)"),
     ],
 )

@@ -162,6 +162,58 @@ def test_tied_weights_count_once() -> None:
     assert int(first_step(model, mse, compile=False).step) == 1
 
 
+def stack(tie: bool) -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    if tie:
+        model.get_submodule("1").weight = model.get_submodule("0").weight
+    return model
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_ties_that_change_in_mid_run_are_named(tie: bool) -> None:
+    model = stack(tie)
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    train_step = tk.make_train_step(model, mse, CONFIG, OPTIMIZER, compile=False)
+    state, _ = train_step(state, BATCH)
+    first, second = model.get_submodule("0"), model.get_submodule("1")
+    other, own = stack(tie=False).get_submodule("1").weight, second.weight
+    second.weight = other if tie else first.weight
+    with pytest.raises(ValueError, match=r"tied are no longer .*'1.weight': '0.weight'"):
+        train_step(state, BATCH)
+    second.weight = own
+    assert int(train_step(state, BATCH)[0].step) == 2
+
+
+def test_a_part_that_is_added_in_mid_run_is_seen() -> None:
+    model: Any = network()
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    train_step = tk.make_train_step(model, mse, CONFIG, OPTIMIZER, compile=False)
+    state, _ = train_step(state, BATCH)
+    model.append(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="has 5 parts, and had 4 when make_train_step was called"):
+        train_step(state, BATCH)
+    del model[3]
+    assert int(train_step(state, BATCH)[0].step) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", torch.tensor(3.0)),
+        ("step", torch.tensor(-3)),
+        ("seed", 7),
+        ("mask_seed", torch.tensor(0, device="meta")),
+    ],
+)
+def test_counters_that_do_not_count_are_named(field: str, value: Any) -> None:
+    model = network()
+    state = tk.init_state(model, CONFIG, OPTIMIZER)._replace(**{field: value})
+    train_step = tk.make_train_step(model, mse, CONFIG, OPTIMIZER, compile=False)
+    for use in (tk.dense_params, lambda state: train_step(state, BATCH)):
+        with pytest.raises(ValueError, match=f"^state.{field} must be an int64 tensor of at least"):
+            use(state)
+
+
 class Recomputed(nn.Module):
     """A network that keeps no activations of its first layer."""
 

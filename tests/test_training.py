@@ -739,3 +739,12 @@ def test_the_compiled_step_has_the_products_of_the_kernels_in_its_graph() -> Non
     for _ in range(2):
         state, _ = step(state, torch.randn(4, 8))
     assert len(products) == 2
+
+
+def test_weights_by_name_that_are_one_tensor_are_named() -> None:
+    weight = torch.randn(3, 6)
+    params = {"encoder.weight": weight, "decoder.weight": weight}
+    with pytest.raises(ValueError, match=r"'encoder.weight' and 'decoder.weight' are one tensor"):
+        tk.init_state(params, tk.TopKastConfig(), tk.sgd(0.1))
+    apart = {name: tensor.clone() for name, tensor in params.items()}
+    assert int(tk.init_state(apart, tk.TopKastConfig(), tk.sgd(0.1)).step) == 0

@@ -23,6 +23,7 @@ from torch.testing import assert_close
 import topkast_func as tk
 from tests.distributed.processes import FORKING, results, together
 from tests.storage import STORAGES
+from topkast_func.distributed import folder
 
 CONFIG, ADAM = tk.TopKastConfig(0.75, 0.5, refresh_every=3), tk.adamw(lr=0.05)
 
@@ -406,6 +407,30 @@ def test_what_is_told_of_a_checkpoint_is_believed_as_it_was_written_alone(tmp_pa
     about["header"]["config"]["penalty_weight"] = 0.5
     where.write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r"damaged, .*about.json is not as it was written"):
+        tk.load_sharded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("header", ["config"], "damaged, .*has no header, or no checksums"),
+        ("checksums", None, "damaged, .*has no header, or no checksums"),
+        ("version", {"of": "another"}, r"has format version \{'of': 'another'\}, this topk"),
+        ("version", 2, r"has format version 2, this topkast_func reads 1"),
+    ],
+)
+def test_what_is_told_of_a_checkpoint_is_of_its_kind_whoever_wrote_it(
+    key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    where = tk.save_sharded(_start(), tmp_path, CONFIG) / "about.json"
+    about = {**json.loads(where.read_text()), key: value}
+    about.pop("digest")
+    where.write_text(json.dumps({**about, "digest": folder._digest(folder._encoded(about))}))
+    with pytest.raises(ValueError, match=message):
+        tk.load_sharded(tmp_path)
+    del about[key]
+    where.write_text(json.dumps({**about, "digest": folder._digest(folder._encoded(about))}))
+    with pytest.raises(ValueError, match="format version None" if key == "version" else message):
         tk.load_sharded(tmp_path)
 
 

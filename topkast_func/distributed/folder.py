@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -148,6 +149,8 @@ def _opened(path: Path) -> tuple[dict[str, Any], Any, dict[str, Any]]:
         about = dict(json.loads((path / ABOUT).read_text()))
         if about.pop("digest", None) != _digest(_encoded(about)) or about.get("format") != FORMAT:
             raise ValueError(f"{ABOUT} is not as it was written")
+        if not all(isinstance(about.get(key), dict) for key in ("header", "checksums")):
+            raise ValueError(f"{ABOUT} has no header, or no checksums")
         if _digest((path / METADATA).read_bytes()) != about["metadata"]:  # before it is unpickled
             raise ValueError(f"{METADATA} is not as it was written")
         reader = FileSystemReader(path)
@@ -156,9 +159,9 @@ def _opened(path: Path) -> tuple[dict[str, Any], Any, dict[str, Any]]:
             name: torch.empty(kinds[name].size, dtype=kinds[name].properties.dtype, device="cpu")
             for name in about["checksums"]
         }
-    if about["version"] != VERSION:
+    if (version := about.get("version")) != VERSION:
         raise ValueError(
-            f"{path} has format version {about['version']}, this topkast_func reads {VERSION}"
+            f"{path} has format version {short(version)}, this topkast_func reads {VERSION}"
         )
     return about, reader, tensors
 

@@ -176,7 +176,7 @@ def damage_of(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as reason:
-        raise ValueError(f"{path} is damaged, so nothing was loaded: {reason}") from reason
+        raise ValueError(f"{path} is damaged, so nothing was loaded: {reason!s:.500}") from reason
 
 
 def _parsed(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, Any]]:

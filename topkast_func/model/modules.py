@@ -4,10 +4,17 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from topkast_func.types import Model, Params, Tensors
+
+CHANGED = (
+    "the forward pass changes parameters {}: use the result of the change, or register what "
+    "changes as a buffer. Unless this was a first step, which is tried on copies, the state that "
+    "was given may hold the change: go on from one that was saved"
+)
 
 
 def bind(
@@ -23,7 +30,7 @@ def bind(
         buffers: Buffers by name; the mapping then holds what the module wrote or assigned.
 
     Returns:
-        The bound model.
+        The bound model. It raises ValueError where a module writes to a tensor that is no buffer.
     """
     if not isinstance(model, nn.Module):
         return partial(model, alpha)
@@ -31,7 +38,12 @@ def bind(
     def apply(*inputs: Any, **options: Any) -> Any:
         tensors = {**constant, **alpha, **buffers}
         tensors.update({other: tensors[name] for other, name in tied.items()})
+        fixed = {name: tensors[name] for name in (*constant, *alpha) if name not in buffers}
+        before = versions(fixed)
         result = functional_call(model, tensors, inputs, options, tie_weights=False)
+        if before != (after := versions(fixed)):
+            changed = [name for name, version in after.items() if version != before[name]]
+            raise ValueError(CHANGED.format(changed))
         buffers.update({name: tensors[name] for name in buffers})
         return result
 
@@ -60,6 +72,13 @@ def ties(model: object) -> dict[str, str]:
             if tensor is not None and first.setdefault(id(tensor), name) != name:
                 tied[name] = first[id(tensor)]
     return tied
+
+
+def versions(tensors: Params) -> dict[str, int]:
+    """Return numbers that are others after a write; none in a graph, nor of inference tensors."""
+    if torch.compiler.is_compiling():
+        return {}
+    return {name: t._version for name, t in tensors.items() if not t.is_inference()}
 
 
 def trainable(model: object) -> Tensors:
@@ -94,15 +113,14 @@ def buffers(model: object, given: Params | None = None) -> Tensors:
 
 
 def parameters_of(model: object) -> dict[str, tuple[nn.Module, str]]:
-    """Return the parameters of a module by name: where they are, and their key."""
+    """Return the parameters of a module by name, tied ones by each: where they are, their key."""
     if not isinstance(model, nn.Module):
         return {}
-    tied = ties(model)
     return {
-        name: (module, key)
+        f"{path}.{key}".lstrip("."): (module, key)
         for path, module in model.named_modules()
         for key, parameter in module._parameters.items()
-        if parameter is not None and (name := f"{path}.{key}".lstrip(".")) not in tied
+        if parameter is not None
     }
 
 

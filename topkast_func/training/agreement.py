@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 from torch import nn
 
 from topkast_func.config import TopKastConfig
-from topkast_func.model.modules import parameters_of, trainable
+from topkast_func.model.modules import modes, parameters_of, ties, trainable
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.training.fits_config import config_problem, outlines
 from topkast_func.training.fits_model import model_problem
@@ -16,6 +16,15 @@ from topkast_func.types import Model, Params
 EXCHANGED = (
     "{!r} requires {} gradient, but the state {} it: undo that, or, to change what is trained, "
     "begin anew with init_state, from a module that has loaded dense_params(state)"
+)
+TIED = (
+    "the parameters that are tied are no longer those that were when make_train_step was called, "
+    "{} and now {}: undo that, or begin anew with init_state, from a module that has loaded "
+    "dense_params(state)"
+)
+PARTS = (
+    "the model has {} parts, and had {} when make_train_step was called: undo that, or begin anew "
+    "with init_state, from a module that has loaded dense_params(state)"
 )
 ROLES = {False: ("no", "trains"), True: ("a", "holds and freezes")}
 COMPACT = (
@@ -71,17 +80,26 @@ def agreement(
 
     Returns:
         The check. It is quick for what looks as the last state did that agreed, and raises
-        ValueError where a state does not, or a parameter has begun or ceased to be trained.
+        ValueError where a state does not, or the module has become another: it has other ties, more
+        parts or fewer, or a parameter has begun or ceased to be trained.
     """
-    parameters = parameters_of(model)
+    parameters, tied, parts = parameters_of(model), ties(model), len(modes(model))
     agreed: Hashable = None
 
     def check(state: TrainState) -> None:
         nonlocal agreed
+        if (now := len(modes(model))) != parts:
+            raise ValueError(PARTS.format(now, parts))
+        first: dict[int, str] = {}
         for name, (module, key) in parameters.items():
             parameter = module._parameters.get(key)
-            if parameter is not None and parameter.requires_grad == (name in state.frozen):
-                raise ValueError(EXCHANGED.format(name, *ROLES[name in state.frozen]))
+            if parameter is None:
+                continue
+            if first.setdefault(id(parameter), name) != tied.get(name, name):
+                raise ValueError(TIED.format(tied or "none", ties(model) or "none"))
+            role = tied.get(name, name) in state.frozen
+            if parameter.requires_grad == role:
+                raise ValueError(EXCHANGED.format(name, *ROLES[role]))
         if (looks := _looks(state, config)) == agreed:
             return
         asked: Params | None = trainable(model) if isinstance(model, nn.Module) else None

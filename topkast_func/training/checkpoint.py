@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from topkast_func.checks import check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.config.as_json import code_of, described, made, told
+from topkast_func.devices import check_device
 from topkast_func.files.container import damage_of, opened, write
 from topkast_func.files.drafts import replacing
 from topkast_func.model.alone import alone_with, uncompiled
@@ -120,7 +121,8 @@ def load(
         TypeError: ``config`` is no configuration, ``model`` neither a module nor a function, or
             ``optimizer`` none of this library.
         ValueError: The file is cut off, damaged or foreign, of another version, or of another
-            configuration, model or optimiser; or ``theta_device`` is given for dense storage.
+            configuration, model or optimiser; ``theta_device`` is given for dense storage; or a
+            device is not there, or is the meta device.
     """
     if config is not None:
         check_type("config", config, TopKastConfig)
@@ -160,6 +162,8 @@ def put_together(
     Raises:
         ValueError: See `load`.
     """
+    check_device("device", device)
+    check_device("theta_device", theta_device)
     if theta_device is not None and parts.values is None:
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
     if problem := block_problem(parts, config.block_shape):
@@ -213,9 +217,12 @@ def agreed(path: Path, header: Mapping[str, Any], given: TopKastConfig | None) -
         raise ValueError(f"{path} cannot hold code, and {told(code)}: pass config, with it")
     with damage_of(path):
         config = made(TopKastConfig, description, {name: getattr(given, name) for name in code})
+        found = described(vars(config))
+        if untold := [name for name in found if name not in description]:
+            raise ValueError(f"its configuration does not tell {untold}")
     if given is None:
         return config
-    found, asked = described(vars(config)), described(vars(given))
+    asked = described(vars(given))
     found |= {name: description[name] for name in code if name not in code_of(asked)}
     if differing := [name for name in asked if found[name] != asked[name]]:
         sides = (f"{name} is {found[name]!r} and not {asked[name]!r}" for name in differing)

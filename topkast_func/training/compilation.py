@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from topkast_func import compiling
 from topkast_func.checks import dispatches
@@ -31,6 +31,10 @@ ALONE = (
 BROKEN = (
     "the model or loss_fn breaks the graph of train_step: take the break out, or pass "
     "make_train_step(..., compile={{'fullgraph': False}}) or compile=False. The break: {}"
+)
+EAGER_ALONE = (
+    "the model or loss_fn runs in eager mode, and not compiled: pass make_train_step(..., "
+    "compile=False). The reason: {}"
 )
 SHAPES = (
     "train_step has met more shapes of batches than torch.compile keeps graphs for "
@@ -57,8 +61,8 @@ def compiled(
             compiled step, and an eager one rounds otherwise.
 
     Returns:
-        The compiled step. It raises RuntimeError, naming the break and the way on, where the
-        model or loss breaks the graph.
+        The compiled step. It raises RuntimeError, naming the reason and the way on, where the
+        model or loss breaks the graph or otherwise runs in eager mode alone.
 
     Raises:
         TypeError: ``compile`` is neither a bool nor a mapping.
@@ -87,15 +91,16 @@ def compiled(
         except exc.FailOnRecompileLimitHit as failure:
             raise RuntimeError(SHAPES) from failure
         except exc.BackendCompilerFailed as failure:
-            reason = f"torch.compile failed ({_cause(failure)}); is there a C++ compiler?"
-            _run_eager(reason, required)
+            _run_eager(f"torch.compile failed ({_cause(failure)})", required)
             fast = step
-        except exc.TorchDynamoException as failure:
-            broken = failure
-        result = step(*arguments)
-        if fast is step:
-            return result
-        raise RuntimeError(BROKEN.format(broken)) from broken
+            return step(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except (exc.TorchDynamoException, RuntimeError) as failure:
+            failed = failure
+        step(*tree_map_only(Tensor, torch.clone, arguments))  # raises what is a fault of its own
+        breaks = isinstance(failed, exc.Unsupported) and options["fullgraph"]
+        raise RuntimeError((BROKEN if breaks else EAGER_ALONE).format(failed)) from failed
 
     return call
 
@@ -164,6 +169,6 @@ def _fresh(step: Any) -> FunctionType:
 
 
 def _cause(failure: Any) -> str:
-    """Name the exception behind a failure and the first line of its text."""
+    """Name the exception behind a failure and the first line of its text, if it has any."""
     cause = failure.inner_exception
-    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}"
+    return ": ".join([type(cause).__name__, *str(cause).strip().splitlines()[:1]])

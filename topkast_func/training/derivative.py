@@ -1,15 +1,28 @@
 """The gradient of a function of tensors by name."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import grad_and_value
 from torch.utils._pytree import tree_map_only
 
 from topkast_func.types import Tensors
+
+HOOKS = (
+    "the step does not differentiate through torch.utils.checkpoint, nor through other hooks on "
+    "saved tensors: take it out of the model (model.gradient_checkpointing_disable() where that "
+    "is of Hugging Face), or train in an ordinary loop, by tk.sparsify"
+)
+
+
+def without_hooks() -> AbstractContextManager[None]:
+    """Refuse hooks on saved tensors, which would compute with the weights that a module has."""
+    return disable_saved_tensors_hooks(HOOKS)
 
 
 def gradient_and_value(
@@ -32,7 +45,7 @@ def gradient_and_value(
         traced: tuple[Tensors, tuple[Tensor, Any]] = grad_and_value(objective, has_aux=True)(values)
         return traced
     leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
-    with torch.enable_grad():
+    with torch.enable_grad(), without_hooks():
         loss, beside = objective(leaves)
     if not loss.requires_grad:
         return {name: torch.zeros_like(value) for name, value in values.items()}, (loss, beside)

@@ -119,7 +119,7 @@ def trained(model: nn.Module | Params) -> tuple[Params, list[str]]:
 
     Raises:
         TypeError: It is neither.
-        ValueError: There are no parameters.
+        ValueError: There are no parameters, or one goes by two names.
     """
     params = trainable(model) if isinstance(model, nn.Module) else model
     check_params(params)
@@ -127,6 +127,13 @@ def trained(model: nn.Module | Params) -> tuple[Params, list[str]]:
         raise ValueError("there is no parameter that requires a gradient")
     if isinstance(model, nn.Module):
         return params, [*kernel_weights(model)]
+    first: dict[int, str] = {}
+    for name, theta in params.items():
+        if (other := first.setdefault(id(theta), name)) != name:
+            raise ValueError(
+                f"{other!r} and {name!r} are one tensor, and would be trained as two: give it one "
+                "name, and let the function read it under that"
+            )
     return params, [name for name, theta in params.items() if theta.ndim == 2]
 
 

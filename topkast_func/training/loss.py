@@ -134,13 +134,16 @@ def loss_and_aux(result: object) -> tuple[Tensor, tuple[Any, ...]]:
         The loss, and the tree in a tuple, which is empty where there is none.
 
     Raises:
-        TypeError: The loss is not a tensor, or not 0-d, or a leaf of the tree is no tensor.
+        TypeError: The loss is not a tensor, not 0-d or not of a floating-point dtype, or a leaf of
+            the tree is no tensor.
     """
     loss, *aux = result if isinstance(result, tuple) and len(result) == 2 else (result,)
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return a 0-d tensor, got {type(loss).__name__}")
     if loss.ndim != 0:
         raise TypeError(f"loss_fn must return a 0-d tensor, got shape {tuple(loss.shape)}")
+    if not loss.is_floating_point():
+        raise TypeError(f"loss_fn must return a real floating-point number, got {loss.dtype}")
     for leaf in tree_leaves(aux):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"what loss_fn returns beside the loss must be tensors, got {leaf!r}")

@@ -9,6 +9,7 @@ from torch import nn
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import matches
+from topkast_func.devices import check_device
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.modules import frozen, tensors_of, ties
 from topkast_func.sparsity import ByPattern
@@ -73,9 +74,9 @@ def init_state(
             device and ``materialize`` not given, of a lazy module), ``materialize`` is given and
             all have values, or returns another shape or dtype, the configuration does not fit, a
             tied weight is given two sparsities, ``masks`` are not what the configuration asks for,
-            ``theta_device`` is given for dense storage, compact storage is asked for an optimiser
-            that is not elementwise, a parameter that is to be trained by powerpropagation is zero
-            everywhere, or ``master`` is another dtype.
+            ``theta_device`` is given for dense storage, or is no device with values, compact
+            storage is asked for an optimiser that is not elementwise, a parameter that is to be
+            trained by powerpropagation is zero everywhere, or ``master`` is another dtype.
         NaNParameterError: A leaf holds NaN; a ValueError too.
 
     Example:
@@ -90,6 +91,7 @@ def init_state(
         raise ValueError(f"storage must be 'compact' or 'dense', got {storage!r}")
     if storage == "dense" and theta_device is not None:
         raise ValueError("theta_device is for compact storage: dense storage computes with θ")
+    check_device("theta_device", theta_device)
     check_type("config", config, TopKastConfig)
     check_optimizer(optimizer)
     if storage == "compact" and not optimizer.elementwise:

@@ -2,7 +2,9 @@
 
 from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from topkast_func.checks import check_type
@@ -63,14 +65,26 @@ def check_state(state: object) -> None:
 
     Raises:
         TypeError: It is none.
-        ValueError: It is an ensemble of states, stacked.
+        ValueError: It is an ensemble of states, stacked, or its counters are no numbers to count.
     """
     check_type("state", state, TrainState)
-    if isinstance(state, TrainState) and state.step.ndim:
+    if not isinstance(state, TrainState):
+        return
+    if isinstance(state.step, Tensor) and state.step.ndim:
         raise ValueError(
             "state is an ensemble of states, stacked: call this under torch.vmap, or take a member "
             "out of it, tree_map(lambda leaf: leaf[i], state)"
         )
+    counters = {"step": state.step, "seed": state.seed, "mask_seed": state.mask_seed}
+    for name, counter in {**counters, "optimizer.step": state.optimizer.step}.items():
+        if not _counts(counter):
+            raise ValueError(f"state.{name} must be an int64 tensor of at least 0, got {counter!r}")
+
+
+def _counts(counter: object) -> bool:
+    if not isinstance(counter, Tensor) or counter.dtype != torch.int64 or counter.is_meta:
+        return False
+    return is_functorch_wrapped_tensor(counter) or int(counter) >= 0
 
 
 def dense_params(state: TrainState) -> Tensors:

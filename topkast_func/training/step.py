@@ -33,10 +33,10 @@ from topkast_func.training.gradients import gradients_of
 from topkast_func.training.loss import check_loss_fn
 from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.optim import Optimizer, check_optimizer
-from topkast_func.training.purity import check_pure
 from topkast_func.training.random_numbers import Draws
 from topkast_func.training.refresh import refreshed_if_finite, refreshes_around
 from topkast_func.training.state import TrainState, check_state, ordinary
+from topkast_func.training.trial import Trials
 from topkast_func.training.update import Moved, update_of
 from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
@@ -174,24 +174,15 @@ def make_train_step(
     first = RANDOM_NUMBERS if compile is False else EVERYTHING
     parts, draws = parts_of(model), Draws(first, ranks.rank)
     own = claim(parts)
-    tried: set[tuple[bool, ...]] = set()
+    trials = Trials(model, loss_fn)
 
     def anew(state: TrainState, batch: Any, kind: Hashable) -> TrainState:
         read = partial(draws.run, (kind, "gradients"), state, lambda: gradients(state, batch))
         return refreshed_if_finite(state, config, read)
 
-    def in_its_turn(
-        state: TrainState,
-        batch: Any,
-        mode: tuple[bool, ...],
-        kind: Hashable,
-        is_due: bool,
-        ends: bool,
+    def stepped(
+        state: TrainState, batch: Any, kind: Hashable, is_due: bool, ends: bool
     ) -> tuple[TrainState, StepMetrics]:
-        check(state)
-        if mode not in tried:
-            check_pure(model, loss_fn, state, batch)
-            tried.add(mode)
         before = anew(state, batch, kind) if is_due else state
         refreshed, state = before is not state, before
         patterns = state.weights.layers()
@@ -210,6 +201,13 @@ def make_train_step(
         after = anew(moved, batch, kind) if ends else moved
         told = torch.tensor(refreshed or after is not moved, device="cpu")
         return after, StepMetrics(*numbers, told, *(aux or ((),)))
+
+    def in_its_turn(
+        state: TrainState, batch: Any, mode: tuple[bool, ...], *how: Any
+    ) -> tuple[TrainState, StepMetrics]:
+        check(state)
+        with trials.around(mode, state, batch):
+            return stepped(state, batch, *how)
 
     @torch.inference_mode(False)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:

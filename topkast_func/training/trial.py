@@ -1,0 +1,201 @@
+"""The forward pass on trial: that it is pure, and that the loss depends on what is trained."""
+
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointFunction
+
+from topkast_func.compiling import compilation_seconds
+from topkast_func.model.modules import CHANGED, bind, ties, unset_buffers, versions
+from topkast_func.training.derivative import HOOKS, without_hooks
+from topkast_func.training.loss import loss_and_aux
+from topkast_func.training.random_numbers import random_numbers_of
+from topkast_func.training.state import TrainState, alpha_in
+from topkast_func.turns import RANDOM_NUMBERS, require
+from topkast_func.types import LossFn, Model, Tensors
+
+UNSEEN = (
+    "the loss does not depend on what is trained: call the model through apply: model(x) has the "
+    "original weights; and detach nothing, nor compute under torch.no_grad(), on the way to it"
+)
+INPUTS = "the forward pass or loss_fn changes its inputs in place: copy them first"
+
+
+class Trials:
+    """Tries the forward pass in each mode of the model, and again where it may have changed.
+
+    Args:
+        model: A module, or a pure function ``apply(params, *inputs)``.
+        loss_fn: ``loss_fn(apply, batch)``.
+    """
+
+    def __init__(self, model: Model, loss_fn: LossFn) -> None:
+        self._model, self._loss_fn = model, loss_fn
+        self._tried: set[Hashable] = set()
+
+    @contextmanager
+    def around(self, mode: Hashable, state: TrainState, batch: Any) -> Iterator[None]:
+        """Try the forward pass before a step of a new mode, after one that fails or is traced anew.
+
+        Args:
+            mode: Mode of the model.
+            state: The state of the step.
+            batch: Its batch.
+
+        Yields:
+            Nothing; the step is to be made.
+
+        Raises:
+            ValueError: See `check_pure`; or the step has written to the batch.
+            RuntimeError: See `check_pure`.
+        """
+        if new := mode not in self._tried:
+            self._try(mode, state, batch)
+        compiled, given = (
+            compilation_seconds(),
+            {str(i): leaf for i, leaf in enumerate(_tensors(batch))},
+        )
+        before = versions(given)
+        try:
+            yield
+        except Exception:
+            if not new:
+                self._try(mode, state, batch)
+            raise
+        if versions(given) != before:
+            raise ValueError(INPUTS)
+        if compilation_seconds() != compiled and not new:
+            self._try(mode, state, batch)
+
+    def _try(self, mode: Hashable, state: TrainState, batch: Any) -> None:
+        self._tried.discard(mode)  # for a turn that begins again
+        require(RANDOM_NUMBERS)
+        check_pure(self._model, self._loss_fn, state, batch)
+        self._tried.add(mode)
+
+
+@torch.enable_grad()
+def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> None:
+    """Try the forward pass on copies: a compiled step would write changes into the state.
+
+    Args:
+        model: A module, or a pure function ``apply(params, *inputs)``.
+        loss_fn: ``loss_fn(apply, batch)``.
+        state: The state; it is not written to.
+        batch: Whatever ``loss_fn`` takes; nor is it.
+
+    Raises:
+        ValueError: It changes a parameter or its inputs, gives a buffer another shape, or sets
+            one that was None; the loss does not depend on what is trained, or has a gradient that
+            is a sparse tensor; or a parameter has a hook.
+        RuntimeError: It uses `torch.utils.checkpoint`. What else is wrong with it is for the step
+            to say.
+    """
+    _check_hooks(model)
+    given, batch = _tensors(batch), tree_map_only(Tensor, torch.clone, batch)
+    inputs = _tensors(batch)
+    before, unset = alpha_in(state), unset_buffers(model)
+    trained = {name: before[name].detach().requires_grad_() for name in state.weights.shapes()}
+    weights = {name: tensor.clone() for name, tensor in {**before, **trained}.items()}
+    held, loss = dict(weights), None
+    with random_numbers_of(state), _only_of_hooks():
+        loss, _ = loss_and_aux(loss_fn(bind(model, ties(model), weights, {}, held), batch))
+    same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
+    written = {name: held.pop(name) for name in state.buffers}
+    if changed := [
+        name
+        for name, now in held.items()
+        if now is not weights[name] or now._version or not same(now, before[name])
+    ]:
+        raise ValueError(CHANGED.format(changed))
+    if any(now._version or not same(now, leaf) for now, leaf in zip(inputs, given, strict=True)):
+        raise ValueError(INPUTS)
+    if reshaped := [n for n, b in written.items() if b.shape != before[n].shape]:
+        raise ValueError(f"the forward pass gives buffers {reshaped} another shape")
+    found = unset_buffers(model)
+    if newly_set := [name for name in unset if name not in found]:
+        for module, key in (unset[name] for name in newly_set):
+            module._buffers[key] = None
+        raise ValueError(
+            f"the forward pass sets buffers {newly_set} that were None: register them as tensors"
+        )
+    if isinstance(loss, Tensor):
+        _check_graph(loss, trained)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _check_hooks(model: Model) -> None:
+    """Check that no parameter has a hook: the step computes with others in their place."""
+    if not isinstance(model, nn.Module):
+        return
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"{name!r} has a hook on its gradient, which a step does not call: remove it, and "
+                "do what it does in a part of the optimizer, see tk.chain, or train in an ordinary "
+                "loop, by tk.sparsify"
+            )
+
+
+@contextmanager
+def _only_of_hooks() -> Iterator[None]:
+    """Raise an error of what the step does not differentiate through, and no other."""
+    try:
+        with without_hooks(), _NoCheckpoint():
+            yield
+    except Exception as reason:
+        if str(reason) == HOOKS:
+            raise RuntimeError(HOOKS) from None
+
+
+class _NoCheckpoint(TorchFunctionMode):
+    """Refuses what is computed within a reentrant checkpoint, which has no hooks."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        frame = None if torch.is_grad_enabled() else inspect.currentframe()
+        while frame:
+            if frame.f_code is CheckpointFunction.forward.__code__:
+                raise RuntimeError(HOOKS)
+            frame = frame.f_back
+        return func(*args, **(kwargs or {}))
+
+
+def _check_graph(loss: Tensor, trained: Tensors) -> None:
+    """Check that a leaf is in the graph of a loss, and that all gradients are strided."""
+    ends = {get_gradient_edge(leaf).node: name for name, leaf in trained.items()}
+    graph = _behind(loss.grad_fn)
+    if not ends.keys() & graph:
+        raise ValueError(UNSEEN)
+    sparse = {node for node in graph if getattr(node, "_saved_sparse", False)}
+    if names := [ends[end] for node in sparse for end in ends.keys() & _behind(node)]:
+        raise ValueError(
+            f"the gradients of {names} are sparse tensors, which the step does not take: make "
+            "their embeddings with sparse=False"
+        )
+
+
+def _behind(last: Node | None) -> set[Node]:
+    """Return a node of a graph and all that it depends on."""
+    met: set[Any] = set()
+    ahead: set[Any] = {last}
+    while ahead := ahead - met - {None}:
+        met |= ahead
+        ahead = {node for behind in ahead for node, _ in behind.next_functions}
+    return met
