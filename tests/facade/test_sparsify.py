@@ -275,7 +275,7 @@ def test_summary_has_a_row_for_each_parameter() -> None:
     dense = tk.sparsify(convolutional(), CONFIG).summary().rows[0]
     assert (dense.engine, dense.reason) == (
         "dense",
-        "all of α: not of a plain nn.Linear or Conv1D",
+        "all of α: of no layer that kernels know",
     )
 
 
