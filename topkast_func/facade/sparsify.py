@@ -56,8 +56,9 @@ def sparsify(
     price of the dense layer. `topkast_func.integrations` has callbacks for the trainers of others.
 
     A state dict of the plain module loads; the sets are then chosen from its weights. A running
-    mean of the parameters, such as `torch.optim.swa_utils.AveragedModel`, is one of θ, with the
-    sets of the module at its last update; one of buffers too is not, and its forward pass says so.
+    mean of the parameters, such as `torch.optim.swa_utils.AveragedModel`, is made of the sparse
+    module, and is one of θ, with the sets of the module at its last update; one of buffers too is
+    not, and its forward pass says so.
 
     Args:
         model: The module, before it is wrapped or compiled.
@@ -114,11 +115,14 @@ def densify(model: Module) -> Module:
         The same module.
 
     Raises:
-        ValueError: It has no sparse weights.
+        ValueError: It has no sparse weights, or none any more.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     if not any(weights_of(layer) for layer in layers):
-        raise ValueError("model has no sparse weights: sparsify was never called on it")
+        raise ValueError(
+            "model has no sparse weights: sparsify was never called on it, or it is plain again, "
+            "as a TopKastCallback leaves it after training (densify_at_end=False keeps it sparse)"
+        )
     for layer in layers:
         release(layer)
         layer._make_plain()
