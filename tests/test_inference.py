@@ -229,10 +229,22 @@ def test_a_layer_that_would_be_slower_or_larger_stays_dense() -> None:
 
 
 @pytest.mark.parametrize(
-    ("density", "batch", "expected"),
-    [(0.2, 1, True), (0.2, 8, True), (0.4, 8, False), (0.2, 256, True), (0.51, 256, False)],
+    ("density", "batch", "threads", "expected"),
+    [
+        (0.1, 1, 1, True),
+        (0.2, 1, 1, False),  # a dense one is as fast from the cache
+        (0.2, 1, 2, True),
+        (0.2, 2, 1, True),
+        (0.2, 8, 1, True),
+        (0.4, 8, 1, False),
+        (0.2, 256, 1, True),
+        (0.51, 256, 1, False),
+    ],
 )
-def test_the_cost_model_knows_sizes_and_batches(density: float, batch: int, expected: bool) -> None:
+def test_the_cost_model_knows_sizes_batches_and_threads(
+    density: float, batch: int, threads: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     shape, stored = (1024, 1024), int(density * 1024**2)
     assert kernels.pays(shape, stored, batch, torch.float32, "cpu") is expected
     assert not kernels.pays(shape, stored, batch, torch.float32, "cuda")

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from topkast_func import __version__, plots
+import topkast_func as tk
 from topkast_func.checks import check_count, check_number
 from topkast_func.config import TopKastConfig
 from topkast_func.demo import BATCH_SIZE, JOBS, LEARNING_RATE, METHODS, Error, Run, train
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("job", choices=sorted(JOBS), help="the data to train on")
-    parser.add_argument("--version", action="version", version=f"topkast_func {__version__}")
+    parser.add_argument("--version", action="version", version=f"topkast_func {tk.__version__}")
     parser.add_argument("--method", choices=METHODS, default="topkast", help="who chooses the sets")
     parser.add_argument("--seed", type=int, default=42, help="of weights and batches")
     parser.add_argument("--epochs", type=int, default=200, help="passes over the data")
@@ -126,7 +126,7 @@ def _written(
 ) -> Iterator[str]:
     """Write the results, and name each file when it is there."""
     sparse, dense = runs["sparse"], runs.get("dense")
-    plots.losses(
+    tk.plots.losses(
         sparse.train_losses,
         sparse.validation_losses,
         others={"dense, validation": dense.validation_losses} if dense else None,

@@ -1,6 +1,7 @@
 """The products in Numba: exact on small integers, whatever threads and forks do."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import topkast_func
 from tests.kernels.problems import (
     BATCHES,
     BLOCKS,
@@ -29,6 +31,8 @@ from tests.kernels.problems import (
     products,
 )
 from topkast_func.kernels import sparse_linear
+
+PACKAGE = Path(topkast_func.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -199,23 +203,32 @@ print(torch.equal(y, x))
 """
 
 
+def said(folder: Path, **environment: str) -> str:
+    """Return what a process says that imports the package from a folder."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
 def test_kernels_cached_for_another_width_of_vector_are_not_used(tmp_path: Path) -> None:
-    said = []
     for capability in (torch.backends.cpu.get_cpu_capability().lower(), "default"):
-        environment = {
-            **os.environ,
-            "ATEN_CPU_CAPABILITY": capability,
-            "NUMBA_CACHE_DIR": str(tmp_path),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        said.append(done.stdout.strip())
-    assert said == ["True"] * 2
+        options = {"ATEN_CPU_CAPABILITY": capability, "NUMBA_CACHE_DIR": str(tmp_path)}
+        assert said(PACKAGE.parent, **options) == "True"
+
+
+def test_kernels_cached_of_other_intrinsics_are_not_used(tmp_path: Path) -> None:
+    copy = shutil.copytree(PACKAGE, tmp_path / PACKAGE.name)
+    intrinsics = copy / "kernels" / "simd.py"
+    assert said(tmp_path) == "True"
+    doubled = intrinsics.read_text().replace("store(result,", "store(builder.fadd(result, result),")
+    intrinsics.write_text(doubled)
+    assert said(tmp_path) == "False"
 
 
 @settings(max_examples=10)

@@ -7,13 +7,11 @@ from torch import Tensor
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.costs import Layer
 from topkast_func.kernels.engines import Choice, EngineName, choose
-from topkast_func.report.notes import ALPHA
+from topkast_func.report.notes import ALPHA, UNKNOWN
 from topkast_func.sparsity import Allocation
 
 BATCH = 256
 """Rows of activations for which it is decided whether kernels compute a layer."""
-
-WHOLE = f"{ALPHA}not of a plain nn.Linear or Conv1D"
 
 
 class Rule(NamedTuple):
@@ -26,7 +24,7 @@ class Rule(NamedTuple):
         counts: |A| and |B| of every stage of the configuration.
         step: Number of the step that comes next.
         seed: Seed of the methods that draw.
-        matrix: Whether it is the weight of a linear layer, which kernels can compute.
+        matrix: Whether it is the weight of a linear map, which kernels can compute.
         engine: The engine that is asked for.
     """
 
@@ -55,7 +53,7 @@ class Rule(NamedTuple):
             TypeError: The engine asked for does not support the dtype or device.
         """
         if not self.matrix:
-            return Choice("dense", WHOLE)
+            return Choice("dense", ALPHA + UNKNOWN)
         rows, columns = theta.shape
         block, device = self.config.block_shape, theta.device.type
         layer = Layer(rows, columns, forward, backward, block, BATCH, theta.dtype, device)

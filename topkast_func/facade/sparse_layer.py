@@ -7,20 +7,16 @@ and in ``parameters()`` always, it is θ.
 
 import threading
 from collections.abc import Callable
-from copyreg import __newobj__  # type: ignore[attr-defined]
-from functools import cache, wraps
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watch
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
 from topkast_func.kernels.linear import sparse_linear
-from topkast_func.model.stand_in import is_transposed
 from topkast_func.types import Masks
 
 Layer = TypeVar("Layer", bound="SparseLayer")
@@ -150,16 +146,34 @@ class SparseLinear(SparseLayer):
 
     def forward(self, input: Tensor) -> Any:
         """Compute with α, on the kernels or densely."""
-        weight = weights_of(self)["weight"]
-        derived = weight.derived(self)
-        if derived is None or derived.kernel is None or weight.probe is not None:
-            return super().forward(input)
-        with ForwardPass():
-            bias: Any = self.bias
-        theta, kernel = weight.theta(self), derived.kernel
-        shape = (theta.shape[0], theta.shape[1])
-        values, engine = kernel.values(theta), weight.rule.engine
-        return sparse_linear(input, values, kernel.pattern, shape, bias, engine, self._transposed)
+        multiply = on_kernels(self, "weight", "bias", self._transposed)
+        return super().forward(input) if multiply is None else multiply(input)
+
+
+def on_kernels(
+    layer: nn.Module, key: str, bias: str, transposed: bool = False
+) -> Callable[[Tensor], Tensor] | None:
+    """Return the product of a layer with a weight as the kernels compute it.
+
+    Args:
+        layer: The layer.
+        key: Name of the weight in it.
+        bias: Name of what is added.
+        transposed: Whether the weight is [in, out].
+
+    Returns:
+        The product, a function of the inputs; None where torch is to compute with α.
+    """
+    weight = weights_of(layer).get(key)
+    derived = None if weight is None else weight.derived(layer)
+    if weight is None or derived is None or derived.kernel is None or weight.probe is not None:
+        return None
+    with ForwardPass():
+        added: Tensor | None = getattr(layer, bias)
+    theta, pattern = weight.theta(layer), derived.kernel.pattern
+    shape = (theta.shape[0], theta.shape[1])
+    values, engine = derived.kernel.values(theta), weight.rule.engine
+    return lambda x: sparse_linear(x, values, pattern, shape, added, engine, transposed)
 
 
 def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:
@@ -175,49 +189,6 @@ def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = No
     weight.start(layer, masks)
     vars(layer)[KEPT] = {**weights_of(layer), key: weight}
     watch(layer)
-
-
-def on_kernels(plain: type[nn.Module]) -> bool:
-    """Return whether modules of a class are linear layers, which kernels can compute too."""
-    linear = plain.forward is nn.Linear.forward and plain is not NonDynamicallyQuantizableLinear
-    return linear or is_transposed(plain)
-
-
-@cache
-def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
-    """Return the subclass of a class whose modules have sparse weights.
-
-    Args:
-        plain: The class; the new one goes by its name.
-        keys: Names of the sparse weights; none for a module that has such layers within it.
-
-    Returns:
-        The class, always the same for the same arguments.
-    """
-    mixed: Any = SparseLinear if on_kernels(plain) and "weight" in keys else SparseLayer
-
-    @wraps(plain.forward)
-    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
-        runs = mixed if isinstance(self, mixed) else plain  # bound before the module was densified
-        return runs.forward(self, *inputs, **options)
-
-    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-        make, _, *state = plain.__reduce_ex__(self, protocol)
-        if make is not __newobj__:
-            raise TypeError(f"{plain.__name__} copies itself in its own way: densify it first")
-        return _blank, (plain, keys), *state
-
-    members = {key: sparse_attribute(key) for key in keys}
-    named = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "_plain": plain}
-    own = {"forward": forward, "__reduce_ex__": reduce, "_transposed": is_transposed(plain)}
-    return type(plain.__name__, (mixed, plain), {**members, **named, **own})
-
-
-def _blank(plain: Any, keys: tuple[str, ...]) -> nn.Module:
-    """Make a module to be filled from a pickle."""
-    made: Any = sparse_class(plain, keys)
-    blank: nn.Module = made.__new__(made)
-    return blank
 
 
 def plain_twin(layer: SparseLayer) -> nn.Module:

@@ -9,14 +9,16 @@ from torch import nn
 
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig, allocate
+from topkast_func.facade.classes import sparse_class
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import release
 from topkast_func.facade.rule import Rule
-from topkast_func.facade.sparse_layer import SparseLayer, make_sparse, on_kernels, sparse_class
+from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
 from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.facade.sparsifier import Sparsifier
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.masks import compute_masks, counts
+from topkast_func.model.layers import stand_ins
 from topkast_func.model.modules import trainable
 from topkast_func.training.fits_config import check_masks
 from topkast_func.training.start import check_ties
@@ -49,13 +51,14 @@ def sparsify(
     α = θ·1_A, the gradient is that at α, kept on B, and a step of any optimiser of `torch.optim`,
     made before or after, leaves what is outside B as it was, bit for bit, with slots of zero. θ,
     gradient and slots take the memory of a dense module, and a step for a moment a copy of θ;
-    `train_step` needs less. Linear layers are computed by the sparse kernels where these are
-    faster, all others with α at the price of the dense layer. `topkast_func.integrations` has
-    callbacks for the trainers of others.
+    `train_step` needs less. Linear layers, and the projections of attention where a batch attends
+    to itself, are computed by the sparse kernels where these are faster, all others with α at the
+    price of the dense layer. `topkast_func.integrations` has callbacks for the trainers of others.
 
     A state dict of the plain module loads; the sets are then chosen from its weights. A running
-    mean of the parameters, such as `torch.optim.swa_utils.AveragedModel`, is one of θ, with the
-    sets of the module at its last update; one of buffers too is not, and its forward pass says so.
+    mean of the parameters, such as `torch.optim.swa_utils.AveragedModel`, is made of the sparse
+    module, and is one of θ, with the sets of the module at its last update; one of buffers too is
+    not, and its forward pass says so.
 
     Args:
         model: The module, before it is wrapped or compiled.
@@ -112,11 +115,14 @@ def densify(model: Module) -> Module:
         The same module.
 
     Raises:
-        ValueError: It has no sparse weights.
+        ValueError: It has no sparse weights, or none any more.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     if not any(weights_of(layer) for layer in layers):
-        raise ValueError("model has no sparse weights: sparsify was never called on it")
+        raise ValueError(
+            "model has no sparse weights: sparsify was never called on it, or it is plain again, "
+            "as a TopKastCallback leaves it after training (densify_at_end=False keeps it sparse)"
+        )
     for layer in layers:
         release(layer)
         layer._make_plain()
@@ -174,12 +180,14 @@ def _plan(
 ) -> list[tuple[nn.Module, dict[str, Rule]]]:
     """Return the modules to be changed, with the rules of the weights of their own."""
     found = {id(params[name]): rule for name, rule in rules.items()}
+    multiplied = {place for part in stand_ins(model) for place in part.places()}
     plan = []
     for module in model.modules():
         own = {key: found[id(p)] for key, p in module._parameters.items() if id(p) in found}
-        if "weight" in own and on_kernels(type(module)):
-            own["weight"] = rule = own["weight"]._replace(matrix=True)
-            rule.choice(params[rule.name], *next(iter(rule.counts)))
+        for key, rule in own.items():
+            if (module, key) in multiplied:
+                own[key] = rule._replace(matrix=True)
+                own[key].choice(params[rule.name], *next(iter(rule.counts)))
         if any(id(parameter) in found for parameter in module.parameters()):
             plan.append((module, own))
     return plan

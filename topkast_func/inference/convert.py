@@ -47,7 +47,9 @@ def sparse_module(
         state: The state; or, alone, a module.
         model: The module that the state was made of; it is not changed.
         batch_size: Rows of activations that a layer sees at a time, at least 1: for a sequence
-            model batch times length. The cost model reads it, and any number can be given later.
+            model batch times length. The cost model reads it, and how many threads torch has; any
+            number can be given later. A row alone gains from threads, or where no cache holds the
+            layers: at 80 % a dense one of 1024 by 1024 in the cache of one thread is as fast.
 
     Returns:
         A module of its own, which shares no memory with the state or the model.

@@ -70,20 +70,20 @@ class SparseLinear(nn.Module):
                 f"inputs of shape {tuple(input.shape)} do not fit a layer of "
                 f"in_features={self.in_features}"
             )
-        autocast = torch.is_autocast_enabled(input.device.type)
-        x = input.to(self.values.dtype) if autocast else input
-        if x.dtype != self.values.dtype:
-            raise TypeError(f"inputs are {x.dtype}, the weight is {self.values.dtype}")
-        differentiated = torch.is_grad_enabled() and x.requires_grad
-        if differentiated or not supported(x.dtype, x.device.type):
-            return functional.linear(x, self.weight, self.bias)
+        values, bias, device = self.values, self.bias, input.device.type
+        autocast = torch.is_autocast_enabled(device)
+        x = input.to(values.dtype) if autocast else input
+        if x.dtype != values.dtype:
+            raise TypeError(f"inputs are {x.dtype}, the weight is {values.dtype}")
+        differentiated = x.requires_grad and torch.is_grad_enabled()
+        if differentiated or not supported(x.dtype, device):
+            return functional.linear(x, self.weight, bias)
         rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
         index = self.crow_indices, self.col_indices
-        y: Tensor = product(rows, self.values, *index, self.out_features)
-        y = y if self.bias is None else y + self.bias
+        y: Tensor = product(rows, values, *index, bias, self.out_features)
         y = y if x.ndim == 2 else y.reshape(*input.shape[:-1], self.out_features)
         cast = autocast and y.dtype == torch.float32
-        return y.to(torch.get_autocast_dtype(input.device.type)) if cast else y
+        return y.to(torch.get_autocast_dtype(device)) if cast else y
 
     def extra_repr(self) -> str:
         """Return the sizes, as `torch.nn.Linear` does, and how dense the weight is."""

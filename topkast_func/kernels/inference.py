@@ -1,6 +1,7 @@
 """x·αᵀ for inference, of α in CSR or BSR, by whatever is the fastest for the rows at hand."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ def supported(dtype: torch.dtype, device: str) -> bool:
 def pays(shape: tuple[int, int], stored: int, batch: int, dtype: torch.dtype, device: str) -> bool:
     """Return whether a matrix is smaller and faster sparse than dense.
 
-    The estimate, in nanoseconds, is a fit to one thread of a processor with AVX-512, of layers that
-    together do not fit its cache.
+    The estimate, in nanoseconds, is a fit to one thread of a processor with AVX-512, of a layer
+    that fits its cache: where layers do not, what is smaller gains more. Threads share the work of
+    any product but that of few rows with a dense matrix, which waits for memory.
 
     Args:
         shape: Rows and columns.
@@ -42,28 +44,41 @@ def pays(shape: tuple[int, int], stored: int, batch: int, dtype: torch.dtype, de
     if not supported(dtype, device):
         return False
     entries = math.prod(shape)
-    dense = entries * (0.35 + 0.02 * batch)
-    few = 35e3 + stored * (0.4 * batch if batch <= VECTORS else 0.8 + 0.05 * batch)
+    dense = entries * min(0.08 * batch, 0.28 + 0.02 * batch)
+    alone = 0.3 * batch / torch.get_num_threads()
+    few = 28e3 + stored * (alone if batch <= VECTORS else 0.8 + 0.05 * batch)
     many = 50e3 + stored * 0.65 * -(-batch // 16) + 2.5 * batch * sum(shape)
     sparse = many if batch >= NUMBA_FROM and installed("numba") else few
     return 2 * stored < entries and sparse < dense
 
 
-def _compute(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, features: int) -> Tensor:
+def _compute(
+    x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, features: int
+) -> Tensor:
     x = x.detach()
     check_indices(rows, columns, features // block_of(values)[0], x.shape[1] // block_of(values)[1])
     if values.ndim == 3 or (x.shape[0] >= NUMBA_FROM and installed("numba")):
-        from topkast_func.kernels import numba_cpu
-
-        part = BlockRows(rows, columns)
-        return unpack(numba_cpu.rows_times(values, pack(x), part, features), x.shape[0])
+        y = _by_tiles(x, values, BlockRows(rows, columns), features)
+        return y if bias is None else y.add_(bias)
     matrix = csr_matrix(rows, columns, values, (features, x.shape[1]))
     if 0 < x.shape[0] <= VECTORS:
-        return torch.stack([torch.mv(matrix, row) for row in x])
-    return (matrix @ x.t()).t().contiguous()
+        times = torch.mv if bias is None else partial(torch.addmv, bias)
+        return torch.stack([times(matrix, row) for row in x.unbind()])
+    y = (matrix @ x.t()).t()
+    return y.contiguous() if bias is None else y + bias
 
 
-def _fake(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, features: int) -> Tensor:
+def _by_tiles(x: Tensor, values: Tensor, part: BlockRows, features: int) -> Tensor:
+    from topkast_func.kernels import numba_cpu
+    from topkast_func.kernels.transpose import transposed
+
+    y = numba_cpu.rows_times(values, pack(x, transposed), part, features)
+    return unpack(y, x.shape[0], transposed)
+
+
+def _fake(
+    x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, features: int
+) -> Tensor:
     return x.new_empty(x.shape[0], features)
 
 
@@ -76,10 +91,11 @@ def batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Te
 
 
 product = define(
-    "apply(Tensor x, Tensor values, Tensor rows, Tensor columns, int features) -> Tensor",
+    "apply(Tensor x, Tensor values, Tensor rows, Tensor columns, Tensor? bias, int features)"
+    " -> Tensor",
     _compute,
     _fake,
     batched=batched,
 )
-"""``product(x, values, crow_indices, col_indices, out_features)``: x·αᵀ of x [batch, in], with
-values [stored] or [blocks, r, c] and int32 indices. It has no gradient."""
+"""``product(x, values, crow_indices, col_indices, bias, out_features)``: x·αᵀ + b of x [batch, in],
+with values [stored] or [blocks, r, c], int32 indices and b [out] or None. It has no gradient."""

@@ -3,9 +3,6 @@
 Each intrinsic keeps its sums in vector registers over a run of stored blocks of one block row.
 Operands are addresses; activations are tiles [features, width] of contiguous rows, ``width``
 numbers long and a multiple of a vector. The sizes of a block are literal integers.
-
-Numba caches what `numba_cpu` compiles of this and of `vectors` by the time stamp of that file
-alone: touch it after a change here or there.
 """
 
 import itertools
@@ -23,6 +20,9 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 REGISTERS = 16
 """Vector registers that hold sums; the others hold operands."""
+
+CHAINS = 4
+"""Sums that are added to in turn, where one would wait for its last addition."""
 
 
 def _literals(*arguments: Any) -> list[int]:
@@ -61,7 +61,7 @@ def add_rows(
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         _, y, x, width, column, values, place, start, end, *_ = arguments
         tile = Tile(builder, kind.dtype)
-        zero, one = tile.constant(0), tile.constant(1)
+        zero = tile.constant(0)
         vectors = builder.udiv(width, tile.constant(tile.lanes))
         for count, vector in tile.runs(zero, vectors, _halvings(min(8, REGISTERS // group))):
             lane = builder.mul(vector, tile.constant(tile.lanes))
@@ -70,28 +70,37 @@ def add_rows(
                 numbers = [builder.add(top, tile.constant(i)) for i in range(group)]
                 above = [builder.add(builder.mul(number, width), lane) for number in numbers]
                 outputs = [tile.beside(y, offset, count) for offset in above]
-                sums = tile.sums(group, count)
-                for output, total in _paired(outputs, sums):
+                chains = [tile.sums(group, count) for _ in range(max(1, CHAINS // (group * count)))]
+                for output, total in _paired(outputs, chains[0]):
                     builder.store(tile.load(output), total)
-                with cgutils.for_range_slice(builder, start, end, one, intp=_I64) as (k, _):
-                    stored = tile.index(place, k) if swapped else k
-                    block = builder.mul(stored, tile.constant(height * depth))
-                    feature = builder.mul(tile.index(column, k), tile.constant(depth))
-                    with tile.counted(depth) as j:
-                        row = builder.mul(builder.add(feature, j), width)
-                        beside = tile.beside(x, builder.add(row, lane), count)
-                        inputs = [tile.load(pointer) for pointer in beside]
-                        for number, line in zip(numbers, sums, strict=True):
-                            within = (
-                                tile.at_2d(j, number, height)
-                                if swapped
-                                else tile.at_2d(number, j, depth)
-                            )
-                            weight = tile.splat(tile.number(values, builder.add(block, within)))
-                            for total, input_ in zip(line, inputs, strict=True):
-                                tile.add_product(total, weight, input_)
-                for output, total in _paired(outputs, sums):
-                    tile.store(builder.load(total), output)
+                for together, k in tile.runs(start, end, sorted({1, len(chains)}, reverse=True)):
+                    for i, sums in enumerate(chains[:together]):
+                        entry = builder.add(k, tile.constant(i))
+                        stored = tile.index(place, entry) if swapped else entry
+                        block = builder.mul(stored, tile.constant(height * depth))
+                        feature = builder.mul(tile.index(column, entry), tile.constant(depth))
+                        with tile.counted(depth) as j:
+                            row = builder.mul(builder.add(feature, j), width)
+                            beside = tile.beside(x, builder.add(row, lane), count)
+                            inputs = [tile.load(pointer) for pointer in beside]
+                            for number, line in zip(numbers, sums, strict=True):
+                                within = (
+                                    tile.at_2d(j, number, height)
+                                    if swapped
+                                    else tile.at_2d(number, j, depth)
+                                )
+                                at = builder.add(block, within)
+                                weight = tile.splat(tile.number(values, at))
+                                for total, input_ in zip(line, inputs, strict=True):
+                                    tile.add_product(total, weight, input_)
+                first, *others = ([*itertools.chain(*sums)] for sums in chains)
+                for output, total, *more in zip(
+                    itertools.chain(*outputs), first, *others, strict=True
+                ):
+                    result = builder.load(total)
+                    for other in more:
+                        result = builder.fadd(result, builder.load(other))
+                    tile.store(result, output)
         return context.get_dummy_value()
 
     return types.void(kind, *[types.int64] * 8, rows, columns, transposed), codegen

@@ -2,7 +2,9 @@
 
 import os
 import threading
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -39,6 +41,11 @@ class _Listener(event.Listener):
         compiling.end()
 
 
+_EMITTED = zlib.crc32(
+    b"".join(Path(__file__).with_name(name).read_bytes() for name in ("simd.py", "vectors.py"))
+)
+"""Changes with the code that is emitted into kernels, which Numba's cache does not look at."""
+
 _LISTENER = _Listener()
 _FREE = threading.Lock()
 _FORKED = threading.Event()
@@ -56,7 +63,8 @@ def compiled(kernel: Any, threaded: bool) -> Kernel:
     Returns:
         The compiled kernel.
     """
-    kernel.__qualname__ += f"_{VECTOR_BYTES}_{'threaded' if threaded else 'alone'}"
+    kind = "threaded" if threaded else "alone"
+    kernel.__qualname__ += f"_{VECTOR_BYTES}_{kind}_{_EMITTED:x}"
     return njit(kernel, parallel=threaded, **FAST)
 
 

@@ -1,7 +1,6 @@
 """Transposition of matrices in Numba, a square of vectors at a time.
 
-torch's own copy of a transposed tensor takes four times as long. Numba caches what is compiled
-here by the time stamp of this file alone: touch it after a change to `vectors`.
+torch's own copy of a transposed tensor takes four times as long.
 """
 
 from functools import lru_cache

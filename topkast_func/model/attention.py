@@ -1,7 +1,7 @@
 """`torch.nn.MultiheadAttention` with its projections on the kernels."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,20 +42,49 @@ class AttentionStandIn(StandIn):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return what the layer returns."""
-        layer, (project, project_out) = self.layer, self.products
-        itself = query is key and key is value and query.dim() == 3 and not query.is_nested
-        if not itself or need_weights or (is_causal and attn_mask is None):
-            told = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            result: tuple[Tensor, Tensor | None]
-            result = type(layer).forward(layer, query, key, value, *told)
-            return result
-        x = query if layer.batch_first else query.transpose(0, 1)
-        projected = project(x, layer.in_proj_weight, layer.in_proj_bias)
-        size = (*projected.shape[:2], 3, layer.num_heads, -1)
-        parts = projected.view(size).permute(2, 0, 3, 1, 4)
-        joined, _ = mixed(layer, parts, attn_mask, key_padding_mask, is_causal)
-        y = project_out(joined, layer.out_proj.weight, layer.out_proj.bias)
-        return y if layer.batch_first else y.transpose(0, 1), None
+        layer, (product, product_out) = self.layer, self.products
+        told = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        found = attended(
+            layer,
+            lambda x: product(x, layer.in_proj_weight, layer.in_proj_bias),
+            lambda x: product_out(x, layer.out_proj.weight, layer.out_proj.bias),
+            (query, key, value),
+            told,
+        )
+        result: tuple[Tensor, Tensor | None]
+        result = found or type(layer).forward(layer, query, key, value, *told)
+        return result
+
+
+def attended(
+    layer: Any,
+    project: Callable[[Tensor], Tensor],
+    project_out: Callable[[Tensor], Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    told: tuple[Tensor | None, bool, Tensor | None, bool, bool],
+) -> tuple[Tensor, None] | None:
+    """Compute what `torch.nn.MultiheadAttention` does where a batch attends to itself.
+
+    Args:
+        layer: The attention, which projects to queries, keys and values at once.
+        project: Does that.
+        project_out: Projects what comes out.
+        inputs: Its ``query``, ``key`` and ``value``.
+        told: The other inputs, in the order of the layer.
+
+    Returns:
+        What the layer returns; None where one attends to another or weights are asked for.
+    """
+    (query, key, value), (padding, need_weights, attn_mask, _, is_causal) = inputs, told
+    itself = query is key and key is value and query.dim() == 3 and not query.is_nested
+    if not itself or need_weights or (is_causal and attn_mask is None):
+        return None
+    projected = project(query if layer.batch_first else query.transpose(0, 1))
+    size = (*projected.shape[:2], 3, layer.num_heads, -1)
+    parts = projected.view(size).permute(2, 0, 3, 1, 4)
+    joined, _ = mixed(layer, parts, attn_mask, padding, is_causal)
+    y = project_out(joined)
+    return y if layer.batch_first else y.transpose(0, 1), None
 
 
 def mixed(

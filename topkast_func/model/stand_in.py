@@ -81,6 +81,11 @@ class StandIn:
             and type(layer).forward is nn.Linear.forward
         )
 
+    def places(self) -> list[tuple[nn.Module, str]]:
+        """Return where its weights are: the layer or a part of it, and the key there."""
+        paths = [path.rpartition(".") for path in self.weights]
+        return [(self.layer.get_submodule(owner), key) for owner, _, key in paths]
+
     def needed(self, patterns: Mapping[str, Pattern]) -> bool:
         """Return whether a product of it has a pattern, and nobody else stands in."""
         named = any(product.name in patterns for product in self.products)

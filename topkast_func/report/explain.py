@@ -3,7 +3,7 @@
 from topkast_func.checks import check_count
 from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.kernels.linear import layer_of
-from topkast_func.report.notes import ALPHA
+from topkast_func.report.notes import ALPHA, UNKNOWN
 from topkast_func.report.table import table
 from topkast_func.training.state import TrainState, check_state, narrowed
 
@@ -60,6 +60,6 @@ def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str,
             chosen[name] = choose(engine, layer)
         else:
             compact = state.weights.stands(name) is not None
-            why = "of no layer that kernels know" if compact else "storage='dense'"
+            why = UNKNOWN if compact else "storage='dense'"
             chosen[name] = Choice("dense", ALPHA + why)
     return chosen

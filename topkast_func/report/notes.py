@@ -16,6 +16,9 @@ from topkast_func.report.table import families, some
 ALPHA = "all of α: "
 """How the reason of a weight begins that no kernel computes."""
 
+UNKNOWN = "of no layer that kernels know"
+"""How it may end."""
+
 
 class Row(NamedTuple):
     """One parameter.

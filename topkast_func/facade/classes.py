@@ -1,0 +1,57 @@
+"""Classes of layers with sparse weights, made of those without."""
+
+from copyreg import __newobj__  # type: ignore[attr-defined]
+from functools import cache, wraps
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from topkast_func.facade.sparse_attention import SparseAttention
+from topkast_func.facade.sparse_layer import SparseLayer, SparseLinear, sparse_attribute
+from topkast_func.model.stand_in import is_transposed
+
+
+@cache
+def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
+    """Return the subclass of a class whose modules have sparse weights.
+
+    Args:
+        plain: The class; the new one goes by its name.
+        keys: Names of the sparse weights; none for a module that has such layers within it.
+
+    Returns:
+        The class, always the same for the same arguments.
+    """
+    mixed = _mixed_into(plain)
+
+    @wraps(plain.forward)
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        runs = mixed if isinstance(self, mixed) else plain  # bound before the module was densified
+        return runs.forward(self, *inputs, **options)
+
+    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+        make, _, *state = plain.__reduce_ex__(self, protocol)
+        if make is not __newobj__:
+            raise TypeError(f"{plain.__name__} copies itself in its own way: densify it first")
+        return _blank, (plain, keys), *state
+
+    members = {key: sparse_attribute(key) for key in keys}
+    named = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "_plain": plain}
+    own = {"forward": forward, "__reduce_ex__": reduce, "_transposed": is_transposed(plain)}
+    return type(plain.__name__, (mixed, plain), {**members, **named, **own})
+
+
+def _mixed_into(plain: Any) -> Any:
+    """Return what computes with α in modules of a class, on the kernels where they can."""
+    if plain.forward is nn.MultiheadAttention.forward:
+        return SparseAttention
+    linear = plain.forward is nn.Linear.forward and plain is not NonDynamicallyQuantizableLinear
+    return SparseLinear if linear or is_transposed(plain) else SparseLayer
+
+
+def _blank(plain: Any, keys: tuple[str, ...]) -> nn.Module:
+    """Make a module to be filled from a pickle."""
+    made: Any = sparse_class(plain, keys)
+    blank: nn.Module = made.__new__(made)
+    return blank
