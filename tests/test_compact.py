@@ -188,7 +188,7 @@ def test_one_graph_over_refreshes_and_the_end_of_exploration(
 
 
 @pytest.mark.xfail(strict=True, reason="each size of batch is compiled anew")
-@torch._dynamo.config.patch(recompile_limit=1)
+@torch._dynamo.config.patch(recompile_limit=1)  # type: ignore[untyped-decorator]
 def test_dynamic_shapes_compile() -> None:
     batches = [(x[:n], y[:n]) for n, (x, y) in zip(range(3, 12), BATCHES, strict=True)]
     check(network().double(), batches=batches, compile={"dynamic": True, "backend": "aot_eager"})

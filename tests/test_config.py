@@ -139,3 +139,8 @@ def test_a_pattern_that_is_a_name_matches_it_though_it_has_brackets() -> None:
     assert told.notes[0] == "dense: a[1].weight, a1.weight: keep_dense"
     groups = tk.partition({"a[1].weight": tk.sgd(0.1), "*": tk.adam()})
     assert groups.init({"a[1].weight": params["a[1].weight"], "b": torch.ones(1)}).slots.keys()
+
+
+def test_a_stage_begins_with_the_step_that_it_starts_at() -> None:
+    schedule = TopKastConfig(tk.staged({0: 0.5, 3: 0.8, 7: 0.9}), 0.2).schedule
+    assert [schedule.stage(step) for step in (0, 2, 3, 6, 7, 9)] == [0, 0, 3, 3, 7, 7]

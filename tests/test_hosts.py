@@ -417,7 +417,7 @@ def test_dense_training_cannot_begin_at_a_refresh(storage: Any) -> None:
         tk.refresh(state, own)
 
 
-@torch._dynamo.config.patch(recompile_limit=1)
+@torch._dynamo.config.patch(recompile_limit=1)  # type: ignore[untyped-decorator]
 def test_numbers_that_change_are_to_be_tensors() -> None:
     model, optimizer = nn.Linear(6, 3), tk.sgd(0.1)
     state = tk.init_state(model, CONFIG, optimizer)

@@ -439,7 +439,7 @@ def test_no_more_of_a_goes_than_there_are_entries_to_come() -> None:
 
 
 @pytest.mark.parametrize("method", [tk.topkast(), tk.rigl()])
-@torch._dynamo.config.patch(recompile_limit=2)
+@torch._dynamo.config.patch(recompile_limit=2)  # type: ignore[untyped-decorator]
 def test_more_stages_than_dynamo_keeps_graphs_for(method: tk.Method) -> None:
     stages = tk.staged({t: 0.5 + 0.1 * t for t in range(4)})
     config = tk.TopKastConfig(stages, 0.25, refresh_every=None, method=method)

@@ -38,7 +38,9 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
     monkeypatch.chdir(FOLDER)
     monkeypatch.setattr("topkast_func.make_train_step", eager_step)
     options = Config({"HistoryManager": {"enabled": False}})
-    yield InteractiveShell(config=options, user_module=ModuleType("notebook"))
+    yield InteractiveShell(  # type: ignore[no-untyped-call]
+        config=options, user_module=ModuleType("notebook")
+    )
     monkeypatch.undo()
 
 
@@ -52,7 +54,7 @@ def test_it_runs(path: Path, shell: InteractiveShell) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         for cell in cells:
-            shell.run_cell(cell.source).raise_error()
+            shell.run_cell(cell.source).raise_error()  # type: ignore[no-untyped-call]
 
 
 @by_name
