@@ -3,18 +3,15 @@
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
 
 import torch
 
-Part: TypeAlias = Callable[[Any], None]
-"""``part([next, parts, *integers])``: does the parts of a work that nobody has taken yet."""
+from topkast_func.kernels.waiting import SHARED, Part, Waiting
 
 _FREE = threading.Lock()
 _FORKED = threading.Event()
-_SHARED: Any = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-"""Of the OpenMP library that torch itself computes with: calls a function in each thread."""
+_WAITING = Waiting()
 
 os.register_at_fork(after_in_child=_FORKED.set)
 
@@ -32,10 +29,11 @@ def in_parallel(part: Part, parts: int | None, integers: Sequence[int]) -> None:
     """
     threads = torch.get_num_threads()
     data = (ctypes.c_int64 * (len(integers) + 2))(0, parts or threads, *integers)
-    if _SHARED is None or threads == 1 or _FORKED.is_set() or not _FREE.acquire(blocking=False):
+    if SHARED is None or threads == 1 or _FORKED.is_set() or not _FREE.acquire(blocking=False):
         part(data)
         return
     try:
-        _SHARED(part, data, threads, 0)
+        _WAITING.look(part, threads)
+        SHARED(part, data, threads, 0)
     finally:
         _FREE.release()
