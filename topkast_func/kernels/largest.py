@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.llvm import Kernel
-from topkast_func.kernels.vectors import Integer, Tile
+from topkast_func.kernels.vectors import Tile
 from topkast_func.tiebreak import splitmix64
 
 Mask: TypeAlias = npt.NDArray[np.bool_]

@@ -15,8 +15,9 @@ import torch
 from llvmlite import binding, ir
 from torch import Tensor
 
+from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.threads import in_parallel
-from topkast_func.kernels.vectors import Integer, Tile
+from topkast_func.kernels.vectors import Tile
 from topkast_func.kernels.waiting import Part
 
 _I64 = ir.IntType(64)

@@ -12,10 +12,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.llvm import Kernel
 from topkast_func.kernels.pattern import BlockRows, Pattern, block_of
 from topkast_func.kernels.simd import add_dots, add_rows
-from topkast_func.kernels.vectors import Integer, Tile
+from topkast_func.kernels.vectors import Tile
 
 
 def forward(values: Tensor, x: Tensor, pattern: Pattern, features: int) -> Tensor:

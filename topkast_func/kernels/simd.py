@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from topkast_func.kernels.vectors import Integer, Tile
+from topkast_func.kernels.integers import Integer
+from topkast_func.kernels.vectors import Tile
 
 REGISTERS = 16
 """Vector registers that hold sums; the others hold operands."""

@@ -8,8 +8,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.llvm import Kernel
-from topkast_func.kernels.vectors import Integer, Tile
+from topkast_func.kernels.vectors import Tile
 
 
 def transposed(x: Tensor) -> Tensor:

@@ -1,85 +1,16 @@
-"""What kernels are written in: integers, loops and vectors that emit the code of LLVM."""
+"""Loads, stores, loops and vectors that kernels are written in: they emit the code of LLVM."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partialmethod
 from typing import Any
 
 import torch
 from llvmlite import ir
 
+from topkast_func.kernels.integers import Integer, Variable, llvm_value
 from topkast_func.kernels.tiles import VECTOR_BYTES
 
 _I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
-
-
-class Integer:
-    """An int64 that a kernel computes; arithmetic with it emits code, and wraps around.
-
-    Division and comparison are those of unsigned integers, shifts those of signed ones.
-
-    Args:
-        builder: Where instructions go.
-        value: A number, or an int64 of LLVM.
-    """
-
-    def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
-        self.builder = builder
-        self.value = ir.Constant(_I64, value) if isinstance(value, int) else value
-
-    def _with(self, instruction: str, other: "Integer | int") -> "Integer":
-        emit = getattr(self.builder, instruction)
-        return Integer(self.builder, emit(self.value, _value(other)))
-
-    __add__ = __radd__ = partialmethod(_with, "add")
-    __mul__ = __rmul__ = partialmethod(_with, "mul")
-    __sub__ = partialmethod(_with, "sub")
-    __floordiv__ = partialmethod(_with, "udiv")
-    __mod__ = partialmethod(_with, "urem")
-    __and__ = partialmethod(_with, "and_")
-    __xor__ = partialmethod(_with, "xor")
-    __rshift__ = partialmethod(_with, "ashr")
-
-    def above_bits(self, count: "Integer | int") -> "Integer":
-        """Return the bits above the lowest so many."""
-        return self._with("lshr", count)
-
-    def equals(self, other: "Integer | int") -> Any:
-        """Return whether this is another integer, as LLVM has it."""
-        return self.builder.icmp_unsigned("==", self.value, _value(other))
-
-    def below(self, other: Any) -> Any:
-        """Return whether this is less than another integer, as LLVM has it."""
-        return self.builder.icmp_unsigned("<", self.value, _value(other))
-
-    def where(self, condition: Any, other: "Integer") -> "Integer":
-        """Return this where a condition holds, and another integer where not."""
-        return Integer(self.builder, self.builder.select(condition, self.value, other.value))
-
-
-class Variable:
-    """An integer that changes; LLVM keeps it in a register.
-
-    Args:
-        place: A pointer to it.
-        builder: Where instructions go.
-    """
-
-    def __init__(self, place: Any, builder: ir.IRBuilder) -> None:
-        self._place, self._builder = place, builder
-
-    def __call__(self) -> Integer:
-        """Return what it is now."""
-        return Integer(self._builder, self._builder.load(self._place))
-
-    def set(self, number: Integer | int) -> None:
-        """Give it another value."""
-        self._builder.store(_value(number), self._place)
-
-
-def _value(number: Integer | int) -> Any:
-    """Return an integer as LLVM has it."""
-    return number.value if isinstance(number, Integer) else ir.Constant(_I64, number)
 
 
 class Tile:
@@ -115,7 +46,7 @@ class Tile:
         Yields:
             The counter.
         """
-        builder, (start, end, step) = self.builder, map(_value, (start, end, step))
+        builder, (start, end, step) = self.builder, map(llvm_value, (start, end, step))
         test, body, after = (builder.append_basic_block(name) for name in ("test", "body", "after"))
         before = builder.block
         builder.branch(test)
@@ -153,7 +84,7 @@ class Tile:
     def at(self, base: Integer, offset: Any, kind: ir.Type, size: int) -> Any:
         """Return a pointer to ``base[offset]``, elements of ``size`` bytes."""
         first = self.builder.inttoptr(base.value, _I8.as_pointer())
-        pointer = self.builder.gep(first, [_value(offset * size)])
+        pointer = self.builder.gep(first, [llvm_value(offset * size)])
         return self.builder.bitcast(pointer, kind.as_pointer())
 
     def beside(self, base: Integer, offset: Any, number: int) -> list[Any]:
