@@ -18,7 +18,7 @@ _ALL = (products.SUITE, steps.SUITE, costs.REFRESH, costs.MEMORY, costs.COMPILAT
 SUITES = {suite.name: suite for suite in _ALL}
 SCRATCH = Path("runs") / "benchmarks"
 QUIET = 5.0  # per cent of the processors that may be at work before a suite starts
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def main() -> None:

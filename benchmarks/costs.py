@@ -119,7 +119,6 @@ def _compilation(p: Parameters) -> dict[str, float]:
     os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)  # compiling is what is measured
     seconds = {}
     with tempfile.TemporaryDirectory() as caches:
-        os.environ["NUMBA_CACHE_DIR"] = f"{caches}/numba"
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{caches}/inductor"
         for name in ("cold", "warm"):
             with process(torch.get_num_threads()) as fresh:

@@ -15,7 +15,15 @@ import torch
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
-PACKAGES = ("topkast_func", "torch", "numpy", "numba", "torch_sparse", "torch_scatter", "sparselab")
+PACKAGES = (
+    "topkast_func",
+    "torch",
+    "numpy",
+    "llvmlite",
+    "torch_sparse",
+    "torch_scatter",
+    "sparselab",
+)
 
 Entry: TypeAlias = Mapping[str, Any]
 """One arm at one task of one case, as JSON holds it: ``suite``, ``case``, ``arm``, ``task``, the

@@ -94,7 +94,10 @@ def test_only_the_state_knows_how_the_state_is_stored() -> None:
 
 
 def test_importing_the_package_is_lean() -> None:
-    heavy = "matplotlib torch_sparse scipy rich numba transformers lightning torch._dynamo"
+    heavy = (
+        "matplotlib torch_sparse scipy rich llvmlite triton transformers lightning torch._dynamo "
+        "torch.distributed.checkpoint"
+    )
     program = f"import sys, topkast_func; print(*set({heavy.split()}) & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

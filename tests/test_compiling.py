@@ -3,16 +3,13 @@
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import topkast_func as tk
 from topkast_func import compiling
-from topkast_func.kernels.threads import FAST, in_parallel
 
 
 @pytest.fixture
@@ -47,20 +44,6 @@ def test_a_step_tells_of_each_compilation_once(caplog: pytest.LogCaptureFixture)
     assert [len(messages) for messages in told] == [2, 0, 2]
     assert told[0] == [compiling.BEGUN, compiling.ENDED.format(seconds[0])]
     assert 0 < seconds[0] == seconds[1] < seconds[2]
-
-
-def test_a_kernel_tells(caplog: pytest.LogCaptureFixture) -> None:
-    from numba import njit
-
-    options: dict[str, Any] = {**FAST, "cache": False}
-    kernel = njit(lambda parts, array: None, **options)
-    with caplog.at_level(logging.INFO, "topkast_func"):
-        for _ in range(2):
-            in_parallel(lambda threaded: kernel, np.zeros(3))
-    assert [record.message[:22] for record in caplog.records] == [
-        compiling.BEGUN[:22],
-        compiling.ENDED[:22],
-    ]
 
 
 @pytest.mark.usefixtures("_no_logging")

@@ -77,7 +77,7 @@ def one_report() -> Iterator[None]:
 
 
 def compilation_seconds() -> float:
-    """Return how long this process has compiled steps and kernels so far.
+    """Return how long this process has compiled steps so far.
 
     The difference of two calls is the part of the time between them that went to compiling.
 

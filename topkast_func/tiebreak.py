@@ -18,7 +18,7 @@ def splitmix64(indices: Indices) -> Indices:
     Pseudorandom Number Generators", OOPSLA 2014). Distinct indices have distinct numbers.
 
     Args:
-        indices: int64; Numba compiles this function for a single one.
+        indices: int64, an array of them or one that a kernel computes.
 
     Returns:
         The numbers, as the int64 of the same 64 bits, in the shape of ``indices``.

@@ -143,11 +143,12 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     engines.installed.cache_clear()
 
 
-def without(monkeypatch: pytest.MonkeyPatch, package: str, module: str) -> None:
+def without(monkeypatch: pytest.MonkeyPatch, package: str, *modules: str) -> None:
     for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"topkast_func.kernels.{module}", raising=False)
+    for module in modules:
+        monkeypatch.delitem(sys.modules, f"topkast_func.kernels.{module}", raising=False)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -158,9 +159,9 @@ def test_without_triton_auto_goes_dense(missing: pytest.MonkeyPatch) -> None:
 
 
 def test_without_numba_auto_goes_on(missing: pytest.MonkeyPatch) -> None:
-    without(missing, "numba", "numba_cpu")
+    without(missing, "llvmlite", "numba_cpu", "llvm")
     found = choose("auto", LAYER)
-    assert found == ("dense", "numba is not installed (pip install numba)")
+    assert found == ("dense", "numba is not installed (pip install llvmlite)")
     given = problem()
     x = integers(3, 60)
     y = sparse_linear(x, given.values, given.pattern, given.shape)
@@ -168,17 +169,22 @@ def test_without_numba_auto_goes_on(missing: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "line"),
+    ("name", "package", "modules", "line"),
     [
-        ("numba", "numba_cpu", "pip install numba"),
-        ("triton", "triton_gpu", r"pip install 'topkast_func\[triton\]'"),
-        ("torch_sparse", "torch_sparse", r"--no-build-isolation 'topkast_func\[torch-sparse\]'"),
+        ("numba", "llvmlite", ["numba_cpu", "llvm"], "pip install llvmlite"),
+        ("triton", "triton", ["triton_gpu"], r"pip install 'topkast_func\[triton\]'"),
+        (
+            "torch_sparse",
+            "torch_sparse",
+            ["torch_sparse"],
+            r"--no-build-isolation 'topkast_func\[torch-sparse\]'",
+        ),
     ],
 )
 def test_an_engine_that_is_not_installed_says_how_to_get_it(
-    name: Any, module: str, line: str, missing: pytest.MonkeyPatch
+    name: Any, package: str, modules: list[str], line: str, missing: pytest.MonkeyPatch
 ) -> None:
-    without(missing, name, module)
+    without(missing, package, *modules)
     with pytest.raises(ImportError, match=f"engine '{name}' cannot be used .*{line}"):
         choose(name, LAYER)
     given = problem()

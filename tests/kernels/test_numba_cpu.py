@@ -1,14 +1,11 @@
 """The products in Numba: exact on small integers, whatever threads and forks do."""
 
 import os
-import shutil
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Iterator
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import topkast_func
 from tests.kernels.problems import (
     BATCHES,
     BLOCKS,
@@ -30,9 +26,7 @@ from tests.kernels.problems import (
     problems,
     products,
 )
-from topkast_func.kernels import sparse_linear
-
-PACKAGE = Path(topkast_func.__file__).parent
+from topkast_func.kernels import numba_cpu, sparse_linear
 
 
 @pytest.fixture(autouse=True)
@@ -191,44 +185,28 @@ def test_a_data_loader_worker_computes_after_its_parent_did() -> None:
     assert torch.equal(torch.cat(list(loader)), expected)
 
 
-# The cache between processes.
+# The width of vectors.
 
 PROGRAM = """
 import torch
 from topkast_func.kernels import pattern_of, sparse_linear
+from topkast_func.kernels.tiles import VECTOR_BYTES
 mask = torch.eye(8, dtype=torch.bool)
 x = torch.arange(1.0, 9.0).repeat(3, 1)
 y = sparse_linear(x, torch.ones(8), pattern_of(mask, mask), (8, 8), engine="numba")
-print(torch.equal(y, x))
+print(VECTOR_BYTES, torch.equal(y, x))
 """
 
 
-def said(folder: Path, **environment: str) -> str:
-    """Return what a process says that imports the package from a folder."""
+def test_products_in_vectors_of_any_processor() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**os.environ, "PYTHONPATH": str(folder), **environment},
-        cwd=folder,
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
         capture_output=True,
         text=True,
         check=True,
     )
-    return done.stdout.strip()
-
-
-def test_kernels_cached_for_another_width_of_vector_are_not_used(tmp_path: Path) -> None:
-    for capability in (torch.backends.cpu.get_cpu_capability().lower(), "default"):
-        options = {"ATEN_CPU_CAPABILITY": capability, "NUMBA_CACHE_DIR": str(tmp_path)}
-        assert said(PACKAGE.parent, **options) == "True"
-
-
-def test_kernels_cached_of_other_intrinsics_are_not_used(tmp_path: Path) -> None:
-    copy = shutil.copytree(PACKAGE, tmp_path / PACKAGE.name)
-    intrinsics = copy / "kernels" / "simd.py"
-    assert said(tmp_path) == "True"
-    doubled = intrinsics.read_text().replace("store(result,", "store(builder.fadd(result, result),")
-    intrinsics.write_text(doubled)
-    assert said(tmp_path) == "False"
+    assert done.stdout.split() == ["32", "True"]
 
 
 @settings(max_examples=10)
@@ -239,19 +217,21 @@ def test_a_full_matrix_is_the_dense_product(rows: int, columns: int) -> None:
     check_products("numba", full, 3)
 
 
-def test_without_a_folder_for_caches_kernels_are_compiled_in_each_process() -> None:
-    program = textwrap.dedent(
-        """
-        from numba.core.caching import CacheImpl
-        CacheImpl._locator_classes = []
-        import torch, topkast_func as tk
-        from topkast_func.kernels.threads import FAST
-        assert not FAST["cache"]
-        layer = tk.TopKastLinear(16, 8, 0.5, 0.3, engine="numba")
-        other = tk.TopKastLinear(16, 8, 0.5, 0.3, engine="reference")
-        other.load_state_dict(layer.state_dict())
-        x = torch.randn(4, 16)
-        torch.testing.assert_close(layer(x), other(x))
-        """
+def test_kernels_are_made_while_their_layer_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+    prepare = numba_cpu.prepare
+    monkeypatch.setattr(numba_cpu, "prepare", lambda *layer: threads.append(prepare(*layer)))
+    block = (3, 7)  # of no other test
+    given = problem(block, torch.float64)
+    x = integers(4, given.shape[1]).double()
+    traced = torch.compile(sparse_linear, backend="eager", fullgraph=True)
+    y = traced(x, given.values, given.pattern, given.shape, engine="numba")
+    for thread in threads:
+        thread.join()
+    assert torch.equal(y, x @ given.alpha.T)
+    kernels = (
+        numba_cpu._rows_kernel(block[::-1], True, torch.float64),  # of the backward pass alone
+        numba_cpu._dots_kernel(block, torch.float64),
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    assert threads
+    assert all(kernel._part for kernel in kernels)

@@ -70,7 +70,7 @@ TRITON_SIDE = 16
 """What divides the sides of the blocks that Triton computes: the least tile of a tensor core."""
 
 _INSTALL = {
-    "numba": "pip install numba",
+    "numba": "pip install llvmlite",
     "triton": "pip install 'topkast_func[triton]'",
     "torch_sparse": "install torch first, then "
     "pip install --no-build-isolation 'topkast_func[torch-sparse]'",

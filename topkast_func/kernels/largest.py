@@ -6,16 +6,18 @@ where the upper ones are those. If more entries are as large as the smallest tha
 goes on in the same way with their ranks, the complements of the unsigned keys of `tie_key`.
 """
 
-from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit, prange
 
-from topkast_func.kernels.threads import Kernel, compiled, in_parallel
+from topkast_func.kernels.integers import Integer
+from topkast_func.kernels.llvm import Kernel
+from topkast_func.kernels.vectors import Tile
 from topkast_func.tiebreak import splitmix64
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -24,17 +26,20 @@ Counts: TypeAlias = npt.NDArray[np.int64]
 DIGIT = 16
 """Bits that a pass tells apart."""
 
-_DIGIT, _LOW = np.uint64(DIGIT), np.uint64(2**DIGIT - 1)
-_splitmix64: Any = njit(splitmix64)
+_splitmix64: Any = splitmix64
+_DTYPES = {32: torch.float32, 64: torch.float64}
 
 
 class _Entries(NamedTuple):
-    """Numbers as unsigned integers, where they stand, and what a kernel needs besides."""
+    """Numbers, and where they stand, if that is not everywhere."""
 
-    bits: Any
+    numbers: npt.NDArray[np.floating[Any]]
     places: npt.NDArray[np.int64] | None
-    below_sign: np.uint64
-    bounds: npt.NDArray[np.uint64]
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Return what `_entries` takes."""
+        places = self.numbers if self.places is None else self.places
+        return self.numbers.ctypes.data, places.ctypes.data, len(self.numbers)
 
 
 def top_marks(
@@ -56,14 +61,9 @@ def top_marks(
         The two masks; None if a number is NaN.
     """
     width = 8 * numbers.itemsize
-    entries = _Entries(
-        numbers.view(f"u{numbers.itemsize}"),
-        places,
-        np.uint64(2 ** (width - 1) - 1),
-        np.linspace(0, len(numbers), torch.get_num_threads() + 1).astype(np.uint64),
-    )
+    entries = _Entries(numbers, places)
     counts = cache(partial(_counts, entries))
-    infinite = int(np.array(np.inf, numbers.dtype).view(entries.bits.dtype))
+    infinite = int(np.array(np.inf, numbers.dtype).view(f"u{numbers.itemsize}"))
     from_infinite_on = counts(None, width - DIGIT, 0)[infinite >> (width - DIGIT) :]
     if from_infinite_on.any() and np.isnan(numbers).any():
         return None
@@ -96,66 +96,91 @@ def _smallest(
 
 def _counts(entries: _Entries, tied: int | None, shift: int, sought: int) -> Counts:
     """Count by 16 bits, from ``shift`` on, the numbers whose bits above those are ``sought``."""
-    counts = np.zeros((len(entries.bounds) - 1, 2**DIGIT), np.int64)
-    magnitude = None if tied is None else np.uint64(tied)
-    in_parallel(_count, *entries, magnitude, np.uint64(shift), np.uint64(sought), counts)
+    counts = np.zeros((torch.get_num_threads(), 2**DIGIT), np.int64)
+    kernel = _count_kernel(*_kind(entries), tied is not None)
+    kernel(*entries.addresses(), tied or 0, shift, sought, counts.ctypes.data, parts=len(counts))
     return counts.sum(0)
 
 
 def _marked(entries: _Entries, magnitude: int, rank: int) -> Mask:
     """Mark what is larger than a magnitude, and what is equal to it and has at least the rank."""
-    mask = np.empty(len(entries.bits), np.bool_)
-    in_parallel(_mark, *entries, np.uint64(magnitude), np.uint64(rank), mask)
+    mask = np.empty(len(entries.numbers), np.bool_)
+    _mark_kernel(*_kind(entries))(*entries.addresses(), magnitude, rank, mask.ctypes.data)
     return mask
 
 
-@lru_cache
-def _count(threaded: bool) -> Kernel:
-    """Return the kernel that counts magnitudes, or ranks where the magnitude is ``tied``."""
+def _kind(entries: _Entries) -> tuple[torch.dtype, bool]:
+    return _DTYPES[8 * entries.numbers.itemsize], entries.places is not None
 
-    def kernel(
-        parts: int,
-        bits: Any,
-        places: Any,
-        below_sign: Any,
-        bounds: Any,
-        tied: Any,
-        shift: Any,
-        sought: Any,
-        counts: Any,
+
+@cache
+def _count_kernel(dtype: torch.dtype, placed: bool, ranks: bool) -> Kernel:
+    """Return the kernel that counts magnitudes, or the ranks where the magnitude is ``tied``."""
+
+    def emit(
+        tile: Tile,
+        part: Integer,
+        parts: Integer,
+        numbers: Integer,
+        places: Integer,
+        length: Integer,
+        tied: Integer,
+        shift: Integer,
+        sought: Integer,
+        counts: Integer,
     ) -> None:
-        for part in prange(len(bounds) - 1):
-            for i in range(bounds[part], bounds[part + 1]):
-                number = np.uint64(bits[i]) & below_sign
-                if tied is not None:
-                    if number != tied:
-                        continue
-                    number = np.uint64(~_splitmix64(np.int64(i) if places is None else places[i]))
-                if number >> shift >> _DIGIT == sought:
-                    counts[part, number >> shift & _LOW] += 1
+        here = counts + part * (8 * 2**DIGIT)
+        with _entries(tile, numbers, places if placed else None, length, part, parts) as entry:
+            _, magnitude, rank = entry
+            number = rank if ranks else magnitude
+            begins = number.above_bits(shift).above_bits(DIGIT).equals(sought)
+            if ranks:
+                begins = tile.builder.and_(begins, magnitude.equals(tied))
+            with tile.builder.if_then(begins):
+                digit = number.above_bits(shift) & (2**DIGIT - 1)
+                count = tile.unsigned(here, digit, 8) + 1
+                tile.builder.store(count.value, tile.at(here, digit, count.value.type, 8))
 
-    return compiled(kernel, threaded)
+    return Kernel(emit, dtype)
 
 
-@lru_cache
-def _mark(threaded: bool) -> Kernel:
+@cache
+def _mark_kernel(dtype: torch.dtype, placed: bool) -> Kernel:
     """Return the kernel that marks; it has no branches, so that it runs on vectors."""
 
-    def kernel(
-        parts: int,
-        bits: Any,
-        places: Any,
-        below_sign: Any,
-        bounds: Any,
-        smallest: Any,
-        smallest_rank: Any,
-        mask: Any,
+    def emit(
+        tile: Tile,
+        part: Integer,
+        parts: Integer,
+        numbers: Integer,
+        places: Integer,
+        length: Integer,
+        smallest: Integer,
+        smallest_rank: Integer,
+        mask: Integer,
     ) -> None:
-        for part in prange(len(bounds) - 1):
-            for i in range(bounds[part], bounds[part + 1]):
-                magnitude = np.uint64(bits[i]) & below_sign
-                rank = np.uint64(~_splitmix64(np.int64(i) if places is None else places[i]))
-                tied = (magnitude == smallest) & (rank >= smallest_rank)
-                mask[i] = (magnitude > smallest) | tied
+        with _entries(tile, numbers, places if placed else None, length, part, parts) as entry:
+            i, magnitude, rank = entry
+            below = magnitude.below(smallest)
+            tied = magnitude.equals(smallest)
+            low = tile.builder.and_(tied, rank.below(smallest_rank))
+            marked = tile.builder.not_(tile.builder.or_(below, low))
+            tile.store_byte(marked, mask, i)
 
-    return compiled(kernel, threaded)
+    return Kernel(emit, dtype)
+
+
+@contextmanager
+def _entries(
+    tile: Tile,
+    numbers: Integer,
+    places: Integer | None,
+    length: Integer,
+    part: Integer,
+    parts: Integer,
+) -> Iterator[tuple[Integer, Integer, Integer]]:
+    """Emit a loop over the entries of a part: which it is, its magnitude's bits, and its rank."""
+    with tile.loop(length * part // parts, length * (part + 1) // parts) as i:
+        magnitude = tile.unsigned(numbers, i, tile.size) & (2 ** (8 * tile.size - 1) - 1)
+        place = i if places is None else tile.unsigned(places, i, 8)
+        yield i, magnitude, _splitmix64(place) ^ -1

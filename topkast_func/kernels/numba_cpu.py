@@ -1,4 +1,4 @@
-"""Sparse products on the CPU in Numba: tiles of the batch, panels of columns, rows per thread.
+"""Sparse products on the CPU: tiles of the batch, panels of columns, rows per thread.
 
 Every product walks a tile of the batch, a panel of columns, and the block rows of one thread,
 so that the activations it reads stay in the cache; within a block row `simd` keeps the sums
@@ -6,17 +6,17 @@ in registers. Rows are shared among threads by the number of stored blocks, and 
 computed by one thread alone, so that results do not depend on how many there are.
 """
 
-from functools import lru_cache, partial
-from typing import Any
+import threading
+from functools import cache
 
-import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor
 
+from topkast_func.kernels.integers import Integer
+from topkast_func.kernels.llvm import Kernel
 from topkast_func.kernels.pattern import BlockRows, Pattern, block_of
 from topkast_func.kernels.simd import add_dots, add_rows
-from topkast_func.kernels.threads import FAST, Kernel, compiled, in_parallel
+from topkast_func.kernels.vectors import Tile
 
 
 def forward(values: Tensor, x: Tensor, pattern: Pattern, features: int) -> Tensor:
@@ -37,119 +37,152 @@ def input_gradient(values: Tensor, g: Tensor, pattern: Pattern, features: int) -
 def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> Tensor:
     """Return g·xᵀ of tiles, sampled on B, in the order and shape of ``values``."""
     gradient = torch.zeros_like(values, memory_format=torch.contiguous_format)
-    index = [tensor.numpy() for part in pattern[:2] for tensor in part]
-    arrays = (_array(tensor) for tensor in (g, x, gradient))
-    in_parallel(partial(_dots_kernel, *block_of(values)), *index, *arrays)
+    block, (tiles, features, width) = block_of(values), g.shape
+    height, active = features // block[0], pattern.active_count * block[0] * block[1]
+    panels = (_panels(part, height) for part in pattern[:2])
+    index = (*pattern.forward, *pattern.exploring)
+    sizes = (tiles, height, x.shape[1], width, active * x.itemsize, *panels)
+    _dots_kernel(block, x.dtype)(*index, g, x, gradient, *sizes)
     return gradient
 
 
 def _sums(
     values: Tensor, x: Tensor, part: BlockRows, features: int, places: Tensor | None
 ) -> Tensor:
-    y = x.new_empty(x.shape[0], features, x.shape[2])
-    rows, columns = block_of(values) if places is None else block_of(values)[::-1]
-    index = (part.pointers, part.columns, part.columns if places is None else places)
-    arrays = (_array(tensor) for tensor in (*index, values, x, y))
-    in_parallel(partial(_rows_kernel, rows, columns, int(places is not None)), *arrays)
+    block = block_of(values) if places is None else block_of(values)[::-1]
+    tiles, depth, width = x.shape
+    y, height = x.new_empty(tiles, features, width), features // block[0]
+    index = (*part, part.columns if places is None else places)
+    sizes = (tiles, height, depth, width, _panels(part, height))
+    _rows_kernel(block, places is not None, x.dtype)(*index, values, x, y, *sizes)
     return y
 
 
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    return tensor.contiguous().numpy()
+def _panels(part: BlockRows, height: int) -> int:
+    return (part.pointers.shape[0] - 1) // height
 
 
-@njit(**FAST)
-def _share(pointers: Any, panels: int, rows: int, part: int, parts: int) -> int:
-    """Return the first block row of ``part`` where ``parts`` share the stored blocks evenly."""
-    if part == parts:
-        return rows
-    sought = np.int64(pointers[rows * panels]) * part // parts
-    low, high = 0, rows
-    while low < high:
-        middle = (low + high) // 2
-        if pointers[middle * panels] < sought:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+@cache
+def prepare(block: tuple[int, int], dtype: torch.dtype) -> threading.Thread:
+    """Begin to make the kernels of a layer, which takes LLVM a moment, in a thread of its own."""
+    kernels = (
+        _rows_kernel(block, False, dtype),
+        _rows_kernel(block[::-1], True, dtype),
+        _dots_kernel(block, dtype),
+    )
+    thread = threading.Thread(target=lambda: [kernel.made() for kernel in kernels])
+    thread.start()
+    return thread
 
 
-@lru_cache
-def _rows_kernel(rows: int, columns: int, transposed: int, threaded: bool) -> Kernel:
-    """Return ``kernel(parts, pointers, column, place, values, x, y)``."""
+@cache
+def _rows_kernel(block: tuple[int, int], swapped: bool, dtype: torch.dtype) -> Kernel:
+    """Return the kernel that sums block rows; it reads values at places where they are swapped."""
 
-    def kernel(
-        parts: int, pointers: Any, column: Any, place: Any, values: Any, x: Any, y: Any
+    def emit(
+        tile: Tile,
+        part: Integer,
+        parts: Integer,
+        pointers: Integer,
+        column: Integer,
+        place: Integer,
+        values: Integer,
+        x: Integer,
+        y: Integer,
+        tiles: Integer,
+        height: Integer,
+        depth: Integer,
+        width: Integer,
+        panels: Integer,
     ) -> None:
-        tiles, features, width = y.shape
-        line, depth, height = width * x.itemsize, x.shape[1], features // rows
-        panels = (len(pointers) - 1) // height
-        for part in prange(parts):
-            first = _share(pointers, panels, height, part, parts)
-            last = _share(pointers, panels, height, part + 1, parts)
-            for tile in range(tiles):
-                y[tile, first * rows : last * rows] = 0
-                for panel in range(panels):
-                    for row in range(first, last):
-                        segment = row * panels + panel
-                        add_rows(
-                            x,
-                            y.ctypes.data + (tile * features + row * rows) * line,
-                            x.ctypes.data + tile * depth * line,
-                            width,
-                            column.ctypes.data,
-                            values.ctypes.data,
-                            place.ctypes.data,
-                            np.int64(pointers[segment]),
-                            np.int64(pointers[segment + 1]),
-                            rows,
-                            columns,
-                            transposed,
-                        )
+        line = width * tile.size
+        first, last = _share(tile, pointers, panels, height, part, parts)
+        with tile.loop(0, tiles) as number:
+            of_tile = y + number * height * block[0] * line
+            with tile.loop(first * block[0] * width, last * block[0] * width, tile.lanes) as lane:
+                tile.store(tile.zero, *tile.beside(of_tile, lane, 1))
+            with tile.loop(0, panels) as panel, tile.loop(first, last) as row:
+                segment = row * panels + panel
+                add_rows(
+                    tile,
+                    of_tile + row * block[0] * line,
+                    x + number * depth * line,
+                    width,
+                    column,
+                    values,
+                    place if swapped else None,
+                    tile.index(pointers, segment),
+                    tile.index(pointers, segment + 1),
+                    block,
+                )
 
-    return compiled(kernel, threaded)
+    return Kernel(emit, dtype)
 
 
-@lru_cache
-def _dots_kernel(rows: int, columns: int, threaded: bool) -> Kernel:
-    """Return ``kernel(parts, *A, *B∖A, g, x, gradient)``, which adds to the gradient."""
+@cache
+def _dots_kernel(block: tuple[int, int], dtype: torch.dtype) -> Kernel:
+    """Return the kernel that adds the products of rows to a gradient, first on A, then on B∖A."""
 
-    def kernel(
-        parts: int,
-        active: Any,
-        of_active: Any,
-        exploring: Any,
-        of_exploring: Any,
-        g: Any,
-        x: Any,
-        gradient: Any,
+    def emit(
+        tile: Tile,
+        part: Integer,
+        parts: Integer,
+        active: Integer,
+        of_active: Integer,
+        exploring: Integer,
+        of_exploring: Integer,
+        g: Integer,
+        x: Integer,
+        gradient: Integer,
+        tiles: Integer,
+        height: Integer,
+        depth: Integer,
+        width: Integer,
+        beyond: Integer,
+        active_panels: Integer,
+        exploring_panels: Integer,
     ) -> None:
-        tiles, features, width = g.shape
-        line, depth, height = width * x.itemsize, x.shape[1], features // rows
-        size = rows * columns * x.itemsize
-        for part in prange(parts):
-            for pointers, column, offset in (
-                (active, of_active, 0),
-                (exploring, of_exploring, len(of_active) * size),
+        line = width * tile.size
+        for pointers, column, panels, here in (
+            (active, of_active, active_panels, gradient),
+            (exploring, of_exploring, exploring_panels, gradient + beyond),
+        ):
+            first, last = _share(tile, pointers, panels, height, part, parts)
+            with (
+                tile.loop(0, tiles) as number,
+                tile.loop(0, panels) as panel,
+                tile.loop(first, last) as row,
             ):
-                panels = (len(pointers) - 1) // height
-                first = _share(pointers, panels, height, part, parts)
-                last = _share(pointers, panels, height, part + 1, parts)
-                for tile in range(tiles):
-                    for panel in range(panels):
-                        for row in range(first, last):
-                            segment = row * panels + panel
-                            add_dots(
-                                x,
-                                gradient.ctypes.data + offset,
-                                g.ctypes.data + (tile * features + row * rows) * line,
-                                x.ctypes.data + tile * depth * line,
-                                width,
-                                column.ctypes.data,
-                                np.int64(pointers[segment]),
-                                np.int64(pointers[segment + 1]),
-                                rows,
-                                columns,
-                            )
+                segment = row * panels + panel
+                add_dots(
+                    tile,
+                    here,
+                    g + (number * height + row) * block[0] * line,
+                    x + number * depth * line,
+                    width,
+                    column,
+                    tile.index(pointers, segment),
+                    tile.index(pointers, segment + 1),
+                    block,
+                )
 
-    return compiled(kernel, threaded)
+    return Kernel(emit, dtype)
+
+
+def _share(
+    tile: Tile, pointers: Integer, panels: Integer, rows: Integer, part: Integer, parts: Integer
+) -> tuple[Integer, Integer]:
+    """Return the first block row of a part, and that of the next; stored blocks are shared evenly.
+
+    Found by bisection: [low, high) holds the first row that so many blocks come before.
+    """
+    stored, ends = tile.index(pointers, rows * panels), []
+    for number in (part, part + 1):
+        low, high = tile.variable(0), tile.variable(rows)
+        with tile.loop(0, 32):
+            middle = (low() + high()) // 2
+            before = tile.index(pointers, middle * panels).below(stored * number // parts)
+            low.set((middle + 1).where(before, low()))
+            high.set(high().where(before, middle))
+        ends.append(low().where(number.below(parts), rows))
+    return ends[0], ends[1]

@@ -88,7 +88,7 @@ class _Transposed(Gradient):
 
 
 def _transposed(x: Tensor) -> Tensor:
-    from topkast_func.kernels.transpose import transposed  # Numba is there, or no tiles are
+    from topkast_func.kernels.transpose import transposed  # LLVM is there, or no tiles are
 
     return transposed(x.detach())
 

@@ -1,5 +1,6 @@
 """What Dynamo is told of this package, imported by what it traces: the marks load Dynamo."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,5 +11,12 @@ from topkast_func.kernels.engines import EngineName, choose
 
 @torch.compiler.assume_constant_result
 def chosen(name: EngineName, *layer: Any) -> str:
-    """Return the name of the engine of a layer, of whose sizes none is a symbol."""
-    return choose(name, Layer(*layer)).engine
+    """Return the name of the engine of a layer, of whose sizes none is a symbol.
+
+    Kernels that are made, as those of "numba" are, are made while the graph is traced.
+    """
+    given = Layer(*layer)
+    found = choose(name, given).engine
+    if found == "numba":
+        import_module("topkast_func.kernels.numba_cpu").prepare(given.block_shape, given.dtype)
+    return found

@@ -1,74 +1,93 @@
-"""Vectors of LLVM: loads, stores, loops and arithmetic that intrinsics are built of."""
+"""Loads, stores, loops and vectors that kernels are written in: they emit the code of LLVM."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from llvmlite import ir
-from numba.core import cgutils, types
 
+from topkast_func.kernels.integers import Integer, Variable, llvm_value
 from topkast_func.kernels.tiles import VECTOR_BYTES
 
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_I8, _I32, _I64 = (ir.IntType(bits) for bits in (8, 32, 64))
 
 
 class Tile:
-    """Loads, stores and arithmetic on vectors of one floating-point type.
+    """Loads, stores, loops and arithmetic on vectors of one floating-point type.
 
     Args:
         builder: Where instructions go.
-        scalar: float32 or float64.
+        dtype: float32 or float64.
     """
 
-    def __init__(self, builder: ir.IRBuilder, scalar: types.Float) -> None:
+    def __init__(self, builder: ir.IRBuilder, dtype: torch.dtype) -> None:
         self.builder = builder
-        self.size = scalar.bitwidth // 8
+        self.size = dtype.itemsize
         self.scalar = ir.FloatType() if self.size == 4 else ir.DoubleType()
         self.lanes = VECTOR_BYTES // self.size
         self.vector = ir.VectorType(self.scalar, self.lanes)
         self.zero = ir.Constant(self.vector, [0.0] * self.lanes)
 
-    def runs(self, start: Any, end: Any, steps: list[int]) -> Iterator[tuple[int, Any]]:
+    def variable(self, number: Integer | int) -> Variable:
+        """Return a variable, set to a number."""
+        result = Variable(self.place(_I64), self.builder)
+        result.set(number)
+        return result
+
+    def integer(self, value: Any) -> Integer:
+        """Return an integer: a number, or what LLVM computes."""
+        return Integer(self.builder, value)
+
+    @contextmanager
+    def loop(self, start: Any, end: Any, step: Any = 1) -> Iterator[Integer]:
+        """Count from start to below end.
+
+        Yields:
+            The counter.
+        """
+        builder, (start, end, step) = self.builder, map(llvm_value, (start, end, step))
+        test, body, after = (builder.append_basic_block(name) for name in ("test", "body", "after"))
+        before = builder.block
+        builder.branch(test)
+        builder.position_at_end(test)
+        counter = builder.phi(_I64)
+        counter.add_incoming(start, before)
+        builder.cbranch(builder.icmp_signed("<", counter, end), body, after)
+        builder.position_at_end(body)
+        yield self.integer(counter)
+        counter.add_incoming(builder.add(counter, step), builder.block)
+        builder.branch(test)
+        builder.position_at_end(after)
+
+    def runs(self, start: Any, end: Integer, steps: list[int]) -> Iterator[tuple[int, Integer]]:
         """Count from start to end, in the largest step as long as it fits; the last is 1.
 
         Yields:
             Each step once, with the counter of its loop.
         """
         for step in steps:
-            length = self.builder.sub(end, start)
-            stop = self.builder.sub(end, self.builder.urem(length, self.constant(step)))
-            stride = self.constant(step)
-            with cgutils.for_range_slice(self.builder, start, stop, stride, intp=_I64) as (k, _):
+            stop = end - (end - start) % step
+            with self.loop(start, stop, step) as k:
                 yield step, k
             start = stop
 
-    def constant(self, number: int) -> ir.Constant:
-        """Return an int64."""
-        return ir.Constant(_I64, number)
-
-    @contextmanager
-    def counted(self, number: int) -> Iterator[Any]:
-        """Count from 0 to below ``number``."""
-        stop, one = self.constant(number), self.constant(1)
-        with cgutils.for_range_slice(self.builder, self.constant(0), stop, one, intp=_I64) as (
-            k,
-            _,
-        ):
-            yield k
+    def place(self, kind: ir.Type) -> Any:
+        """Return a place for a variable; LLVM keeps it in a register where it can."""
+        with self.builder.goto_entry_block():
+            return self.builder.alloca(kind)
 
     def sums(self, rows: int, columns: int) -> list[list[Any]]:
-        """Return places for sums, set to zero; LLVM keeps them in registers."""
-        return [
-            [cgutils.alloca_once_value(self.builder, self.zero) for _ in range(columns)]
-            for _ in range(rows)
-        ]
+        """Return places for sums."""
+        return [[self.place(self.vector) for _ in range(columns)] for _ in range(rows)]
 
-    def at(self, base: Any, offset: Any, kind: ir.Type, size: int) -> Any:
+    def at(self, base: Integer, offset: Any, kind: ir.Type, size: int) -> Any:
         """Return a pointer to ``base[offset]``, elements of ``size`` bytes."""
-        address = self.builder.add(base, self.builder.mul(offset, self.constant(size)))
-        return self.builder.inttoptr(address, kind.as_pointer())
+        first = self.builder.inttoptr(base.value, _I8.as_pointer())
+        pointer = self.builder.gep(first, [llvm_value(offset * size)])
+        return self.builder.bitcast(pointer, kind.as_pointer())
 
-    def beside(self, base: Any, offset: Any, number: int) -> list[Any]:
+    def beside(self, base: Integer, offset: Any, number: int) -> list[Any]:
         """Return pointers to so many vectors side by side, the first at ``base[offset]``.
 
         They have one address and constant distances, which processors add up for nothing.
@@ -76,17 +95,22 @@ class Tile:
         first = self.at(base, offset, self.vector, self.size)
         return [self.builder.gep(first, [ir.Constant(_I32, i)]) for i in range(number)]
 
-    def number(self, base: Any, offset: Any) -> Any:
+    def number(self, base: Integer, offset: Any) -> Any:
         """Load one number, ``base[offset]``."""
         return self.builder.load(self.at(base, offset, self.scalar, self.size))
 
-    def at_2d(self, row: Any, column: Any, columns: int) -> Any:
-        """Return the offset of [row, column] in a matrix."""
-        return self.builder.add(self.builder.mul(row, self.constant(columns)), column)
+    def index(self, base: Integer, offset: Any) -> Integer:
+        """Load an int32 that is not negative, ``base[offset]``."""
+        return self.unsigned(base, offset, 4)
 
-    def index(self, base: Any, offset: Any) -> Any:
-        """Load an int32, ``base[offset]``, as int64."""
-        return self.builder.zext(self.builder.load(self.at(base, offset, _I32, 4)), _I64)
+    def unsigned(self, base: Integer, offset: Any, size: int) -> Integer:
+        """Load the bits of a number of so many bytes, ``base[offset]``."""
+        loaded = self.builder.load(self.at(base, offset, ir.IntType(8 * size), size))
+        return self.integer(self.builder.zext(loaded, _I64))
+
+    def store_byte(self, bit: Any, base: Integer, offset: Integer) -> None:
+        """Store 0 or 1 as a byte, ``base[offset]``."""
+        self.builder.store(self.builder.zext(bit, _I8), self.at(base, offset, _I8, 1))
 
     def load(self, pointer: Any) -> Any:
         """Load a vector from any address."""
@@ -112,9 +136,9 @@ class Tile:
 
     def add_product(self, accumulator: Any, a: Any, b: Any) -> None:
         """Add a·b to an accumulator, rounded once."""
-        signature = ir.FunctionType(self.vector, [self.vector] * 3)
-        name = f"llvm.fma.v{self.lanes}f{8 * self.size}"
-        fma = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        name, module = f"llvm.fma.v{self.lanes}f{8 * self.size}", self.builder.module
+        kind = ir.FunctionType(self.vector, [self.vector] * 3)
+        fma = module.globals.get(name) or ir.Function(module, kind, name)
         total = self.builder.call(fma, [a, b, self.builder.load(accumulator)])
         self.builder.store(total, accumulator)
 

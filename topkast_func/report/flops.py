@@ -5,6 +5,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ from torch.func import functional_call
 from torch.random import fork_rng
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.training.state import TrainState, forward_params, masks_of
@@ -106,18 +106,23 @@ def _no_fused_layers() -> Iterator[None]:
 
 
 _ATEN = torch.ops.aten
-COUNTS: dict[Any, Any] = {
-    **flop_registry,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _ATEN._scaled_dot_product_flash_attention
-    ],
-    _ATEN.mv: lambda matrix, vector, **_: 2 * matrix.numel(),
-    _ATEN.addmv: lambda offset, matrix, vector, **_: 2 * matrix.numel(),
-}
-"""Operations of each kind of product, from its operands."""
-
 COPIES = (_ATEN.clone, _ATEN._to_copy)
 """What makes the weight that a product reads, where it is rearranged or cast before."""
+
+
+@cache
+def _counts() -> dict[Any, Any]:
+    """Return what counts the operations of each kind of product, from its operands."""
+    from torch.utils.flop_counter import flop_registry  # loads Triton: a fifth of a second
+
+    return {
+        **flop_registry,
+        _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+            _ATEN._scaled_dot_product_flash_attention
+        ],
+        _ATEN.mv: lambda matrix, vector, **_: 2 * matrix.numel(),
+        _ATEN.addmv: lambda offset, matrix, vector, **_: 2 * matrix.numel(),
+    }
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -132,7 +137,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
-        if packet not in COUNTS and func is not torch.ops.prim.device.default:
+        if packet not in _counts() and func is not torch.ops.prim.device.default:
             with self:
                 decomposed = func.decompose(*args, **kwargs)
                 if decomposed is not NotImplemented:
@@ -141,8 +146,8 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if packet in COPIES and (owner := self._owner(args)):
             self.owners[out.untyped_storage().data_ptr()] = owner
             self.copies.append(out)  # kept, so that its memory is not used again
-        if packet in COUNTS:
-            count = COUNTS[packet](*args, **kwargs, out_val=out)
+        if packet in _counts():
+            count = _counts()[packet](*args, **kwargs, out_val=out)
             self.flops[self._owner(args)] += count
         return out
 

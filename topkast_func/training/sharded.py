@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.distributed.background import in_background
-from topkast_func.distributed.folder import read, write
 from topkast_func.distributed.launched import world
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.files.container import damage_of
@@ -103,6 +102,8 @@ def _saving(
     keep: int | None,
     process_group: dist.ProcessGroup | None,
 ) -> Future[Path]:
+    from topkast_func.distributed.folder import write  # loads torch's checkpoints: half a second
+
     keep = None if keep is None else check_count("keep", keep, 1)
     ranks, step = Ranks(process_group or world()), int(state.step)
 
@@ -162,6 +163,8 @@ def load_sharded(
         ValueError: A tensor does not match its checksum, or see `load`.
         RuntimeError: Another rank is lost.
     """
+    from topkast_func.distributed.folder import read  # loads torch's checkpoints: half a second
+
     if config is not None:
         check_type("config", config, TopKastConfig)
     if optimizer is not None:

@@ -1,0 +1,119 @@
+"""Kernels: machine code for work that is cut into parts, made by LLVM when it is first needed.
+
+A tenth of a second each, so that nothing is cached between processes.
+"""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import torch
+from llvmlite import binding, ir
+from torch import Tensor
+
+from topkast_func.kernels.integers import Integer
+from topkast_func.kernels.threads import in_parallel
+from topkast_func.kernels.vectors import Tile
+from topkast_func.kernels.waiting import Part
+
+_I64 = ir.IntType(64)
+_LOCK = threading.Lock()
+"""Held while LLVM compiles; a fork waits for it, or the child would find it locked for ever."""
+
+_ENGINES: list[Any] = []
+"""Own the code of kernels, which lasts as long as the process."""
+
+os.register_at_fork(
+    before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
+)
+
+
+class Kernel:
+    """Work that is cut into parts, on tensors and integers.
+
+    Args:
+        emit: ``emit(tile, part, parts, *integers)`` emits the code of one part; of tensors it is
+            given the addresses.
+        dtype: float32 or float64.
+    """
+
+    def __init__(self, emit: Callable[..., None], dtype: torch.dtype) -> None:
+        self._emit, self._dtype = emit, dtype
+        self._part: Part | None = None
+
+    def __call__(self, *arguments: Tensor | int, parts: int | None = None) -> None:
+        """Do the work, in threads where they are free; what is written to is contiguous."""
+        held = [a if isinstance(a, int) else a.contiguous() for a in arguments]
+        integers = [a if isinstance(a, int) else a.data_ptr() for a in held]
+        in_parallel(self._part or self.made(), parts, integers)
+
+    def made(self) -> Part:
+        """Return the machine code, made at the first call."""
+        with _LOCK:
+            if self._part is None:
+                self._part = _machine_code(self._source())
+        return self._part
+
+    def _source(self) -> str:
+        """Return ``kernel(next, parts, *integers)`` for LLVM, which does part after part.
+
+        Whoever calls it takes the parts that nobody has taken; ``next`` counts them.
+        """
+        module = ir.Module("topkast_func")
+        kind = ir.FunctionType(ir.VoidType(), [_I64.as_pointer()])
+        function = ir.Function(module, kind, "kernel")
+        builder = ir.IRBuilder(function.append_basic_block("entry"))
+        numbers = [
+            Integer(builder, builder.load(builder.gep(function.args[0], [ir.Constant(_I64, i)])))
+            for i in range(1, len(signature(self._emit).parameters) - 1)
+        ]
+        take, work, done = map(function.append_basic_block, ("take", "work", "done"))
+        builder.branch(take)
+        builder.position_at_end(take)
+        taken = builder.atomic_rmw("add", function.args[0], ir.Constant(_I64, 1), "monotonic")
+        part = Integer(builder, taken)
+        builder.cbranch(part.below(numbers[0]), work, done)
+        builder.position_at_end(work)
+        self._emit(Tile(builder, self._dtype), part, *numbers)
+        builder.branch(take)
+        builder.position_at_end(done)
+        builder.ret_void()
+        return str(module)
+
+
+@cache
+def _target() -> Any:
+    """Return what LLVM compiles for: this processor."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    return binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(),
+        features=_features(),
+        opt=3,
+        jit=True,
+    )
+
+
+def _features() -> str:
+    """Return what this processor has beyond what its name says, where LLVM knows it."""
+    try:
+        return str(binding.get_host_cpu_features().flatten())
+    except RuntimeError:
+        return ""
+
+
+def _machine_code(source: str) -> Part:
+    """Compile the function ``kernel`` of a module."""
+    target = _target()
+    module = binding.parse_assembly(source)
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    passes = binding.create_pass_builder(target, options)
+    passes.getModulePassManager().run(module, passes)
+    engine = binding.create_mcjit_compiler(module, target)
+    engine.finalize_object()
+    _ENGINES.append(engine)
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("kernel"))
