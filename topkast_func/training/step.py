@@ -93,10 +93,10 @@ def make_train_step(
     sets never do. That all ranks hold the same state is checked at the first step, at a refresh,
     and where a state is not the one that the step before returned.
 
-    With ``shard="owners"`` each tensor is owned by one rank, which alone has its slots and θ outside
-    A, and sends α and the sets to the others. None is split: the largest bounds what they spare.
-    The step takes a whole state or the part of its rank, and returns the part: `forward_params` and
-    `masks_of` read it, `save_sharded` writes it, `gather` returns the whole.
+    With ``shard="owners"`` one rank owns each tensor: it alone has slots and θ outside A, and sends
+    α and the sets to the others. None is split: the largest bounds what is spared. The step takes a
+    whole state or the part of its rank, and returns the part: `forward_params` and `masks_of` read
+    it, `save_sharded` writes it, `gather` returns the whole.
 
     Args:
         model: A module, in the training or evaluation mode it has at the call, or a pure
