@@ -191,13 +191,13 @@ def _arms(ranks: int, compile: bool) -> dict[str, Parameters]:
 
 
 SECONDS = Suite(
-    "ranks",
+    "ranks_seconds",
     {f"{NETWORK}, {r} ranks": _arms(r, True) for r in (1, 2)},
     partial(_together, _seconds),
     fresh=True,
 )
 BYTES = Suite(
-    "ranks_bytes",
+    "ranks",
     {f"{NETWORK}, {r} ranks": _arms(r, False) for r in COUNTS},
     partial(_together, _bytes),
     fresh=True,
