@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="per process")
     arguments = parser.parse_args()
     folder = SCRATCH if arguments.case else record.RESULTS
-    plan = Plan(fresh_repeats=arguments.rounds)
+    plan = Plan()._replace(fresh_repeats=arguments.rounds)
     # Before the processes start; Inductor compiles in them, so that none of its own stay behind.
     os.environ |= dict.fromkeys(THREADS, str(arguments.threads))
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
