@@ -11,10 +11,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarks import costs, products, record, steps, views
+from benchmarks import costs, products, ranks, record, steps, views
 from benchmarks.protocol import Plan, run
 
-_ALL = (products.SUITE, steps.SUITE, costs.REFRESH, costs.MEMORY, costs.COMPILATION)
+_COSTS = (costs.REFRESH, costs.MEMORY, costs.COMPILATION)
+_ALL = (products.SUITE, steps.SUITE, *_COSTS, ranks.BYTES)
 SUITES = {suite.name: suite for suite in _ALL}
 SCRATCH = Path("runs") / "benchmarks"
 QUIET = 5.0  # per cent of the processors that may be at work before a suite starts
@@ -26,9 +27,11 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=Plan().fresh_repeats, help="of processes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="per process")
     arguments = parser.parse_args()
-    folder, plan = SCRATCH if arguments.case else record.RESULTS, Plan()
+    folder = SCRATCH if arguments.case else record.RESULTS
+    plan = Plan()._replace(fresh_repeats=arguments.rounds)
     # Before the processes start; Inductor compiles in them, so that none of its own stay behind.
     os.environ |= dict.fromkeys(THREADS, str(arguments.threads))
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"

@@ -11,7 +11,8 @@ from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import FIGURES, HERE, Results, load
 
 TEMPLATE, PAGE, README = HERE / "page.md", HERE / "RESULTS.md", HERE.parent / "README.md"
-SUITES = {"steps": "", "products": " 90%", "refresh": "", "memory": "", "compilation": ""}
+SUITES = dict.fromkeys(("steps", "refresh", "memory", "compilation", "ranks"), "")
+SUITES["products"] = " 90%"
 Evidence: TypeAlias = Mapping[str, report.Evidence]
 
 

@@ -262,7 +262,8 @@ def test_figures_show_the_medians(results: record.Results) -> None:
 
 
 def test_the_short_table_reads_arms_that_are_measured() -> None:
-    assert set(SUITES) == {"products", "steps", "refresh", "memory", "compilation"}
+    costs = {"refresh", "memory", "compilation"}
+    assert set(SUITES) == {"products", "steps", "ranks"} | costs
     for network in steps.NETWORKS:
         for case, arm in views.COLUMNS.values():
             assert arm in SUITES["steps"].cases[f"{network}, {case}"]

@@ -44,6 +44,7 @@ from topkast_func.report.summary import Summary, summary
 from topkast_func.sparsity import Allocation, Staged, cubic, staged
 from topkast_func.training.best import Best
 from topkast_func.training.checkpoint import load, load_config, save
+from topkast_func.training.gather import gather
 from topkast_func.training.gradients import dense_gradients
 from topkast_func.training.loop import Callback, train
 from topkast_func.training.loss import exploration_penalty, penalized_loss
@@ -120,6 +121,7 @@ __all__ = [
     "first_weight",
     "forward_params",
     "from_safetensors",
+    "gather",
     "gmp",
     "index_masks",
     "init_state",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -79,14 +80,13 @@ def trained(
     dtype: torch.dtype = torch.float64,
     compile: Any = False,
     cycle: Sizes = UNEVEN,
+    shard: Any = None,
 ) -> Trained:
     """Train on the part of a rank, or alone on all."""
     model = network().to(dtype)
     state = tk.init_state(model, config, optimizer, storage=storage)
-    group = None if rank is None else dist.group.WORLD
-    step = tk.make_train_step(
-        model, loss_fn, config, optimizer, compile=compile, process_group=group
-    )
+    together = {} if rank is None else {"process_group": dist.group.WORLD, "shard": shard}
+    step = tk.make_train_step(model, loss_fn, config, optimizer, compile=compile, **together)
     numbers, refreshes = [], 0
     for *batch, (first, _) in batches(steps, cycle):
         part = slice(None) if rank is None else slice(first, None) if rank else slice(first)
@@ -94,6 +94,7 @@ def trained(
         assert metrics.aux["errors"].shape[0] in (len(batch[0][part]), FILLER)
         numbers += [*metrics[:4], metrics.aux["size"]]
         refreshes += int(metrics.refreshed)
+    state = tk.gather(state) if together else state
     return Trained(
         tk.dense_params(state), tk.masks_of(state), dense_slots(state), numbers, refreshes
     )
@@ -111,20 +112,31 @@ CASES: dict[str, dict[str, Any]] = {
 COMPILED = {"backend": "aot_eager"}
 
 
-def _every_case(rank: int) -> dict[str, Trained]:
-    return {name: trained(rank, **case) for name, case in CASES.items()}
+SHARED = {None: [*CASES], "owners": [name for name in CASES if "storage" not in CASES[name]]}
+"""Names of cases, by how the ranks share a state."""
+
+
+@cache
+def alone(name: str) -> Trained:
+    """Train a case in one process."""
+    return trained(None, **CASES[name])
+
+
+def _every_case(rank: int) -> dict[tuple[str, Any], Trained]:
+    cases = [(name, shard) for shard, names in SHARED.items() for name in names]
+    return {(name, shard): trained(rank, **CASES[name], shard=shard) for name, shard in cases}
 
 
 @pytest.fixture(scope="module")
-def pair() -> list[dict[str, Trained]]:
+def pair() -> list[dict[tuple[str, Any], Trained]]:
     return results(_every_case)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("shard", "name"), [(s, n) for s, names in SHARED.items() for n in names])
 def test_two_ranks_train_as_one_does_with_their_batches_together(
-    name: str, pair: list[dict[str, Trained]]
+    name: str, shard: Any, pair: list[dict[tuple[str, Any], Trained]]
 ) -> None:
-    one, (first, second) = trained(None, **CASES[name]), (rank[name] for rank in pair)
+    one, (first, second) = alone(name), (rank[name, shard] for rank in pair)
     assert_close(first, one)
     assert one.refreshes > 0 or name == "dense"
     start = dict(network().double().named_parameters())
@@ -132,29 +144,36 @@ def test_two_ranks_train_as_one_does_with_their_batches_together(
     assert_close(second, first, rtol=0.0, atol=0.0)
 
 
-def _bits(rank: int) -> Trained:
-    return trained(rank, dtype=torch.float32, steps=STEPS)
+BARE = replace(CONFIG, penalty=None)
 
 
-def test_ranks_are_the_same_bit_for_bit_in_float32() -> None:
-    first, second = results(_bits)
-    assert_close(second, first, rtol=0.0, atol=0.0)
+def _bits(rank: int) -> list[Trained]:
+    return [trained(rank, BARE, dtype=torch.float32, shard=shard) for shard in SHARED]
 
 
-def _compiled(rank: int) -> tuple[Trained, int, int]:
-    found = trained(rank, compile=COMPILED, steps=10, cycle=TWO_SHAPES)
-    return found, len(counters["graph_break"]), counters["stats"]["unique_graphs"]
+def test_ranks_and_owners_are_the_same_bit_for_bit_in_float32() -> None:
+    (first, owned), *others = results(_bits)
+    for other in (owned, *others[0]):
+        assert_close(other, first, rtol=0.0, atol=0.0)
+
+
+def _compiled(rank: int) -> list[tuple[Trained, int, int]]:
+    found = []
+    for shard in SHARED:
+        counters.clear()
+        ran = trained(rank, compile=COMPILED, steps=10, cycle=TWO_SHAPES, shard=shard)
+        found.append((ran, len(counters["graph_break"]), counters["stats"]["unique_graphs"]))
+    return found
 
 
 def test_compiled_ranks_train_as_an_eager_process_in_a_graph_for_each_shape() -> None:
     one, pair = trained(None, steps=10, cycle=TWO_SHAPES), results(_compiled)
     start, sets = network().get_parameter("0.weight").double(), one.masks["0.weight"]
     assert (one.theta["0.weight"] - start)[sets.backward & ~sets.forward].abs().max() > 0
-    assert [graphs for *_, graphs in pair] == [1, 2]
-    for found, breaks, _ in pair:
-        assert_close(found, one)
-        assert breaks == 0
-    assert_close(pair[0][0], pair[1][0], rtol=0.0, atol=0.0)
+    for (first, breaks, graphs), (second, others, of_second) in zip(*pair, strict=True):
+        assert (breaks, others, graphs, of_second) == (0, 0, 1, 2)
+        assert_close(first, one)
+        assert_close(second, first, rtol=0.0, atol=0.0)
 
 
 NORMED = tk.TopKastConfig(0.8, 0.5, refresh_every=4)

@@ -23,24 +23,36 @@ def mean_over(
     Returns:
         m, in that order, the same bits on every rank.
     """
-    flat = [_real(tensor).flatten() for tensor in tensors]
+    flat = [real(tensor).flatten() for tensor in tensors]
     found: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(part.dtype for part in flat):
-        places = [place for place, part in enumerate(flat) if part.dtype == dtype]
-        bucket = torch.cat([flat[place] for place in places])
-        own = share.to(bucket.device)
-        bucket = torch.where(own > 0, bucket * own, 0.0)
+    for places in by_dtype(flat):
+        bucket = weighted(torch.cat([flat[place] for place in places]), share)
         dist.all_reduce(bucket, group=group)
         sums = torch.split(bucket, [flat[place].numel() for place in places])
         found |= zip(places, sums, strict=True)
-    return [_like(found[place], tensor) for place, tensor in enumerate(tensors)]
+    return [like(found[place], tensor) for place, tensor in enumerate(tensors)]
 
 
-def _real(tensor: Tensor) -> Tensor:
+def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the places of the tensors of each dtype."""
+    found: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        found.setdefault(tensor.dtype, []).append(place)
+    return list(found.values())
+
+
+def weighted(bucket: Tensor, share: Tensor) -> Tensor:
+    """Return s·x, 0 where s is 0, whatever x is."""
+    own = share.to(bucket.device)
+    return torch.where(own > 0, bucket * own, 0.0)
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Return a tensor, of complex numbers as pairs of real ones."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def _like(flat: Tensor, tensor: Tensor) -> Tensor:
+def like(flat: Tensor, tensor: Tensor) -> Tensor:
     """Return a part of a bucket in a shape; one number alone must not keep the bucket."""
     if tensor.is_complex():
         return torch.complex(*flat.view(*tensor.shape, 2).unbind(-1))

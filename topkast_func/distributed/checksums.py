@@ -29,6 +29,8 @@ def checksum(tensor: Tensor) -> int:
 def check_same(ranks: Ranks, where: str, tree: Any) -> list[int]:
     """Check that all ranks hold the same tensors, bit for bit.
 
+    A tensor on the meta device is with other ranks.
+
     Args:
         ranks: The processes.
         where: Which rank this is, and where in the training, for the error.
@@ -38,21 +40,30 @@ def check_same(ranks: Ranks, where: str, tree: Any) -> list[int]:
         The checksum of each.
 
     Raises:
-        RuntimeError: They do not; the same on every rank.
+        RuntimeError: They do not, or none has one of them; the same on every rank.
     """
-    sums = [_checksum(leaf).cpu() for leaf in tree_leaves(tree)]
-    table = ranks.gathered(torch.stack(sums))
-    differs = table != table[0]
+    own = [_told(leaf) for leaf in tree_leaves(tree)]
+    sums, has = ranks.gathered(torch.stack(own)).unbind(-1)
+    first = has.argmax(0)
+    agreed = sums.gather(0, first[None])[0]
+    differs = (has == 1) & (sums != agreed) | (has.amax(0) == 0)
     if not differs.any():
-        return table[0].tolist()
+        return agreed.tolist()
     rank, place = differs.nonzero()[0].tolist()
     paths = [keystr(path) for path, _ in tree_flatten_with_path(tree)[0]]
     count = int(differs[rank].sum())
     raise RuntimeError(
-        f"{where}: rank {rank} holds another state than rank 0, in {count} of its tensors, "
-        f"{paths[place]} the first. Ranks are to begin with one state (of one seed or file) and "
-        "to move it by train_step alone"
+        f"{where}: rank {rank} holds another state than rank {int(first[place])}, in {count} of "
+        f"its tensors, {paths[place]} the first. Ranks are to begin with one state (of one seed "
+        "or file) and to move it by train_step alone"
     )
+
+
+def _told(tensor: Tensor) -> Tensor:
+    """Return the checksum of a tensor, and whether it is here."""
+    if tensor.is_meta:
+        return torch.zeros(2, dtype=torch.int64, device="cpu")
+    return torch.stack([_checksum(tensor).cpu(), torch.ones((), dtype=torch.int64, device="cpu")])
 
 
 def _checksum(tensor: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def write(
         folder: Where checkpoints are kept; no other job may write there.
         step: Number of the step.
         header: JSON object.
-        tensors: Tensors by name, on any device.
+        tensors: Tensors by name, on any device; on the meta device those that others write.
         keep: How many checkpoints stay, the newest; None for all.
 
     Returns:
@@ -80,7 +80,8 @@ def _written(
         writer = FileSystemWriter(part)
         stay = f"{part} was not written, and the checkpoints before it stay"
         with _by_torch(RuntimeError, stay), _no_warning(ranks):
-            save(tensors, storage_writer=writer, process_group=ranks.group)
+            here = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+            save(here, storage_writer=writer, process_group=ranks.group)
         ranks.by_first(lambda: _finish(part, folder / name, about, keep))
     finally:
         end(part)

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from topkast_func.distributed import checksums
-from topkast_func.distributed.batches import Samples, filled, rows
+from topkast_func.distributed.batches import Samples, filled
 from topkast_func.distributed.bucket import mean_over
-from topkast_func.distributed.models import about, averaged_buffers, check_unsynced, is_mean
-from topkast_func.distributed.ranks import Ranks, ranks_of
+from topkast_func.distributed.models import is_mean
+from topkast_func.distributed.ranks import Ranks
 from topkast_func.types import LossFn, Tensors
 
 Result = TypeVar("Result")
@@ -68,6 +68,7 @@ class Alone:
         batch: Any,
         run: Callable[[], tuple[Any, Result]],
         *,
+        common: Callable[[], Any],
         due: bool,
         **kind: object,
     ) -> tuple[Any, Result]:
@@ -77,6 +78,7 @@ class Alone:
             state: The state, with its ``step``.
             batch: The batch of this rank.
             run: The step of this rank.
+            common: ``common()`` to what of the state all ranks hold alike; see `check_same`.
             due: Whether a refresh is due before or after it.
             **kind: What else must be alike on all ranks, by what it is called.
 
@@ -97,8 +99,8 @@ class DataParallel(Alone):
     several = True
 
     def __init__(self, ranks: Ranks, samples: Samples, averaged: tuple[str, ...]) -> None:
-        self.rank = ranks.rank
-        self._ranks, self._samples, self._averaged = ranks, samples, averaged
+        self.ranks, self.rank = ranks, ranks.rank
+        self._samples, self._averaged = samples, averaged
         self._failed: int | None = None
         self._last: list[weakref.ref[Tensor]] = []
 
@@ -114,7 +116,7 @@ class DataParallel(Alone):
         """Return tensors averaged over the samples of the step."""
         if self.share is None:
             return tensors
-        found = mean_over(self._ranks.group, self.share.reshape(()), list(tensors.values()))
+        found = mean_over(self.ranks.group, self.share.reshape(()), list(tensors.values()))
         return dict(zip(tensors, found, strict=True))
 
     def whole(self, share: Tensor, own: Found, before: Tensors) -> Found:
@@ -136,7 +138,7 @@ class DataParallel(Alone):
             for name in self._averaged
         ]
         sent = [loss, *(leaves[i] for i in numbers), *changes, *grads.values()]
-        means = mean_over(self._ranks.group, share.reshape(()), sent)
+        means = mean_over(self.ranks.group, share.reshape(()), sent)
         for i, number in zip(numbers, means[1:], strict=False):
             leaves[i] = number
         moved = means[1 + len(numbers) : len(means) - len(grads)]
@@ -150,6 +152,7 @@ class DataParallel(Alone):
         batch: Any,
         run: Callable[[], tuple[Any, Result]],
         *,
+        common: Callable[[], Any],
         due: bool,
         **kind: object,
     ) -> tuple[Any, Result]:
@@ -158,33 +161,39 @@ class DataParallel(Alone):
         if self._failed is not None:
             told = f"its step {self._failed} failed"
             raise RuntimeError(
-                f"rank {self.rank} of {self._ranks.size}, step {step}: {told}; {BROKEN}"
+                f"rank {self.rank} of {self.ranks.size}, step {step}: {told}; {BROKEN}"
             )
         self._failed = step
-        with self._ranks.waiting(f"in step {step}"):
-            samples = self._roll(state, batch, due, kind | {"due": due})
+        with self.ranks.waiting(f"in step {step}"):
+            samples = self._roll(state, batch, common, kind | {"due": due})
             self.share = (samples[self.rank] / samples.sum()).reshape(1)
             after, result = run()
         self._failed, self._last = None, [weakref.ref(leaf) for leaf in tree_leaves(after)]
         return after, result
 
-    def _roll(self, state: Any, batch: Any, due: bool, kind: dict[str, object]) -> Tensor:
+    def _roll(
+        self,
+        state: Any,
+        batch: Any,
+        common: Callable[[], Any],
+        kind: dict[str, object],
+    ) -> Tensor:
         """Check that the ranks are about to do the same, and return the samples of each."""
         step, leaves = int(state.step), tree_leaves(state)
         kind |= {"tensors in the state": len(leaves)}
         doing = [step, int(state.optimizer.step), _digest(kind)]
-        check = due or self._are_others(leaves)
+        check = kind["due"] or self._are_others(leaves)
         samples = torch.tensor([float(self._samples(batch))], dtype=torch.float64, device="cpu")
         own = torch.tensor([*doing, check, *samples.view(torch.int64)], device="cpu")
-        *told, checks, weights = self._ranks.gathered(own).unbind(1)
-        where = f"rank {self.rank} of {self._ranks.size}, step {step}"
+        *told, checks, weights = self.ranks.gathered(own).unbind(1)
+        where = f"rank {self.rank} of {self.ranks.size}, step {step}"
         for what, numbers in zip(("step", "call of the optimiser"), told, strict=False):
             if (numbers != numbers[0]).any():
                 raise RuntimeError(f"{where}: the ranks are at {what} {numbers.tolist()}; {BROKEN}")
         if (told[-1] != told[-1][0]).any():
-            self._ranks.check_alike(kind, f"in step {step}")
+            self.ranks.check_alike(kind, f"in step {step}")
         if checks.any():
-            checksums.check_same(self._ranks, where, state)
+            checksums.check_same(self.ranks, where, common())
         counts = weights.view(torch.float64)
         if not ((counts >= 0).all() and 0 < counts.sum() < math.inf):
             raise ValueError(
@@ -199,44 +208,6 @@ class DataParallel(Alone):
         return len(leaves) != len(known) or any(
             leaf is not last for leaf, last in zip(leaves, known, strict=True)
         )
-
-
-def data_parallel(
-    process_group: object,
-    mesh: object,
-    samples: Samples | None,
-    model: object,
-    facts: Mapping[str, Any],
-) -> Alone:
-    """Return what a step does for its ranks; it is a collective call.
-
-    Args:
-        process_group: See `make_train_step`.
-        mesh: See `make_train_step`.
-        samples: See `make_train_step`.
-        model: The model.
-        facts: What must be alike on all ranks, by what it is called.
-
-    Returns:
-        What the step is to call.
-
-    Raises:
-        TypeError: The group, the mesh or ``samples`` is none.
-        ValueError: See `make_train_step`.
-    """
-    ranks = ranks_of(process_group, mesh)
-    if samples is not None and not callable(samples):
-        raise TypeError(f"samples must be a function of the batch, got {samples!r}")
-    if ranks is None:
-        if samples is not None:
-            raise ValueError("samples is for several processes: pass process_group or mesh too")
-        return Alone()
-    check_unsynced(model)
-    if ranks.size == 1:
-        return Alone()
-    with ranks.waiting("in make_train_step"):
-        ranks.check_alike({**facts, **about(model)}, "in make_train_step")
-    return DataParallel(ranks, samples or rows, tuple(averaged_buffers(model)))
 
 
 def _digest(value: Mapping[str, object]) -> int:

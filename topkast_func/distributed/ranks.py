@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from topkast_func.ranking import NaNParameterError
+
 Result = TypeVar("Result")
 
-KINDS = (FileNotFoundError, OSError, TypeError, ValueError, RuntimeError)
+KINDS = (NaNParameterError, FileNotFoundError, OSError, TypeError, ValueError, RuntimeError)
 """Kinds of errors that all ranks raise where one does."""
 
 LOST = (
@@ -50,6 +52,23 @@ class Ranks:
         found = [torch.empty_like(here) for _ in range(self.size)]
         dist.all_gather(found, here, group=self.group)
         return torch.stack(found).cpu()
+
+    def sent(self, rank: int, own: Tensor) -> Tensor:
+        """Return a tensor as one rank has it.
+
+        Args:
+            rank: That rank.
+            own: On that rank the tensor; on others any of its shape, dtype and device, such as one
+                without values.
+
+        Returns:
+            The tensor.
+        """
+        if self.group is None:
+            return own
+        here = own.to(self._device(), copy=True).contiguous()
+        dist.broadcast(here, dist.get_global_rank(self.group, rank), self.group)
+        return here.to(own.device)
 
     def told(self, own: Any) -> list[Any]:
         """Collect an object from each process."""

@@ -157,7 +157,11 @@ def _frozen(name: str, tensor: Tensor) -> Row:
 def _bytes(state: TrainState, name: str) -> int:
     slots = [tree[name] for tree in state.optimizer.slots.values() if name in tree]
     trained = (state.weights.values()[name], state.weights.stands(name), slots)
-    return sum(leaf.nbytes for leaf in tree_leaves(trained) if isinstance(leaf, Tensor))
+    return sum(leaf.nbytes for leaf in tree_leaves(trained) if _is_here(leaf))
+
+
+def _is_here(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and not leaf.is_meta
 
 
 def _line(tag: str, cells: tuple[str, ...]) -> str:

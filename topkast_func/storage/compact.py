@@ -28,7 +28,8 @@ class CompactWeights(NamedTuple):
         patterns: Sets of the sparse parameters that kernels compute.
         positions: Sets of the other sparse parameters.
         theta: θ of the sparse parameters as it was at the last refresh; right outside B, and
-            out of date on B.
+            out of date on B. On the meta device where another process owns it: `held` then has
+            zeros on B∖A.
     """
 
     held: Tensors
@@ -106,7 +107,7 @@ class CompactWeights(NamedTuple):
         return slots
 
     def dense(self) -> Tensors:
-        """Return θ, up to date: the sparse parameters on the device where θ rests."""
+        """Return θ, up to date: the sparse parameters where θ rests, on meta included."""
         return {
             name: merge(value, self.theta[name], self._where(name)) if name in self.theta else value
             for name, value in self.held.items()
@@ -136,8 +137,11 @@ class CompactWeights(NamedTuple):
             here = Masks(*(mask.to(value.device) for mask in masks[name]))
             sets = reindex(self.sets(name), here, block_of(value), sizes[name])
             new = sets.flat_index(block_of(value), merged.shape)
-            held[name] = split(merged, new.to(merged.device)).to(value.device)
-            moved[name] = old_slots(self._where(name), new, merged.numel())
+            if merged.is_meta:
+                held[name], moved[name] = value.new_zeros(new.shape), new.to("meta")
+            else:
+                held[name] = split(merged, new.to(merged.device)).to(value.device)
+                moved[name] = old_slots(self._where(name), new, merged.numel())
             if isinstance(sets, Pattern):
                 patterns[name] = sets
             else:

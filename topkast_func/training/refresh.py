@@ -1,6 +1,8 @@
 """Choosing A and B of a state anew."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -12,9 +14,19 @@ from topkast_func.masks import counts_among, masks_at
 from topkast_func.ranking import NaNParameterError
 from topkast_func.training.fits_config import check_refresh, is_of_stage
 from topkast_func.training.optim import Optimizer
-from topkast_func.training.state import TrainState, Weights, check_state, ordinary, powered
+from topkast_func.training.state import (
+    TrainState,
+    Weights,
+    check_at_hand,
+    check_state,
+    ordinary,
+    powered,
+)
 from topkast_func.types import Masks, Params, Tensors
 from topkast_func.warn import warn_caller
+
+Choice: TypeAlias = tuple[Tensors, dict[str, Masks]]
+"""θ by name, with what entered A as it starts, and the sets."""
 
 
 @torch.inference_mode(False)
@@ -44,9 +56,10 @@ def refresh(
     check_state(state)
     check_type("config", config, TopKastConfig)
     state = ordinary(state) if state.step.is_inference() else state
+    check_at_hand(state)
     check_refresh(state, config)
     try:
-        return _refreshed(state, config, gradients)
+        return refreshed(state, config, gradients)
     except torch.OutOfMemoryError as reason:
         raise torch.OutOfMemoryError(TOO_LARGE) from reason
 
@@ -59,17 +72,37 @@ TOO_LARGE = (
 )
 
 
-def _refreshed(state: TrainState, config: TopKastConfig, gradients: Params | None) -> TrainState:
-    dense, masks = chosen_anew(
-        state.weights.dense(),
-        state.weights.sparse(),
-        state.weights.masks,
+def refreshed(
+    state: TrainState,
+    config: TopKastConfig,
+    gradients: Params | None,
+    agreed: Callable[[Callable[[], Choice]], Choice] = lambda choose: choose(),
+) -> TrainState:
+    """Choose A and B anew; see `refresh`.
+
+    Args:
+        state: See `refresh`.
+        config: See `refresh`.
+        gradients: See `refresh`.
+        agreed: ``agreed(choose)`` to what ``choose()`` returns, of all parameters where it returns
+            the sets of some.
+
+    Returns:
+        The state with its new sets.
+    """
+    weights = state.weights
+    choose = partial(
+        chosen_anew,
+        weights.dense(),
+        weights.sparse(),
+        weights.masks,
         config,
         step=int(state.step),
         seed=int(state.mask_seed),
         exponents=state.exponents,
         gradients=gradients,
     )
+    dense, masks = agreed(choose)
     sizes = sizes_after(state.weights, config, int(state.step))
     weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots, sizes)
     return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
@@ -97,7 +130,7 @@ def chosen_anew(
     """Choose the sets of a step, and give what newly enters A its start; see `refresh`.
 
     Args:
-        raw: θ by name, or φ where it is trained.
+        raw: θ by name, or φ where it is trained; on the meta device where another process chooses.
         names: Names of the sparse parameters.
         sets: ``sets()`` to the sets as they are; called only where the new ones depend on them.
         config: The configuration.
@@ -116,10 +149,12 @@ def chosen_anew(
     exponents = exponents or {}
     stays = config.schedule.settled(step)
     old = sets() if stays or config.method.reads_sets else {}
+    old = {name: masks for name, masks in old.items() if not raw[name].is_meta}
     if stays:
         return raw, {name: Masks(m.forward, m.forward.clone()) for name, m in old.items()}
     theta = powered(raw, exponents)
-    allocations = shared_among_all({name: theta[name].shape for name in names}, config, step)
+    shares = shared_among_all({name: theta[name].shape for name in names}, config, step)
+    allocations = {name: share for name, share in shares.items() if not theta[name].is_meta}
     new = masks_at(theta, allocations, config, step=step, seed=seed, old=old, gradients=gradients)
     if old:
         raw = raw | {
@@ -160,7 +195,10 @@ def refreshes_around(
 
 
 def refreshed_if_finite(
-    state: TrainState, config: TopKastConfig, gradients: Callable[[], Tensors]
+    state: TrainState,
+    config: TopKastConfig,
+    gradients: Callable[[], Tensors],
+    refresh: Callable[[TrainState, TopKastConfig, Params | None], TrainState] = refresh,
 ) -> TrainState:
     """Return the state with new sets; where NaN forbids that, warn and return it as it is.
 
@@ -168,6 +206,7 @@ def refreshed_if_finite(
         state: The state.
         config: The configuration.
         gradients: Returns what `refresh` takes, for a method that reads it.
+        refresh: What chooses them.
 
     Returns:
         The state.

@@ -40,7 +40,7 @@ def save_sharded(
     without others take turns.
 
     Args:
-        state: The state, the same on all ranks.
+        state: The state, the same on all ranks; or of each its part, where owners share it.
         folder: Where the checkpoints of a run are kept; all ranks must see it, and no other run
             write there.
         config: The configuration it is trained with, so that `load_sharded` needs none.
@@ -125,7 +125,7 @@ def _as_it_is(state: TrainState, tensors: Tensors) -> Tensors:
 def _on_the_host(state: TrainState, tensors: Tensors) -> Tensors:
     """Copy tensors to the host that are on another device, or may be written to by others."""
     held = {id(leaf) for leaf in tree_leaves(state)}
-    return {n: t.to("cpu", copy=id(t) in held) for n, t in tensors.items()}
+    return {n: t if t.is_meta else t.to("cpu", copy=id(t) in held) for n, t in tensors.items()}
 
 
 def load_sharded(
@@ -155,7 +155,7 @@ def load_sharded(
         process_group: The group; None for all processes, or for one where there are no others.
 
     Returns:
-        The state, the same on all ranks.
+        The state, the same on all ranks: whole, of which a step of owners takes their parts.
 
     Raises:
         FileNotFoundError: There is no checkpoint.

@@ -87,6 +87,28 @@ def _counts(counter: object) -> bool:
     return is_functorch_wrapped_tensor(counter) or int(counter) >= 0
 
 
+def elsewhere(state: TrainState) -> list[str]:
+    """Name the parameters that other processes own: those with a tensor on the meta device."""
+    trees = (state.weights.theta, *state.optimizer.slots.values())
+    return list({n: None for tree in trees for n, tensor in tree.items() if tensor.is_meta})
+
+
+def check_at_hand(state: TrainState) -> None:
+    """Check that a state is whole.
+
+    Args:
+        state: The state.
+
+    Raises:
+        ValueError: Other processes own a part of it.
+    """
+    if names := elsewhere(state):
+        raise ValueError(
+            f"the state is that of one rank of several, and others own {names}: have "
+            "gather(state, process_group) of all ranks return the whole"
+        )
+
+
 def dense_params(state: TrainState) -> Tensors:
     """Return θ by name, the entries outside B included.
 
@@ -99,9 +121,10 @@ def dense_params(state: TrainState) -> Tensors:
 
     Raises:
         TypeError: It is no state.
-        ValueError: It is an ensemble of states, stacked.
+        ValueError: It is an ensemble of states, stacked, or other ranks own a part of it.
     """
     check_state(state)
+    check_at_hand(state)
     return _apart(state, theta_in(state))
 
 

@@ -23,7 +23,7 @@ def flattened(state: TrainState) -> tuple[dict[str, Any], Tensors]:
         state: The state.
 
     Returns:
-        The header and the tensors.
+        The header and the tensors, on the meta device what other ranks own.
 
     Raises:
         ValueError: θ holds NaN, or A is not within B.
@@ -44,7 +44,7 @@ def _named(state: TrainState) -> Iterator[tuple[str, Tensor]]:
     counters = (state.step, state.seed, state.mask_seed, state.optimizer.step)
     yield from zip(COUNTERS, counters, strict=True)
     theta = state.weights.dense()
-    check_numbers(theta)
+    check_numbers({name: weight for name, weight in theta.items() if not weight.is_meta})
     sets = {name: packed_sets(name, masks) for name, masks in masks_of(state).items()}
     trees: dict[str, Mapping[str, Tensor]] = {
         "theta": theta,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.distributed import ProcessGroup
@@ -14,7 +14,7 @@ from topkast_func.compiling import one_report
 from topkast_func.config import TopKastConfig
 from topkast_func.config.as_json import described
 from topkast_func.distributed.batches import Samples
-from topkast_func.distributed.parallel import data_parallel
+from topkast_func.distributed.joined import data_parallel
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.model.alone import (
     alone_with,
@@ -37,7 +37,8 @@ from topkast_func.training.random_numbers import Draws
 from topkast_func.training.refresh import refreshed_if_finite, refreshes_around
 from topkast_func.training.state import TrainState, check_state, ordinary
 from topkast_func.training.trial import Trials
-from topkast_func.training.update import Moved, update_of
+from topkast_func.training.update import Moved
+from topkast_func.training.ways import way_of
 from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
 
@@ -55,6 +56,7 @@ def make_train_step(
     process_group: ProcessGroup | None = None,
     mesh: DeviceMesh | None = None,
     samples: Samples | None = None,
+    shard: Literal["owners"] | None = None,
 ) -> TrainStep:
     """Build ``train_step(state, batch) -> (state, metrics)``.
 
@@ -92,6 +94,11 @@ def make_train_step(
     sets never do. That all ranks hold the same state is checked at the first step, at a refresh,
     and where a state is not the one that the step before returned.
 
+    With ``shard="owners"`` one rank owns each tensor: it alone has slots and θ outside A, and sends
+    α and the sets to the others. None is split: the largest bounds what is spared. The step takes a
+    whole state or the part of its rank, and returns the part: `forward_params` and `masks_of` read
+    it, `save_sharded` writes it, `gather` returns the whole.
+
     Args:
         model: A module, in the training or evaluation mode it has at the call, or a pure
             function ``apply(params, *inputs)``. What torch.compile returned is taken as it was
@@ -102,7 +109,7 @@ def make_train_step(
         config: The configuration.
         optimizer: The optimiser.
         compile: True for one graph per shape of batch by `torch.compile`, its own options as
-            a mapping, or False to run eager, for debugging.
+            a mapping, or False to run eager.
         engine: Who computes the products of sparse linear layers in compact storage: "numba" on
             a CPU, "triton" on a GPU, "dense", "reference" or "torch_sparse", or "auto" for the
             fastest of each layer.
@@ -112,6 +119,9 @@ def make_train_step(
         mesh: A device mesh of one axis in place of the group.
         samples: ``samples(batch)``, how much a batch counts: how many tokens a loss is the mean
             of, say. None for the length of the first axis of its tensors.
+        shard: "owners" to spare memory, in compact storage; None for all of a state on each rank.
+            What an optimiser of your own computes of several parameters together is then of those
+            of the rank; `clip_by_global_norm` clips by all.
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
@@ -150,16 +160,17 @@ def make_train_step(
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
     check_uncompiled(model)
     options = described(compile) if isinstance(compile, Mapping) else compile
-    about = {"config": described(vars(config)), "optimizer": repr(optimizer), "engine": engine}
-    ranks = data_parallel(process_group, mesh, samples, model, {**about, "compile": options})
-    loss_fn = ranks.fed(loss_fn)
+    given = {"optimizer": repr(optimizer), "engine": engine, "compile": options}
+    about = {"config": described(vars(config)), **given}
+    ranks = data_parallel(process_group, mesh, samples, shard, model, about)
+    loss_fn, way = ranks.fed(loss_fn), way_of(ranks)
     layers = alone_with(model, partial(stand_ins, model, engine))
     check = alone_with(model, partial(agreement, model, config, optimizer))
     schedule = config.schedule
 
     @cache
     def run_from(start: int) -> Callable[..., Moved]:
-        step = update_of(model, loss_fn, config, start, optimizer, layers, ranks)
+        step = way.update_of(model, loss_fn, config, start, optimizer, layers, ranks)
         return compiled(step, compile, required=ranks.several)
 
     @cache
@@ -178,7 +189,7 @@ def make_train_step(
 
     def anew(state: TrainState, batch: Any, kind: Hashable) -> TrainState:
         read = partial(draws.run, (kind, "gradients"), state, lambda: gradients(state, batch))
-        return refreshed_if_finite(state, config, read)
+        return refreshed_if_finite(state, config, read, way.refresh)
 
     def stepped(
         state: TrainState, batch: Any, kind: Hashable, is_due: bool, ends: bool
@@ -216,7 +227,7 @@ def make_train_step(
             ensemble: tuple[TrainState, StepMetrics] = by_member(train_step, state, batch)
             return ensemble
         state = ordinary(state) if state.step.is_inference() else state
-        batch, mode = ordinary(batch), modes(model)
+        state, batch, mode = way.part(state), ordinary(batch), modes(model)
         kind: Hashable = mode
         sizes = tuple(value.shape for value in state.weights.values().values())
         refreshes = refreshes_around(state, config, optimizer)
@@ -226,7 +237,15 @@ def make_train_step(
         work = partial(in_its_turn, state, batch, mode, kind, *refreshes)
         turn = partial(in_turn, own | draws.claims(kind), partial(as_written, parts, work))
         with one_report():
-            return ranks.take_part(state, batch, turn, modes=mode, sizes=sizes, due=any(refreshes))
+            return ranks.take_part(
+                state,
+                batch,
+                turn,
+                common=partial(way.common, state),
+                due=any(refreshes),
+                modes=mode,
+                sizes=sizes,
+            )
 
     vars(train_step)["config"] = config
     return train_step

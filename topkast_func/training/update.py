@@ -23,6 +23,12 @@ Objective: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, tuple[Any, ...], Tens
 """The loss; beside it the data loss, the penalty, what else the loss function returned, and the
 buffers as the model left them."""
 
+BatchLoss: TypeAlias = Callable[
+    [tuple[int, ...], TrainState, Any, Tensors], tuple[Tensor, tuple[Any, ...], Tensors]
+]
+"""From the layers that are lent, a state, a batch, and θ on B in place of the values of the state:
+the data loss, what else the loss function returned, and the buffers as the model left them."""
+
 Moved: TypeAlias = tuple[TrainState, tuple[Tensor, Tensor, Tensor, Tensor], tuple[Any, ...]]
 """The state after a step; loss, data loss, penalty and norm of the gradient; aux, if any."""
 
@@ -41,7 +47,7 @@ def update_of(
     It takes learning rates of one dimension, and of exponents the names alone: torch.compile makes
     a symbol of a 0-d float64 that is given to a graph, and then traces everything twice.
     """
-    tied = ties(model)
+    batch_loss = batch_loss_of(model, loss_fn, layers)
 
     def step(
         lent: tuple[int, ...],
@@ -54,14 +60,8 @@ def update_of(
         weights = state.weights
 
         def objective(values: Tensors) -> Objective:
-            written = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            powered = {n: theta_of(values[n], config.powerprop) for n in phi}
-            values = values | powered
-            computed = narrowed(values, state.narrow)
-            alpha, patterns = weights.alpha(computed), weights.layers()
-            apply = bind(model, tied, alpha, state.frozen, written)
-            with bound_to([layers[i] for i in lent], alpha, computed, patterns):
-                data_loss, aux = loss_and_aux(loss_fn(apply, batch))
+            values = values | {n: theta_of(values[n], config.powerprop) for n in phi}
+            data_loss, aux, written = batch_loss(lent, state, batch, values)
             penalty = weights.penalty(values, config, start)
             loss = data_loss + config.penalty_weight * penalty
             return loss, (data_loss, penalty, aux, written)
@@ -90,3 +90,21 @@ def update_of(
         return after, (loss, data_loss, penalty, norm), tree_map(torch.clone, aux)
 
     return step
+
+
+def batch_loss_of(model: Model, loss_fn: LossFn, layers: Sequence[StandIn]) -> BatchLoss:
+    """Return what a step differentiates, but for the penalty."""
+    tied = ties(model)
+
+    def batch_loss(
+        lent: tuple[int, ...], state: TrainState, batch: Any, values: Tensors
+    ) -> tuple[Tensor, tuple[Any, ...], Tensors]:
+        written = {name: buffer.clone() for name, buffer in state.buffers.items()}
+        computed = narrowed(values, state.narrow)
+        alpha, patterns = state.weights.alpha(computed), state.weights.layers()
+        apply = bind(model, tied, alpha, state.frozen, written)
+        with bound_to([layers[i] for i in lent], alpha, computed, patterns):
+            data_loss, aux = loss_and_aux(loss_fn(apply, batch))
+        return data_loss, aux, written
+
+    return batch_loss

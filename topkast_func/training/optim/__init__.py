@@ -7,13 +7,13 @@ from topkast_func.training.optim.accumulation import multi_steps
 from topkast_func.training.optim.chains import chain, clip_by_global_norm
 from topkast_func.training.optim.descent import adam, adamw, lion, sgd
 from topkast_func.training.optim.groups import partition
+from topkast_func.training.optim.norms import global_norm, summed_by
 from topkast_func.training.optim.rates import Rate
 from topkast_func.training.optim.transformation import (
     Optimizer,
     OptimizerState,
     Transformation,
     check_optimizer,
-    global_norm,
     slot_problem,
 )
 
@@ -33,4 +33,5 @@ __all__ = [
     "partition",
     "sgd",
     "slot_problem",
+    "summed_by",
 ]

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from topkast_func.checks import check_real
+from topkast_func.training.optim.norms import global_norm
 from topkast_func.training.optim.rates import Rate
 from topkast_func.training.optim.transformation import (
     Given,
@@ -11,7 +12,6 @@ from topkast_func.training.optim.transformation import (
     Transformation,
     check_distinct,
     check_optimizer,
-    global_norm,
     starting,
     wide,
 )

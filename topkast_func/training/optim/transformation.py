@@ -145,20 +145,6 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def global_norm(tensors: Params) -> Tensor:
-    """Return the Euclidean norm of all tensors together.
-
-    Args:
-        tensors: Any, at least one.
-
-    Returns:
-        The norm, 0-d, in float32 at the least.
-    """
-    norms = [torch.linalg.vector_norm(wide(tensor)) for tensor in tensors.values()]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm
-
-
 def starting(slots: dict[str, Tensors]) -> OptimizerState:
     """Return the state before the first update.
 

@@ -1,0 +1,47 @@
+"""Compact weights of which other processes own some: θ of these is on the meta device."""
+
+from collections.abc import Collection
+
+import torch
+
+from topkast_func.kernels.pattern import block_of
+from topkast_func.model.alpha import split
+from topkast_func.storage.compact import CompactWeights
+from topkast_func.types import Params, Tensors
+
+
+def active(weights: CompactWeights) -> Tensors:
+    """Return what the forward pass reads: the values of A, and dense parameters."""
+    return {
+        name: value[: weights.sets(name).active_count] if name in weights.theta else value
+        for name, value in weights.held.items()
+    }
+
+
+def with_active(weights: CompactWeights, values: Params) -> CompactWeights:
+    """Return weights with others in the place of what `active` returns."""
+    held = {
+        name: torch.cat([values[name], value[len(values[name]) :]])
+        if name in weights.theta
+        else values[name]
+        for name, value in weights.held.items()
+    }
+    return weights._replace(held=held)
+
+
+def without(weights: CompactWeights, others: Collection[str]) -> CompactWeights:
+    """Leave θ of some parameters to other processes, but for the values of A."""
+    held, theta = dict(weights.held), dict(weights.theta)
+    for name in theta.keys() & others:
+        held[name], theta[name] = torch.zeros_like(held[name]), theta[name].to("meta")
+    return with_active(weights._replace(held=held, theta=theta), active(weights))
+
+
+def with_theta(weights: CompactWeights, dense: Params) -> CompactWeights:
+    """Return weights with θ of some parameters, up to date."""
+    held, theta = dict(weights.held), {**weights.theta, **dense}
+    for name, whole in dense.items():
+        value = held[name]
+        places = weights.sets(name).flat_index(block_of(value), whole.shape)
+        held[name] = split(whole, places.to(whole.device)).to(value.device)
+    return weights._replace(held=held, theta=theta)

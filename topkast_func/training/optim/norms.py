@@ -1,0 +1,54 @@
+"""The norm of all tensors together, those that other processes have included."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from topkast_func.training.optim.transformation import wide
+from topkast_func.types import Params
+
+
+class _Elsewhere(threading.local):
+    """Of each thread: how to sum over the processes that have some of the tensors each."""
+
+    total: Callable[[Tensor], Tensor] | None = None
+
+
+_ELSEWHERE = _Elsewhere()
+
+
+def global_norm(tensors: Params) -> Tensor:
+    """Return the Euclidean norm of all tensors together.
+
+    Args:
+        tensors: Any, at least one.
+
+    Returns:
+        The norm, 0-d, in float32 at the least.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(wide(tensor)) for tensor in tensors.values()])
+    total = _ELSEWHERE.total
+    norm: Tensor = torch.linalg.vector_norm(norms if total is None else total(norms))
+    return norm
+
+
+@contextmanager
+def summed_by(total: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let `global_norm` be that of the tensors of several processes, in this thread, for a while.
+
+    Each tensor has its entries on one of them, and none on the others.
+
+    Args:
+        total: Returns the sum of a tensor over the processes.
+
+    Yields:
+        Nothing.
+    """
+    _ELSEWHERE.total = total
+    try:
+        yield
+    finally:
+        _ELSEWHERE.total = None
