@@ -115,6 +115,7 @@ class Hooked(Talking):
         return out
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_what_was_passed_is_not_what_is_advised() -> None:
     with pytest.raises(RuntimeError) as error:
         step_of(Hooked(), compile={"fullgraph": False})()

@@ -208,7 +208,8 @@ def ranks_of(process_group: object, mesh: object) -> Ranks | None:
 def _is_lost(reason: Exception) -> bool:
     """Return whether an error is one of communication."""
     return isinstance(reason, dist.DistError) or (
-        isinstance(reason, RuntimeError) and "gloo" in str(reason)
+        isinstance(reason, RuntimeError)
+        and any(word in str(reason) for word in ("gloo", "pair closure"))
     )
 
 

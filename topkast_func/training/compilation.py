@@ -99,7 +99,8 @@ def compiled(
         except (exc.TorchDynamoException, RuntimeError) as failure:
             failed = failure
         step(*tree_map_only(Tensor, torch.clone, arguments))  # raises what is a fault of its own
-        breaks = isinstance(failed, exc.Unsupported) and options["fullgraph"]
+        kinds = exc.Unsupported, exc.UserError  # of what a graph cannot hold
+        breaks = isinstance(failed, kinds) and options["fullgraph"]
         raise RuntimeError((BROKEN if breaks else EAGER_ALONE).format(failed)) from failed
 
     return call
