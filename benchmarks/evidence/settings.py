@@ -81,7 +81,8 @@ class Plan(NamedTuple):
 PLANS = {
     "mlp": Plan(alternatives=False),
     "cnn": Plan((3e-3, 1e-2, 3e-2), PAIRS[:3]),
-    "text": Plan((1e-3, 3e-3, 1e-2), PAIRS[:3], PAIRS[0], 0.25, ablations={}),
+    "text": Plan((1e-3, 3e-3), PAIRS[:3], PAIRS[0], 0.25, ablations={}),
+    "words": Plan((3e-3, 1e-2, 3e-2), PAIRS[:3], trial_steps=0.25, alternatives=False),
 }
 
 
