@@ -2,15 +2,16 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.evidence import report, tasks, training
+from benchmarks.evidence import report, tasks, training, words
 from benchmarks.evidence.__main__ import Ledger
-from benchmarks.evidence.networks import cnn, decoder, mlp
+from benchmarks.evidence.networks import ALPHABET, cnn, decoder, mlp
 from benchmarks.evidence.settings import (
     METHODS,
     PAIRS,
@@ -30,9 +31,14 @@ TUNED = {method: start("mlp", method) for method in METHODS}
 
 
 def test_every_method_has_as_many_trials_on_held_out_data() -> None:
-    for task, carried, count in (("mlp", None, 9), ("cnn", TUNED, 6), ("text", TUNED, 4)):
+    for task, carried, count in (
+        ("mlp", None, 9),
+        ("cnn", TUNED, 6),
+        ("text", TUNED, 4),
+        ("words", TUNED, 3),
+    ):
         found = trials(task, carried)
-        assert set(found) == set(METHODS)
+        assert set(found) == set(PLANS[task].methods) <= set(METHODS)
         for method, settings in found.items():
             assert len(set(settings)) == count
             assert {(s.task, s.method, s.validate) for s in settings} == {(task, method, True)}
@@ -57,7 +63,9 @@ def test_the_comparison_has_every_sparsity_and_seed_on_the_test_data() -> None:
     assert all(not setting.validate for _, setting in ablations(TUNED))
 
 
-@pytest.mark.parametrize(("build", "tolerance"), [(mlp, 0.12), (cnn, 0.3), (decoder, 0.12)])
+@pytest.mark.parametrize(
+    ("build", "tolerance"), [(mlp, 0.12), (cnn, 0.3), (partial(decoder, 256, 4), 0.12)]
+)
 def test_a_small_network_has_about_the_parameters_asked_for(build: Any, tolerance: float) -> None:
     whole = sum(p.numel() for p in build(None).parameters())
     for share in (0.05, 0.2, 0.5):
@@ -66,11 +74,35 @@ def test_a_small_network_has_about_the_parameters_asked_for(build: Any, toleranc
 
 
 def test_the_decoder_does_not_see_what_comes_after() -> None:
-    network, codes = decoder(None), torch.randint(0, 80, (1, 20))
+    network, codes = decoder(256, 4, None), torch.randint(0, 80, (1, 20))
     other = codes.clone()
     other[0, 12:] = 0
     with torch.no_grad():
         torch.testing.assert_close(network(codes)[:, :12], network(other)[:, :12])
+
+
+def test_words_are_scored_at_the_places_of_their_pronunciation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    long = f"{'a' * 16} {'AH0 ' * 7}\n"
+    lines = f"'tis T IH1 Z\nab AE1 B # a note\nab(2) AH0 B\n{long}{long.replace('a', 'aa', 1)}"
+    monkeypatch.setattr(words, "_dictionary", lambda: lines)
+    inputs, targets = words.sequences()
+    assert inputs.shape == targets.shape == (2, words.LENGTH)
+    spoken = [words.SPEAK, 28, 30, words.END]  # after 26 letters: AE, AH, B
+    assert inputs[0, :6].tolist() == [2, 3, *spoken]
+    assert targets[0, :6].tolist() == [words.UNSCORED] * 2 + spoken[1:] + [words.UNSCORED]
+    assert (targets[0, 5:] == words.UNSCORED).all()
+    assert (targets[1] != words.UNSCORED).sum() == 8
+
+
+def test_a_word_is_right_where_every_scored_place_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.tensor([[1, 66, 27, 0], [2, 66, 28, 0]])
+    targets = torch.tensor([[-100, 27, 0, -100], [-100, 28, 0, -100]])
+    monkeypatch.setattr(tasks, "_words", lambda: [(inputs, targets)] * 3)
+    said = torch.tensor([[5, 27, 0, 5], [5, 28, 9, 5]])  # the second has a wrong end
+    score = tasks.TASKS["words"].score
+    assert score(lambda codes: torch.nn.functional.one_hot(said, ALPHABET), True) == 50.0
 
 
 @pytest.fixture

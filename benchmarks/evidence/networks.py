@@ -9,9 +9,9 @@ from benchmarks.networks import Block
 from benchmarks.networks import mlp as linear_layers
 
 MLP_WIDTH, CHANNELS = 512, 16
-DECODER_WIDTH, DECODER_LAYERS, HEADS = 256, 4, 4
+HEADS = 4
 ALPHABET, LONGEST = 80, 64
-"""Characters of a text and of a window, at most."""
+"""Characters of a text and of a sequence, at most."""
 
 
 def mlp(parameters: float | None) -> nn.Module:
@@ -33,11 +33,11 @@ def cnn(parameters: float | None) -> nn.Module:
     )
 
 
-def decoder(parameters: float | None) -> nn.Module:
-    """Build a `Decoder` of about so many parameters; None for a width of 256, 3.2 million."""
-    linear, square = 2 * ALPHABET + LONGEST, 12 * DECODER_LAYERS
-    wanted = DECODER_WIDTH if parameters is None else _width(parameters, linear, square)
-    return Decoder(max(HEADS, HEADS * round(wanted / HEADS)))
+def decoder(width: int, layers: int, parameters: float | None) -> nn.Module:
+    """Build a `Decoder` of so many layers and about so many parameters; None for that width."""
+    linear, square = 2 * ALPHABET + LONGEST, 12 * layers
+    wanted = width if parameters is None else _width(parameters, linear, square)
+    return Decoder(max(HEADS, HEADS * round(wanted / HEADS)), layers)
 
 
 class Decoder(nn.Module):
@@ -47,11 +47,11 @@ class Decoder(nn.Module):
     with a standard deviation of 0.02 (GPT-2).
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.characters = nn.Embedding(ALPHABET, width)
         self.places = nn.Parameter(0.02 * torch.randn(LONGEST, width))
-        blocks = (Block(width, HEADS, 4 * width, causal=True) for _ in range(DECODER_LAYERS))
+        blocks = (Block(width, HEADS, 4 * width, causal=True) for _ in range(layers))
         self.blocks = nn.Sequential(*blocks)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, ALPHABET)
         nn.init.normal_(self.characters.weight, std=0.02)

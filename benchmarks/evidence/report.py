@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence.settings import (
     FIRST,
-    METHODS,
     PAIRS,
     PLANS,
     SEEDS,
@@ -75,7 +74,9 @@ class Evidence(NamedTuple):
     tuned: Tuned
 
     def of(self, method: str, pair: Pair) -> Runs:
-        """Return the runs of a method at a pair of sparsities, one for each seed."""
+        """Return the runs of a method at a pair of sparsities, one for each seed, or of none."""
+        if method not in self.tuned:
+            return []
         forward, backward = PAIRS[0] if method == "dense" else pair
         base = replace(self.tuned[method], forward=forward, backward=backward)
         found = [find(self.runs, replace(base, seed=seed)) for seed in SEEDS]
@@ -86,7 +87,7 @@ class Evidence(NamedTuple):
         pairs = PLANS[self.task].pairs
         rows = [
             (name(m), *(cell(self.of(m, pair)) for pair in pairs), shock(self.of(m, USUAL)))
-            for m in METHODS
+            for m in self.tuned
         ]
         return markdown(("method", *map(shown, pairs), f"shock at {shown(USUAL)}"), rows)
 
@@ -118,7 +119,7 @@ class Evidence(NamedTuple):
         """Return whom a method is behind and ahead of at every sparsity, and by how much."""
         rows = []
         for pair in PLANS[self.task].pairs:
-            margins = {name(other): self.margin(method, other, pair) for other in METHODS}
+            margins = {name(other): self.margin(method, other, pair) for other in self.tuned}
             told = ([f"{o} {by:+.2f}" for o, by in margins.items() if s * by > 0] for s in (-1, 1))
             rows.append((shown(pair), *map(", ".join, told)))
         return markdown((name(method), "is behind", "is ahead of"), rows)
@@ -127,7 +128,7 @@ class Evidence(NamedTuple):
         """Draw the scores over forward sparsity."""
         scores = {
             name(m): {pair[0]: [run["score"] for run in self.of(m, pair)] for pair in PAIRS}
-            for m in METHODS
+            for m in self.tuned
         }
         dense = scores.pop("dense")[PAIRS[0][0]]
         return plots.accuracy(scores, dense, TASKS[self.task].unit)

@@ -76,12 +76,21 @@ class Plan(NamedTuple):
     trial_steps: float = 1.0  # share of a run's steps that a trial has
     alternatives: bool = True  # whether one is tried
     ablations: Mapping[str, tuple[Any, ...]] = ABLATIONS
+    methods: tuple[str, ...] = tuple(METHODS)
 
 
 PLANS = {
     "mlp": Plan(alternatives=False),
     "cnn": Plan((3e-3, 1e-2, 3e-2), PAIRS[:3]),
     "text": Plan((1e-3, 3e-3), PAIRS[:3], PAIRS[0], 0.25, ablations={}),
+    "words": Plan(
+        (3e-3, 1e-2, 3e-2),
+        PAIRS[:2],
+        trial_steps=0.25,
+        alternatives=False,
+        ablations={},
+        methods=("dense", SMALL, "static", "set", "rigl", "topkast", ZERO),
+    ),
 }
 
 
@@ -156,7 +165,8 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
     common: dict[str, Any] = {"task": task, "steps": plan.trial_steps, "seed": TUNING_SEED}
     common |= {"forward": plan.tuned_at[0], "backward": plan.tuned_at[1], "validate": True}
     found = {}
-    for method, known in METHODS.items():
+    for method in plan.methods:
+        known = METHODS[method]
         base = replace(carried[method] if carried else start(task, method), **common)
         others = [other for a in known.alternatives if (other := replace(base, **a)) != base]
         bases = [base, *others[: int(plan.alternatives)]]

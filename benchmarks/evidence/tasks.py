@@ -3,7 +3,7 @@
 import gzip
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.evidence import words
 from benchmarks.evidence.networks import cnn, decoder, mlp
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -127,11 +128,36 @@ def _bits_per_character(apply: Apply, validate: bool) -> float:
     return float(torch.stack([loss_fn(apply, part) for part in parts]).mean()) / math.log(2)
 
 
+@cache
+def _words() -> tuple[Batch, ...]:
+    """Return the words to train on, to tune on and to test on."""
+    inputs, targets = words.sequences()
+    rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    sizes = [int(share * len(rows)) for share in SHARES]
+    parts = torch.split(rows, [*sizes, len(rows) - sum(sizes)])
+    return tuple((inputs[part], targets[part]) for part in parts)
+
+
+def _word_batches(validate: bool, seed: int) -> Iterator[Batch]:
+    inputs, targets = _words()[0]
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        rows = torch.randperm(len(inputs), generator=order)
+        for chosen in torch.split(rows, 128)[: len(rows) // 128]:
+            yield inputs[chosen], targets[chosen]
+
+
+def _words_right(apply: Apply, validate: bool) -> float:
+    inputs, targets = _words()[1 if validate else 2]
+    found = torch.cat([apply(part).argmax(2) for part in torch.split(inputs, 1000)])
+    return 100 * float(((found == targets) | (targets == words.UNSCORED)).all(1).double().mean())
+
+
 TASKS = {
     "mlp": _image_task("MLP on Fashion-MNIST", mlp, (784,), 5600),
     "cnn": _image_task("small CNN on Fashion-MNIST", cnn, (1, 28, 28), 2000),
     "text": Task(
-        network=decoder,
+        network=partial(decoder, 256, 4),
         steps=2400,
         batches=_text_batches,
         score=_bits_per_character,
@@ -139,6 +165,18 @@ TASKS = {
         unit="bits per character (lower is better)",
         sign=-1,
         sample=torch.zeros(1, LENGTH, dtype=torch.int64),
+        warm_up=100,
+        betas=(0.9, 0.95),
+    ),
+    "words": Task(
+        network=partial(decoder, 64, 3),
+        steps=3000,
+        batches=_word_batches,
+        score=_words_right,
+        title="decoder on pronunciation",
+        unit="words right in %",
+        sign=1,
+        sample=torch.zeros(1, words.LENGTH, dtype=torch.int64),
         warm_up=100,
         betas=(0.9, 0.95),
     ),
