@@ -64,6 +64,7 @@ ABLATIONS: Mapping[str, tuple[Any, ...]] = {  # of Top-KAST from zero: one thing
     "lr": (1e-3, 3e-3, 1e-2),
     "backward": (0.0, 0.5, 0.8, 0.9),
     "until": (0.25, 0.5, 0.75, None),
+    "slots": (None, "age", "mean"),
 }
 
 
@@ -115,6 +116,7 @@ class Setting:
     entry: Any = "value"  # with what a weight starts that newly enters A; of Top-KAST
     exchange: float | None = None  # largest share of A that a refresh exchanges; of Top-KAST
     beta2: float | None = None  # of Adam; None for the task's own
+    slots: str | None = None  # how Adam's begin that newly enter B, of `slots.adam`; None for 0
 
     def config(self, model: nn.Module, steps: int) -> tk.TopKastConfig:
         """Return the configuration of a run of so many steps.

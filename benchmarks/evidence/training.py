@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import topkast_func as tk
+from benchmarks.evidence import slots
 from benchmarks.evidence.settings import SMALL, Setting
 from benchmarks.evidence.tasks import TASKS, Batch, Task, loss_fn
 
@@ -57,6 +58,8 @@ def steps_of(setting: Setting, task: Task, model: nn.Module) -> Iterator[Step]:
     rate = partial(_rate, setting.lr, task.warm_up, steps)
     betas = (task.betas[0], setting.beta2 or task.betas[1])
     optimizer = tk.adam(rate, betas, weight_decay=setting.weight_decay)
+    if setting.slots is not None:
+        optimizer = slots.adam(rate, betas, setting.slots)
     storage: Any = "dense" if often else "compact"
     state = tk.init_state(model, config, optimizer, storage=storage, seed=setting.seed)
     train_step = tk.make_train_step(model, loss_fn, config, optimizer)
