@@ -38,6 +38,7 @@ def page(results: Results, evidence: Evidence) -> str:
         told |= {
             task: found.table(),
             f"{task}_standing": "\n\n".join(map(found.standing, ("topkast", ZERO))),
+            f"{task}_ablations": found.ablation_table(),
         }
     return TEMPLATE.read_text().format_map(told)
 

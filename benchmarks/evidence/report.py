@@ -92,7 +92,7 @@ class Evidence(NamedTuple):
         return markdown(("method", *map(shown, pairs), f"shock at {shown(USUAL)}"), rows)
 
     def ablation_table(self) -> str:
-        """Return what Top-KAST reaches when one thing at a time changes: a row for each."""
+        """Return what Top-KAST reaches when one thing at a time changes: a row for what was run."""
         found: dict[str, dict[Any, list[Mapping[str, Any]]]] = {}
         for field, setting in ablations(self.tuned):
             if run := find(self.runs, setting):
@@ -101,6 +101,7 @@ class Evidence(NamedTuple):
         rows = [
             (name(field), ", ".join(f"{value}: {cell(runs)}" for value, runs in values.items()))
             for field, values in found.items()
+            if len(values) > 1
         ]
         return markdown(("what changes", "to what, and what that reaches"), rows)
 

@@ -86,7 +86,7 @@ PLANS = {
     "text": Plan((1e-3, 3e-3), PAIRS[:3], PAIRS[0], 0.25, ablations={}),
     "words": Plan(
         (3e-3, 1e-2, 3e-2),
-        PAIRS[:2],
+        PAIRS[1:2],
         trial_steps=0.25,
         alternatives=False,
         ablations={},
