@@ -1,6 +1,7 @@
 """Every notebook runs, at reduced size, and is committed with what it showed."""
 
 import ast
+import atexit
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -38,9 +39,11 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[InteractiveShell]:
     monkeypatch.chdir(FOLDER)
     monkeypatch.setattr("topkast_func.make_train_step", eager_step)
     options = Config({"HistoryManager": {"enabled": False}})
-    yield InteractiveShell(  # type: ignore[no-untyped-call]
+    shell = InteractiveShell(  # type: ignore[no-untyped-call]
         config=options, user_module=ModuleType("notebook")
     )
+    atexit.unregister(shell.atexit_operations)  # empties what Dynamo still refers to
+    yield shell
     monkeypatch.undo()
 
 
