@@ -1,4 +1,4 @@
-"""The products in Numba: exact on small integers, whatever threads and forks do."""
+"""The products on the CPU: exact on small integers, whatever threads and forks do."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ from tests.kernels.problems import (
     problems,
     products,
 )
-from topkast_func.kernels import numba_cpu, sparse_linear
+from topkast_func.kernels import numba_cpu, sparse_linear, threads
 
 
 @pytest.fixture(autouse=True)
@@ -90,12 +90,34 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     given = given._replace(theta=torch.randn(64, 512))
     x, g = torch.randn(300, 512), torch.randn(300, 64)
     found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
         found.append(products("numba", given, x, g))
     for one, *others in zip(*found, strict=True):
         assert one.any()
         assert all(torch.equal(one, other) for other in others)
+
+
+def test_threads_of_python_serve_where_torch_has_no_gnu_openmp(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = problem(grid=(200, 300))
+    x, g = integers(300, 300), integers(300, 200)
+    expected, names = products("numba", given, x, g), set[str]()
+
+    def by_pool(part: Any, *others: Any) -> None:
+        def watched(data: Any) -> None:
+            names.add(threading.current_thread().name)
+            part(data)
+
+        pooled(watched, *others)
+
+    pooled = threads._by_pool
+    monkeypatch.setattr(threads, "SHARED", None)
+    monkeypatch.setattr(threads, "_by_pool", by_pool)
+    found = products("numba", given, x, g)
+    assert all(map(torch.equal, found, expected))
+    assert {name.split("_0")[0] for name in names} == {"MainThread", "topkast_func"}
 
 
 def test_products_from_several_python_threads_at_once() -> None:

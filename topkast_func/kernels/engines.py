@@ -14,7 +14,8 @@ from topkast_func.kernels.tiles import pack, unpack
 EngineName: TypeAlias = Literal["auto", "numba", "triton", "dense", "reference", "torch_sparse"]
 
 ENGINES: tuple[EngineName, ...] = ("numba", "triton", "dense", "reference", "torch_sparse")
-"""Every engine, the ones that auto chooses among first."""
+"""Every engine, the ones that auto chooses among first; "numba" are the kernels of the CPU, named
+after what they were first written in."""
 
 
 class Engine(NamedTuple):

@@ -237,14 +237,9 @@ def make_train_step(
         work = partial(in_its_turn, state, batch, mode, kind, *refreshes)
         turn = partial(in_turn, own | draws.claims(kind), partial(as_written, parts, work))
         with one_report():
+            common, due = partial(way.common, state), any(refreshes)
             return ranks.take_part(
-                state,
-                batch,
-                turn,
-                common=partial(way.common, state),
-                due=any(refreshes),
-                modes=mode,
-                sizes=sizes,
+                state, batch, turn, common=common, due=due, modes=mode, sizes=sizes
             )
 
     vars(train_step)["config"] = config
