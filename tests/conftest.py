@@ -39,11 +39,6 @@ settings.register_profile("tests", deadline=None, max_examples=60, derandomize=T
 settings.load_profile("tests")
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Return one worker more than there are cores: some tests wait, for processes or compilers."""
-    return 1 + (os.cpu_count() or 1)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(SLOW):
