@@ -75,6 +75,16 @@ def windows(codes: Tensor, count: int, generator: torch.Generator) -> Batch:
     return drawn[:, :-1], drawn[:, 1:]
 
 
+def shuffled(data: Batch, seed: int) -> Iterator[Batch]:
+    """Yield batches of 128 without end, shuffled anew each time through."""
+    inputs, targets = data
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        rows = torch.randperm(len(inputs), generator=order)
+        for chosen in torch.split(rows, 128)[: len(rows) // 128]:
+            yield inputs[chosen], targets[chosen]
+
+
 @cache
 def _images(shape: tuple[int, ...], validate: bool) -> tuple[Batch, Batch]:
     """Return images to train on and images to score, standardised over all images and places."""
@@ -91,12 +101,7 @@ def _images(shape: tuple[int, ...], validate: bool) -> tuple[Batch, Batch]:
 
 def _image_task(title: str, network: Build, shape: tuple[int, ...], steps: int) -> Task:
     def batches(validate: bool, seed: int) -> Iterator[Batch]:
-        inputs, labels = _images(shape, validate)[0]
-        order = torch.Generator().manual_seed(seed)
-        while True:
-            rows = torch.randperm(len(inputs), generator=order)
-            for chosen in torch.split(rows, 128)[: len(rows) // 128]:
-                yield inputs[chosen], labels[chosen]
+        return shuffled(_images(shape, validate)[0], seed)
 
     def score(apply: Apply, validate: bool) -> float:
         inputs, labels = _images(shape, validate)[1]
@@ -139,12 +144,7 @@ def _words() -> tuple[Batch, ...]:
 
 
 def _word_batches(validate: bool, seed: int) -> Iterator[Batch]:
-    inputs, targets = _words()[0]
-    order = torch.Generator().manual_seed(seed)
-    while True:
-        rows = torch.randperm(len(inputs), generator=order)
-        for chosen in torch.split(rows, 128)[: len(rows) // 128]:
-            yield inputs[chosen], targets[chosen]
+    return shuffled(_words()[0], seed)
 
 
 def _words_right(apply: Apply, validate: bool) -> float:

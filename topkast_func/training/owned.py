@@ -134,16 +134,11 @@ def owned_update_of(
                 updates, moved = optimizer.update(grads, before, own, rate)
                 norm = global_norm(grads)
             held = {n: v + updates[n] if ranks.owns(n) else values[n] for n, v in own.items()}
-            after = TrainState(
+            after = state._replace(
                 step=state.step + (moved.step % optimizer.every == 0),
-                seed=state.seed,
-                mask_seed=state.mask_seed,
                 weights=_shared(ranks, weights._replace(held=held)),
                 buffers=written,
-                frozen=state.frozen,
                 optimizer=OptimizerState(moved.step, _kept(state.optimizer.slots, moved.slots)),
-                exponents=state.exponents,
-                narrow=state.narrow,
             )
             loss = data_loss + config.penalty_weight * penalty
         return after, (loss, data_loss, penalty, norm), tree_map(torch.clone, aux)

@@ -75,16 +75,11 @@ def update_of(
                 loss = data_loss + config.penalty_weight * penalty
             rate = tree_map(lambda given: given.reshape(()), lr)
             updates, moved = optimizer.update(grads, state.optimizer, weights.values(), rate)
-            after = TrainState(
+            after = state._replace(
                 step=state.step + (moved.step % optimizer.every == 0),
-                seed=state.seed,
-                mask_seed=state.mask_seed,
                 weights=weights.moved(updates),
                 buffers=written,
-                frozen=state.frozen,
                 optimizer=OptimizerState(moved.step, weights.restricted(moved.slots)),
-                exponents=state.exponents,
-                narrow=state.narrow,
             )
             norm = global_norm(grads)
         return after, (loss, data_loss, penalty, norm), tree_map(torch.clone, aux)
