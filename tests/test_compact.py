@@ -326,8 +326,9 @@ def encoder() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [Attention, encoder])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("training", "compile"), [(True, False), (False, False), (True, {"backend": "aot_eager"})]
+)
 def test_attention_trains_as_in_dense_storage(make: Any, training: bool, compile: Any) -> None:
     """With plain gradient descent, for the bias of the keys, as above."""
     batches, make_optimizer = batches_of((3, 5, 8), (3, 5, 8)), OPTIMIZERS["momentum"]
