@@ -264,16 +264,12 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "compile"),
     [
-        Convolution,
-        Reading,
-        Tied,
-        Hooked,
-        Normed,
+        *((make, False) for make in (Convolution, Reading, Tied, Hooked, Normed)),
+        *((make, {"backend": "aot_eager"}) for make in (Convolution, Reading, Normed)),
     ],
 )
-@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
 def test_modules_of_any_kind_train_as_in_dense_storage(make: Any, compile: Any) -> None:
     """With plain gradient descent: a bias before BatchNorm has a gradient of rounding errors."""
     check(make().double(), make=OPTIMIZERS["momentum"], compile=compile)

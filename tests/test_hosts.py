@@ -281,8 +281,9 @@ class Spectral(nn.Module):
         return torch.view_as_real(waves @ self.weight.T).sum(-1)
 
 
-@compiled_or_not
-@every_storage
+@pytest.mark.parametrize(
+    ("storage", "compile"), [("compact", False), ("dense", False), ("compact", AOT)]
+)
 @pytest.mark.parametrize(
     ("own", "other"),
     [
