@@ -118,7 +118,7 @@ def elsewhere(tree: Any) -> int:
 # Training.
 
 
-def cases(methods: list[tk.Method]) -> Any:
+def cases(methods: list[tk.Method]) -> pytest.MarkDecorator:
     """Parametrise by pairs: every method with each storage and each pattern, some with all."""
     apart = [("compact", None), ("dense", "1:4")]
     crossed = [("compact", "1:4"), ("dense", None)]
