@@ -264,16 +264,12 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "compile"),
     [
-        Convolution,
-        Reading,
-        Tied,
-        Hooked,
-        Normed,
+        *((make, False) for make in (Convolution, Reading, Tied, Hooked, Normed)),
+        *((make, {"backend": "aot_eager"}) for make in (Convolution, Reading, Normed)),
     ],
 )
-@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
 def test_modules_of_any_kind_train_as_in_dense_storage(make: Any, compile: Any) -> None:
     """With plain gradient descent: a bias before BatchNorm has a gradient of rounding errors."""
     check(make().double(), make=OPTIMIZERS["momentum"], compile=compile)
@@ -326,8 +322,9 @@ def encoder() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [Attention, encoder])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("training", "compile"), [(True, False), (False, False), (True, {"backend": "aot_eager"})]
+)
 def test_attention_trains_as_in_dense_storage(make: Any, training: bool, compile: Any) -> None:
     """With plain gradient descent, for the bias of the keys, as above."""
     batches, make_optimizer = batches_of((3, 5, 8), (3, 5, 8)), OPTIMIZERS["momentum"]

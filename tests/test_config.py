@@ -32,6 +32,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"refresh_every": 1.5}, TypeError, "refresh_every must be an integer of at least 1"),
     ({"refresh_every": True}, TypeError, "refresh_every must be an integer"),
     ({"explore_until": -1}, ValueError, "explore_until must be at least 0, got -1"),
+    (
+        {"forward_sparsity": tk.staged({0: 0.5, 10: 0.8}), "explore_until": 10},
+        ValueError,
+        "a sparsity changes at step 10, but from explore_until=10 on the sets stay",
+    ),
     ({"penalty": "l3"}, ValueError, "penalty must be one of .*'group_l2', None.*, got 'l3'"),
     ({"penalty_weight": -1.0}, ValueError, r"penalty_weight must be in \[0.0, inf\)"),
     ({"penalty_weight": float("inf")}, ValueError, "penalty_weight"),

@@ -40,6 +40,7 @@ METHODS = [
     tk.set(),
     tk.rigl(),
 ]
+CROSSED = (tk.topkast(), tk.rigl())
 OPTIMIZERS = [
     tk.sgd(0.1, momentum=0.9),
     tk.adamw(lambda step: 0.1 / (1 + step)),
@@ -117,9 +118,15 @@ def elsewhere(tree: Any) -> int:
 # Training.
 
 
-@pytest.mark.parametrize("pattern", [None, "1:4"])
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("method", METHODS, ids=str)
+def cases(methods: list[tk.Method]) -> pytest.MarkDecorator:
+    """Parametrise by pairs: every method with each storage and each pattern, some with all."""
+    apart = [("compact", None), ("dense", "1:4")]
+    crossed = [("compact", "1:4"), ("dense", None)]
+    found = [(m, *pair) for m in methods for pair in apart + crossed * (m in CROSSED)]
+    return pytest.mark.parametrize(("method", "storage", "pattern"), found)
+
+
+@cases(METHODS)
 def test_training_is_that_of_the_cpu(method: tk.Method, storage: str, pattern: str | None) -> None:
     config, optimizer = config_of(method, pattern=pattern), tk.adam(0.01)
     expected = run("cpu", config, optimizer, storage=storage)
@@ -152,9 +159,7 @@ STEADY = [method for method in METHODS if not config_of(method).schedule.starts]
 """Their sparsities do not change."""
 
 
-@pytest.mark.parametrize("pattern", [None, "1:4"])
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("method", STEADY, ids=str)
+@cases(STEADY)
 def test_the_host_waits_for_sizes_alone(
     method: tk.Method, storage: Any, pattern: str | None, device: torch.device
 ) -> None:

@@ -1,5 +1,6 @@
 """Steps of an ensemble under vmap: each member as it would be alone."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +31,12 @@ def assert_same(one: Any, other: Any) -> None:
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize(
-    ("compile", "name"),
-    [(False, "topkast"), (False, "rigl"), (False, "gmp"), ({"backend": "aot_eager"}, "topkast")],
+    ("compile", "name", "storage"),
+    [
+        *itertools.product((False,), ("topkast", "rigl", "gmp"), STORAGES),
+        ({"backend": "aot_eager"}, "topkast", "compact"),
+    ],
 )
 def test_each_member_is_as_it_would_be_alone(storage: Any, compile: Any, name: str) -> None:
     until = None if name == "gmp" else 5

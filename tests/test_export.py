@@ -189,6 +189,15 @@ def test_bsr_stores_whole_blocks_and_comes_back(block: tuple[int, int]) -> None:
         assert torch.equal(matrix.to_dense(), alpha[name])
 
 
+def test_bsr_stores_a_block_whole_that_has_one_entry_of_a() -> None:
+    weight = torch.zeros(4, 4)
+    weight[0, 1], weight[3, 0], weight[3, 1] = 3.0, 2.0, 1.0
+    state = tk.init_state({"weight": weight}, tk.TopKastConfig(1 - 3 / 16, sparse="*"), tk.sgd(0.1))
+    matrix = tk.to_sparse(state, "bsr", (2, 2))["weight"]
+    assert matrix.values().shape == (2, 2, 2)
+    assert torch.equal(matrix.to_dense(), weight)
+
+
 def test_blocks_that_do_not_divide_a_matrix_are_refused() -> None:
     state = tk.init_state(torch.nn.Linear(3, 4), tk.TopKastConfig(), tk.sgd(0.1))
     with pytest.raises(ValueError, match=r"blocks of \(2, 2\) do not divide .* \(4, 3\)"):

@@ -154,7 +154,7 @@ def test_a_state_made_and_stepped_in_inference_mode_is_an_ordinary_one(compile: 
     assert same(found, expected)
     assert not any(leaf.is_inference() for leaf in leaves(found[0]))
     assert any(p.is_inference() for p in twin.parameters())
-    assert int(trained(twin, compile)[0].step) == 5
+    assert int(trained(twin)[0].step) == 5
 
 
 @compiled_or_not
@@ -224,8 +224,13 @@ def wrapped(model: nn.Module) -> Any:
     return torch.compile(model, backend="eager")
 
 
-@compiled_or_not
-@pytest.mark.parametrize("wrap", [wrapped, in_place, a_part_in_place])
+@pytest.mark.parametrize(
+    ("wrap", "compile"),
+    [
+        *((wrap, False) for wrap in (wrapped, in_place, a_part_in_place)),
+        *((wrapped, AOT), (in_place, AOT)),
+    ],
+)
 def test_a_compiled_module_trains_like_the_module_in_it(
     wrap: Callable[[nn.Module], Any], compile: Any
 ) -> None:
@@ -276,8 +281,9 @@ class Spectral(nn.Module):
         return torch.view_as_real(waves @ self.weight.T).sum(-1)
 
 
-@compiled_or_not
-@every_storage
+@pytest.mark.parametrize(
+    ("storage", "compile"), [("compact", False), ("dense", False), ("compact", AOT)]
+)
 @pytest.mark.parametrize(
     ("own", "other"),
     [

@@ -239,6 +239,7 @@ def test_a_layer_that_would_be_slower_or_larger_stays_dense() -> None:
         (0.4, 8, 1, False),
         (0.2, 256, 1, True),
         (0.51, 256, 1, False),
+        (0.51, 2, 4, False),  # as fast, but larger
     ],
 )
 def test_the_cost_model_knows_sizes_batches_and_threads(

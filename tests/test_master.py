@@ -90,8 +90,7 @@ def test_without_a_master_two_hundred_steps_stay_finite(half: torch.dtype) -> No
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("powerprop", [1.0, 2.0])
+@pytest.mark.parametrize(("storage", "powerprop"), [("compact", 2.0), ("dense", 1.0)])
 def test_compiled_equals_eager(storage: Any, powerprop: float) -> None:
     config = replace(CONFIG, refresh_every=2, powerprop=powerprop)
     options: Any = {"config": config, "storage": storage, "master": torch.float32}

@@ -22,7 +22,7 @@ def every_matrix(name: str, tensor: Tensor) -> bool:
 
 
 CONFIG = tk.TopKastConfig(0.7, 0.4, sparse=every_matrix, refresh_every=3)
-BROKEN = {"fullgraph": False}
+AOT, BROKEN = {"backend": "aot_eager"}, {"fullgraph": False}
 
 
 class Tagger(nn.Module):
@@ -107,8 +107,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], Any], Any]] =
     "depthwise 1d": (signals, squared, lambda: torch.randn(5, 4, 6), True),
     "lstm, tied": (Tagger, next_word, lambda: words(4, 6), BROKEN),
     "[in, out]": (InByOut, of_a_tuple, lambda: torch.randn(9, 20), True),
-    "bert": (classifier, its_own_loss, lambda: (words(4, 8), torch.randint(0, 2, (4,))), True),
-    "gpt2": (language_model, next_word, lambda: words(4, 8), {"backend": "aot_eager"}),
+    "bert": (classifier, its_own_loss, lambda: (words(4, 8), torch.randint(0, 2, (4,))), AOT),
+    "gpt2": (language_model, next_word, lambda: words(4, 8), AOT),
 }
 """How each is made, its loss, its batches, and how it compiles."""
 

@@ -53,9 +53,9 @@ def _updates(optimizer: tk.Optimizer, gradients: list[Tree]) -> list[Tree]:
 @pytest.mark.parametrize(
     ("name", "config", "storage"),
     [
-        *((name, CONFIG, "compact") for name in EVERY),
-        *((name, BLOCKS, "compact") for name in ("adamw", "gathered")),
-        *((name, CONFIG, "dense") for name in ("adamw", "all")),
+        *((name, CONFIG, "compact") for name in ("lion", "schedule", *TOGETHER)),
+        ("gathered", BLOCKS, "compact"),
+        ("all", CONFIG, "dense"),
     ],
 )
 def test_compiled_equals_eager_through_refreshes(name: str, config: Any, storage: Any) -> None:

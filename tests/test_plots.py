@@ -193,9 +193,9 @@ def test_densities_draws_a_over_b_for_each_parameter() -> None:
 
 
 def test_accuracy_draws_means_with_the_worst_and_the_best() -> None:
-    axes = plots.accuracy({"x": {0.9: [1.0, 3.0, 2.0], 0.8: [5.0]}}, dense=[7.0, 9.0]).axes[0]
+    axes = plots.accuracy({"x": {0.9: [1.0, 4.0, 1.0], 0.8: [5.0]}}, dense=[7.0, 9.0]).axes[0]
     line, _, (bars,) = axes.containers[0]
     np.testing.assert_allclose(line.get_xydata(), [[80, 5], [90, 2]])
-    np.testing.assert_allclose(bars.get_segments()[1], [[90, 1], [90, 3]])
+    np.testing.assert_allclose(bars.get_segments()[1], [[90, 1], [90, 4]])
     dense = next(line for line in axes.lines if line.get_label() == "dense")
     np.testing.assert_array_equal(dense.get_ydata(), [8.0, 8.0])

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 import topkast_func as tk
+from topkast_func.report.table import some
 
 CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=2)
 
@@ -140,6 +141,11 @@ def test_rows_and_columns_without_an_entry_are_counted() -> None:
     ]
     full = tk.TopKastConfig(0.0, 0.0, sparse="w")
     assert tk.summary(tk.init_state({"w": weight}, full, tk.sgd(0.1))).notes == []
+
+
+def test_a_list_says_how_many_it_leaves_out() -> None:
+    assert some(["a", "b", "c", "d"]) == "a, b, c, d"
+    assert some(["a", "b", "c", "d", "e"]) == "a, b, c, d and 1 more"
 
 
 @pytest.mark.parametrize("columns", [80, 100])

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import find, given
+from hypothesis import Phase, find, given, settings
 from torch import Tensor
 
 import topkast_func as tk
@@ -23,21 +23,24 @@ from topkast_func.testing import (
     weights,
 )
 
+reach = partial(find, settings=settings(max_examples=2000, phases=(Phase.generate,)))
+"""Find an example; it need not be the smallest."""
+
 
 def test_weights_reach_ties_zeros_and_thin_shapes() -> None:
-    find(weights(), lambda w: w.numel() > 20 and w.unique().numel() == 3)
-    find(weights(), lambda w: w.numel() > 4 and not w.any())
-    find(weights(), lambda w: w.shape[:2] == (1, 1))
-    find(weights(), lambda w: w.shape[0] == 1 and w.shape[1] > 3)
-    find(weights(), lambda w: w.shape[1] == 1 and w.shape[0] > 3)
-    find(weights(), lambda w: w.ndim == 4)
+    reach(weights(), lambda w: w.numel() > 20 and w.unique().numel() == 3)
+    reach(weights(), lambda w: w.numel() > 4 and not w.any())
+    reach(weights(), lambda w: w.shape[:2] == (1, 1))
+    reach(weights(), lambda w: w.shape[0] == 1 and w.shape[1] > 3)
+    reach(weights(), lambda w: w.shape[1] == 1 and w.shape[0] > 3)
+    reach(weights(), lambda w: w.ndim == 4)
 
 
 def test_weights_reach_what_only_their_own_dtype_tells_apart() -> None:
     doubles = weights(dtypes=(torch.float64,))
-    find(doubles, lambda w: w.unique().numel() > w.float().unique().numel())
+    reach(doubles, lambda w: w.unique().numel() > w.float().unique().numel())
     singles = weights(dtypes=(torch.float32,))
-    find(singles, lambda w: w.abs().unique().numel() > w.square().unique().numel())
+    reach(singles, lambda w: w.abs().unique().numel() > w.square().unique().numel())
 
 
 def test_blocked_weights_are_divided_into_more_than_one_block() -> None:
@@ -45,7 +48,7 @@ def test_blocked_weights_are_divided_into_more_than_one_block() -> None:
         theta, block = drawn
         return all(n > side > 1 for n, side in zip(theta.shape[:2], block, strict=True))
 
-    find(blocked(), several)
+    reach(blocked(), several)
 
 
 @given(blocked())
@@ -60,7 +63,7 @@ def has_dtype(dtype: torch.dtype, theta: Tensor) -> bool:
 
 def test_weights_reach_every_dtype() -> None:
     for dtype in DTYPES:
-        find(weights(), partial(has_dtype, dtype))
+        reach(weights(), partial(has_dtype, dtype))
 
 
 @given(weights())
@@ -71,8 +74,8 @@ def test_weights_are_finite_floats(theta: Tensor) -> None:
 
 
 def test_configs_reach_equal_and_different_sparsities() -> None:
-    find(configs(), lambda c: c.forward_sparsity == c.backward_sparsity)
-    find(configs(), lambda c: c.forward_sparsity != c.backward_sparsity)
+    reach(configs(), lambda c: c.forward_sparsity == c.backward_sparsity)
+    reach(configs(), lambda c: c.forward_sparsity != c.backward_sparsity)
 
 
 @given(configs())
@@ -187,6 +190,6 @@ def test_patterns_reach_several_groups_ties_and_kernels() -> None:
         theta, config = drawn
         return theta.shape[1] > (config.group or 0) and 0 < config.sparsities(0)[0] < 1  # type: ignore[operator]
 
-    find(patterned(), several)
-    find(patterned(), lambda d: d[0].ndim == 4 and d[0].unique().numel() < 4)
-    find(patterned(), lambda d: d[1].sparsities(0)[0] != d[1].sparsities(0)[1])
+    reach(patterned(), several)
+    reach(patterned(), lambda d: d[0].ndim == 4 and d[0].unique().numel() < 4)
+    reach(patterned(), lambda d: d[1].sparsities(0)[0] != d[1].sparsities(0)[1])

@@ -1,5 +1,6 @@
 """What is tried before a step, and again where the forward pass may have changed."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -66,10 +67,17 @@ def write_to(name: str, guarded: bool) -> Callable[[Late, Tensor], None]:
     return write
 
 
-@compiled_or_not
-@every_storage
-@pytest.mark.parametrize("guarded", [True, False], ids=["no_grad", "with gradients"])
-@pytest.mark.parametrize("name", ["first.weight", "first.bias", "last.bias"])
+WRITTEN = ("first.weight", "first.bias", "last.bias")
+
+
+@pytest.mark.parametrize(
+    ("name", "guarded", "storage", "compile"),
+    [
+        *itertools.product(WRITTEN, (True, False), STORAGES, (False,)),
+        *((name, True, "compact", AOT) for name in WRITTEN),
+        ("first.weight", False, "dense", AOT),
+    ],
+)
 def test_a_parameter_that_is_written_to_after_the_first_step_is_named(
     name: str, guarded: bool, storage: Any, compile: Any
 ) -> None:
@@ -114,9 +122,13 @@ def test_inputs_that_are_written_to_after_the_first_step_are_named(
         train_step(state, tree_map(torch.clone, BATCH))
 
 
-@compiled_or_not
-@every_storage
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("reentrant", "storage", "compile"),
+    [
+        *itertools.product((False, True), STORAGES, (False,)),
+        *((False, "compact", AOT), (True, "dense", AOT)),
+    ],
+)
 def test_checkpointing_that_begins_after_the_first_step_is_refused(
     reentrant: bool, storage: Any, compile: Any
 ) -> None:
@@ -161,9 +173,16 @@ class Embedded(nn.Module):
         return out
 
 
-@compiled_or_not
-@every_storage
-@pytest.mark.parametrize(("kind", "shape"), [(nn.Embedding, (4,)), (nn.EmbeddingBag, (4, 2))])
+@pytest.mark.parametrize(
+    ("kind", "shape", "storage", "compile"),
+    [
+        (nn.Embedding, (4,), "compact", False),
+        (nn.Embedding, (4,), "dense", False),
+        (nn.EmbeddingBag, (4, 2), "dense", False),
+        (nn.Embedding, (4,), "compact", AOT),
+        (nn.EmbeddingBag, (4, 2), "dense", AOT),
+    ],
+)
 def test_an_embedding_with_sparse_gradients_is_named(
     kind: Any, shape: Any, storage: Any, compile: Any
 ) -> None:

@@ -19,7 +19,7 @@ from topkast_func import turns
 from topkast_func.training.random_numbers import Draws
 from topkast_func.turns import EVERYTHING, NO_RANDOM_NUMBERS, RANDOM_NUMBERS, in_turn, require
 
-THREADS, STEPS = 8, 50
+THREADS, STEPS = 4, 25
 PATIENCE = 300
 """Seconds after which a thread that still waits is taken to wait for ever."""
 
@@ -94,9 +94,16 @@ def shared_module(dropout: float, compile: Any) -> tuple[list[nn.Module], list[A
     return [model], [step_of(model, compile), step_of(model, compile)] * (THREADS // 2)
 
 
-@pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("sharing", [own_steps, shared_step, shared_module])
+SHARINGS = (own_steps, shared_step, shared_module)
+
+
+@pytest.mark.parametrize(
+    ("sharing", "dropout", "compile"),
+    [
+        *((sharing, dropout, False) for sharing in SHARINGS for dropout in (0.0, 0.5)),
+        *((own_steps, 0.0, AOT), (shared_step, 0.5, AOT), (shared_module, 0.0, AOT)),
+    ],
+)
 def test_each_thread_gets_what_it_would_get_alone(
     sharing: Any, dropout: float, compile: Any
 ) -> None:

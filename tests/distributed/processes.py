@@ -19,6 +19,8 @@ FORKING.set_forkserver_preload([
     "pytest",
     "hypothesis",
     "torch.distributed.checkpoint",
+    "torch._dynamo",
+    "topkast_func.kernels.numba_cpu",
 ])
 
 

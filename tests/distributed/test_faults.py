@@ -3,9 +3,10 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import pytest
@@ -49,8 +50,14 @@ def _is_killed(batch: Tensor) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _hangs(batch: Tensor) -> None:
+@cache
+def _sleeps() -> None:
     time.sleep(2 * SHORT)
+
+
+def _hangs(batch: Tensor) -> None:
+    """Hang once: the forward pass of a step that failed is tried again."""
+    _sleeps()
 
 
 def _train_with(rank: int, fault: Callable[[Tensor], None] | None, catches: bool) -> int:
@@ -81,6 +88,13 @@ def _faulty(fault: Any, catches: bool = False) -> list[Outcome]:
     return together(_train_with, fault, catches, patience=SHORT if fault is _hangs else 60.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hung() -> Iterator[Future[list[Outcome]]]:
+    """Outcome of a rank that hangs, which is waited for beside the other tests."""
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(_faulty, _hangs)
+
+
 def test_a_rank_that_raises_ends_the_others() -> None:
     first, second = _faulty(_raises)
     assert_says(first, LOST)
@@ -92,12 +106,6 @@ def test_a_rank_that_is_killed_ends_the_others() -> None:
     first, second = _faulty(_is_killed)
     assert_says(first, LOST)
     assert second == Outcome(None, "died")
-
-
-def test_a_rank_that_hangs_ends_the_others_after_the_time_out() -> None:
-    first, second = _faulty(_hangs)
-    assert_says(first, LOST + r".*(Timed out|timeout)")
-    assert_says(second, r"rank 1 of 2 waited in vain for rank 0 in step 7")
 
 
 def test_a_rank_without_further_batches_ends_the_others() -> None:
@@ -130,6 +138,14 @@ def test_a_rank_without_a_compiler_does_not_run_eager_beside_the_others() -> Non
     first, second = together(_cannot_compile)
     assert_says(first, r"rank 0 of 2 waited in vain for rank 1 in step 0")
     assert_says(second, r"this rank cannot compile train_step: .*OSError: no compiler")
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_time_out(
+    hung: Future[list[Outcome]],
+) -> None:
+    first, second = hung.result()
+    assert_says(first, LOST + r".*(Timed out|timeout)")
+    assert_says(second, r"rank 1 of 2 waited in vain for rank 0 in step 7")
 
 
 def assert_says(outcome: Outcome, pattern: str) -> None:

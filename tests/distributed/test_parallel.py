@@ -33,6 +33,7 @@ METHODS = {
     "gmp": tk.gmp(2, 10),
     "dense": tk.dense(),
 }
+OPTIMIZERS = ("momentum", "lion", "clipped", "gathered", "all")
 UNEVEN, TWO_SHAPES = ((4, 4), (1, 7), (8, 3), (0, 5), (6, 0)), ((4, 4),) * 4 + ((4, 0),)
 STEPS = 20
 
@@ -102,7 +103,7 @@ def trained(
 
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"config": replace(CONFIG, method=method)} for name, method in METHODS.items()},
-    **{name: {"optimizer": optimizer, "steps": 9} for name, optimizer in EVERY.items()},
+    **{name: {"optimizer": EVERY[name], "steps": 9} for name in OPTIMIZERS},
     "dense storage": {"storage": "dense"},
     "rigl, dense storage": {"storage": "dense", "config": replace(CONFIG, method=tk.rigl())},
     "staged": {"config": replace(CONFIG, forward_sparsity=tk.staged({0: 0.5, 7: 0.8}))},
@@ -112,7 +113,8 @@ CASES: dict[str, dict[str, Any]] = {
 COMPILED = {"backend": "aot_eager"}
 
 
-SHARED = {None: [*CASES], "owners": [name for name in CASES if "storage" not in CASES[name]]}
+OWNED = ("topkast", "random_backward", "rigl", "gmp", *OPTIMIZERS, "staged", "powerprop", "blocks")
+SHARED = {None: [*CASES], "owners": [*OWNED]}
 """Names of cases, by how the ranks share a state."""
 
 

@@ -1,11 +1,11 @@
 """DistributedDataParallel over sparse modules: two processes, one network."""
 
-from pathlib import Path
-
+import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 import topkast_func as tk
+from tests.distributed.processes import results
 
 
 def _equal(tensors: dict[str, torch.Tensor]) -> bool:
@@ -42,15 +42,6 @@ def _train(rank: int, method: tk.Method) -> None:
     assert refreshes == 6
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    for method in (tk.topkast(), tk.rigl()):
-        _train(rank, method)
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
-def test_two_processes_train_the_network_of_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+@pytest.mark.parametrize("method", [tk.topkast(), tk.rigl()], ids=str)
+def test_two_processes_train_the_network_of_one(method: tk.Method) -> None:
+    results(_train, method)

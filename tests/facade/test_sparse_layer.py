@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 import threading
@@ -616,11 +617,14 @@ DERIVATIVES: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("engine", "compiled"), [("dense", False), ("reference", False), ("reference", True)]
+    ("name", "engine", "compiled"),
+    [
+        *itertools.product(DERIVATIVES, ("dense", "reference"), (False,)),
+        *((name, "reference", True) for name in ("jvp", "jacfwd", "along a direction")),
+    ],
 )
-@pytest.mark.parametrize("way", DERIVATIVES.values(), ids=DERIVATIVES.keys())
 def test_forward_mode_and_second_derivatives_go_through_alpha(
-    way: Callable[..., Any], engine: Any, compiled: bool
+    name: str, engine: Any, compiled: bool
 ) -> None:
     torch.compiler.reset()
     model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 2)).double()
@@ -635,12 +639,13 @@ def test_forward_mode_and_second_derivatives_go_through_alpha(
     def dense(params: dict[str, Tensor]) -> Tensor:
         return _loss(lambda x: tk.sparse_forward(plain, params, masks, x), inputs)
 
+    way = DERIVATIVES[name]
     run: Any = lambda params: way(loss, params)  # noqa: E731
     if compiled:
         run = torch.compile(run, fullgraph=True, backend="aot_eager")
     found, expected = run(params), way(dense, params)
     torch.testing.assert_close(found, expected)
-    if way is DERIVATIVES["jacfwd"]:
+    if name == "jacfwd":
         forward, backward = masks["0.weight"]
         assert found["0.weight"][backward & ~forward].any()
 
