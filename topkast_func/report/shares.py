@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from topkast_func.distributed.owners import owners_of
-from topkast_func.storage.compact import CompactWeights
-from topkast_func.storage.parted import active
 from topkast_func.training.optim import Optimizer
+from topkast_func.training.owned import sent_by_owners
+from topkast_func.training.state import Weights
 
 
 class Share(NamedTuple):
@@ -46,9 +46,9 @@ class Most(NamedTuple):
     sent: int
 
 
-def shares_of(weights: CompactWeights, optimizer: Optimizer) -> dict[str, Share]:
+def shares_of(weights: Weights, optimizer: Optimizer) -> dict[str, Share]:
     """Return the bytes of each parameter by name."""
-    values, alpha = weights.values(), active(weights)
+    values, alpha = weights.values(), sent_by_owners(weights)
     slots = optimizer.init(values).slots.values()
     return {
         name: Share(

@@ -23,7 +23,7 @@ from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.fits_config import check_refresh
 from topkast_func.training.optim import Optimizer, OptimizerState, Rate, global_norm, summed_by
 from topkast_func.training.refresh import Choice, refreshed
-from topkast_func.training.state import TrainState, elsewhere
+from topkast_func.training.state import TrainState, Weights, elsewhere
 from topkast_func.training.update import Moved, batch_loss_of
 from topkast_func.types import LossFn, Masks, Model, Params, Tensors
 
@@ -71,6 +71,23 @@ def part(ranks: Owners, state: TrainState) -> TrainState:
     return state._replace(
         weights=without(weights, others), optimizer=state.optimizer._replace(slots=slots)
     )
+
+
+def sent_by_owners(weights: Weights) -> Tensors:
+    """Return what owners send of weights in compact storage: what the forward pass reads.
+
+    Args:
+        weights: The weights, without values too.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        ValueError: They are in dense storage.
+    """
+    if not isinstance(weights, CompactWeights):
+        raise ValueError(DENSE)
+    return active(weights)
 
 
 def compared(ranks: Owners, state: TrainState) -> TrainState:
