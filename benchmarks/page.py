@@ -4,14 +4,14 @@ import re
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from benchmarks import views
+from benchmarks import plans, views
 from benchmarks.evidence import jumps, report
 from benchmarks.evidence.settings import METHODS, PLANS, USUAL, ZERO
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import FIGURES, HERE, Results, load
 
 TEMPLATE, PAGE, README = HERE / "page.md", HERE / "RESULTS.md", HERE.parent / "README.md"
-SUITES = dict.fromkeys(("steps", "refresh", "memory", "compilation", "ranks"), "")
+SUITES = dict.fromkeys(("steps", "refresh", "memory", "compilation", "ranks", "ranks_seconds"), "")
 SUITES["products"] = " 90%"
 Evidence: TypeAlias = Mapping[str, report.Evidence]
 
@@ -30,7 +30,7 @@ def main() -> None:
 
 def page(results: Results, evidence: Evidence) -> str:
     """Return the page: the template, with the tables in it."""
-    told: dict[str, str] = {}
+    told = {"plans": plans.tables()}
     for suite, only in SUITES.items():  # the tasks that end with that
         tables = (views.case(results, suite, case, only) for case in results.cases(suite))
         told |= {suite: "\n\n".join(tables), f"{suite}_where": results.where(suite)}

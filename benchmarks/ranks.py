@@ -1,10 +1,12 @@
 """Processes of one machine that train together, beside DDP and FSDP2: seconds, and bytes.
 
-A batch is shared among the ranks, so that more of them do the same work. Bytes that are sent are
-those that go over the loopback interface in a step, of all ranks together, as Linux counts them;
-bytes that are held are exact, of the rank that has most: parameters, sets, slots and gradients.
+A batch is shared among the ranks, so that more of them do the same work. Each computes with one
+thread, as though it had a machine of one core. Bytes that are sent are those that go over the
+loopback interface in a step, of all ranks together, as Linux counts them; bytes that are held are
+exact, of the rank that has most: parameters, sets, slots and gradients.
 """
 
+import os
 import statistics
 import tempfile
 import time
@@ -25,7 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 import topkast_func as tk
+from benchmarks.links import python_behind
 from benchmarks.networks import Problem, problem
+from benchmarks.parts import timed
 from benchmarks.protocol import Parameters, Suite
 from benchmarks.steps import BLOCKS, USUAL, Block, arm
 
@@ -34,6 +38,7 @@ Numbers: TypeAlias = dict[str, float]
 NETWORK, COUNTS = "mlp-1024", (2, 4)
 DDP, FSDP, OURS, OWNERS = "DDP", "FSDP2", "topkast", "topkast owners"
 WARM_UP, STEPS, REFRESH = 5, 24, 8
+MBIT = 1000  # megabits per second of the loopback interface of a case
 
 
 class Training(NamedTuple):
@@ -111,7 +116,7 @@ def _topkast(own: Problem, p: Parameters, shard: Any = None) -> Training:
         under_way = tk.async_save_sharded(state, f"{folder}/saved", config)
         stalled = time.perf_counter() - start
         under_way.result()
-        return {"checkpoint": saved, "stall of an asynchronous one": stalled}
+        return {"checkpoint": saved, "stall": stalled}
 
     return Training(step, lambda: (state[3:], state.weights.values()), save)
 
@@ -131,9 +136,10 @@ WAYS: dict[str, Callable[[Problem, Parameters], Training]] = {
 def _together(measure: Callable[[Training, str], Numbers], p: Parameters) -> Numbers:
     """Return the largest numbers of processes that train together."""
     with tempfile.TemporaryDirectory() as folder:
-        threads = (torch.get_num_threads(),)
         fork = get_context("forkserver")
-        with ProcessPoolExecutor(p["ranks"], fork, torch.set_num_threads, threads) as own:
+        if "mbit" in p:
+            fork.set_executable(python_behind(p["mbit"], Path(folder)))
+        with ProcessPoolExecutor(p["ranks"], fork, torch.set_num_threads, (1,)) as own:
             found = list(own.map(partial(_rank, measure, p, folder), range(p["ranks"])))
     return {task: max(numbers[task] for numbers in found) for task in found[0]}
 
@@ -141,6 +147,7 @@ def _together(measure: Callable[[Training, str], Numbers], p: Parameters) -> Num
 def _rank(
     measure: Callable[[Training, str], Numbers], p: Parameters, folder: str, rank: int
 ) -> Numbers:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=p["ranks"])
     training = WAYS[p["way"]](_of_rank(problem(p["network"]), rank, p["ranks"]), p)
@@ -153,14 +160,20 @@ def _rank(
 
 def _seconds(training: Training, folder: str) -> Numbers:
     took: dict[bool, list[float]] = {False: [], True: []}
+    parts: dict[str, list[float]] = {}
     for _ in range(STEPS):
         dist.barrier()
-        start = time.perf_counter()
-        refreshed = training.step()
-        took[refreshed].append(time.perf_counter() - start)
-    step = statistics.median(took[False])
-    refreshes = {"refresh": statistics.median(took[True]) - step} if took[True] else {}
-    return {"step": step, **refreshes, **training.save(folder)}
+        with timed() as spent:
+            start = time.perf_counter()
+            refreshed = training.step()
+            took[refreshed].append(time.perf_counter() - start)
+        for part, seconds in spent.items():
+            parts.setdefault(part, []).append(seconds)
+    found = {"step": statistics.median(took[False])}
+    if took[True]:
+        found["refresh"] = statistics.median(took[True]) - found["step"]
+    found |= {part: statistics.median(seconds) for part, seconds in parts.items()}
+    return found | training.save(folder)
 
 
 def _bytes(training: Training, folder: str) -> Numbers:
@@ -182,9 +195,9 @@ def _loopback() -> int:
     return int(fields.split()[8])
 
 
-def _arms(ranks: int, compile: bool) -> dict[str, Parameters]:
+def _arms(ranks: int, compile: bool, **more: Any) -> dict[str, Parameters]:
     blocks: tuple[Block, ...] = ((1, 1), BLOCKS[-1])
-    told: dict[str, Any] = {"network": NETWORK, "ranks": ranks, "compile": compile}
+    told: dict[str, Any] = {"network": NETWORK, "ranks": ranks, "compile": compile, **more}
     dense, ours = ((DDP,), (OURS,)) if ranks == 1 else ((DDP, FSDP), (OURS, OWNERS))
     own = (arm(way, USUAL, block, **told) for way in ours for block in blocks)
     return dict([*(arm(way, **told) for way in dense), *own])
@@ -192,7 +205,11 @@ def _arms(ranks: int, compile: bool) -> dict[str, Parameters]:
 
 SECONDS = Suite(
     "ranks_seconds",
-    {f"{NETWORK}, {r} ranks": _arms(r, True) for r in (1, 2)},
+    {
+        f"{NETWORK}, 1 rank": _arms(1, True),
+        f"{NETWORK}, 2 ranks": _arms(2, True),
+        f"{NETWORK}, 2 ranks, {MBIT} Mbit/s": _arms(2, True, mbit=MBIT),
+    },
     partial(_together, _seconds),
     fresh=True,
 )

@@ -19,7 +19,7 @@ BASELINES = {  # over which arms there are ratios, by suite
     "steps": (DENSE, [ONEDNN]),
     "memory": (["dense"],),
     "refresh": (["copy", "step"],),
-    "ranks": (["DDP"], ["FSDP2"]),
+    **dict.fromkeys(("ranks", "ranks_seconds"), (["DDP"], ["FSDP2"])),
 }
 COLUMNS = {  # of the short table of steps: cases of a network, and arms
     "80/50": ("sparsities", "topkast 1×1 80/50"),

@@ -72,6 +72,16 @@ def _flipped(state: tk.TrainState, name: str, where: bool) -> tk.TrainState:
     return state._replace(weights=state.weights._replace(held=held))  # type: ignore[call-arg]
 
 
+def _bit_flipped(rank: int) -> tk.TrainState:
+    """Train, with a bit of what rank 1 alone has flipped in memory after a refresh."""
+    train = _steps()
+    state = train(_start(), 5)
+    if rank == 1:
+        own = next(theta for theta in state.weights.theta.values() if not theta.is_meta)
+        own.view(torch.int32).view(-1)[7] ^= 1
+    return train(state, STEPS)
+
+
 def _with_nan(state: tk.TrainState, name: str) -> tk.TrainState:
     """Return a state whose owner has NaN outside of B, which no step reads."""
     theta = dict(state.weights.theta)
@@ -114,6 +124,7 @@ def _parts(rank: int, folder: Path) -> dict[str, Any]:
         "save": _told(lambda: tk.save(middle, folder / f"none{rank}")),
         "lost": _told(lambda: tk.gather(_lost(middle, first))),
         "flipped": _told(lambda: _steps()(_flipped(middle, first, rank == 1), 6)),
+        "at rest": _told(lambda: _bit_flipped(rank)),
     }
     assert other not in found["here"]["theta"]
     due = train(middle, 6)
@@ -175,6 +186,9 @@ EXPECTED = {
     **dict.fromkeys(("plain", "theta", "refresh", "save"), f"ValueError: the state is {OTHERS}"),
     "lost": r"ValueError: no rank of the group owns \['0.weight'\]",
     "flipped": r"RuntimeError: rank . of 2, step 5: rank 1 holds another state than rank 0, in 1 ",
+    "at rest": (
+        r"RuntimeError: (rank 1 of 2: RuntimeError: )?rank 1 of 2, step 6: θ of \['.*'\], which "
+    ),
 }
 
 

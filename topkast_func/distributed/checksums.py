@@ -1,5 +1,6 @@
 """Checksums of trees of tensors, and whether all ranks hold the same."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from topkast_func.distributed.ranks import Ranks
+from topkast_func.types import Tensors
 
 CHUNK = 1 << 20  # entries that are weighted at a time, for the memory it takes
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -57,6 +59,37 @@ def check_same(ranks: Ranks, where: str, tree: Any) -> list[int]:
         f"its tensors, {paths[place]} the first. Ranks are to begin with one state (of one seed "
         "or file) and to move it by train_step alone"
     )
+
+
+class Rest:
+    """Tensors that stay as they are until others take their place."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def checked(self, tensors: Tensors, where: str) -> Tensors:
+        """Take note of tensors, and check those that were noted the last time.
+
+        Args:
+            tensors: By name; those on the meta device are with other ranks.
+            where: Which rank this is, and where in the training, for the error.
+
+        Returns:
+            The checksum of each, int64, 0-d; in the place of those of other ranks they themselves.
+
+        Raises:
+            RuntimeError: One of them has changed.
+        """
+        sums = {n: tensor if tensor.is_meta else _checksum(tensor) for n, tensor in tensors.items()}
+        own = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+        known = {n: before for n, (last, before) in self._known.items() if last() is own.get(n, 0)}
+        if changed := [name for name, before in known.items() if before != sums[name]]:
+            raise RuntimeError(
+                f"{where}: θ of {changed}, which this rank owns, is not what it was when its sets "
+                "were chosen: memory was written to. Begin again on all ranks, from a checkpoint"
+            )
+        self._known = {name: (weakref.ref(tensor), sums[name]) for name, tensor in own.items()}
+        return sums
 
 
 def _told(tensor: Tensor) -> Tensor:

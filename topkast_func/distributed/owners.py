@@ -5,12 +5,16 @@ the way are those of a ring, without padding.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from heapq import heapreplace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from topkast_func.distributed.batches import Samples
 from topkast_func.distributed.bucket import by_dtype, like, real, weighted
+from topkast_func.distributed.checksums import Rest
 from topkast_func.distributed.parallel import DataParallel, Found
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.types import Tensors
@@ -30,10 +34,10 @@ def owners_of(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
         >>> owners_of({"a": 3, "b": 5, "c": 2, "d": 1}, 2)
         {'a': 1, 'b': 0, 'c': 1, 'd': 0}
     """
-    loads, owners = [0] * ranks, {}
+    loads, owners = [(0, rank) for rank in range(ranks)], dict[str, int]()
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owners[name] = loads.index(min(loads))
-        loads[owners[name]] += sizes[name]
+        load, owners[name] = loads[0]
+        heapreplace(loads, (load + sizes[name], owners[name]))
     return {name: owners[name] for name in sizes}
 
 
@@ -45,6 +49,26 @@ class Owners(DataParallel):
     """
 
     owners: dict[str, int]
+
+    def __init__(self, ranks: Ranks, samples: Samples, averaged: tuple[str, ...]) -> None:
+        super().__init__(ranks, samples, averaged)
+        self._rest = Rest()
+
+    def rested(self, tensors: Tensors, step: int) -> Tensors:
+        """Return the checksums of what only owners hold; see `Rest`. A collective call.
+
+        Args:
+            tensors: See `Rest.checked`.
+            step: Number of the step, for the error.
+
+        Returns:
+            See `Rest.checked`.
+
+        Raises:
+            RuntimeError: A tensor has changed; on every rank.
+        """
+        where = f"rank {self.rank} of {self.ranks.size}, step {step}"
+        return self.ranks.attempted(partial(self._rest.checked, tensors, where))
 
     def divide(self, sizes: Mapping[str, int]) -> set[str]:
         """Give each tensor an owner, and return the names of those of other ranks."""

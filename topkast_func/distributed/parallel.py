@@ -68,7 +68,7 @@ class Alone:
         batch: Any,
         run: Callable[[], tuple[Any, Result]],
         *,
-        common: Callable[[], Any],
+        compared: Callable[[], Any],
         due: bool,
         **kind: object,
     ) -> tuple[Any, Result]:
@@ -78,7 +78,7 @@ class Alone:
             state: The state, with its ``step``.
             batch: The batch of this rank.
             run: The step of this rank.
-            common: ``common()`` to what of the state all ranks hold alike; see `check_same`.
+            compared: ``compared()`` to what of the state all ranks hold alike; see `check_same`.
             due: Whether a refresh is due before or after it.
             **kind: What else must be alike on all ranks, by what it is called.
 
@@ -152,7 +152,7 @@ class DataParallel(Alone):
         batch: Any,
         run: Callable[[], tuple[Any, Result]],
         *,
-        common: Callable[[], Any],
+        compared: Callable[[], Any],
         due: bool,
         **kind: object,
     ) -> tuple[Any, Result]:
@@ -165,7 +165,7 @@ class DataParallel(Alone):
             )
         self._failed = step
         with self.ranks.waiting(f"in step {step}"):
-            samples = self._roll(state, batch, common, kind | {"due": due})
+            samples = self._roll(state, batch, compared, kind | {"due": due})
             self.share = (samples[self.rank] / samples.sum()).reshape(1)
             after, result = run()
         self._failed, self._last = None, [weakref.ref(leaf) for leaf in tree_leaves(after)]
@@ -175,7 +175,7 @@ class DataParallel(Alone):
         self,
         state: Any,
         batch: Any,
-        common: Callable[[], Any],
+        compared: Callable[[], Any],
         kind: dict[str, object],
     ) -> Tensor:
         """Check that the ranks are about to do the same, and return the samples of each."""
@@ -193,7 +193,7 @@ class DataParallel(Alone):
         if (told[-1] != told[-1][0]).any():
             self.ranks.check_alike(kind, f"in step {step}")
         if checks.any():
-            checksums.check_same(self.ranks, where, common())
+            checksums.check_same(self.ranks, where, compared())
         counts = weights.view(torch.float64)
         if not ((counts >= 0).all() and 0 < counts.sum() < math.inf):
             raise ValueError(

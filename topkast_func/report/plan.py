@@ -1,30 +1,32 @@
 """What a training takes on many processes: bytes of each, and what it sends in a step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.distributed.models import averaged_buffers
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.modules import frozen
+from topkast_func.report.shares import Share, bytes_of, most, shares_of, total
 from topkast_func.report.table import in_bytes, paragraph, table
 from topkast_func.training.first_weights import outlined_weights
 from topkast_func.training.optim import Optimizer, adamw, check_optimizer
 from topkast_func.training.state import Weights
 from topkast_func.types import Params
 
-COMPACT, REST, DENSE = "compact", "compact, θ on the host", "dense storage"
+COMPACT, OWNERS, DENSE = "compact", "owners", "dense storage"
+REST, OWNERS_REST = (f"{name}, θ on the host" for name in (COMPACT, OWNERS))
 DDP, FSDP = "dense model, DDP", "dense model, FSDP2"
+HOST = {"theta_device": "cpu"}
 
 
 class Layout(NamedTuple):
-    """A way to train on many processes.
+    """A way to train on many processes; where ranks differ, that of the rank with most.
 
     Attributes:
         name: How it prints.
@@ -32,6 +34,7 @@ class Layout(NamedTuple):
         host: Bytes of a rank on its host.
         sent: Bytes that a rank sends in a step, and receives, where a ring sums or gathers.
         options: What `init_state` is to be told; None for what is not of this library.
+        shard: What `make_train_step` is to be told.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Layout(NamedTuple):
     host: int
     sent: int
     options: dict[str, Any] | None = None
+    shard: Literal["owners"] | None = None
 
 
 class Plan:
@@ -66,7 +70,7 @@ class Plan:
     def __repr__(self) -> str:
         """Print the table as text."""
         head = [f"bytes of each of {self.world_size:,}", "device", "host", "sent a step"]
-        rows = [[name, *map(in_bytes, numbers)] for name, *numbers, _ in self.layouts]
+        rows = [[layout.name, *map(in_bytes, layout[1:4])] for layout in self.layouts]
         if self.memory is not None:
             head.append("fits")
             for row, layout in zip(rows, self.layouts, strict=True):
@@ -91,8 +95,10 @@ def plan(
     Counted is what stays from step to step, and gradients; activations, and what a step or a
     refresh needs for a moment, come on top. A ring of N ranks that sums m bytes sends 2·m·(N−1)/N
     of each, one that gathers or scatters them m·(N−1)/N. What is summed are the gradients of all
-    that is stored, and floating buffers. FSDP2 shards parameters, gradients and slots, gathers the
-    parameters twice a step, and scatters the gradients, all in the dtype of the parameters.
+    that is stored, and floating buffers. Owners (``shard="owners"``) are sent the gradients of
+    what they own, have its θ and slots, and send its α; none of the tensors is split. FSDP2 shards
+    parameters, gradients and slots, gathers the parameters twice a step, and scatters the
+    gradients, all in the dtype of the parameters (over gloo it sums them, which sends twice that).
 
     Args:
         model: A module, such as one on the meta device, or weights by name; no value is read.
@@ -112,15 +118,18 @@ def plan(
             below 1.
 
     Example:
-        >>> model = {"weight": torch.empty(65536, 16384, device="meta")}
+        >>> weight = torch.empty(8192, 8192, device="meta")
+        >>> model = {f"{layer}.weight": weight.clone() for layer in range(16)}
         >>> plan(model, TopKastConfig(0.9, 0.8), world_size=8, memory=6 * 10**9)
         bytes of each of 8     device  host sent a step fits
         compact                 9.53G     0        1.5G   no
         compact, θ on the host  5.23G 4.29G        1.5G  yes
+        owners                  4.27G     0       1.13G  yes
+        owners, θ on the host   3.73G  537M       1.13G  yes
         dense storage           19.3G     0       7.52G   no
         dense model, DDP        17.2G     0       7.52G   no
         dense model, FSDP2      2.15G     0       11.3G  yes
-        dense model, FSDP2: takes less of a device than any other from 4 ranks on
+        dense model, FSDP2: takes less of a device than any other from 5 ranks on
     """
     world_size = check_count("world_size", world_size, 1)
     memory = None if memory is None else check_count("memory", memory, 1)
@@ -140,46 +149,74 @@ def _layouts(
     master: torch.dtype | None,
 ) -> tuple[list[Layout], list[str]]:
     buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-    rest = _bytes(buffers) + _bytes(frozen(model))
-    averaged = _bytes(averaged_buffers(model))
+    rest = bytes_of(buffers) + bytes_of(frozen(model))
+    averaged = bytes_of(averaged_buffers(model))
 
     def trained(weights: Weights) -> tuple[int, int]:
         """Return the bytes of gradients, and those of gradients and slots."""
         values = weights.values()
-        gradients = _bytes(values)
-        return gradients, gradients + _bytes(optimizer.init(values).slots)
+        gradients = bytes_of(values)
+        return gradients, gradients + bytes_of(optimizer.init(values).slots)
 
     def summed(numbers: int) -> int:
         return _ring(2 * (numbers + averaged), ranks)
 
     layouts = []
+    shares: dict[str, Share] = {}
     if optimizer.elementwise:
         weights = outlined_weights(model, config, "compact", master)
         gradients, moved = trained(weights)
-        theta = _bytes(weights.theta)
-        held, sent = _bytes(weights) + moved + rest, summed(gradients)
+        theta = bytes_of(weights.theta)
+        held, sent = bytes_of(weights) + moved + rest, summed(gradients)
         layouts.append(Layout(COMPACT, held, 0, sent, {}))
-        layouts.append(Layout(REST, held - theta, theta, sent, {"theta_device": "cpu"}))
+        layouts.append(Layout(REST, held - theta, theta, sent, HOST))
+        shares = shares_of(weights, optimizer)
+        layouts += _by_owners(layouts[0], shares, ranks, summed(0))
     weights = outlined_weights(model, config, "dense", master)
     gradients, moved = trained(weights)
-    held, theta = _bytes(weights) + moved + rest, _bytes(weights.theta)
+    held, theta = bytes_of(weights) + moved + rest, bytes_of(weights.theta)
     layouts.append(Layout(DENSE, held, 0, summed(gradients), {"storage": "dense"}))
     layouts.append(Layout(DDP, theta + moved + rest, 0, summed(gradients)))
     sharded = theta + moved
     layouts.append(Layout(FSDP, -(-sharded // ranks) + rest, 0, _ring(3 * theta, ranks)))
-    return layouts, _notes(layouts, sharded, rest)
+    return layouts, _notes(layouts, shares, ranks, sharded, rest)
 
 
-def _notes(layouts: Sequence[Layout], sharded: int, rest: int) -> list[str]:
-    """Say from how many ranks on sharding needs less memory than what is here."""
-    least = min(layout.device for layout in layouts if layout.options is not None)
-    ranks = -(-sharded // (least - rest))
-    return [f"{FSDP}: takes less of a device than any other from {ranks:,} ranks on"]
+def _by_owners(whole: Layout, shares: Mapping[str, Share], ranks: int, beside: int) -> list[Layout]:
+    """Return layouts in which each tensor has an owner, beside that in which each rank has all."""
+    if ranks == 1 or not shares:
+        return []
+    every, own = total(shares.values()), most(shares, ranks)
+    common, sent = whole.device - every.theta - every.slots, own.sent + beside
+    return [
+        Layout(OWNERS, common + own.both, 0, sent, {}, "owners"),
+        Layout(OWNERS_REST, common + own.slots, own.theta, sent, HOST, "owners"),
+    ]
+
+
+def _notes(
+    layouts: Sequence[Layout], shares: Mapping[str, Share], ranks: int, sharded: int, rest: int
+) -> list[str]:
+    """Say from how many ranks on sharding needs less memory, and what owners cannot share out."""
+    alone = [layout for layout in layouts if layout.options is not None and not layout.shard]
+
+    def least(ranks: int) -> int:
+        own = [*alone, *_by_owners(alone[0], shares, ranks, 0)]
+        return min(layout.device for layout in own)
+
+    every = total(shares.values())
+    first = sharded // (min(least(1), alone[0].device - every.theta - every.slots) - rest) + 1
+    while first > 1 and -(-sharded // (first - 1)) + rest < least(first - 1):
+        first -= 1
+    notes = [f"{FSDP}: takes less of a device than any other from {first:,} ranks on"]
+    largest = max(shares, key=lambda name: shares[name].entries, default=None)
+    if largest and ranks > 1 and shares[largest].entries * ranks > every.entries:
+        notes.append(
+            f"{OWNERS}: {largest} is more than 1/{ranks} of all entries, and no tensor is split: "
+            "further ranks spare its owner nothing"
+        )
+    return notes
 
 
 def _ring(numbers: int, ranks: int) -> int:
     return numbers * (ranks - 1) // ranks
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

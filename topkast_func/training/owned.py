@@ -23,7 +23,7 @@ from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.fits_config import check_refresh
 from topkast_func.training.optim import Optimizer, OptimizerState, Rate, global_norm, summed_by
 from topkast_func.training.refresh import Choice, refreshed
-from topkast_func.training.state import TrainState, elsewhere
+from topkast_func.training.state import TrainState, Weights, elsewhere
 from topkast_func.training.update import Moved, batch_loss_of
 from topkast_func.types import LossFn, Masks, Model, Params, Tensors
 
@@ -73,10 +73,41 @@ def part(ranks: Owners, state: TrainState) -> TrainState:
     )
 
 
-def common(state: TrainState) -> TrainState:
-    """Return what ranks hold alike of their parts, and what they own, which no other rank has."""
+def sent_by_owners(weights: Weights) -> Tensors:
+    """Return what owners send of weights in compact storage: what the forward pass reads.
+
+    Args:
+        weights: The weights, without values too.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        ValueError: They are in dense storage.
+    """
+    if not isinstance(weights, CompactWeights):
+        raise ValueError(DENSE)
+    return active(weights)
+
+
+def compared(ranks: Owners, state: TrainState) -> TrainState:
+    """Return what ranks compare of their parts, once what they alone have at rest is as it was.
+
+    Values of B∖A and slots change at every step, by their owner alone: nothing checks them.
+
+    Args:
+        ranks: The processes.
+        state: The part of this rank.
+
+    Returns:
+        The part with what all ranks read of the values, and checksums in the place of θ at rest.
+
+    Raises:
+        RuntimeError: θ at rest has changed; on every rank.
+    """
     weights = _compact(state)
-    return state._replace(weights=weights._replace(held=active(weights)))
+    sums = ranks.rested(weights.theta, int(state.step))
+    return state._replace(weights=weights._replace(held=active(weights), theta=sums))
 
 
 def owned_update_of(
@@ -169,7 +200,9 @@ def refresh_by_owners(
         return theta, sets
 
     after = refreshed(state, config, gradients, agreed)
-    return after._replace(weights=_shared(ranks, _compact(after)))
+    weights = _compact(after)
+    ranks.rested(weights.theta, int(after.step))
+    return after._replace(weights=_shared(ranks, weights))
 
 
 def _sets(ranks: Owners, name: str, shape: torch.Size, own: dict[str, Masks]) -> Masks:

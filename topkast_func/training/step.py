@@ -95,9 +95,11 @@ def make_train_step(
     and where a state is not the one that the step before returned.
 
     With ``shard="owners"`` one rank owns each tensor: it alone has slots and θ outside A, and sends
-    α and the sets to the others. None is split: the largest bounds what is spared. The step takes a
-    whole state or the part of its rank, and returns the part: `forward_params` and `masks_of` read
-    it, `save_sharded` writes it, `gather` returns the whole.
+    α and the sets to the others. None is split: the largest bounds what is spared, and `plan` names
+    it. The step takes a whole state or the part of its rank, and returns the part: `forward_params`
+    and `masks_of` read it, `save_sharded` writes it, `gather` returns the whole. Of what an owner
+    alone has, θ outside B is checked as often as the rest; values of B∖A and slots, which change at
+    every step, are not: a bit that flips there is seen by nobody.
 
     Args:
         model: A module, in the training or evaluation mode it has at the call, or a pure
@@ -237,9 +239,9 @@ def make_train_step(
         work = partial(in_its_turn, state, batch, mode, kind, *refreshes)
         turn = partial(in_turn, own | draws.claims(kind), partial(as_written, parts, work))
         with one_report():
-            common, due = partial(way.common, state), any(refreshes)
+            compared, due = partial(way.compared, state), any(refreshes)
             return ranks.take_part(
-                state, batch, turn, common=common, due=due, modes=mode, sizes=sizes
+                state, batch, turn, compared=compared, due=due, modes=mode, sizes=sizes
             )
 
     vars(train_step)["config"] = config

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from topkast_func.config import TopKastConfig
 from topkast_func.distributed.owners import Owners
 from topkast_func.distributed.parallel import Alone
-from topkast_func.training.owned import common, owned_update_of, part, refresh_by_owners
+from topkast_func.training.owned import compared, owned_update_of, part, refresh_by_owners
 from topkast_func.training.refresh import refresh
 from topkast_func.training.state import TrainState, check_at_hand
 from topkast_func.training.update import Moved, update_of
@@ -19,13 +19,13 @@ class Way(NamedTuple):
 
     Attributes:
         part: From a state to what this rank has of it.
-        common: From that to what ranks hold alike.
+        compared: From that to what ranks hold alike; a collective call.
         update_of: See `update_of`.
         refresh: See `refresh`.
     """
 
     part: Callable[[TrainState], TrainState]
-    common: Callable[[TrainState], TrainState]
+    compared: Callable[[TrainState], TrainState]
     update_of: Callable[..., Callable[..., Moved]]
     refresh: Callable[[TrainState, TopKastConfig, Params | None], TrainState]
 
@@ -34,7 +34,7 @@ def way_of(ranks: Alone) -> Way:
     """Return the way of a group of ranks."""
     if isinstance(ranks, Owners):
         chosen = partial(refresh_by_owners, ranks)
-        return Way(partial(part, ranks), common, owned_update_of, chosen)
+        return Way(partial(part, ranks), partial(compared, ranks), owned_update_of, chosen)
     return Way(_whole, _all, update_of, refresh)
 
 
