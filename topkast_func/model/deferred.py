@@ -18,7 +18,7 @@ class Deferred(Tensor):
 
     _make: Callable[[], Tensor]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(shape: Sequence[int], like: Tensor, make: Callable[[], Tensor]) -> "Deferred":
@@ -39,12 +39,12 @@ class Deferred(Tensor):
         return found
 
     @cached_property
-    def real(self) -> Tensor:
+    def content(self) -> Tensor:
         """The tensor."""
         return self._make()
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Any,
@@ -52,10 +52,10 @@ class Deferred(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Compute with the real tensor; what is written to is returned as it was given."""
-        given, named = tree_map_only(Deferred, lambda t: t.real, (args, dict(kwargs or {})))
+        given, named = tree_map_only(Deferred, lambda t: t.content, (args, dict(kwargs or {})))
         result = func(*given, **named)
         written = args[0] if args and isinstance(args[0], Deferred) else None
-        return written if written is not None and result is written.real else result
+        return written if written is not None and result is written.content else result
 
     def numpy(self, *, force: bool = False) -> Any:
         """Return the array of the real tensor."""
@@ -75,11 +75,11 @@ class Deferred(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         """Give torch.compile the real tensor."""
-        return ["real"], None
+        return ["content"], None
 
     @staticmethod
     def __tensor_unflatten__(
         inner: Mapping[str, Tensor], _: None, size: Sequence[int], stride: Sequence[int]
     ) -> "Deferred":
         """Return the tensor of a real one."""
-        return Deferred.of(size, inner["real"], lambda: inner["real"])
+        return Deferred.of(size, inner["content"], lambda: inner["content"])
