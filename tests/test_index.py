@@ -66,12 +66,12 @@ def test_alpha_has_the_gradient_of_the_identity_on_b(given: Problem, kind: str) 
     sets, block = sets_of(given, kind)
     places = sets.flat_index(block, given.theta.shape)
     values = split(given.theta, places).requires_grad_()
-    found = alpha(values, places, sets.active_count, given.theta.shape)
+    found = alpha(values, sets.parts, given.theta.shape)
     assert torch.equal(found.detach(), given.alpha)
     weight = torch.arange(1.0, given.theta.numel() + 1, dtype=given.theta.dtype)
     (gradient,) = torch.autograd.grad((found.flatten() * weight).sum(), values)
     assert torch.equal(gradient, weight[places])
-    dense = lambda values: alpha(values, places, sets.active_count, given.theta.shape)  # noqa: E731
+    dense = lambda values: alpha(values, sets.parts, given.theta.shape)  # noqa: E731
     tangent = torch.func.jvp(dense, (values.detach(),), (weight[places],))[1]
     assert torch.equal(tangent.flatten(), weight * given.backward.flatten())
 
@@ -119,7 +119,7 @@ def test_positions_of_a_weight_of_any_axes(shape: tuple[int, ...]) -> None:
     places = sets.flat_index((1, 1), theta.shape)
     values = split(theta, places)
     assert torch.equal(values, torch.cat([theta[masks.forward], theta[backward & ~masks.forward]]))
-    assert torch.equal(alpha(values, places, sets.active_count, theta.shape), theta * masks.forward)
+    assert torch.equal(alpha(values, sets.parts, theta.shape), theta * masks.forward)
     assert torch.equal(merge(values, torch.zeros(shape), places), theta * backward)
 
 

@@ -22,7 +22,7 @@ from topkast_func.inference import linear
 from topkast_func.kernels import inference as kernels
 from topkast_func.kernels.layouts import csr_matrix
 
-BATCHES = [0, 1, 2, 3, 15, 16, 17, 64, 300]
+BATCHES = [0, 1, 2, 3, 4, 5, 15, 16, 17, 64, 300]
 
 
 def perceptron(dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -54,6 +54,14 @@ class Case:
         return self.given.gathered(for_alpha), for_x, for_bias
 
 
+@every_engine
+def test_values_that_are_negated_when_they_are_read(engine: Any) -> None:
+    case = Case(engine, (1, 1), torch.float32)
+    values = torch._neg_view(-case.given.values)
+    assert values.is_neg()
+    assert torch.equal(case(values, case.x), case(case.given.values, case.x))
+
+
 def by_func(case: Case) -> Gradients:
     return grad(case.loss, argnums=(0, 1, 2))(*case.leaves)
 

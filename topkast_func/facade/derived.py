@@ -8,7 +8,7 @@ from torch import Tensor
 from topkast_func.checks import dispatches
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
-from topkast_func.kernels.pattern import Pattern, pattern_of
+from topkast_func.kernels.pattern import Pattern, gathered, pattern_of, places_in
 from topkast_func.masks import telling
 from topkast_func.places import counted
 from topkast_func.types import Masks
@@ -19,7 +19,7 @@ class Kernel(NamedTuple):
 
     Attributes:
         pattern: The sets.
-        places: Where the values of the pattern stand in the flat θ, int64, in their shape.
+        places: Where the values of the pattern stand in the flat θ, in their shape.
     """
 
     pattern: Pattern
@@ -27,8 +27,7 @@ class Kernel(NamedTuple):
 
     def values(self, theta: Tensor) -> Tensor:
         """Gather the values of B from θ, A first."""
-        values: Tensor = theta.flatten().gather(0, self.places.flatten()).view(self.places.shape)
-        return values
+        return gathered(theta, self.places)
 
 
 class Derived(NamedTuple):
@@ -80,7 +79,7 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
     if counts is not None and whole and rule.choice(theta, *counts).engine != "dense":
         block = rule.config.block_shape
         pattern = pattern_of(*masks, block, sizes=counts)
-        kernel = Kernel(pattern, pattern.flat_index(block, theta.shape))
+        kernel = Kernel(pattern, places_in(pattern, block, theta.shape))
     return Derived(sets, _version(sets), sets.clone(), whole, kernel)
 
 

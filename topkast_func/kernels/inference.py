@@ -1,7 +1,6 @@
 """x·αᵀ for inference, of α in CSR or BSR, by whatever is the fastest for the rows at hand."""
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from topkast_func.kernels.pattern import BlockRows, block_of
 from topkast_func.kernels.soundness import check_indices
 from topkast_func.kernels.tiles import pack, unpack
 
-VECTORS, NUMBA_FROM = 2, 16
-"""Rows of activations up to which each is a product of its own, and from which on they fill a tile
-of the kernels."""
+FEW, NUMBA_FROM = 4, 16
+"""Rows of activations up to which a kernel has them side by side, and from which on they fill a
+tile of others."""
 
 
 def supported(dtype: torch.dtype, device: str) -> bool:
@@ -45,8 +44,8 @@ def pays(shape: tuple[int, int], stored: int, batch: int, dtype: torch.dtype, de
         return False
     entries = math.prod(shape)
     dense = entries * min(0.08 * batch, 0.28 + 0.02 * batch)
-    alone = 0.3 * batch / torch.get_num_threads()
-    few = 28e3 + stored * (alone if batch <= VECTORS else 0.8 + 0.05 * batch)
+    alone = (0.07 + 0.2 * batch) / torch.get_num_threads()
+    few = 28e3 + stored * (alone if batch <= FEW else 0.8 + 0.05 * batch)
     many = 50e3 + stored * 0.65 * -(-batch // 16) + 2.5 * batch * sum(shape)
     sparse = many if batch >= NUMBA_FROM and installed("numba") else few
     return 2 * stored < entries and sparse < dense
@@ -60,10 +59,11 @@ def _compute(
     if values.ndim == 3 or (x.shape[0] >= NUMBA_FROM and installed("numba")):
         y = _by_tiles(x, values, BlockRows(rows, columns), features)
         return y if bias is None else y.add_(bias)
+    if 0 < x.shape[0] <= FEW and installed("numba"):
+        from topkast_func.kernels.few_rows import few_rows_times
+
+        return few_rows_times(x, values, rows, columns, bias, features)
     matrix = csr_matrix(rows, columns, values, (features, x.shape[1]))
-    if 0 < x.shape[0] <= VECTORS:
-        times = torch.mv if bias is None else partial(torch.addmv, bias)
-        return torch.stack([times(matrix, row) for row in x.unbind()])
     y = (matrix @ x.t()).t()
     return y.contiguous() if bias is None else y + bias
 

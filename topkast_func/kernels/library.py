@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd
+from torch._C import (
+    _AutoDispatchBelowAutograd,
+    _dispatch_keys,
+    _len_torch_dispatch_stack,
+)
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -25,23 +29,21 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _LIBRARY = Library("topkast_func", "DEF")
 
+_ORDINARY = _dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+"""What torch decides by where it computes with a tensor in the memory of the CPU."""
+
 
 class Gradient(_SingleLevelFunction):
-    """The gradient of an operator; its parts get the operator first, then its arguments.
+    """The gradient of an operator; its parts get what computes it first, then its arguments.
 
     A `torch.autograd.Function` but for its base: the dispatcher calls it once for each level of
     autograd and `torch.func`, where a Function would find its way through them by itself.
     """
 
     @staticmethod
-    def forward(operator: Any, *arguments: Any) -> Any:
-        """Call the operator one level down, where it is recorded again if that asks for it."""
-        with (
-            torch.enable_grad(),
-            forward_ad._set_fwd_grad_enabled(True),
-            _AutoDispatchBelowAutograd(),
-        ):
-            return operator(*arguments)
+    def forward(below: Callable[..., Any], *arguments: Any) -> Any:
+        """Compute the operator."""
+        return below(*arguments)
 
 
 def define(
@@ -74,7 +76,7 @@ def define(
     operator = getattr(getattr(torch.ops.topkast_func, name), overload)
     _LIBRARY.impl(operator, _untraced(compute), "CompositeExplicitAutograd")
     if gradient:
-        record = _untraced(partial(_record, gradient, operator))
+        record = _untraced(partial(_record, gradient, operator, compute))
         _LIBRARY.impl(operator, record, "Autograd")
     register_fake(operator, fake, lib=_LIBRARY)
     register_vmap(operator, partial(batched or one_by_one, operator), lib=_LIBRARY)
@@ -96,14 +98,36 @@ def _untraced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-def _record(gradient: Any, operator: Any, *arguments: Any) -> Tensor:
+def _record(
+    gradient: Any, operator: Any, compute: Callable[..., Tensor], *arguments: Any
+) -> Tensor:
+    plain = _is_plain(arguments)
     if not _is_followed(arguments):
+        if plain:
+            return compute(*arguments)
         with _AutoDispatchBelowAutograd():
             below: Tensor = operator(*arguments)
         return below
     with enable_single_level_autograd_function():
-        result: Tensor = gradient.apply(operator, *arguments)
+        result: Tensor = gradient.apply(compute if plain else partial(_below, operator), *arguments)
     return result
+
+
+def _below(operator: Any, *arguments: Any) -> Any:
+    """Call an operator one level down, where it is recorded again if that asks for it."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def _is_plain(arguments: Any) -> bool:
+    """Return whether nothing but `compute` is below autograd: tensors in memory, and no modes."""
+    if peek_interpreter_stack() is not None or _len_torch_dispatch_stack():
+        return False
+    for argument in arguments:
+        for leaf in argument if isinstance(argument, list) else (argument,):
+            if isinstance(leaf, Tensor) and _dispatch_keys(leaf).raw_repr() != _ORDINARY:
+                return False
+    return True
 
 
 def _is_followed(arguments: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from topkast_func.kernels.engines import EngineName, choose, layout
 from topkast_func.kernels.operators import product, transposed_product
 from topkast_func.kernels.pattern import Pattern, block_of, flattened
 from topkast_func.kernels.tiles import at_once, spelled_out
+
+LITTLE = 2**14
+"""Numbers below which torch transposes activations sooner than an operator of one's own begins."""
 
 
 def sparse_linear(
@@ -70,7 +74,8 @@ def sparse_linear(
     layer = layer_of(values, pattern, shape, batch)
     name = _chosen(engine, *layer)
     pack, unpack = layout(name)
-    turn = spelled_out if torch.compiler.is_compiling() and x.ndim == 2 else at_once
+    fused = torch.compiler.is_compiling() and x.ndim == 2
+    turn = spelled_out if fused or x.numel() < LITTLE else at_once
     packed = pack(x.reshape(batch, x.shape[-1]), turn)
     multiply = transposed_product if transposed else product
     y = unpack(multiply(name, values, packed, flattened(pattern), out_features), batch, turn)
@@ -114,4 +119,7 @@ def _chosen(name: EngineName, *layer: Any) -> str:
         from topkast_func.kernels.tracing import chosen  # its import loads Dynamo: a second
 
         return chosen(name, *layer)
-    return choose(name, Layer(*layer)).engine
+    return _choice(name, Layer(*layer)).engine
+
+
+_choice = lru_cache(choose)

@@ -96,7 +96,7 @@ def _rows_kernel(block: tuple[int, int], swapped: bool, dtype: torch.dtype) -> K
         panels: Integer,
     ) -> None:
         line = width * tile.size
-        first, last = _share(tile, pointers, panels, height, part, parts)
+        first, last = share(tile, pointers, panels, height, part, parts)
         with tile.loop(0, tiles) as number:
             of_tile = y + number * height * block[0] * line
             with tile.loop(first * block[0] * width, last * block[0] * width, tile.lanes) as lane:
@@ -147,7 +147,7 @@ def _dots_kernel(block: tuple[int, int], dtype: torch.dtype) -> Kernel:
             (active, of_active, active_panels, gradient),
             (exploring, of_exploring, exploring_panels, gradient + beyond),
         ):
-            first, last = _share(tile, pointers, panels, height, part, parts)
+            first, last = share(tile, pointers, panels, height, part, parts)
             with (
                 tile.loop(0, tiles) as number,
                 tile.loop(0, panels) as panel,
@@ -169,12 +169,23 @@ def _dots_kernel(block: tuple[int, int], dtype: torch.dtype) -> Kernel:
     return Kernel(emit, dtype)
 
 
-def _share(
+def share(
     tile: Tile, pointers: Integer, panels: Integer, rows: Integer, part: Integer, parts: Integer
 ) -> tuple[Integer, Integer]:
     """Return the first block row of a part, and that of the next; stored blocks are shared evenly.
 
-    Found by bisection: [low, high) holds the first row that so many blocks come before.
+    They are found by bisection: [low, high) holds the first row that so many blocks come before.
+
+    Args:
+        tile: What emits.
+        pointers: Of `BlockRows`.
+        panels: Panels of each block row.
+        rows: Block rows.
+        part: Number of the part.
+        parts: How many there are.
+
+    Returns:
+        Both.
     """
     stored, ends = tile.index(pointers, rows * panels), []
     for number in (part, part + 1):

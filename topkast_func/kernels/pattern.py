@@ -56,6 +56,11 @@ class Pattern(NamedTuple):
         """How many of the values, or blocks of them, are those of A; they come first."""
         return self.places.shape[0]
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """What `flat_index` follows from."""
+        return (*self.forward, *self.exploring)
+
     def flat_index(self, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
         """Return where the values stand in the flat θ.
 
@@ -66,9 +71,7 @@ class Pattern(NamedTuple):
         Returns:
             int64, in the shape of the values; the number of entries of θ where a place is unused.
         """
-        parts = [*self.forward, *self.exploring]
-        result: Tensor = _FLAT_INDEX(parts, block, (shape[0], shape[1]))
-        return result
+        return flat_index(self.parts, block, shape)
 
 
 def pattern_of(
@@ -158,6 +161,12 @@ def flat(part: BlockRows, block: tuple[int, int], shape: tuple[int, int]) -> Ten
     return torch.where(row < rows, corner, shape[0] * shape[1])
 
 
+def flat_index(parts: Sequence[Tensor], block: tuple[int, int], shape: Sequence[int]) -> Tensor:
+    """Return what `Pattern.flat_index` does, of the ``parts`` of a pattern."""
+    result: Tensor = _FLAT_INDEX(parts, block, (shape[0], shape[1]))
+    return result
+
+
 def _flat_index(parts: list[Tensor], block: list[int], shape: list[int]) -> Tensor:
     (rows, columns), (height, width) = shape, block
     active, exploring = BlockRows(*parts[:2]), BlockRows(*parts[2:])
@@ -181,16 +190,27 @@ def placed(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tensor:
 
     Args:
         values: Values.
-        places: Where they stand in the flat weight, int64, in their shape; the number of its
-            entries where a place is unused.
+        places: Where they stand in the flat weight, in their shape; the number of its entries
+            where a place is unused.
         shape: Of the weight.
 
     Returns:
         The weight.
     """
     size = math.prod(shape)
-    flat = values.new_zeros(size + 1).scatter(0, places.flatten(), values.flatten())
+    flat = values.new_zeros(size + 1).scatter(0, places.flatten().long(), values.flatten())
     return flat[:size].view(*shape)
+
+
+def gathered(theta: Tensor, places: Tensor) -> Tensor:
+    """Return the entries of θ at its flat places, in the shape of these; autograd follows it."""
+    return theta.flatten().index_select(0, places.flatten()).view(places.shape)
+
+
+def places_in(pattern: Pattern, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
+    """Return `Pattern.flat_index` for `gathered`, all places in use: in int32 where that counts."""
+    places = pattern.flat_index(block, shape)
+    return places.int() if math.prod(shape) <= INDEX_LIMIT else places
 
 
 def block_of(values: Tensor) -> tuple[int, int]:

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from topkast_func.kernels.library import Gradient, define
-from topkast_func.kernels.pattern import placed
+from topkast_func.kernels.pattern import BlockRows, block_of, flat, flat_index, placed
+from topkast_func.model.deferred import Deferred
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -46,57 +49,67 @@ def merge(values: Tensor, theta: Tensor, index: Tensor) -> Tensor:
     return merged
 
 
-def alpha(values: Tensor, index: Tensor, active_count: int, shape: Sequence[int]) -> Tensor:
+def alpha(values: Tensor, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """Return α with the gradient of the identity on B.
 
-    It is one operator: a layer on the kernels does not read its α, and one call is easily left out.
+    It is one operator: a layer on the kernels does not read its α. A graph leaves the call out
+    where nobody does; elsewhere α is put together when it is first read.
 
     Args:
         values: The values, those of A first.
-        index: Where they stand in the flat θ; see `split`.
-        active_count: How many of them, or blocks of them, are those of A.
+        parts: Where they stand in the flat θ, see `split`: those of A and those of B∖A; or the
+            ``parts`` of a `Pattern`.
         shape: Shape of θ.
 
     Returns:
         α: the values on A, exactly 0 elsewhere.
     """
-    result: Tensor = _ALPHA(values, index, active_count, shape)
+    traced = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+    result: Tensor = (_ALPHA if traced else _WHEN_READ)(values, parts, shape)
     return result
 
 
 class _Alpha(Gradient):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.shape = inputs[4]
-        ctx.save_for_backward(inputs[2])
-        ctx.save_for_forward(inputs[2])
+        _, values, parts, ctx.shape = inputs
+        ctx.block = block_of(values)
+        ctx.save_for_backward(*parts)
+        ctx.save_for_forward(*parts)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return None, split(g, *ctx.saved_tensors), None, None, None
+        return None, split(g, _places(ctx.saved_tensors, ctx.block, ctx.shape)), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        (index,) = ctx.saved_tensors
-        return placed(tangents[1], index, ctx.shape)
+        return placed(tangents[1], _places(ctx.saved_tensors, ctx.block, ctx.shape), ctx.shape)
 
 
-def _compute(values: Tensor, index: Tensor, active_count: int, shape: list[int]) -> Tensor:
+def _compute(values: Tensor, parts: list[Tensor], shape: list[int]) -> Tensor:
+    size = shape[0], shape[-1]
+    places = parts[0] if len(parts) == 2 else flat(BlockRows(*parts[:2]), block_of(values), size)
     dense = values.new_zeros(math.prod(shape))
-    dense[index[:active_count]] = values.detach()[:active_count]
+    dense[places] = values.detach()[: places.shape[0]]
     return dense.view(shape)
 
 
-def _fake(values: Tensor, index: Tensor, active_count: int, shape: list[int]) -> Tensor:
+def _when_read(values: Tensor, parts: list[Tensor], shape: list[int]) -> Tensor:
+    return Deferred.of(shape, values, partial(_compute, values, parts, shape))
+
+
+def _fake(values: Tensor, parts: list[Tensor], shape: list[int]) -> Tensor:
     return values.new_empty(shape)
 
 
-_ALPHA = define(
-    "alpha(Tensor values, Tensor index, int active_count, int[] shape) -> Tensor",
-    _compute,
-    _fake,
-    _Alpha,
-)
+def _places(parts: Sequence[Tensor], block: tuple[int, int], shape: Sequence[int]) -> Tensor:
+    """Return where the values stand in the flat θ; see `alpha`."""
+    return torch.cat([*parts]) if len(parts) == 2 else flat_index(parts, block, shape)
+
+
+_SCHEMA = "(Tensor values, Tensor[] parts, int[] shape) -> Tensor"
+_ALPHA = define(f"alpha{_SCHEMA}", _compute, _fake, _Alpha)
+_WHEN_READ = define(f"alpha_when_read{_SCHEMA}", _when_read, _fake, _Alpha)
 
 
 def straight_through(theta: Tensor, masks: Masks) -> Tensor:

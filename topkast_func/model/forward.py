@@ -9,7 +9,7 @@ from torch import Tensor
 
 from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import check_block_shape, check_tree
-from topkast_func.kernels.pattern import Pattern, pattern_of
+from topkast_func.kernels.pattern import Pattern, gathered, pattern_of, places_in
 from topkast_func.model.alone import alone_with, forward_alone, uncompiled
 from topkast_func.model.alpha import alpha, straight_through
 from topkast_func.model.layers import bound_to, kernel_weights, stand_ins, standing_in
@@ -23,7 +23,7 @@ class Indexed(NamedTuple):
     Attributes:
         pattern: The two disjoint sets, over blocks.
         shape: Of the weight.
-        places: Where the values of B stand in the flat θ, A first: int64, [|B|] or [blocks, r, c].
+        places: Where the values of B stand in the flat θ, A first: [|B|] or [blocks, r, c].
     """
 
     pattern: Pattern
@@ -32,8 +32,7 @@ class Indexed(NamedTuple):
 
     def split(self, theta: Tensor) -> Tensor:
         """Gather the values of B from θ, A first: [|B|] or [blocks, r, c]."""
-        values: Tensor = theta.flatten().gather(0, self.places.flatten()).view(self.places.shape)
-        return values
+        return gathered(theta, self.places)
 
     def active(self) -> "Indexed":
         """Return the sets for a pass without a gradient, which reads the values of A alone."""
@@ -62,8 +61,8 @@ def sparse_forward(
             parameters and buffers, which otherwise are the module's own.
         masks: Sets by name, as masks or as `index_masks` returns them; parameters without are
             dense. Linear layers whose sets are indexed run on the kernels. Each call gathers
-            their values from θ and puts α together, which for small batches takes longer than
-            the product: for a trained model take `sparse_module`.
+            their values from θ, which for a few rows takes longer than the product: for a
+            trained model take `sparse_module`.
         *inputs: Inputs of the model.
         **options: Keyword inputs of the model.
 
@@ -121,7 +120,7 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
 def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tensor:
     """Return α of a weight, from its values where its sets are indexed."""
     if isinstance(sets, Indexed) and values is not None:
-        return alpha(values, sets.places, sets.pattern.active_count, theta.shape)
+        return alpha(values, sets.places.tensor_split([sets.pattern.active_count]), theta.shape)
     return straight_through(theta, sets) if isinstance(sets, Masks) else theta
 
 
@@ -176,7 +175,7 @@ def index_masks(
 
 def _indexed(sets: Masks, block_shape: tuple[int, int], shape: torch.Size) -> Indexed:
     pattern = pattern_of(*sets, block_shape)
-    return Indexed(pattern, (*shape,), pattern.flat_index(block_shape, shape))
+    return Indexed(pattern, (*shape,), places_in(pattern, block_shape, shape))
 
 
 def check_sets(model: Model, params: Params, masks: Mapping[str, AnySets]) -> None:

@@ -44,9 +44,7 @@ class CompactWeights(NamedTuple):
     def alpha(self, values: Tensors) -> Tensors:
         """Return what the model computes with; see `DenseWeights.alpha`."""
         return {
-            name: alpha(
-                value, self._where(name), self.sets(name).active_count, self.theta[name].shape
-            )
+            name: alpha(value, self.sets(name).parts, self.theta[name].shape)
             if name in self.theta
             else value
             for name, value in values.items()

@@ -27,6 +27,11 @@ class Positions(NamedTuple):
         """How many of the values are those of A; they come first."""
         return self.forward.shape[0]
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """What `flat_index` follows from."""
+        return self.forward, self.exploring
+
     def flat_index(self, block: tuple[int, int], shape: torch.Size) -> Tensor:
         """Return where the values stand in the flat θ; see `Pattern.flat_index`."""
         return torch.cat(self)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 from torch import nn
 
 from topkast_func.config import TopKastConfig
+from topkast_func.config.schedule import Schedule
 from topkast_func.model.modules import modes, parameters_of, ties, trainable
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.training.fits_config import config_problem, outlines
@@ -84,6 +85,7 @@ def agreement(
         parts or fewer, or a parameter has begun or ceased to be trained.
     """
     parameters, tied, parts = parameters_of(model), ties(model), len(modes(model))
+    schedule = config.schedule
     agreed: Hashable = None
 
     def check(state: TrainState) -> None:
@@ -100,7 +102,7 @@ def agreement(
             role = tied.get(name, name) in state.frozen
             if parameter.requires_grad == role:
                 raise ValueError(EXCHANGED.format(name, *ROLES[role]))
-        if (looks := _looks(state, config)) == agreed:
+        if (looks := _looks(state, schedule)) == agreed:
             return
         asked: Params | None = trainable(model) if isinstance(model, nn.Module) else None
         if asked is None and not callable(config.sparse):
@@ -113,13 +115,13 @@ def agreement(
     return check
 
 
-def _looks(state: TrainState, config: TopKastConfig) -> Hashable:
+def _looks(state: TrainState, schedule: Schedule) -> Hashable:
     """Return a key that differs between states of which one may agree and the other not."""
     step, weights = int(state.step), state.weights
     trees = (weights.values(), state.frozen, state.buffers, state.narrow)
     slots = state.optimizer.slots
     return (
-        (config.schedule.stage(step), config.schedule.settled(step)),
+        (schedule.stage(step), schedule.settled(step)),
         (type(weights), weights.sets_key(), tuple(weights.shapes().items())),
         tuple((name, float(exponent)) for name, exponent in state.exponents.items()),
         tuple(_kinds(tree) for tree in trees),

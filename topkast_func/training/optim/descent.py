@@ -165,13 +165,13 @@ def _descend(
 ) -> tuple[Tensors, OptimizerState]:
     rule, rate = given
     lr = rate(state.step) if lr is None else lr
-    t = (state.step + 1).double()
+    at, descent = rule.at((state.step + 1).double()), -lr
     updates: Tensors = {}
     slots: dict[str, Tensors] = {f"{rule.kind}.{slot}": {} for slot in rule.slots}
     for name, theta in params.items():
         held = {slot: state.slots[f"{rule.kind}.{slot}"][name] for slot in rule.slots}
-        direction, held = rule(_real(grads[name]), _real(theta), held, t)
-        update = -lr * direction
+        direction, held = rule(_real(grads[name]), _real(theta), held, at)
+        update = descent * direction
         update = torch.view_as_complex(update) if theta.is_complex() else update
         updates[name] = update.to(theta.dtype)
         for slot in rule.slots:

@@ -2,11 +2,15 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from topkast_func.types import Tensors
+
+Numbers: TypeAlias = tuple[Tensor, ...]
+"""What a rule computes once for all parameters, 0-d."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,15 @@ class Rule(ABC):
     def slots(self) -> tuple[str, ...]:
         """Names of what is remembered, of the shape of the parameter, zero at the start."""
 
+    def at(self, t: Tensor) -> Numbers:
+        """Return what is the same for all parameters at a step, which is counted from 1."""
+        return ()
+
     @abstractmethod
     def __call__(
-        self, grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor
+        self, grad: Tensor, theta: Tensor, slots: Tensors, at: Numbers
     ) -> tuple[Tensor, Tensors]:
-        """Return the descent direction and the new slots; t is counted from 1."""
+        """Return the descent direction and the new slots."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class SGD(Rule):
         return ("momentum",) if self.momentum else ()
 
     def __call__(
-        self, grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor
+        self, grad: Tensor, theta: Tensor, slots: Tensors, at: Numbers
     ) -> tuple[Tensor, Tensors]:
         """See `sgd`."""
         grad = grad + self.weight_decay * theta
@@ -69,18 +77,23 @@ class Adam(Rule):
         return "exp_avg", "exp_avg_sq"
 
     def __call__(
-        self, grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor
+        self, grad: Tensor, theta: Tensor, slots: Tensors, at: Numbers
     ) -> tuple[Tensor, Tensors]:
         """See `adam`."""
-        return self.corrected(grad + self.weight_decay * theta, slots, t)
+        return self.corrected(grad + self.weight_decay * theta, slots, at)
 
-    def corrected(self, grad: Tensor, slots: Tensors, t: Tensor) -> tuple[Tensor, Tensors]:
+    def at(self, t: Tensor) -> Numbers:
+        """Return m / m̂ and √(v / v̂)."""
+        beta1, beta2 = self.betas
+        return 1.0 - beta1**t, (1.0 - beta2**t).sqrt()
+
+    def corrected(self, grad: Tensor, slots: Tensors, at: Numbers) -> tuple[Tensor, Tensors]:
         """Return m̂ / (√v̂ + ε) and the new moments."""
         beta1, beta2 = self.betas
         mean = torch.lerp(slots["exp_avg"], grad, 1.0 - beta1)
-        square = beta2 * slots["exp_avg_sq"] + (1.0 - beta2) * grad * grad
-        mean_correction, square_correction = 1.0 - beta1**t, 1.0 - beta2**t
-        denominator = square.sqrt() / square_correction.sqrt() + self.eps
+        square = torch.addcmul(beta2 * slots["exp_avg_sq"], grad, grad, value=1.0 - beta2)
+        mean_correction, root_correction = at
+        denominator = square.sqrt() / root_correction + self.eps
         return mean / mean_correction / denominator, {"exp_avg": mean, "exp_avg_sq": square}
 
 
@@ -89,11 +102,11 @@ class AdamW(Adam):
     """The rule of `adamw`."""
 
     def __call__(
-        self, grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor
+        self, grad: Tensor, theta: Tensor, slots: Tensors, at: Numbers
     ) -> tuple[Tensor, Tensors]:
         """See `adamw`."""
-        step, slots = self.corrected(grad, slots, t)
-        return step + self.weight_decay * theta, slots
+        step, slots = self.corrected(grad, slots, at)
+        return torch.add(step, theta, alpha=self.weight_decay), slots
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,7 @@ class Lion(Rule):
         return ("exp_avg",)
 
     def __call__(
-        self, grad: Tensor, theta: Tensor, slots: Tensors, t: Tensor
+        self, grad: Tensor, theta: Tensor, slots: Tensors, at: Numbers
     ) -> tuple[Tensor, Tensors]:
         """See `lion`."""
         beta1, beta2 = self.betas
