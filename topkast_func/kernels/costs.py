@@ -56,7 +56,7 @@ def cost(name: str, layer: Layer) -> float:
     columns = -(-layer.batch // 16) * 16
     products = (2 * layer.forward + layer.backward) * columns
     if layer.rows:
-        return 45e3 + products / 30 + 3.0 * layer.batch * (layer.out_features + layer.rows)
+        return 45e3 + products / 40 + 2.5 * layer.batch * (layer.out_features + layer.rows)
     return 45e3 + products / _speed(layer.block_shape) + 0.3 * activations
 
 

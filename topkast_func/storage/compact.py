@@ -193,7 +193,7 @@ def compact(
         The weights.
     """
     kept, sizes = stored or {}, sizes or sizes_of(masks)
-    layers = {name for name in layers if is_indexed(params[name].shape, block_shape)}
+    layers = {n for n in masks if n in layers and is_indexed(params[n].shape, block_shape)}
 
     def exploring(name: str, block: tuple[int, int]) -> int:
         return kept.get(name, 0) - sizes[name][0] // math.prod(block)
