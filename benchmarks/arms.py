@@ -37,7 +37,7 @@ def training(problem: Problem, p: Parameters) -> Training:
     the blocks do not divide stay dense.
     """
     rows, columns = p.get("block_shape", (1, 1))
-    weights = {n: w.shape for n, w in problem.model.named_parameters() if w.ndim == 2}
+    weights = {n: w.shape for n, w in problem.model.named_parameters() if w.ndim > 1}
     config = tk.TopKastConfig(
         p["forward_sparsity"],
         p["backward_sparsity"],

@@ -44,6 +44,23 @@ class Mean(nn.Module):
         return tokens.mean(1)
 
 
+class Residual(nn.Module):
+    """The basic block of a residual network (He and others, 2016)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = (
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2)
+        )
+        self.first_norm, self.second_norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [batch, channels, height, width] to as many."""
+        hidden = functional.relu(self.first_norm(self.first(images)))
+        result: Tensor = functional.relu(images + self.second_norm(self.second(hidden)))
+        return result
+
+
 def mlp(*widths: int) -> nn.Sequential:
     """Build linear layers from ``widths[0]`` to ``widths[-1]`` features, with ReLU between them."""
     layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU())]
@@ -55,11 +72,18 @@ def encoder() -> nn.Sequential:
     return nn.Sequential(Block(256, 4, 1024), Mean(), nn.Linear(256, 10))
 
 
+def residual(channels: int) -> nn.Sequential:
+    """Build a residual block and a classifier on the mean of its pixels."""
+    end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
+    return nn.Sequential(Residual(channels), *end)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp-784": (lambda: mlp(784, 512, 512, 10), (784,), 128),
     "mlp-1024": (lambda: mlp(*[1024] * 5), (1024,), 256),
     "mlp-2048": (lambda: mlp(*[2048] * 4), (2048,), 512),
     "encoder": (encoder, (64, 256), 16),
+    "residual": (lambda: residual(128), (128, 16, 16), 32),
     "mlp-64": (lambda: mlp(*[64] * 4), (64,), 512),
 }
 """What builds a network, the shape of one input, and how many a step takes."""

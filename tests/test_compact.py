@@ -293,7 +293,7 @@ def test_a_layer_of_two_names_keeps_its_parameters(storage: str) -> None:
 @pytest.mark.parametrize(
     ("make", "on_kernels"),
     [
-        (Convolution, {"fc.weight"}),
+        (Convolution, {"conv.weight", "fc.weight"}),
         (Reading, {"fc.weight"}),
         (Tied, {"one.weight", "head.weight"}),
         (Shared, {"one.weight", "head.weight"}),

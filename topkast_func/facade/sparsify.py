@@ -18,6 +18,7 @@ from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.facade.sparsifier import Sparsifier
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.masks import compute_masks, counts
+from topkast_func.model.convolution import ConvolutionStandIn
 from topkast_func.model.layers import stand_ins
 from topkast_func.model.modules import trainable
 from topkast_func.training.fits_config import check_masks
@@ -180,7 +181,8 @@ def _plan(
 ) -> list[tuple[nn.Module, dict[str, Rule]]]:
     """Return the modules to be changed, with the rules of the weights of their own."""
     found = {id(params[name]): rule for name, rule in rules.items()}
-    multiplied = {place for part in stand_ins(model) for place in part.places()}
+    products = [part for part in stand_ins(model) if not isinstance(part, ConvolutionStandIn)]
+    multiplied = {place for part in products for place in part.places()}
     plan = []
     for module in model.modules():
         own = {key: found[id(p)] for key, p in module._parameters.items() if id(p) in found}

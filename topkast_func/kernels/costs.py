@@ -17,6 +17,8 @@ class Layer(NamedTuple):
         batch: Rows of activations that the layer sees at a time.
         dtype: Dtype of values and activations.
         device: Type of the device.
+        rows: Of a convolution, how many numbers of its input lie beside an output: channels, and
+            those of each phase of a stride; 0 for a linear layer.
     """
 
     out_features: int
@@ -27,6 +29,7 @@ class Layer(NamedTuple):
     batch: int
     dtype: torch.dtype
     device: str
+    rows: int = 0
 
 
 def cost(name: str, layer: Layer) -> float:
@@ -52,6 +55,8 @@ def cost(name: str, layer: Layer) -> float:
         return 250e3 + 3 * entries * layer.batch / 95 + 8 * moved
     columns = -(-layer.batch // 16) * 16
     products = (2 * layer.forward + layer.backward) * columns
+    if layer.rows:
+        return 45e3 + products / 40 + 2.5 * layer.batch * (layer.out_features + layer.rows)
     return 45e3 + products / _speed(layer.block_shape) + 0.3 * activations
 
 

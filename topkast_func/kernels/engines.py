@@ -83,7 +83,7 @@ def engine(name: str) -> Engine:
     """Return an engine.
 
     Args:
-        name: One of `ENGINES`.
+        name: One of `ENGINES`, or "shifted_cpu" for the convolutions of "numba".
 
     Returns:
         Its functions.
@@ -130,6 +130,8 @@ def choose(name: EngineName, layer: Layer) -> Choice:
         ValueError: There is no engine of that name.
     """
     check_engine(name)
+    if layer.rows and name not in ("auto", "numba"):
+        return Choice("dense", "convolutions are those of 'numba' or dense")
     if name != "auto":
         engine(name)
         if problem := _problem(name, layer):
@@ -171,6 +173,8 @@ def installed(name: str) -> bool:
 
 def _problem(name: str, layer: Layer) -> str | None:
     """Say why an engine cannot compute a layer, if it cannot."""
+    if layer.rows and name == "triton":
+        return "triton computes no convolutions"
     dtypes, devices = _RUNS.get(name, ((), ()))
     if dtypes and layer.dtype not in dtypes:
         given, *supported = (str(d).removeprefix("torch.") for d in (layer.dtype, *dtypes))

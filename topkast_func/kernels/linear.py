@@ -3,7 +3,6 @@
 import math
 import operator
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,13 +71,13 @@ def sparse_linear(
         raise TypeError(f"inputs are {x.dtype}, the weight is {values.dtype}")
     batch = math.prod(x.shape[:-1])
     layer = layer_of(values, pattern, shape, batch)
-    name = _chosen(engine, *layer)
+    name = chosen(engine, layer)
     pack, unpack = layout(name)
     fused = torch.compiler.is_compiling() and x.ndim == 2
     turn = spelled_out if fused or x.numel() < LITTLE else at_once
     packed = pack(x.reshape(batch, x.shape[-1]), turn)
     multiply = transposed_product if transposed else product
-    y = unpack(multiply(name, values, packed, flattened(pattern), out_features), batch, turn)
+    y = unpack(multiply(name, values, packed, flattened(pattern), out_features, 0), batch, turn)
     y = y.reshape(*x.shape[:-1], out_features)
     y = y if bias is None else y + bias
     cast = autocast and y.dtype == torch.float32
@@ -113,13 +112,13 @@ def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: in
     )
 
 
-def _chosen(name: EngineName, *layer: Any) -> str:
+def chosen(name: EngineName, layer: Layer) -> str:
     """Choose an engine; while Dynamo traces, by a function that it takes for a constant."""
     if torch.compiler.is_dynamo_compiling():
-        from topkast_func.kernels.tracing import chosen  # its import loads Dynamo: a second
+        from topkast_func.kernels.tracing import constant  # its import loads Dynamo: a second
 
-        return chosen(name, *layer)
-    return _choice(name, Layer(*layer)).engine
+        return constant(name, *layer)
+    return _choice(name, layer).engine
 
 
 _choice = lru_cache(choose)

@@ -7,7 +7,8 @@ computed by one thread alone, so that results do not depend on how many there ar
 """
 
 import threading
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> T
     gradient = torch.zeros_like(values, memory_format=torch.contiguous_format)
     block, (tiles, features, width) = block_of(values), g.shape
     height, active = features // block[0], pattern.active_count * block[0] * block[1]
-    panels = (_panels(part, height) for part in pattern[:2])
+    panels = (panels_of(part, height) for part in pattern[:2])
     index = (*pattern.forward, *pattern.exploring)
     sizes = (tiles, height, x.shape[1], width, active * x.itemsize, *panels)
     _dots_kernel(block, x.dtype)(*index, g, x, gradient, *sizes)
@@ -53,23 +54,28 @@ def _sums(
     tiles, depth, width = x.shape
     y, height = x.new_empty(tiles, features, width), features // block[0]
     index = (*part, part.columns if places is None else places)
-    sizes = (tiles, height, depth, width, _panels(part, height))
+    sizes = (tiles, height, depth, width, panels_of(part, height))
     _rows_kernel(block, places is not None, x.dtype)(*index, values, x, y, *sizes)
     return y
 
 
-def _panels(part: BlockRows, height: int) -> int:
+def panels_of(part: BlockRows, height: int) -> int:
+    """Return into how many panels so many block rows are cut."""
     return (part.pointers.shape[0] - 1) // height
 
 
 @cache
 def prepare(block: tuple[int, int], dtype: torch.dtype) -> threading.Thread:
     """Begin to make the kernels of a layer, which takes LLVM a moment, in a thread of its own."""
-    kernels = (
+    return making((
         _rows_kernel(block, False, dtype),
         _rows_kernel(block[::-1], True, dtype),
         _dots_kernel(block, dtype),
-    )
+    ))
+
+
+def making(kernels: Sequence[Kernel]) -> threading.Thread:
+    """Begin to make kernels in a thread, and return it."""
     thread = threading.Thread(target=lambda: [kernel.made() for kernel in kernels])
     thread.start()
     return thread
@@ -108,7 +114,7 @@ def _rows_kernel(block: tuple[int, int], swapped: bool, dtype: torch.dtype) -> K
                     of_tile + row * block[0] * line,
                     x + number * depth * line,
                     width,
-                    column,
+                    lambda k: tile.index(column, k) * (block[1] * width),
                     values,
                     place if swapped else None,
                     tile.index(pointers, segment),
@@ -143,6 +149,10 @@ def _dots_kernel(block: tuple[int, int], dtype: torch.dtype) -> Kernel:
         exploring_panels: Integer,
     ) -> None:
         line = width * tile.size
+
+        def start_of(column: Integer, k: Integer) -> Integer:
+            return tile.index(column, k) * (block[1] * width)
+
         for pointers, column, panels, here in (
             (active, of_active, active_panels, gradient),
             (exploring, of_exploring, exploring_panels, gradient + beyond),
@@ -160,7 +170,7 @@ def _dots_kernel(block: tuple[int, int], dtype: torch.dtype) -> Kernel:
                     g + (number * height + row) * block[0] * line,
                     x + number * depth * line,
                     width,
-                    column,
+                    partial(start_of, column),
                     tile.index(pointers, segment),
                     tile.index(pointers, segment + 1),
                     block,

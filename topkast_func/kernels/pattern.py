@@ -66,7 +66,7 @@ class Pattern(NamedTuple):
 
         Args:
             block: (r, c) of a block.
-            shape: Rows and columns of θ.
+            shape: Of θ; axes after the first are taken as one.
 
         Returns:
             int64, in the shape of the values; the number of entries of θ where a place is unused.
@@ -81,10 +81,10 @@ def pattern_of(
     exploring: int | None = None,
     sizes: tuple[int, int] | None = None,
 ) -> Pattern:
-    """Index the sets of a matrix, on its device, in time proportional to its size.
+    """Index the sets of a matrix or a kernel, on its device, in time proportional to its size.
 
     Args:
-        forward: 1_A, bool, [rows, columns], whole blocks.
+        forward: 1_A, bool, [rows, columns], whole blocks; more axes are taken as one.
         backward: 1_B, the same; contains A.
         block_shape: (r, c) of a block.
         exploring: Places to keep for B∖A at the least; None for as many as it has blocks.
@@ -97,6 +97,7 @@ def pattern_of(
         ValueError: There are more blocks than int32 can count.
     """
     rows, columns = block_shape
+    forward, backward = forward.flatten(1), backward.flatten(1)
     active = forward[::rows, ::columns]
     ghosts = backward[::rows, ::columns] & ~active
     if active.numel() > INDEX_LIMIT:
@@ -121,6 +122,11 @@ def pattern_of(
         _block_rows(turned, (width, height), size, rows),
         order.int(),
     )
+
+
+def is_indexed(shape: Sequence[int], block: tuple[int, int]) -> bool:
+    """Return whether patterns hold the sets of a weight of such blocks: kernels, entries alone."""
+    return len(shape) == 2 or block == (1, 1)
 
 
 def flattened(pattern: Pattern) -> tuple[Tensor, ...]:
@@ -163,7 +169,7 @@ def flat(part: BlockRows, block: tuple[int, int], shape: tuple[int, int]) -> Ten
 
 def flat_index(parts: Sequence[Tensor], block: tuple[int, int], shape: Sequence[int]) -> Tensor:
     """Return what `Pattern.flat_index` does, of the ``parts`` of a pattern."""
-    result: Tensor = _FLAT_INDEX(parts, block, (shape[0], shape[1]))
+    result: Tensor = _FLAT_INDEX(parts, block, (shape[0], math.prod(shape[1:])))
     return result
 
 

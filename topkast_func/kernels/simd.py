@@ -6,7 +6,7 @@ and a multiple of a vector.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -25,21 +25,21 @@ def add_rows(
     y: Integer,
     x: Integer,
     width: Integer,
-    column: Integer,
+    start_of: Callable[[Integer], Integer],
     values: Integer,
     place: Integer | None,
     start: Integer,
     end: Integer,
     block: tuple[int, int],
 ) -> None:
-    """Emit y[i] += Σ_k Σ_j values[place(k)][i, j] · x[column[k]·c + j] for k in [start, end).
+    """Emit y[i] += Σ_k Σ_j values[place(k)][i, j] · x[start_of(k) + j·width] for k in [start, end).
 
     Args:
         tile: What emits.
         y: A block row of r rows.
         x: The whole tile.
         width: Of the tile.
-        column: Block column of each stored block, int32.
+        start_of: Where in x a stored block begins to read, in numbers.
         values: Of the stored blocks: [r, c] of them; or, where there are places, [c, r].
         place: Which of the values each stored block is, int32; None for their order.
         start: The first stored block.
@@ -63,9 +63,9 @@ def add_rows(
             for together, k in tile.runs(start, end, sorted({1, len(chains)}, reverse=True)):
                 for entry, sums in enumerate(chains[:together]):
                     stored = k + entry if place is None else tile.index(place, k + entry)
-                    feature = tile.index(column, k + entry) * depth
+                    read = start_of(k + entry) + lane
                     with tile.loop(0, depth) as j:
-                        offset = (feature + j) * width + lane
+                        offset = read + j * width
                         inputs = [*map(tile.load, tile.beside(x, offset, count))]
                         for number, line in zip(numbers, sums, strict=True):
                             within = number * depth + j if place is None else j * height + number
@@ -82,12 +82,12 @@ def add_dots(
     g: Integer,
     x: Integer,
     width: Integer,
-    column: Integer,
+    start_of: Callable[[Integer], Integer],
     start: Integer,
     end: Integer,
     block: tuple[int, int],
 ) -> None:
-    """Emit gradient[k][i, j] += ⟨g[i], x[column[k]·c + j]⟩ for k in [start, end).
+    """Emit gradient[k][i, j] += ⟨g[i], x[start_of(k) + j·width]⟩ for k in [start, end).
 
     The columns of all the blocks are counted through and taken several at a time, beside up to
     four rows.
@@ -98,7 +98,7 @@ def add_dots(
         g: A block row of r rows.
         x: The whole tile.
         width: Of the tile.
-        column: Block column of each stored block, int32.
+        start_of: Where in x a stored block begins to read, in numbers.
         start: The first stored block.
         end: The one after the last.
         block: (r, c).
@@ -110,7 +110,7 @@ def add_dots(
         for at in (q + j for j in range(count)):
             stored, within = at // size, at % size
             places.append(stored * (block_height * size) + within)
-            inputs.append((tile.index(column, stored) * size + within) * width)
+            inputs.append(start_of(stored) + within * width)
         with tile.loop(0, block_height // height) as group:
             rows = [group * height + i for i in range(height)]
             sums = tile.sums(height, count)

@@ -10,7 +10,7 @@ from topkast_func.kernels.engines import EngineName, choose
 
 
 @torch.compiler.assume_constant_result
-def chosen(name: EngineName, *layer: Any) -> str:
+def constant(name: EngineName, *layer: Any) -> str:
     """Return the name of the engine of a layer, of whose sizes none is a symbol.
 
     Kernels that are made, as those of "numba" are, are made while the graph is traced.
@@ -18,5 +18,7 @@ def chosen(name: EngineName, *layer: Any) -> str:
     given = Layer(*layer)
     found = choose(name, given).engine
     if found == "numba":
-        import_module("topkast_func.kernels.numba_cpu").prepare(given.block_shape, given.dtype)
+        module = "shifted_cpu" if given.rows else "numba_cpu"
+        prepare = import_module(f"topkast_func.kernels.{module}").prepare
+        prepare(given.block_shape, given.dtype)
     return found

@@ -87,7 +87,7 @@ class _Alpha(Gradient):
 
 
 def _compute(values: Tensor, parts: list[Tensor], shape: list[int]) -> Tensor:
-    size = shape[0], shape[-1]
+    size = shape[0], math.prod(shape[1:])
     places = parts[0] if len(parts) == 2 else flat(BlockRows(*parts[:2]), block_of(values), size)
     dense = values.new_zeros(math.prod(shape))
     dense[places] = values.detach()[: places.shape[0]]

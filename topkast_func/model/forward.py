@@ -9,7 +9,13 @@ from torch import Tensor
 
 from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import check_block_shape, check_tree
-from topkast_func.kernels.pattern import Pattern, gathered, pattern_of, places_in
+from topkast_func.kernels.pattern import (
+    Pattern,
+    gathered,
+    is_indexed,
+    pattern_of,
+    places_in,
+)
 from topkast_func.model.alone import alone_with, forward_alone, uncompiled
 from topkast_func.model.alpha import alpha, straight_through
 from topkast_func.model.layers import bound_to, kernel_weights, stand_ins, standing_in
@@ -27,7 +33,7 @@ class Indexed(NamedTuple):
     """
 
     pattern: Pattern
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     places: Tensor
 
     def split(self, theta: Tensor) -> Tensor:
@@ -159,7 +165,11 @@ def index_masks(
     """
     block_shape = check_block_shape("block_shape", block_shape)
     model = uncompiled(model)
-    shapes = alone_with(model, partial(kernel_weights, model))
+    shapes = {
+        name: shape
+        for name, shape in alone_with(model, partial(kernel_weights, model)).items()
+        if is_indexed(shape, block_shape)
+    }
     for name, sets in masks.items():
         if not isinstance(sets, Masks):
             raise TypeError(f"masks[{name!r}] must be Masks, got {type(sets).__name__}")

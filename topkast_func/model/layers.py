@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from topkast_func.kernels.engines import EngineName
 from topkast_func.kernels.pattern import Pattern
 from topkast_func.model.attention import AttentionStandIn
+from topkast_func.model.convolution import ConvolutionStandIn
 from topkast_func.model.stand_in import Bound, Product, StandIn, TransposedStandIn
 from topkast_func.types import Params
 
-KINDS = (StandIn, TransposedStandIn, AttentionStandIn)
+KINDS = (StandIn, TransposedStandIn, AttentionStandIn, ConvolutionStandIn)
 
 
 def stand_ins(model: object, engine: EngineName = "auto") -> list[StandIn]:

@@ -1,5 +1,7 @@
 """Which engine computes each sparse layer, and why."""
 
+import math
+
 from topkast_func.checks import check_count
 from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.kernels.linear import layer_of
@@ -55,9 +57,10 @@ def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str,
     chosen = {}
     for name in state.weights.sparse():
         if name in patterns:
-            rows, columns = shapes[name]
-            layer = layer_of(values[name], patterns[name], (rows, columns), batch)
-            chosen[name] = choose(engine, layer)
+            rows, *columns = shapes[name]
+            layer = layer_of(values[name], patterns[name], (rows, math.prod(columns)), batch)
+            seen = columns[0] if columns[1:] else 0  # by a convolution without strides
+            chosen[name] = choose(engine, layer._replace(rows=seen))
         else:
             compact = state.weights.stands(name) is not None
             why = UNKNOWN if compact else "storage='dense'"

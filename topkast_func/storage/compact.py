@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.config import TopKastConfig
-from topkast_func.kernels.pattern import Pattern, block_of, pattern_of
+from topkast_func.kernels.pattern import Pattern, block_of, is_indexed, pattern_of
 from topkast_func.model.alpha import alpha, merge, split
 from topkast_func.penalty import summed_penalty
 from topkast_func.places import counted, sizes_of
@@ -181,7 +181,7 @@ def compact(
     Args:
         params: θ by name; it is copied.
         masks: Sets of the sparse parameters.
-        layers: Names of the sparse matrices that kernels are to compute.
+        layers: Names of the sparse weights that kernels are to compute, if they can.
         block_shape: (r, c) of the blocks that the sets are made of.
         theta_device: Where θ rests; None for where it is.
         stored: How many values, or blocks of them, there are to be at the least, by name.
@@ -191,6 +191,7 @@ def compact(
         The weights.
     """
     kept, sizes = stored or {}, sizes or sizes_of(masks)
+    layers = {n for n in masks if n in layers and is_indexed(params[n].shape, block_shape)}
 
     def exploring(name: str, block: tuple[int, int]) -> int:
         return kept.get(name, 0) - sizes[name][0] // math.prod(block)

@@ -78,7 +78,7 @@ def stored(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredSt
             raise ValueError(f"narrow/{name} is no empty tensor of a narrower dtype than theta")
     masks = _masks(trees)
     layers = _names(header, "layers")
-    _check_known("layers", layers, {name for name in masks if theta[name].ndim == 2})
+    _check_known("layers", layers, {name for name in masks if theta[name].ndim >= 2})
     return StoredState(
         counters,
         theta,

@@ -1,0 +1,68 @@
+"""`torch.nn.Conv1d` and `Conv2d` on the kernels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topkast_func.kernels.convolution import sparse_convolution
+from topkast_func.kernels.shifted import Convolution
+from topkast_func.model.stand_in import StandIn
+
+LAYERS = (nn.Conv1d, nn.Conv2d)
+
+
+class ConvolutionStandIn(StandIn):
+    """Stands in for a convolution without groups; where dense products are faster, α is used."""
+
+    @staticmethod
+    def fits(layer: nn.Module) -> bool:
+        """Return whether this computes what the layer does."""
+        return (
+            isinstance(layer, LAYERS)
+            and any(type(layer).forward is kind.forward for kind in LAYERS)
+            and layer.groups == 1
+            and layer.padding_mode == "zeros"
+            and convolution_of(layer) is not None
+        )
+
+    def compute(self, input: Tensor) -> Tensor:
+        """Return what the layer returns."""
+        layer, bound = self.layer, self.products[0].bound
+        y, described = None, convolution_of(layer)
+        is_bound = bound is not None and layer.weight is bound.alpha
+        if bound and described and is_bound and _is_plain(input, layer):
+            images = input if isinstance(layer, nn.Conv2d) else input.unsqueeze(2)
+            engine = self.products[0].engine
+            y = sparse_convolution(
+                images, bound.values, bound.pattern, layer.out_channels, described, engine
+            )
+        if y is None:
+            found: Tensor = layer._conv_forward(input, layer.weight, layer.bias)
+            return found
+        y = y if layer.bias is None else y + layer.bias[:, None, None]
+        return y if isinstance(layer, nn.Conv2d) else y.squeeze(2)
+
+
+def convolution_of(layer: Any) -> Convolution | None:
+    """Describe a convolution, of one axis as of images of height 1; None if it pads unevenly."""
+    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    reach = [(taps - 1) * step for taps, step in zip(kernel, dilation, strict=True)]
+    if layer.padding == "same" and any(n % 2 for n in reach):
+        return None
+    named = {"same": tuple(n // 2 for n in reach), "valid": (0,) * len(reach)}
+    padding = named[layer.padding] if isinstance(layer.padding, str) else layer.padding
+    if any(pad > n for pad, n in zip(padding, reach, strict=True)):
+        return None
+    if len(reach) == 1:
+        return Convolution((1, *kernel), (1, *stride), (0, *padding), (1, *dilation))
+    return Convolution(kernel, stride, padding, dilation)
+
+
+def _is_plain(input: Tensor, layer: Any) -> bool:
+    """Return whether an input is a batch, with as many channels as there are, and no autocast."""
+    return (
+        input.ndim == layer.weight.ndim
+        and input.shape[1] == layer.in_channels
+        and not torch.is_autocast_enabled(input.device.type)
+    )
