@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from topkast_func import TopKastConfig, compute_masks, index_masks, sparse_forward
-from topkast_func.model.alpha import alpha
+from topkast_func.model.alpha import alpha_when_read
 from topkast_func.model.deferred import Deferred
 
 VALUES, PLACES = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 3, 1])
@@ -29,7 +29,7 @@ def deferred() -> tuple[Deferred, list[Tensor]]:
 
 
 def alpha_of(values: Tensor) -> Tensor:
-    return alpha(values, PLACES.tensor_split([2]), (2, 2))
+    return alpha_when_read(values, PLACES.tensor_split([2]), (2, 2))
 
 
 def test_it_is_made_once_and_only_when_it_is_read() -> None:

@@ -63,7 +63,7 @@ def shared() -> nn.Module:
             nn.Sequential(nn.Linear(3, 2), nn.Sequential(nn.Linear(2, 2))),
             ["0.weight", "1.0.weight"],
         ),
-        (nn.Sequential(nn.Conv1d(3, 3, 1), nn.Embedding(3, 3), nn.Bilinear(2, 2, 2)), []),
+        (nn.Sequential(nn.Conv1d(3, 3, 1, groups=3), nn.Embedding(3, 3), nn.Bilinear(2, 2, 2)), []),
         (nn.Sequential(Sub(3, 2), Other(2, 2)), ["0.weight"]),
         (nn.MultiheadAttention(4, 2), ["in_proj_weight", "out_proj.weight"]),
         (nn.MultiheadAttention(4, 2, kdim=3), []),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from topkast_func.kernels.library import Gradient, define
@@ -52,8 +53,8 @@ def merge(values: Tensor, theta: Tensor, index: Tensor) -> Tensor:
 def alpha(values: Tensor, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """Return α with the gradient of the identity on B.
 
-    It is one operator: a layer on the kernels does not read its α. A graph leaves the call out
-    where nobody does; elsewhere α is put together when it is first read.
+    It is one operator: a layer on the kernels does not read its α, and a graph leaves the call out
+    where nobody does.
 
     Args:
         values: The values, those of A first.
@@ -64,8 +65,22 @@ def alpha(values: Tensor, parts: Sequence[Tensor], shape: Sequence[int]) -> Tens
     Returns:
         α: the values on A, exactly 0 elsewhere.
     """
-    traced = torch.compiler.is_compiling() or get_eval_frame_callback() is not None
-    result: Tensor = (_ALPHA if traced else _WHEN_READ)(values, parts, shape)
+    result: Tensor = _ALPHA(values, parts, shape)
+    return result
+
+
+def alpha_when_read(values: Tensor, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Return `alpha`, put together when it is first read where no graph leaves it out.
+
+    It is for models alone, within a step: memory it has none.
+    """
+    at_once = (
+        values.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or get_eval_frame_callback() is not None
+        or _len_torch_dispatch_stack() > 0
+    )
+    result: Tensor = (_ALPHA if at_once else _WHEN_READ)(values, parts, shape)
     return result
 
 

@@ -17,7 +17,7 @@ from topkast_func.kernels.pattern import (
     places_in,
 )
 from topkast_func.model.alone import alone_with, forward_alone, uncompiled
-from topkast_func.model.alpha import alpha, straight_through
+from topkast_func.model.alpha import alpha_when_read, straight_through
 from topkast_func.model.layers import bound_to, kernel_weights, stand_ins, standing_in
 from topkast_func.model.modules import bind, buffers, check_names, frozen, ties
 from topkast_func.types import Masks, Model, Params
@@ -126,7 +126,8 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
 def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tensor:
     """Return α of a weight, from its values where its sets are indexed."""
     if isinstance(sets, Indexed) and values is not None:
-        return alpha(values, sets.places.tensor_split([sets.pattern.active_count]), theta.shape)
+        parts = sets.places.tensor_split([sets.pattern.active_count])
+        return alpha_when_read(values, parts, theta.shape)
     return straight_through(theta, sets) if isinstance(sets, Masks) else theta
 
 

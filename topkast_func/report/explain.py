@@ -37,10 +37,10 @@ def explain(
     Example:
         >>> import torch
         >>> from topkast_func import TopKastConfig, init_state, sgd
-        >>> state = init_state(torch.nn.Conv1d(4, 4, 3), TopKastConfig(), sgd(lr=0.1))
+        >>> state = init_state(torch.nn.Conv3d(4, 4, 1), TopKastConfig(), sgd(lr=0.1))
         >>> choices = explain(state)
-        parameter shape engine why
-        weight    4×4×3  dense all of α: of no layer that kernels know
+        parameter     shape engine why
+        weight    4×4×1×1×1  dense all of α: of no layer that kernels know
     """
     chosen, shapes = choices(state, batch_size, engine), state.weights.shapes()
     rows = [(name, "×".join(map(str, shapes[name])), *choice) for name, choice in chosen.items()]

@@ -1,7 +1,7 @@
 """Compact storage: values, gradients and optimiser slots of B only; θ rests beside them."""
 
 import math
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern, block_of, is_indexed, pattern_of
-from topkast_func.model.alpha import alpha, merge, split
+from topkast_func.model.alpha import alpha, alpha_when_read, merge, split
 from topkast_func.penalty import summed_penalty
 from topkast_func.places import counted, sizes_of
 from topkast_func.storage.index import Index, Positions, carry, old_slots, positions_of, reindex
@@ -43,12 +43,7 @@ class CompactWeights(NamedTuple):
 
     def alpha(self, values: Tensors) -> Tensors:
         """Return what the model computes with; see `DenseWeights.alpha`."""
-        return {
-            name: alpha(value, self.sets(name).parts, self.theta[name].shape)
-            if name in self.theta
-            else value
-            for name, value in values.items()
-        }
+        return self._alpha(values, alpha_when_read)
 
     def layers(self) -> dict[str, Pattern]:
         """Return the sets of the parameters that kernels can compute."""
@@ -113,7 +108,7 @@ class CompactWeights(NamedTuple):
 
     def forward(self) -> Tensors:
         """Return α."""
-        return self.alpha(self.held)
+        return self._alpha(self.held, alpha)
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B, on the device of the values."""
@@ -151,6 +146,14 @@ class CompactWeights(NamedTuple):
 
         return CompactWeights(held, patterns, positions, theta), {
             k: {n: carried(n, slot) for n, slot in tree.items()} for k, tree in slots.items()
+        }
+
+    def _alpha(self, values: Tensors, put_together: Callable[..., Tensor]) -> Tensors:
+        return {
+            name: put_together(value, self.sets(name).parts, self.theta[name].shape)
+            if name in self.theta
+            else value
+            for name, value in values.items()
         }
 
     def _where(self, name: str) -> Tensor:
