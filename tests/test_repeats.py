@@ -85,7 +85,7 @@ def test_numbers_that_count_calls_are_named_and_count_the_steps_alone() -> None:
     with pytest.warns(UserWarning, match=r"gives, called twice.* and changes \['calls'\] of the"):
         losses = steps(model)
     assert model.calls == 3
-    assert losses[2] == pytest.approx(9 * losses[0])
+    assert losses[2] == pytest.approx(9 * losses[0], rel=1e-3)  # beside a penalty
     with pytest.warns(UserWarning, match=r"changes \['calls'\] of the model at each call"):
         steps(Counting(), compile={"backend": "aot_eager"})
 
