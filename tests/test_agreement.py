@@ -94,6 +94,14 @@ def test_sets_that_do_not_fit_are_refused(case: Any) -> None:
         tk.init_state(network(), CONFIG, tk.sgd(0.1), masks=masks)
 
 
+def test_sets_without_names_or_values_are_refused() -> None:
+    with pytest.raises(TypeError, match="masks must map names to Masks, got list"):
+        tk.init_state(network(), CONFIG, tk.sgd(0.1), masks=[*given().values()])  # type: ignore[arg-type]
+    absent = {n: tk.Masks(*(m.to("meta") for m in sets)) for n, sets in given().items()}
+    with pytest.raises(ValueError, match=r"masks\['0.weight'\].* on the meta device"):
+        tk.init_state(network(), CONFIG, tk.sgd(0.1), masks=absent)
+
+
 def test_sets_that_are_not_of_blocks_are_refused() -> None:
     config = replace(CONFIG, block_shape=(2, 2))
     masks = given(**{"0.weight": tk.Masks(*(m.flip(0) for m in given()["0.weight"]))})
@@ -245,3 +253,20 @@ def test_a_refresh_refuses_other_sparse_parameters(storage: Any) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             tk.refresh(state, replace(CONFIG, **fields))
+
+
+def test_masks_and_names_of_nothing_are_told() -> None:
+    params = dict(network().named_parameters())
+    with pytest.raises(ValueError, match=r"masks of unknown parameters: \['x'\]"):
+        tk.exploration_penalty(params, {"x": given()["0.weight"]}, CONFIG)
+    with pytest.raises(TypeError, match=r"params must map names to tensors, got the names \[3\]"):
+        tk.compute_masks({3: params["0.weight"]}, CONFIG)  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="model must be a Module, got int"):
+        tk.densify(1)  # type: ignore[type-var]
+
+
+def test_gradients_that_a_method_does_not_read_are_passed_over() -> None:
+    state = tk.init_state(network(), CONFIG, tk.sgd(0.1))
+    found = tk.masks_of(tk.refresh(state, CONFIG, {}))
+    expected = tk.masks_of(tk.refresh(state, CONFIG, {"x": torch.ones(2)}))
+    assert torch.equal(found["0.weight"].backward, expected["0.weight"].backward)

@@ -141,3 +141,19 @@ def test_out_of_memory_is_told_as_it_is() -> None:
 
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         step_of(nn.Linear(6, 3), compile={"backend": backend})()
+
+
+class Keeping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.fc(x)
+        return self.kept
+
+
+def test_a_tensor_that_is_kept_from_the_graph_is_told_of() -> None:
+    step = step_of(Keeping(), compile={"backend": "aot_eager"})
+    with pytest.warns(UserWarning, match="keeps a tensor where it is not passed on"):
+        assert int(step()[0].step) == 1

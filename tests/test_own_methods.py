@@ -100,3 +100,18 @@ def test_what_is_wrong_with_a_method_is_told(spoil: Any, message: str) -> None:
     config = replace(CONFIG, method=Wrong(0, spoil))
     with pytest.raises(ValueError, match=rf"Wrong\(.*\).sets, for '0.weight', .*{message}"):
         tk.init_state(network(), config, tk.sgd(0.1))
+
+
+@dataclass(frozen=True)
+class Writing(Checkered):
+    """Works in place on what it chooses by."""
+
+    def sets(self, situation: tk.Situation) -> tuple[Tensor, Tensor]:
+        situation.scores.abs_()
+        return super().sets(situation)
+
+
+def test_a_method_that_writes_to_the_weights_is_named() -> None:
+    params = dict(network().named_parameters())
+    with pytest.raises(ValueError, match=r"sets writes to the scores of '0.weight': copy them"):
+        tk.compute_masks(params, replace(CONFIG, method=Writing()))

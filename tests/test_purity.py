@@ -72,7 +72,7 @@ SEEING: dict[str, Loss] = {
     "times zero": lambda model: lambda apply, batch: 0.0 * mse(apply, batch),
     "beside the module itself": lambda model: (
         lambda apply, batch: (
-            mse(apply, batch) + apply(batch[0]).sub(model(batch[0])).square().mean()
+            mse(apply, batch) + apply(batch[0]).sub(model(batch[0]).detach()).square().mean()
         )
     ),
     "beside a derivative": lambda model: (
@@ -184,16 +184,78 @@ def test_ties_that_change_in_mid_run_are_named(tie: bool) -> None:
     assert int(train_step(state, BATCH)[0].step) == 2
 
 
-def test_a_part_that_is_added_in_mid_run_is_seen() -> None:
-    model: Any = network()
-    state = tk.init_state(model, CONFIG, OPTIMIZER)
-    train_step = tk.make_train_step(model, mse, CONFIG, OPTIMIZER, compile=False)
-    state, _ = train_step(state, BATCH)
+def replace_layer(model: nn.Module) -> Callable[[], None]:
+    own: Any = model.get_submodule("2")
+    model.set_submodule("2", nn.Linear(8, 3))
+    return lambda: model.set_submodule("2", own)
+
+
+def append_layer(model: Any) -> Callable[[], None]:
     model.append(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="has 5 parts, and had 4 when make_train_step was called"):
+    return lambda: model.__delitem__(3)
+
+
+def add_parameter(model: nn.Module) -> Callable[[], None]:
+    model.register_parameter("scale", nn.Parameter(torch.ones(3)))
+    return lambda: delattr(model, "scale")
+
+
+def add_buffer(model: nn.Module) -> Callable[[], None]:
+    model.register_buffer("calls", torch.zeros(()))
+    return lambda: delattr(model, "calls")
+
+
+def drop_bias(model: nn.Module) -> Callable[[], None]:
+    layer = model.get_submodule("0")
+    bias = layer.bias
+    layer.bias = None
+    return lambda: setattr(layer, "bias", bias)
+
+
+def widen(model: nn.Module) -> Callable[[], None]:
+    model.double()
+    return lambda: model.float() and None
+
+
+def hook(model: nn.Module) -> Callable[[], None]:
+    return model.get_parameter("0.bias").register_hook(lambda _: None).remove
+
+
+CHANGES = {
+    replace_layer: "consists of other modules, 4, than when make_train_step was called, 4",
+    append_layer: "consists of other modules, 5, than when make_train_step was called, 4",
+    add_parameter: r"of another model: of the parameters missing \['scale'\], unknown \[\]",
+    add_buffer: r"of another model: of the buffers missing \['calls'\], unknown \[\]",
+    drop_bias: r"of another model: of the parameters missing \[\], unknown \['0.bias'\]",
+    widen: "'0.weight' has dtype torch.float32, the model torch.float64",
+    hook: "'0.bias' has a hook on its gradient",
+}
+
+
+@compiled_or_not
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_module_that_becomes_another_in_mid_run_is_named(change: Any, compile: Any) -> None:
+    model = network()
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    train_step = tk.make_train_step(model, mse, CONFIG, OPTIMIZER, compile=compile)
+    state, _ = train_step(state, BATCH)
+    undo = change(model)
+    with pytest.raises(ValueError, match=CHANGES[change]):
         train_step(state, BATCH)
-    del model[3]
+    undo()
     assert int(train_step(state, BATCH)[0].step) == 2
+
+
+@compiled_or_not
+def test_a_hook_on_the_forward_pass_is_called_from_when_it_is_there(compile: Any) -> None:
+    model = network()
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    train_step = tk.make_train_step(model, mse, CONFIG, OPTIMIZER, compile=compile)
+    before = train_step(state, BATCH)[1].data_loss
+    handle = model.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert torch.allclose(train_step(state, BATCH)[1].data_loss, 4 * before)
+    handle.remove()
+    assert torch.equal(train_step(state, BATCH)[1].data_loss, before)
 
 
 @pytest.mark.parametrize(

@@ -238,3 +238,112 @@ def test_a_trial_after_a_step_that_fails_hides_no_other_error() -> None:
     model.late = broken
     with warnings.catch_warnings(), pytest.raises(AttributeError, match="of the model itself"):
         train_step(state, BATCH)
+
+
+class Listed(nn.Module):
+    """A layer that reads its weight from a list, which nothing replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.held = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.held[0].T + self.layer.bias
+
+
+@compiled_or_not
+def test_a_loss_of_the_weights_that_the_module_has_is_refused(compile: Any) -> None:
+    model = Late()
+
+    def decayed(apply: Any, batch: Any) -> Tensor:
+        return mse(apply, batch) + 0.1 * model.first.weight.square().sum()
+
+    with pytest.raises(ValueError, match=r"depends on \['first.weight'\] as the module has them"):
+        begun(model, compile, loss=decayed)
+    with pytest.raises(ValueError, match=r"depends on \['layer.weight'\] as the module has them"):
+        begun(Listed(), compile)
+
+
+def test_a_loss_may_read_the_original_weights_without_a_gradient() -> None:
+    model = Late()
+
+    def near_the_original(apply: Any, batch: Any) -> Tensor:
+        with torch.no_grad():
+            target = model(batch[0]) + 1
+        return mse(apply, (batch[0], target))
+
+    assert int(begun(model, loss=near_the_original)[0].step) == 2
+
+
+def test_parameters_of_others_that_no_step_trains_are_told_of() -> None:
+    scale = nn.Parameter(torch.ones(2))
+    with pytest.warns(UserWarning, match=r"none of the model, of shapes \[\(2,\)\].*not trained"):
+        begun(Late(), loss=lambda apply, batch: scale.prod() * mse(apply, batch))
+    begun(Late(), loss=lambda apply, batch: scale.detach().prod() * mse(apply, batch))
+
+
+@compiled_or_not
+def test_a_loss_that_is_differentiated_already_is_refused(compile: Any) -> None:
+    def backward(apply: Any, batch: Any) -> Tensor:
+        loss = mse(apply, batch)
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match=r"loss_fn calls backward\(\): it is to return the loss"):
+        begun(Late(), compile, loss=backward)
+
+
+@compiled_or_not
+def test_a_loss_that_takes_a_batch_apart_leaves_that_of_the_caller(compile: Any) -> None:
+    model, batch = Late(), dict(zip("xy", BATCH, strict=True))
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+
+    def popping(apply: Any, batch: Any) -> Tensor:
+        return nn.functional.mse_loss(apply(batch.pop("x")), batch["y"])
+
+    train_step = tk.make_train_step(model, popping, CONFIG, OPTIMIZER, compile=compile)
+    for step in (1, 2):
+        state, _ = train_step(state, batch)
+        assert (int(state.step), [*batch]) == (step, ["x", "y"])
+
+
+def test_batches_of_other_layouts_are_tried_as_any() -> None:
+    batch = (BATCH[0].to_sparse(), BATCH[1])
+    model = Late()
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    train_step = tk.make_train_step(
+        model,
+        lambda apply, batch: mse(apply, (batch[0].to_dense(), batch[1])),
+        CONFIG,
+        OPTIMIZER,
+        compile=False,
+    )
+    assert int(train_step(state, batch)[0].step) == 1
+
+
+def test_a_batch_without_values_is_named() -> None:
+    with pytest.raises(ValueError, match="the batch holds tensors on the meta device"):
+        tk.dense_gradients(
+            Late(),
+            mse,
+            tk.init_state(Late(), CONFIG, OPTIMIZER),
+            tree_map(lambda t: t.to("meta"), BATCH),
+        )
+
+
+def test_a_gradient_at_alpha_of_a_loss_that_does_not_see_it_is_refused() -> None:
+    model = Late()
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    with pytest.raises(ValueError, match="does not depend on what is trained"):
+        tk.dense_gradients(model, lambda apply, batch: mse(model, batch), state, BATCH)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.jit.script], ids=["parallel", "script"])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_module_that_runs_with_no_other_weights_is_named(wrap: Any) -> None:
+    model = wrap(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)))
+    with pytest.raises(TypeError, match=r"model is a .*: give the module that is in it"):
+        tk.init_state(model, CONFIG, OPTIMIZER)
+    with pytest.raises(TypeError, match=r"model is a .*: give the module that is in it"):
+        tk.make_train_step(model, mse, CONFIG, OPTIMIZER)

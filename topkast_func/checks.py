@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
 LARGEST = 3.4028234663852886e38
@@ -191,6 +192,13 @@ def dispatches(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
+def versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return numbers that are others after a write; none in a graph, nor of inference tensors."""
+    if torch.compiler.is_compiling():
+        return {}
+    return {name: t._version for name, t in tensors.items() if not t.is_inference()}
+
+
 def difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str | None:
     """Say which names are missing and which unknown.
 
@@ -234,3 +242,5 @@ def check_tree(params: object) -> None:
     """
     if not isinstance(params, Mapping):
         raise TypeError(f"params must map names to tensors, got {type(params).__name__}")
+    if unnamed := [name for name in params if not isinstance(name, str)]:
+        raise TypeError(f"params must map names to tensors, got the names {unnamed}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from topkast_func.block_masks import blocks, spread
-from topkast_func.checks import check_count
+from topkast_func.checks import check_count, versions
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
 from topkast_func.config.leaves import check_present
@@ -169,7 +169,7 @@ def masks_at(
     Raises:
         NaNParameterError: A parameter, or a gradient that is read, holds NaN; a ValueError too.
         ValueError: A parameter is not divisible into blocks, or the method has not chosen as many
-            entries as it was asked for.
+            entries as it was asked for, or has written to what it chooses by.
     """
     chosen, situations = {}, {}
     block, norm = config.block_shape, config.block_norm
@@ -193,7 +193,10 @@ def masks_at(
             held=held.get(name, 0),
             group=config.group,
         )
+        given = versions({name: scores})
         sets = config.method.sets(situation)
+        if versions({name: scores}) != given:
+            raise ValueError(f"{config.method}.sets writes to the scores of {name!r}: copy them")
         check_kind(config.method, situation, sets)
         chosen[name], situations[name] = sets, situation
     told = {name: telling(*sets, config.group) for name, sets in chosen.items()}

@@ -116,8 +116,10 @@ def densify(model: Module) -> Module:
         The same module.
 
     Raises:
+        TypeError: It is no module.
         ValueError: It has no sparse weights, or none any more.
     """
+    check_type("model", model, nn.Module)
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
     if not any(weights_of(layer) for layer in layers):
         raise ValueError(

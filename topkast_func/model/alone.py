@@ -11,6 +11,13 @@ from torch import nn
 from topkast_func.model.modules import modes
 from topkast_func.turns import RANDOM_NUMBERS, Claims, in_turn
 
+WRAPPERS = (
+    torch.jit.ScriptModule,
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+)
+"""Modules that `torch.func.functional_call` does not run, or not with what they are for."""
+
 Compiled = TypeVar("Compiled")
 Result = TypeVar("Result")
 
@@ -84,7 +91,22 @@ def as_written(parts: Iterable[object], run: Callable[[], Result]) -> Result:
 
 
 def uncompiled(model: Compiled) -> Compiled:
-    """Return the module or function that torch.compile wrapped; anything else as it is."""
+    """Return the module or function that torch.compile wrapped; anything else as it is.
+
+    Args:
+        model: A module, a function, or anything else.
+
+    Returns:
+        It, without that.
+
+    Raises:
+        TypeError: It is a module that does not run with other weights than its own.
+    """
+    if isinstance(model, WRAPPERS):
+        raise TypeError(
+            f"model is a {type(model).__name__}, which does not run with other weights than its "
+            "own: give the module that is in it, or that it was made of"
+        )
     if isinstance(model, nn.Module):
         return model._modules.get("_orig_mod", model)  # type: ignore[return-value]
     if isinstance(model, FunctionType):

@@ -1,13 +1,12 @@
 """What a module holds, and how it runs with other tensors in their place."""
 
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from topkast_func.checks import versions
 from topkast_func.types import Model, Params, Tensors
 
 CHANGED = (
@@ -33,7 +32,7 @@ def bind(
         The bound model. It raises ValueError where a module writes to a tensor that is no buffer.
     """
     if not isinstance(model, nn.Module):
-        return partial(model, alpha)
+        return lambda *inputs, **options: model({**alpha}, *inputs, **options)
 
     def apply(*inputs: Any, **options: Any) -> Any:
         tensors = {**constant, **alpha, **buffers}
@@ -72,13 +71,6 @@ def ties(model: object) -> dict[str, str]:
             if tensor is not None and first.setdefault(id(tensor), name) != name:
                 tied[name] = first[id(tensor)]
     return tied
-
-
-def versions(tensors: Params) -> dict[str, int]:
-    """Return numbers that are others after a write; none in a graph, nor of inference tensors."""
-    if torch.compiler.is_compiling():
-        return {}
-    return {name: t._version for name, t in tensors.items() if not t.is_inference()}
 
 
 def trainable(model: object) -> Tensors:
@@ -139,6 +131,15 @@ def unset_buffers(model: object) -> dict[str, tuple[nn.Module, str]]:
 def modes(model: object) -> tuple[bool, ...]:
     """Return the ``training`` flag of every part of a module; () for anything else."""
     return tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else ()
+
+
+def hooks(model: object) -> tuple[tuple[int, ...], ...]:
+    """Return the numbers of the hooks of every part of a module; () for anything else."""
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    return tuple(
+        (*m._forward_pre_hooks, *m._forward_hooks, *m._backward_pre_hooks, *m._backward_hooks)
+        for m in parts
+    )
 
 
 def tensors_of(model: object) -> Tensors:

@@ -1,12 +1,14 @@
 """What must agree: a state with the model, configuration and optimiser that go on from it."""
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 from torch import nn
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.schedule import Schedule
-from topkast_func.model.modules import modes, parameters_of, ties, trainable
+from topkast_func.model.alone import parts_of
+from topkast_func.model.modules import parameters_of, ties, trainable
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.training.fits_config import config_problem, outlines
 from topkast_func.training.fits_model import model_problem
@@ -24,8 +26,13 @@ TIED = (
     "dense_params(state)"
 )
 PARTS = (
-    "the model has {} parts, and had {} when make_train_step was called: undo that, or begin anew "
-    "with init_state, from a module that has loaded dense_params(state)"
+    "the model consists of other modules, {}, than when make_train_step was called, {}: undo that, "
+    "or call make_train_step again, and, where its parameters are others, begin anew with "
+    "init_state, from a module that has loaded dense_params(state)"
+)
+HOOKED = (
+    "{!r} has a hook on its gradient, which a step does not call: remove it, and do what it does "
+    "in a part of the optimizer, see tk.chain, or train in an ordinary loop, by tk.sparsify"
 )
 ROLES = {False: ("no", "trains"), True: ("a", "holds and freezes")}
 COMPACT = (
@@ -81,17 +88,17 @@ def agreement(
 
     Returns:
         The check. It is quick for what looks as the last state did that agreed, and raises
-        ValueError where a state does not, or the module has become another: it has other ties, more
-        parts or fewer, or a parameter has begun or ceased to be trained.
+        ValueError where a state does not, or the module has become another: it has other parts,
+        tensors or ties, or a parameter has a hook, or has begun or ceased to be trained.
     """
-    parameters, tied, parts = parameters_of(model), ties(model), len(modes(model))
+    parameters, tied, parts = parameters_of(model), ties(model), parts_of(model)
     schedule = config.schedule
     agreed: Hashable = None
 
     def check(state: TrainState) -> None:
         nonlocal agreed
-        if (now := len(modes(model))) != parts:
-            raise ValueError(PARTS.format(now, parts))
+        if (now := parts_of(model)) != parts:
+            raise ValueError(PARTS.format(len(now), len(parts)))
         first: dict[int, str] = {}
         for name, (module, key) in parameters.items():
             parameter = module._parameters.get(key)
@@ -102,7 +109,9 @@ def agreement(
             role = tied.get(name, name) in state.frozen
             if parameter.requires_grad == role:
                 raise ValueError(EXCHANGED.format(name, *ROLES[role]))
-        if (looks := _looks(state, schedule)) == agreed:
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise ValueError(HOOKED.format(name))
+        if (looks := (_looks(state, schedule), _held(parts))) == agreed:
             return
         asked: Params | None = trainable(model) if isinstance(model, nn.Module) else None
         if asked is None and not callable(config.sparse):
@@ -126,6 +135,15 @@ def _looks(state: TrainState, schedule: Schedule) -> Hashable:
         tuple((name, float(exponent)) for name, exponent in state.exponents.items()),
         tuple(_kinds(tree) for tree in trees),
         tuple((kind, _kinds(tree)) for kind, tree in slots.items()),
+    )
+
+
+def _held(parts: list[Any]) -> Hashable:
+    """Return the keys, shapes and dtypes of the tensors that each part of a module has."""
+    trees = [(p._parameters, p._buffers) for p in parts if isinstance(p, nn.Module)]
+    return tuple(
+        tuple((key, t.shape, t.dtype) for tree in pair for key, t in tree.items() if t is not None)
+        for pair in trees
     )
 
 

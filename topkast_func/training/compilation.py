@@ -23,6 +23,10 @@ AS_EAGER: Mapping[str, Any] = {"options": {"fallback_random": True}}
 COMPILES_FROM = "2.6"
 """First version of torch that compiles the step."""
 
+KEPT = (
+    "the forward pass or loss_fn keeps a tensor where it is not passed on, in an attribute of the "
+    "model say: return it"
+)
 EAGER = "train_step runs eager, on small models several times slower: {}"
 ALONE = (
     "this rank cannot compile train_step: {}. Mend that, or pass make_train_step(..., "
@@ -172,4 +176,6 @@ def _fresh(step: Any) -> FunctionType:
 def _cause(failure: Any) -> str:
     """Name the exception behind a failure and the first line of its text, if it has any."""
     cause = failure.inner_exception
+    if "TensorWrapper" in str(cause):
+        return KEPT
     return ": ".join([type(cause).__name__, *str(cause).strip().splitlines()[:1]])

@@ -9,6 +9,7 @@ from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import difference
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, given_sparsity
+from topkast_func.config.leaves import check_present
 from topkast_func.kernels.pattern import block_of
 from topkast_func.masks import counts, counts_among, uneven_sets
 from topkast_func.model.forward import check_weight_sets
@@ -28,10 +29,12 @@ def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfi
         config: The configuration.
 
     Raises:
-        TypeError: The sets are not `Masks` of bool.
-        ValueError: They are of other parameters, of other shapes or sizes, not made of whole
-            blocks or not as many in each group, or A is not part of B.
+        TypeError: The sets are not `Masks` of bool by name.
+        ValueError: They are without values, of other parameters, of other shapes or sizes, not made
+            of whole blocks or not as many in each group, or A is not part of B.
     """
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks must map names to Masks, got {type(masks).__name__}")
     asked = counts(params, config)
     if masks.keys() != asked.keys():
         missing, unknown = sorted(asked.keys() - masks.keys()), sorted(masks.keys() - asked.keys())
@@ -42,6 +45,8 @@ def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfi
     for name, expected in asked.items():
         sets = masks[name]
         check_weight_sets(name, sets, params[name].shape)
+        for mask in sets:
+            check_present(f"masks[{name!r}]", mask)
         if (sets.forward & ~sets.backward).any():
             raise ValueError(f"masks[{name!r}]: the forward mask is not part of the backward mask")
         if not all(is_of_blocks(mask, config.block_shape) for mask in sets):

@@ -12,6 +12,7 @@ from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.random_numbers import random_numbers_of
 from topkast_func.training.state import TrainState, alpha_in, check_state
+from topkast_func.training.trial import check_pure
 from topkast_func.turns import RANDOM_NUMBERS
 from topkast_func.types import LossFn, Model, Tensors
 
@@ -32,11 +33,13 @@ def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any
 
     Raises:
         TypeError: The loss is no 0-d tensor, or ``state`` no state.
+        ValueError: The loss does not depend on what is trained, or the forward pass is not pure.
     """
     check_state(state)
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
 
     def gradients() -> Tensors:
+        check_pure(model, loss_fn, state, batch)
         with random_numbers_of(state):
             return gradients_of(model, loss_fn)(state, batch)
 

@@ -69,6 +69,7 @@ def train(
         The state after the last step.
 
     Raises:
+        TypeError: A callback is none.
         ValueError: ``train_step`` was made with another configuration.
 
     Example:
@@ -85,6 +86,9 @@ def train(
     own = getattr(train_step, "config", config)
     if own != config:
         raise ValueError(f"train_step was made with another configuration, {own}, than {config}")
+    for callback in callbacks:
+        if isinstance(callback, type) or not hasattr(callback, "on_step"):
+            raise TypeError(f"callbacks must be instances of tk.Callback, got {callback!r}")
     times = stopwatch()
     try:
         with tqdm(batches, desc="training", unit="step", disable=not progress) as bar:

@@ -36,7 +36,7 @@ def exploration_penalty(
 
     Raises:
         TypeError: ``params`` are not by name, or ``config`` is no configuration.
-        ValueError: The configuration gives a masked parameter no sparsity.
+        ValueError: The configuration gives a masked parameter no sparsity, or there is none such.
 
     Departures:
         The paper prints one norm and calls it L2; the three readings in use are offered.
@@ -52,6 +52,8 @@ def exploration_penalty(
     """
     check_tree(params)
     check_type("config", config, TopKastConfig)
+    if unknown := [name for name in masks if name not in params]:
+        raise ValueError(f"masks of unknown parameters: {unknown}")
     shapes = {name: params[name].shape for name in masks}
     device = next(iter(params.values())).device
     parts = partial(_parts, params, masks)

@@ -21,7 +21,14 @@ from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.parted import active, with_active, without
 from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.fits_config import check_refresh
-from topkast_func.training.optim import Optimizer, OptimizerState, Rate, global_norm, summed_by
+from topkast_func.training.optim import (
+    Optimizer,
+    OptimizerState,
+    Rate,
+    global_norm,
+    summed_by,
+    updated,
+)
 from topkast_func.training.refresh import Choice, refreshed
 from topkast_func.training.state import TrainState, Weights, elsewhere
 from topkast_func.training.update import Moved, batch_loss_of
@@ -162,7 +169,7 @@ def owned_update_of(
             slots = _present(state.optimizer.slots, optimizer.init(own).slots)
             with summed_by(ranks.total):
                 before = OptimizerState(state.optimizer.step, slots)
-                updates, moved = optimizer.update(grads, before, own, rate)
+                updates, moved = updated(optimizer, grads, before, own, rate)
                 norm = global_norm(grads)
             held = {n: v + updates[n] if ranks.owns(n) else values[n] for n, v in own.items()}
             after = state._replace(

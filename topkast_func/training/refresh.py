@@ -58,6 +58,7 @@ def refresh(
     state = ordinary(state) if state.step.is_inference() else state
     check_at_hand(state)
     check_refresh(state, config)
+    gradients = gradients if config.method.reads_gradient else None
     try:
         return refreshed(state, config, gradients)
     except torch.OutOfMemoryError as reason:

@@ -16,7 +16,7 @@ from topkast_func.sparsity import ByPattern
 from topkast_func.training.agreement import COMPACT
 from topkast_func.training.first_weights import Manner, first_weights, trained
 from topkast_func.training.materialize import Materialize, Source
-from topkast_func.training.optim import Optimizer, check_optimizer
+from topkast_func.training.optim import Optimizer, check_optimizer, started
 from topkast_func.training.state import Storage, TrainState
 from topkast_func.turns import RANDOM_NUMBERS
 from topkast_func.types import Masks, Params
@@ -126,7 +126,7 @@ def _first_state(
         weights=weights,
         buffers=source.copied(buffers),
         frozen=source.copied(frozen(model)),
-        optimizer=optimizer.init(values),
+        optimizer=started(optimizer, values),
         exponents={name: exponent.clone() for name in powers},
         narrow={
             name: values[name].new_empty(0, dtype=tensor.dtype)

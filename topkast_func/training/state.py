@@ -185,9 +185,7 @@ def narrowed(tensors: Tensors, narrow: Params) -> Tensors:
 
 
 def ordinary(tree: Tree) -> Tree:
-    """Copy the inference tensors of a tree, which autograd refuses; leave the others."""
-    if not any(leaf.is_inference() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)):
-        return tree
+    """Copy a tree, and of its tensors those of inference mode, which autograd refuses."""
     copied: Tree = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, tree)
     return copied
 

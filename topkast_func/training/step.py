@@ -25,7 +25,7 @@ from topkast_func.model.alone import (
     uncompiled,
 )
 from topkast_func.model.layers import stand_ins, standing_in
-from topkast_func.model.modules import modes
+from topkast_func.model.modules import hooks, modes
 from topkast_func.training.agreement import agreement
 from topkast_func.training.compilation import compiled, signature
 from topkast_func.training.ensembles import by_member, is_ensemble
@@ -61,8 +61,8 @@ def make_train_step(
     """Build ``train_step(state, batch) -> (state, metrics)``.
 
     The step is pure: it writes to none of its arguments and not to the module. Its first call in
-    each mode of the module also runs the forward pass once on copies, to see that it is pure and
-    that the loss depends on what is trained.
+    each mode of the module also runs the forward pass twice on copies, to see that it is pure and
+    that the loss depends on what is trained; it warns where that does not do the same again.
     Before step t it chooses A and B anew when ``config.refresh_every`` divides t > 0, and makes B
     the forward set at t = ``config.explore_until``; where another sparsity is in force from t on,
     the step before ends by choosing them, so that t steps reach it. The update,
@@ -77,8 +77,9 @@ def make_train_step(
     they take turns where they do, where a step draws random numbers, and where it compiles. What
     they must leave to the steps meanwhile is a module of theirs (to run it beside, let a copy of it
     load `forward_params`) and torch's own generators (give a ``torch.Generator`` to whatever else
-    draws). Where other programs use the cores, call ``torch.set_num_threads(1)``: threads that wait
-    for each other while they are not scheduled can make a step many times slower.
+    draws). A loss function is not to wait for a thread that makes steps. Where other programs use
+    the cores, call ``torch.set_num_threads(1)``: threads that wait for each other while they are
+    not scheduled can make a step many times slower.
 
     A loss that is NaN is returned as it is; θ then holds NaN, and a refresh that comes due
     keeps the sets and warns.
@@ -129,9 +130,9 @@ def make_train_step(
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
         state is of another model or optimiser, a parameter is trained that requires no gradient
         or the other way round, the forward pass changes a parameter or its inputs, the loss does
-        not depend on what is trained, or no rank has a sample, RuntimeError where the model breaks
-        the graph, another rank is lost, elsewhere or holds another state, and whatever the model
-        itself raises; the caller's state is whole after any of these.
+        not depend on what is trained alone, or no rank has a sample, RuntimeError where the model
+        breaks the graph, another rank is lost, elsewhere or holds another state, and whatever the
+        model itself raises; the caller's state is whole after any of these.
 
     Raises:
         TypeError: The model or the loss function cannot be called, or the latter is one of torch
@@ -171,19 +172,20 @@ def make_train_step(
     schedule = config.schedule
 
     @cache
-    def run_from(start: int) -> Callable[..., Moved]:
+    def run_from(start: int, hooked: Hashable) -> Callable[..., Moved]:
         step = way.update_of(model, loss_fn, config, start, optimizer, layers, ranks)
         return compiled(step, compile, required=ranks.several)
 
     @cache
-    def gradients_from(start: int) -> Callable[[TrainState, Any], Tensors]:
+    def gradients_from(start: int, hooked: Hashable) -> Callable[[TrainState, Any], Tensors]:
         return compiled(gradients_of(model, loss_fn), compile, required=ranks.several)
 
     def gradients(state: TrainState, batch: Any) -> Tensors:
         last = max(int(state.step) - 1, 0)
-        return ranks.mean(gradients_from(schedule.stage(last))(state, batch))
+        run = gradients_from(schedule.stage(last), hooks(model))
+        return ranks.mean(run(state, batch))
 
-    alone_with(model, partial(run_from, 0))
+    alone_with(model, partial(run_from, 0, hooks(model)))
     first = RANDOM_NUMBERS if compile is False else EVERYTHING
     parts, draws = parts_of(model), Draws(first, ranks.rank)
     own = claim(parts)
@@ -202,7 +204,7 @@ def make_train_step(
         lent = {i: layer for i, layer in enumerate(layers) if layer.needed(patterns)}
 
         def step() -> Moved:
-            run = run_from(schedule.stage(int(state.step)))
+            run = run_from(schedule.stage(int(state.step)), hooks(model))
             rate = optimizer.learning_rate(state.optimizer.step)
             rate = tree_map(lambda lr: lr.reshape(1), rate)
             phi, bare = tuple(state.exponents), state._replace(exponents={})
@@ -235,7 +237,8 @@ def make_train_step(
         refreshes = refreshes_around(state, config, optimizer)
         if compile is not False:
             chooses = (schedule.stage(int(state.step)), *refreshes)
-            kind = (mode, type(state.weights), sizes, *chooses, signature(batch))
+            held = hooks(model), type(state.weights), sizes
+            kind = (mode, *held, *chooses, signature(batch))
         work = partial(in_its_turn, state, batch, mode, kind, *refreshes)
         turn = partial(in_turn, own | draws.claims(kind), partial(as_written, parts, work))
         with one_report():

@@ -13,18 +13,35 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
+from topkast_func.checks import versions
 from topkast_func.compiling import compilation_seconds
-from topkast_func.model.modules import CHANGED, bind, ties, unset_buffers, versions
+from topkast_func.model.modules import CHANGED, bind, tensors_of, ties, unset_buffers
 from topkast_func.training.derivative import HOOKS, without_hooks
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.random_numbers import random_numbers_of
+from topkast_func.training.repeats import Repeats
 from topkast_func.training.state import TrainState, alpha_in
 from topkast_func.turns import RANDOM_NUMBERS, require
 from topkast_func.types import LossFn, Model, Tensors
+from topkast_func.warn import warn_caller
 
 UNSEEN = (
     "the loss does not depend on what is trained: call the model through apply: model(x) has the "
     "original weights; and detach nothing, nor compute under torch.no_grad(), on the way to it"
+)
+ORIGINAL = (
+    "the loss depends on {} as the module has them, which are never trained: read them in the "
+    "forward pass that apply runs, or take the penalty of the configuration or the weight decay of "
+    "the optimizer; where the original weights are meant, compute with them under torch.no_grad()"
+)
+STRANGE = (
+    "the loss depends on parameters that are none of the model, of shapes {}, and are not trained: "
+    "make them part of the model, or compute what they are in under torch.no_grad()"
+)
+BACKWARD = "loss_fn calls backward(): it is to return the loss, and the step differentiates that"
+WRITTEN = (
+    "the step has written to the state that it was given, which is not whole any more: what the "
+    "optimizer, the forward pass or loss_fn is given is to be copied before it is changed in place"
 )
 INPUTS = "the forward pass or loss_fn changes its inputs in place: copy them first"
 
@@ -40,6 +57,7 @@ class Trials:
     def __init__(self, model: Model, loss_fn: LossFn) -> None:
         self._model, self._loss_fn = model, loss_fn
         self._tried: set[Hashable] = set()
+        self._repeats = Repeats(model)
 
     @contextmanager
     def around(self, mode: Hashable, state: TrainState, batch: Any) -> Iterator[None]:
@@ -59,11 +77,10 @@ class Trials:
         """
         if new := mode not in self._tried:
             self._try(mode, state, batch)
-        compiled, given = (
-            compilation_seconds(),
-            {str(i): leaf for i, leaf in enumerate(_tensors(batch))},
-        )
-        before = versions(given)
+        compiled = compilation_seconds()
+        given = {str(i): leaf for i, leaf in enumerate(_tensors(batch))}
+        held = {str(i): leaf for i, leaf in enumerate(_tensors(state) if new else ())}
+        before, whole = versions(given), versions(held)
         try:
             yield
         except Exception:
@@ -72,18 +89,22 @@ class Trials:
             raise
         if versions(given) != before:
             raise ValueError(INPUTS)
+        if versions(held) != whole:
+            raise ValueError(WRITTEN)
         if compilation_seconds() != compiled and not new:
             self._try(mode, state, batch)
 
     def _try(self, mode: Hashable, state: TrainState, batch: Any) -> None:
+        new = mode not in self._tried
         self._tried.discard(mode)  # for a turn that begins again
         require(RANDOM_NUMBERS)
-        check_pure(self._model, self._loss_fn, state, batch)
+        trial = partial(check_pure, self._model, self._loss_fn, state, batch)
+        self._repeats.run(trial, twice=new)
         self._tried.add(mode)
 
 
 @torch.enable_grad()
-def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> None:
+def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> Tensor | None:
     """Try the forward pass on copies: a compiled step would write changes into the state.
 
     Args:
@@ -92,14 +113,19 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
         state: The state; it is not written to.
         batch: Whatever ``loss_fn`` takes; nor is it.
 
+    Returns:
+        The loss; None where the trial ended in an error that is for the step to tell.
+
     Raises:
         ValueError: It changes a parameter or its inputs, gives a buffer another shape, or sets
-            one that was None; the loss does not depend on what is trained, or has a gradient that
-            is a sparse tensor; or a parameter has a hook.
+            one that was None; the loss does not depend on what is trained, or on the parameters
+            that the module itself has, or has a gradient that is a sparse tensor, or has been
+            differentiated already.
         RuntimeError: It uses `torch.utils.checkpoint`. What else is wrong with it is for the step
             to say.
     """
-    _check_hooks(model)
+    if any(tensor.is_meta for tensor in _tensors(batch)):
+        raise ValueError("the batch holds tensors on the meta device, without values")
     given, batch = _tensors(batch), tree_map_only(Tensor, torch.clone, batch)
     inputs = _tensors(batch)
     before, unset = alpha_in(state), unset_buffers(model)
@@ -108,15 +134,14 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
     held, loss = dict(weights), None
     with random_numbers_of(state), _only_of_hooks():
         loss, _ = loss_and_aux(loss_fn(bind(model, ties(model), weights, {}, held), batch))
-    same = partial(torch.allclose, rtol=0.0, atol=0.0, equal_nan=True)
     written = {name: held.pop(name) for name in state.buffers}
     if changed := [
         name
         for name, now in held.items()
-        if now is not weights[name] or now._version or not same(now, before[name])
+        if now is not weights[name] or now._version or not _same(now, before[name])
     ]:
         raise ValueError(CHANGED.format(changed))
-    if any(now._version or not same(now, leaf) for now, leaf in zip(inputs, given, strict=True)):
+    if any(now._version or not _same(now, leaf) for now, leaf in zip(inputs, given, strict=True)):
         raise ValueError(INPUTS)
     if reshaped := [n for n, b in written.items() if b.shape != before[n].shape]:
         raise ValueError(f"the forward pass gives buffers {reshaped} another shape")
@@ -127,25 +152,23 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
         raise ValueError(
             f"the forward pass sets buffers {newly_set} that were None: register them as tensors"
         )
-    if isinstance(loss, Tensor):
-        _check_graph(loss, trained)
+    if any(leaf.grad is not None for leaf in trained.values()):
+        raise ValueError(BACKWARD)
+    if loss is None:
+        return None
+    _check_graph(loss, trained, tensors_of(model))
+    return loss.detach()
+
+
+def _same(now: Tensor, before: Tensor) -> bool:
+    """Return whether tensors are equal, NaN to NaN; True of kinds that torch cannot compare."""
+    if now.is_nested or now.layout != torch.strided or now.shape != before.shape:
+        return now.is_nested or now.shape == before.shape
+    return torch.allclose(now, before, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _check_hooks(model: Model) -> None:
-    """Check that no parameter has a hook: the step computes with others in their place."""
-    if not isinstance(model, nn.Module):
-        return
-    for name, parameter in model.named_parameters():
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            raise ValueError(
-                f"{name!r} has a hook on its gradient, which a step does not call: remove it, and "
-                "do what it does in a part of the optimizer, see tk.chain, or train in an ordinary "
-                "loop, by tk.sparsify"
-            )
 
 
 @contextmanager
@@ -177,12 +200,18 @@ class _NoCheckpoint(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _check_graph(loss: Tensor, trained: Tensors) -> None:
-    """Check that a leaf is in the graph of a loss, and that all gradients are strided."""
+def _check_graph(loss: Tensor, trained: Tensors, own: Tensors) -> None:
+    """Check which leaves are in the graph of a loss, and that all gradients are strided."""
     ends = {get_gradient_edge(leaf).node: name for name, leaf in trained.items()}
     graph = _behind(loss.grad_fn)
     if not ends.keys() & graph:
         raise ValueError(UNSEEN)
+    originals = {id(parameter): name for name, parameter in own.items()}
+    leaves = [node.variable for node in graph if hasattr(node, "variable")]
+    if names := sorted(originals[id(leaf)] for leaf in leaves if id(leaf) in originals):
+        raise ValueError(ORIGINAL.format(names))
+    if shapes := [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, nn.Parameter)]:
+        warn_caller(STRANGE.format(shapes))
     sparse = {node for node in graph if getattr(node, "_saved_sparse", False)}
     if names := [ends[end] for node in sparse for end in ends.keys() & _behind(node)]:
         raise ValueError(

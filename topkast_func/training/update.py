@@ -15,7 +15,7 @@ from topkast_func.model.stand_in import StandIn
 from topkast_func.powerprop import theta_of
 from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.loss import loss_and_aux
-from topkast_func.training.optim import Optimizer, OptimizerState, Rate, global_norm
+from topkast_func.training.optim import Optimizer, OptimizerState, Rate, global_norm, updated
 from topkast_func.training.state import TrainState, narrowed
 from topkast_func.types import LossFn, Model, Tensors
 
@@ -74,7 +74,7 @@ def update_of(
                 grads, data_loss, aux, written = ranks.whole(share, own, state.buffers)
                 loss = data_loss + config.penalty_weight * penalty
             rate = tree_map(lambda given: given.reshape(()), lr)
-            updates, moved = optimizer.update(grads, state.optimizer, weights.values(), rate)
+            updates, moved = updated(optimizer, grads, state.optimizer, weights.values(), rate)
             after = state._replace(
                 step=state.step + (moved.step % optimizer.every == 0),
                 weights=weights.moved(updates),

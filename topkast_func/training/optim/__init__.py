@@ -9,6 +9,7 @@ from topkast_func.training.optim.descent import adam, adamw, lion, sgd
 from topkast_func.training.optim.groups import partition
 from topkast_func.training.optim.norms import global_norm, summed_by
 from topkast_func.training.optim.rates import Rate
+from topkast_func.training.optim.returned import started, updated
 from topkast_func.training.optim.transformation import (
     Optimizer,
     OptimizerState,
@@ -33,5 +34,7 @@ __all__ = [
     "partition",
     "sgd",
     "slot_problem",
+    "started",
     "summed_by",
+    "updated",
 ]
