@@ -140,4 +140,4 @@ def test_bad_options_of_the_best_are_refused(option: str) -> None:
 @pytest.mark.parametrize("callback", [tk.Callback, lambda state, metrics: None])
 def test_callbacks_of_another_kind_are_named(callback: Any) -> None:
     with pytest.raises(TypeError, match=r"callbacks must be instances of tk.Callback, got"):
-        tk.train(lambda *_: None, None, [], CONFIG, [callback])  # type: ignore[arg-type,return-value]
+        tk.train(lambda *_: None, None, [], CONFIG, [callback])  # type: ignore[arg-type]

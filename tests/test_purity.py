@@ -206,7 +206,7 @@ def add_buffer(model: nn.Module) -> Callable[[], None]:
 
 
 def drop_bias(model: nn.Module) -> Callable[[], None]:
-    layer = model.get_submodule("0")
+    layer: Any = model.get_submodule("0")
     bias = layer.bias
     layer.bias = None
     return lambda: setattr(layer, "bias", bias)
@@ -214,11 +214,17 @@ def drop_bias(model: nn.Module) -> Callable[[], None]:
 
 def widen(model: nn.Module) -> Callable[[], None]:
     model.double()
-    return lambda: model.float() and None
+
+    def narrow() -> None:
+        model.float()
+
+    return narrow
 
 
 def hook(model: nn.Module) -> Callable[[], None]:
-    return model.get_parameter("0.bias").register_hook(lambda _: None).remove
+    bias: Any = model.get_parameter("0.bias")
+    remove: Callable[[], None] = bias.register_hook(lambda _: None).remove
+    return remove
 
 
 CHANGES = {

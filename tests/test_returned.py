@@ -48,21 +48,22 @@ def first_step(optimizer: tk.Optimizer, compile: Any) -> tuple[tk.TrainState, tk
     ]
 
 
+MADE: Any = tk.OptimizerState
 BAD_STARTS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "no state": (lambda params: {}, TypeError, "an OptimizerState, got dict"),
-    "no tensor": (lambda params: tk.OptimizerState(0, {}), TypeError, "step is an int64 tensor"),
+    "no tensor": (lambda params: MADE(0, {}), TypeError, "step is an int64 tensor"),
     "a float": (
         lambda params: tk.OptimizerState(torch.zeros(()), {}),
         TypeError,
         "step is an int64 tensor",
     ),
     "a list": (
-        lambda params: tk.OptimizerState(zero(), {"m": [*params.values()]}),
+        lambda params: MADE(zero(), {"m": [*params.values()]}),
         TypeError,
         "slots 'm' are tensors by the names of parameters",
     ),
     "pairs": (
-        lambda params: tk.OptimizerState(zero(), {"m": {n: (p, p) for n, p in params.items()}}),
+        lambda params: MADE(zero(), {"m": {n: (p, p) for n, p in params.items()}}),
         TypeError,
         "slots 'm' are tensors by the names of parameters",
     ),

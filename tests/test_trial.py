@@ -287,7 +287,7 @@ def test_parameters_of_others_that_no_step_trains_are_told_of() -> None:
 def test_a_loss_that_is_differentiated_already_is_refused(compile: Any) -> None:
     def backward(apply: Any, batch: Any) -> Tensor:
         loss = mse(apply, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     with pytest.raises(ValueError, match=r"loss_fn calls backward\(\): it is to return the loss"):
