@@ -60,7 +60,7 @@ ABLATIONS: Mapping[str, tuple[Any, ...]] = {  # of Top-KAST from zero: one thing
     "exchange": (0.01, 0.05, 0.1, 0.3, None),
     "refresh_every": (10, 30, 100, 300, 1000),
     "penalty_weight": (0.0, 1e-5, 1e-4, 1e-3),
-    "beta2": (0.95, 0.99, 0.999),
+    "beta2": (None, 0.95, 0.99, 0.999),
     "lr": (1e-3, 3e-3, 1e-2),
     "backward": (0.0, 0.5, 0.8, 0.9),
     "until": (0.25, 0.5, 0.75, None),
