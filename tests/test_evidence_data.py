@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from benchmarks.evidence.tasks import LENGTH, codes, idx, windows
+from benchmarks.evidence.networks import ALPHABET
+from benchmarks.evidence.tasks import LENGTH, bible, codes, idx, source, windows
 
 
 def write(folder: Path, array: npt.NDArray[np.uint8], cut: int | None = None) -> None:
@@ -33,17 +34,29 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
         idx("part", tmp_path)
 
 
-def test_codes_spell_the_text(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("abracadabra é", encoding="utf-8")
-    found = codes(tmp_path / "text")
+def test_codes_spell_the_text() -> None:
+    found = codes("abracadabra é")
     assert "".join(" abcdré"[code] for code in found) == "abracadabra é"
+
+
+def test_characters_beyond_the_alphabet_share_its_last_code() -> None:
+    frequent = "".join(map(chr, range(0x4E00, 0x4E00 + ALPHABET - 1)))
+    found = codes(2 * frequent + "ab")
+    assert sorted(set(found.tolist())) == list(range(ALPHABET))
+    assert found[-2:].tolist() == [ALPHABET - 1] * 2
+
+
+def test_source_is_python_in_an_order_of_its_own() -> None:
+    text = source()
+    assert text == source()
+    assert text.count("\nclass TextWrapper:") == 1
 
 
 def test_what_is_missing_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
         idx("part", tmp_path)
     with pytest.raises(FileNotFoundError, match="apt-get install bible-kjv && bible -f"):
-        codes(tmp_path / "none")
+        bible(tmp_path / "none")
 
 
 def test_windows_lie_within_the_text_and_reach_both_ends() -> None:

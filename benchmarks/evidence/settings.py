@@ -57,10 +57,10 @@ PAIRS = ((0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95))  # forward and backw
 USUAL = PAIRS[1]
 ABLATIONS: Mapping[str, tuple[Any, ...]] = {  # of Top-KAST from zero: one thing at a time changes
     "entry": ("value", "zero", "threshold"),
-    "exchange": (0.01, 0.03, 0.1, 0.3, None),
+    "exchange": (0.01, 0.05, 0.1, 0.3, None),
     "refresh_every": (10, 30, 100, 300, 1000),
     "penalty_weight": (0.0, 1e-5, 1e-4, 1e-3),
-    "beta2": (0.95, 0.99, 0.999),
+    "beta2": (None, 0.95, 0.99, 0.999),
     "lr": (1e-3, 3e-3, 1e-2),
     "backward": (0.0, 0.5, 0.8, 0.9),
     "until": (0.25, 0.5, 0.75, None),
@@ -80,18 +80,26 @@ class Plan(NamedTuple):
     methods: tuple[str, ...] = tuple(METHODS)
 
 
+_DECISIVE = ("entry", "exchange", "refresh_every", "penalty_weight", "beta2", "lr")
+_TOLD_APART = Plan(  # of tasks that are there to tell methods apart, at the usual pair
+    pairs=(USUAL,),
+    trial_steps=0.25,
+    alternatives=False,
+    ablations={},
+    methods=("dense", SMALL, "static", "set", "rigl", "topkast", ZERO),
+)
 PLANS = {
     "mlp": Plan(alternatives=False),
-    "cnn": Plan((3e-3, 1e-2, 3e-2), PAIRS[:3]),
-    "text": Plan((1e-3, 3e-3), PAIRS[:3], PAIRS[0], 0.25, ablations={}),
-    "words": Plan(
-        (3e-3, 1e-2, 3e-2),
-        PAIRS[1:2],
+    "cnn": Plan((3e-3, 1e-2, 3e-2), PAIRS[:3], ablations={}),
+    "text": Plan(
+        (1e-3, 3e-3),
+        PAIRS[:3],
+        tuned_at=PAIRS[0],
         trial_steps=0.25,
-        alternatives=False,
-        ablations={},
-        methods=("dense", SMALL, "static", "set", "rigl", "topkast", ZERO),
+        ablations={name: ABLATIONS[name] for name in _DECISIVE},
     ),
+    "words": _TOLD_APART._replace(rates=(3e-3, 1e-2, 3e-2)),
+    "source": _TOLD_APART,
 }
 
 

@@ -2,6 +2,8 @@
 
 import gzip
 import math
+import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.evidence import words
-from benchmarks.evidence.networks import cnn, decoder, mlp
+from benchmarks.evidence.networks import ALPHABET, cnn, decoder, mlp
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Apply: TypeAlias = Callable[..., Any]
@@ -58,14 +60,29 @@ def idx(name: str, folder: Path = FASHION_MNIST) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy())
 
 
-def codes(path: Path = TEXT) -> Tensor:
-    """Read a text as int64, each character by its place among those that occur, sorted."""
+def bible(path: Path = TEXT) -> str:
+    """Read the King James Bible."""
     if not path.is_file():
         how = f"apt-get install bible-kjv && bible -f gen1:1-rev22:21 > {path}"
         raise FileNotFoundError(f"{path} is not there: '{how}'")
-    text = path.read_text(encoding="utf-8")
-    places = {character: place for place, character in enumerate(sorted(set(text)))}
-    return torch.tensor([places[character] for character in text])
+    return path.read_text(encoding="utf-8")
+
+
+def source() -> str:
+    """Read the modules of Python's standard library that are in no package, in shuffled order."""
+    found = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return "\n".join(found[place].read_text(encoding="utf-8") for place in order)
+
+
+def codes(text: str) -> Tensor:
+    """Return a text as int64: each character by its place among those that are told apart, sorted.
+
+    These are the most frequent of an alphabet; the rest have the last code of it.
+    """
+    told = sorted(character for character, _ in Counter(text).most_common(ALPHABET - 1))
+    places = {character: place for place, character in enumerate(told)}
+    return torch.tensor([places.get(character, ALPHABET - 1) for character in text])
 
 
 def windows(codes: Tensor, count: int, generator: torch.Generator) -> Batch:
@@ -113,24 +130,37 @@ def _image_task(title: str, network: Build, shape: tuple[int, ...], steps: int) 
 
 
 @cache
-def _text() -> tuple[Tensor, ...]:
-    """Return the parts of the text to train on, to tune on and to test on, in its order."""
-    text = codes()
+def _text(read: Callable[[], str]) -> tuple[Tensor, ...]:
+    """Return the parts of a text to train on, to tune on and to test on, in its order."""
+    text = codes(read())
     sizes = [int(share * len(text)) for share in SHARES]
     return torch.split(text, [*sizes, len(text) - sum(sizes)])
 
 
-def _text_batches(validate: bool, seed: int) -> Iterator[Batch]:
-    order = torch.Generator().manual_seed(seed)
-    while True:
-        yield windows(_text()[0], 8, order)
+def _text_task(title: str, width: int, steps: int, read: Callable[[], str]) -> Task:
+    def batches(validate: bool, seed: int) -> Iterator[Batch]:
+        order = torch.Generator().manual_seed(seed)
+        while True:
+            yield windows(_text(read)[0], 8, order)
 
+    def score(apply: Apply, validate: bool) -> float:
+        order = torch.Generator().manual_seed(SPLIT_SEED)
+        drawn = windows(_text(read)[1 if validate else 2], SCORED_WINDOWS, order)
+        parts = zip(*(torch.split(side, 50) for side in drawn), strict=True)
+        return float(torch.stack([loss_fn(apply, part) for part in parts]).mean()) / math.log(2)
 
-def _bits_per_character(apply: Apply, validate: bool) -> float:
-    order = torch.Generator().manual_seed(SPLIT_SEED)
-    drawn = windows(_text()[1 if validate else 2], SCORED_WINDOWS, order)
-    parts = zip(*(torch.split(side, 50) for side in drawn), strict=True)
-    return float(torch.stack([loss_fn(apply, part) for part in parts]).mean()) / math.log(2)
+    return Task(
+        network=partial(decoder, width, 4),
+        steps=steps,
+        batches=batches,
+        score=score,
+        title=title,
+        unit="bits per character (lower is better)",
+        sign=-1,
+        sample=torch.zeros(1, LENGTH, dtype=torch.int64),
+        warm_up=100,
+        betas=(0.9, 0.95),
+    )
 
 
 @cache
@@ -156,18 +186,7 @@ def _words_right(apply: Apply, validate: bool) -> float:
 TASKS = {
     "mlp": _image_task("MLP on Fashion-MNIST", mlp, (784,), 5600),
     "cnn": _image_task("small CNN on Fashion-MNIST", cnn, (1, 28, 28), 2000),
-    "text": Task(
-        network=partial(decoder, 256, 4),
-        steps=2400,
-        batches=_text_batches,
-        score=_bits_per_character,
-        title="decoder on the King James Bible",
-        unit="bits per character (lower is better)",
-        sign=-1,
-        sample=torch.zeros(1, LENGTH, dtype=torch.int64),
-        warm_up=100,
-        betas=(0.9, 0.95),
-    ),
+    "text": _text_task("decoder on the King James Bible", 256, 2400, bible),
     "words": Task(
         network=partial(decoder, 64, 3),
         steps=3000,
@@ -180,4 +199,5 @@ TASKS = {
         warm_up=100,
         betas=(0.9, 0.95),
     ),
+    "source": _text_task("decoder on Python's source", 128, 4800, source),
 }
