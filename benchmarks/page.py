@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from benchmarks import plans, views
 from benchmarks.evidence import jumps, report
-from benchmarks.evidence.settings import METHODS, PLANS, USUAL, ZERO
+from benchmarks.evidence.settings import METHODS, USUAL, ZERO
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import FIGURES, HERE, Results, load
 
@@ -18,7 +18,7 @@ Evidence: TypeAlias = Mapping[str, report.Evidence]
 
 def main() -> None:
     """Draw them all, from the JSON alone."""
-    results, evidence = load(), {task: report.load(task) for task in PLANS}
+    results, evidence = load(), report.ready()
     figures = {f"evidence_{task}": found.figure() for task, found in evidence.items()}
     figures |= {"steps": views.steps_figure(results), "products": views.products_figure(results)}
     figures["jumps"] = jumps.figure()

@@ -40,6 +40,17 @@ def load(task: str, folder: Path = RESULTS) -> "Evidence":
     return Evidence(task, runs, tuned(runs, task, carried(task, folder)))
 
 
+def ready(folder: Path = RESULTS) -> dict[str, "Evidence"]:
+    """Read every task whose trials are done; the others are still to be run."""
+    found = {}
+    for task in PLANS:
+        runs = json.loads(path(task, folder).read_text())["runs"]
+        tried = trials(task, carried(task, folder))
+        if all(find(runs, setting) for several in tried.values() for setting in several):
+            found[task] = load(task, folder)
+    return found
+
+
 def carried(task: str, folder: Path = RESULTS) -> Tuned | None:
     """Return what was chosen on the first task, by method; None for that task itself."""
     return None if task == FIRST else load(FIRST, folder).tuned

@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from topkast_func.facade.sparse_attention import SparseAttention
+from topkast_func.facade.sparse_convolution import SparseConvolution
 from topkast_func.facade.sparse_layer import SparseLayer, SparseLinear, sparse_attribute
+from topkast_func.model.convolution import LAYERS
 from topkast_func.model.stand_in import is_transposed
 
 
@@ -46,6 +48,8 @@ def _mixed_into(plain: Any) -> Any:
     """Return what computes with α in modules of a class, on the kernels where they can."""
     if plain.forward is nn.MultiheadAttention.forward:
         return SparseAttention
+    if plain.forward in [kind.forward for kind in LAYERS]:
+        return SparseConvolution
     linear = plain.forward is nn.Linear.forward and plain is not NonDynamicallyQuantizableLinear
     return SparseLinear if linear or is_transposed(plain) else SparseLayer
 

@@ -1,5 +1,6 @@
 """How the sets of one weight are chosen, and who computes with it."""
 
+from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,8 +11,8 @@ from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.report.notes import ALPHA, UNKNOWN
 from topkast_func.sparsity import Allocation
 
-BATCH = 256
-"""Rows of activations for which it is decided whether kernels compute a layer."""
+BATCH, PIXELS = 256, 8192
+"""Rows of activations, and pixels of images, for which it is decided whether kernels compute."""
 
 
 class Rule(NamedTuple):
@@ -24,7 +25,7 @@ class Rule(NamedTuple):
         counts: |A| and |B| of every stage of the configuration.
         step: Number of the step that comes next.
         seed: Seed of the methods that draw.
-        matrix: Whether it is the weight of a linear map, which kernels can compute.
+        matrix: Whether it is a weight that kernels can compute with.
         engine: The engine that is asked for.
     """
 
@@ -54,7 +55,8 @@ class Rule(NamedTuple):
         """
         if not self.matrix:
             return Choice("dense", ALPHA + UNKNOWN)
-        rows, columns = theta.shape
+        rows, *columns = theta.shape
+        batch, channels = (PIXELS, columns[0]) if columns[1:] else (BATCH, 0)
         block, device = self.config.block_shape, theta.device.type
-        layer = Layer(rows, columns, forward, backward, block, BATCH, theta.dtype, device)
-        return choose(self.engine, layer)
+        sizes = rows, prod(columns), forward, backward, block, batch
+        return choose(self.engine, Layer(*sizes, theta.dtype, device, channels))

@@ -17,8 +17,8 @@ from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
 from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.facade.sparsifier import Sparsifier
 from topkast_func.kernels.engines import EngineName, check_engine
+from topkast_func.kernels.pattern import is_indexed
 from topkast_func.masks import compute_masks, counts
-from topkast_func.model.convolution import ConvolutionStandIn
 from topkast_func.model.layers import stand_ins
 from topkast_func.model.modules import trainable
 from topkast_func.training.fits_config import check_masks
@@ -65,7 +65,8 @@ def sparsify(
         model: The module, before it is wrapped or compiled.
         config: The configuration. Methods that read the gradient of every entry (`rigl`) get that
             of the step before a refresh, summed over the processes of a process group.
-        engine: Who computes linear layers: "auto" for the fastest, "dense" for torch itself.
+        engine: Who computes linear layers and convolutions: "auto" for the fastest, "dense" for
+            torch itself.
         seed: Seed of the methods that draw sets, at least 0.
         masks: Sets to start from in place of those that the method would choose, see `init_state`.
 
@@ -183,13 +184,13 @@ def _plan(
 ) -> list[tuple[nn.Module, dict[str, Rule]]]:
     """Return the modules to be changed, with the rules of the weights of their own."""
     found = {id(params[name]): rule for name, rule in rules.items()}
-    products = [part for part in stand_ins(model) if not isinstance(part, ConvolutionStandIn)]
-    multiplied = {place for part in products for place in part.places()}
+    multiplied = {place for part in stand_ins(model) for place in part.places()}
     plan = []
     for module in model.modules():
         own = {key: found[id(p)] for key, p in module._parameters.items() if id(p) in found}
         for key, rule in own.items():
-            if (module, key) in multiplied:
+            block = rule.config.block_shape
+            if (module, key) in multiplied and is_indexed(params[rule.name].shape, block):
                 own[key] = rule._replace(matrix=True)
                 own[key].choice(params[rule.name], *next(iter(rule.counts)))
         if any(id(parameter) in found for parameter in module.parameters()):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from topkast_func.kernels.convolution import sparse_convolution
+from topkast_func.kernels.engines import EngineName
+from topkast_func.kernels.pattern import Pattern
 from topkast_func.kernels.shifted import Convolution
 from topkast_func.model.stand_in import StandIn
 
@@ -28,20 +30,40 @@ class ConvolutionStandIn(StandIn):
 
     def compute(self, input: Tensor) -> Tensor:
         """Return what the layer returns."""
-        layer, bound = self.layer, self.products[0].bound
-        y, described = None, convolution_of(layer)
-        is_bound = bound is not None and layer.weight is bound.alpha
-        if bound and described and is_bound and _is_plain(input, layer):
-            images = input if isinstance(layer, nn.Conv2d) else input.unsqueeze(2)
-            engine = self.products[0].engine
-            y = sparse_convolution(
-                images, bound.values, bound.pattern, layer.out_channels, described, engine
-            )
+        layer, (product,) = self.layer, self.products
+        y, bound = None, product.bound
+        if bound is not None and layer.weight is bound.alpha:
+            y = convolved(layer, input, bound.values, bound.pattern, product.engine)
         if y is None:
             found: Tensor = layer._conv_forward(input, layer.weight, layer.bias)
             return found
-        y = y if layer.bias is None else y + layer.bias[:, None, None]
-        return y if isinstance(layer, nn.Conv2d) else y.squeeze(2)
+        return y
+
+
+def convolved(
+    layer: Any, input: Tensor, values: Tensor, pattern: Pattern, engine: EngineName
+) -> Tensor | None:
+    """Return what a convolution does, on the kernels.
+
+    Args:
+        layer: The convolution.
+        input: Its input.
+        values: θ on B, A first.
+        pattern: The sets.
+        engine: Who computes.
+
+    Returns:
+        Its output; None where α is to be used, see `sparse_convolution`.
+    """
+    described = convolution_of(layer)
+    if described is None or not _is_plain(input, layer):
+        return None
+    images = input if isinstance(layer, nn.Conv2d) else input.unsqueeze(2)
+    y = sparse_convolution(images, values, pattern, layer.out_channels, described, engine)
+    if y is None:
+        return None
+    y = y if layer.bias is None else y + layer.bias[:, None, None]
+    return y if isinstance(layer, nn.Conv2d) else y.squeeze(2)
 
 
 def convolution_of(layer: Any) -> Convolution | None:

@@ -66,7 +66,7 @@ def sparse_forward(
         params: θ by name; for a module, all its trainable parameters, and any of its frozen
             parameters and buffers, which otherwise are the module's own.
         masks: Sets by name, as masks or as `index_masks` returns them; parameters without are
-            dense. Linear layers whose sets are indexed run on the kernels. Each call gathers
+            dense. Layers whose sets are indexed run on the kernels. Each call gathers
             their values from θ, which for a few rows takes longer than the product: for a
             trained model take `sparse_module`.
         *inputs: Inputs of the model.
@@ -134,7 +134,7 @@ def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tenso
 def index_masks(
     model: Model, masks: Mapping[str, Masks], block_shape: tuple[int, int] = (1, 1)
 ) -> dict[str, AnySets]:
-    """Index the sets of the linear layers of a module, to be given in place of masks.
+    """Index the sets of layers that kernels compute, to be given in place of masks.
 
     `sparse_forward` and `penalized_loss` then run these layers on the kernels. The index is
     made of the contents of the masks, which `torch.func` and `torch.compile` do not see, and

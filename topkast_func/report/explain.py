@@ -22,7 +22,7 @@ def explain(
     Args:
         state: The state.
         batch_size: Rows of activations that a layer sees at a time, at least 1: for a sequence
-            model batch times length.
+            model batch times length, for a convolution batch times pixels.
         engine: What `make_train_step` is told.
 
     Returns:

@@ -113,7 +113,7 @@ def make_train_step(
         optimizer: The optimiser.
         compile: True for one graph per shape of batch by `torch.compile`, its own options as
             a mapping, or False to run eager.
-        engine: Who computes the products of sparse linear layers in compact storage: "numba" on
+        engine: Who computes the products of sparse layers in compact storage: "numba" on
             a CPU, "triton" on a GPU, "dense", "reference" or "torch_sparse", or "auto" for the
             fastest of each layer.
         process_group: The processes that train together, as `torch.distributed` has them; all
