@@ -88,9 +88,9 @@ class Evidence(NamedTuple):
         """Return the runs of a method at a pair of sparsities, one for each seed, or of none."""
         if method not in self.tuned:
             return []
-        forward, backward = PAIRS[0] if method == "dense" else pair
-        base = replace(self.tuned[method], forward=forward, backward=backward)
-        found = [find(self.runs, replace(base, seed=seed)) for seed in SEEDS]
+        pairs = PAIRS[:2] if method == "dense" else (pair,)  # which of them does not matter to it
+        tuned = [replace(self.tuned[method], forward=f, backward=b) for f, b in pairs]
+        found = [find(self.runs, replace(base, seed=seed)) for base in tuned for seed in SEEDS]
         return [run for run in found if run]
 
     def table(self) -> str:
