@@ -1,6 +1,9 @@
 """Threads that wait sleep while others use their processors, and spin again afterwards."""
 
+import itertools
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,7 @@ import torch
 
 from tests.kernels.problems import check_products, problem
 from topkast_func.kernels import numba_cpu, waiting
-from topkast_func.kernels.waiting import SHARED, Use, Waiting, are_scarce, in_use
+from topkast_func.kernels.waiting import SHARED, Use, Waiting, are_scarce, delayed, in_use
 
 START = Use(100.0, 50.0, 20.0)
 TASKS = Path("/proc/self/task")
@@ -66,6 +69,7 @@ def test_a_team_that_sleeps_is_there_while_processors_are_scarce(
     """The team makes more threads than processors, products stay right, and all of it ends."""
     uses = iter([Use(1.0, 1.0, 1.0), Use(2.0, 9.0, 1.0), Use(3.0, 17.0, 1.0), Use(4.0, 17.0, 1.0)])
     monkeypatch.setattr(waiting, "in_use", lambda: next(uses))
+    monkeypatch.setattr(waiting, "delayed", itertools.count().__next__)
     kernel, watched = numba_cpu._rows_kernel((1, 1), False, torch.float32), Waiting()
     processors, before = len(os.sched_getaffinity(0)), _tasks()
     for expected in (0, 2, 2, 0):
@@ -73,6 +77,31 @@ def test_a_team_that_sleeps_is_there_while_processors_are_scarce(
         watched.look(kernel.made(), processors)
         assert _settles_at(before + expected)
         check_products("numba", problem(), 5)
+
+
+@on_linux
+def test_threads_spin_where_others_compute_while_this_process_rests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uses = iter([Use(1.0, 1.0, 1.0), Use(2.0, 9.0, 1.0)])
+    monkeypatch.setattr(waiting, "in_use", lambda: next(uses))
+    monkeypatch.setattr(waiting, "delayed", lambda: 5.0)
+    asleep, watched = list[bool](), Waiting()
+    monkeypatch.setattr(watched, "sleep", lambda asleep_, *_: asleep.append(asleep_))
+    for _ in range(2):
+        monkeypatch.setattr(watched, "_next", 0.0)
+        watched.look(lambda _: None, 2)
+    assert asleep == [False]
+
+
+@on_linux
+def test_what_threads_wait_for_processors_is_counted_up() -> None:
+    first, threads = delayed(), 4 * (os.cpu_count() or 1)
+    code = "import time; end = time.time() + 0.3\nwhile time.time() < end: pass"
+    others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(threads)]
+    while any(other.poll() is None for other in others):
+        pass
+    assert delayed() > first
 
 
 def _tasks() -> int:

@@ -3,7 +3,8 @@
 Threads of OpenMP spin for milliseconds before they sleep. That pays while each has a processor of
 its own; where another program has that of the thread that is waited for, it makes a step tens of
 times slower. libgomp's threads sleep at once while it manages more of them than there are
-processors (its manual, GOMP_SPINCOUNT): a team of threads that sleep makes it so.
+processors (its manual, GOMP_SPINCOUNT): a team of threads that sleep makes it so. Programs that
+take turns have the processors while the others rest, and are not waited for.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,7 +28,12 @@ PERIOD = 0.2
 MARGIN = 0.25
 """How many processors more than there are may be in use, before they are scarce."""
 
-_COUNTS = Path("/proc/stat")
+DELAY = 0.1
+"""Share of the time that threads of this process have waited for a processor, together, where
+others take it from them and do not only have it while they rest."""
+
+_COUNTS, _TASKS = Path("/proc/stat"), Path("/proc/self/task")
+_COUNTED = _COUNTS.exists() and Path("/proc/self/schedstat").exists()
 
 
 class Use(NamedTuple):
@@ -55,6 +62,15 @@ def in_use() -> Use:
     return Use(time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), time.process_time())
 
 
+def delayed() -> float:
+    """Return the seconds that threads of this process have waited for a processor up to now."""
+    total = 0
+    for task in _TASKS.iterdir():
+        with suppress(OSError):  # it has ended
+            total += int((task / "schedstat").read_text().split()[1])
+    return 1e-9 * total
+
+
 def are_scarce(before: Use, now: Use, processors: int, threads: int) -> bool:
     """Return whether others have used what so many threads of this process would."""
     others = (now.all - before.all) - (now.own - before.own)
@@ -65,8 +81,8 @@ class Waiting:
     """Lets threads sleep while processors are scarce; one caller at a time."""
 
     def __init__(self) -> None:
-        self._looks = SHARED is not None and _COUNTS.exists()
-        self._next, self._before = 0.0, Use(0.0, 0.0, 0.0)
+        self._looks = SHARED is not None and _COUNTED
+        self._next, self._before, self._delayed = 0.0, Use(0.0, 0.0, 0.0), 0.0
         self._released: threading.Event | None = None
 
     def look(self, part: Part, threads: int) -> None:
@@ -78,11 +94,14 @@ class Waiting:
         """
         if not self._looks or time.monotonic() < self._next:
             return
-        now, before = in_use(), self._before
-        self._next, self._before = now.time + PERIOD, now
+        now, before, delay = in_use(), self._before, delayed() - self._delayed
+        self._next, self._before, self._delayed = now.time + PERIOD, now, self._delayed + delay
         processors = len(os.sched_getaffinity(0))
-        if before.time and now.time - before.time < 10 * PERIOD:
-            self.sleep(are_scarce(before, now, processors, threads), part, processors - threads + 2)
+        time_passed = now.time - before.time
+        if before.time and time_passed < 10 * PERIOD:
+            waits = self._released is not None or delay > DELAY * time_passed
+            asleep = waits and are_scarce(before, now, processors, threads)
+            self.sleep(asleep, part, processors - threads + 2)
 
     def sleep(self, asleep: bool, part: Part, team: int) -> None:
         """Let threads sleep at once when they wait, or spin.
