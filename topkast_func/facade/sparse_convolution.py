@@ -4,8 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from topkast_func.facade.sparse_layer import ForwardPass, SparseLayer
-from topkast_func.facade.sparse_weight import weights_of
+from topkast_func.facade.sparse_layer import ForwardPass, SparseLayer, multiplied_by
 from topkast_func.model.convolution import convolved
 
 
@@ -14,14 +13,7 @@ class SparseConvolution(SparseLayer):
 
     def forward(self, input: Tensor) -> Any:
         """Compute with α, on the kernels or densely."""
-        y = self._on_kernels(input)
-        return super().forward(input) if y is None else y
-
-    def _on_kernels(self, input: Tensor) -> Tensor | None:
-        weight = weights_of(self).get("weight")
-        derived = None if weight is None else weight.derived(self)
-        if weight is None or derived is None or derived.kernel is None or weight.probe is not None:
-            return None
-        values, pattern = derived.kernel.values(weight.theta(self)), derived.kernel.pattern
+        found = multiplied_by(self, "weight")
         with ForwardPass():
-            return convolved(self, input, values, pattern, weight.rule.engine)
+            y = None if found is None else convolved(self, input, *found)
+        return super().forward(input) if y is None else y

@@ -16,7 +16,9 @@ from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watch
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
+from topkast_func.kernels.engines import EngineName
 from topkast_func.kernels.linear import sparse_linear
+from topkast_func.kernels.pattern import Pattern
 from topkast_func.types import Masks
 
 Layer = TypeVar("Layer", bound="SparseLayer")
@@ -164,16 +166,32 @@ def on_kernels(
     Returns:
         The product, a function of the inputs; None where torch is to compute with α.
     """
+    found = multiplied_by(layer, key)
+    if found is None:
+        return None
+    values, pattern, engine = found
+    with ForwardPass():
+        added: Tensor | None = getattr(layer, bias)
+    rows, columns = weights_of(layer)[key].theta(layer).shape
+    return lambda x: sparse_linear(x, values, pattern, (rows, columns), added, engine, transposed)
+
+
+def multiplied_by(layer: nn.Module, key: str) -> tuple[Tensor, Pattern, EngineName] | None:
+    """Return what kernels compute with a weight of a layer from.
+
+    Args:
+        layer: The layer.
+        key: Name of the weight in it.
+
+    Returns:
+        θ on B, A first; the sets; who computes. None where torch is to compute with α.
+    """
     weight = weights_of(layer).get(key)
     derived = None if weight is None else weight.derived(layer)
     if weight is None or derived is None or derived.kernel is None or weight.probe is not None:
         return None
-    with ForwardPass():
-        added: Tensor | None = getattr(layer, bias)
-    theta, pattern = weight.theta(layer), derived.kernel.pattern
-    shape = (theta.shape[0], theta.shape[1])
-    values, engine = derived.kernel.values(theta), weight.rule.engine
-    return lambda x: sparse_linear(x, values, pattern, shape, added, engine, transposed)
+    kernel = derived.kernel
+    return kernel.values(weight.theta(layer)), kernel.pattern, weight.rule.engine
 
 
 def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:

@@ -56,7 +56,7 @@ def convolved(
         Its output; None where α is to be used, see `sparse_convolution`.
     """
     described = convolution_of(layer)
-    if described is None or not _is_plain(input, layer):
+    if described is None or not _is_batch(input, layer):
         return None
     images = input if isinstance(layer, nn.Conv2d) else input.unsqueeze(2)
     y = sparse_convolution(images, values, pattern, layer.out_channels, described, engine)
@@ -81,7 +81,7 @@ def convolution_of(layer: Any) -> Convolution | None:
     return Convolution(kernel, stride, padding, dilation)
 
 
-def _is_plain(input: Tensor, layer: Any) -> bool:
+def _is_batch(input: Tensor, layer: Any) -> bool:
     """Return whether an input is a batch, with as many channels as there are, and no autocast."""
     return (
         input.ndim == layer.weight.ndim

@@ -113,9 +113,8 @@ def make_train_step(
         optimizer: The optimiser.
         compile: True for one graph per shape of batch by `torch.compile`, its own options as
             a mapping, or False to run eager.
-        engine: Who computes the products of sparse layers in compact storage: "numba" on
-            a CPU, "triton" on a GPU, "dense", "reference" or "torch_sparse", or "auto" for the
-            fastest of each layer.
+        engine: Who computes sparse products in compact storage: "numba" on a CPU, "triton" on a
+            GPU, "dense", "reference" or "torch_sparse", or "auto" for the fastest of each layer.
         process_group: The processes that train together, as `torch.distributed` has them; all
             call this function and the step, from one thread. Its time-out says how long one
             waits for another.
