@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from topkast_func.config import TopKastConfig
-from topkast_func.kernels.costs import Layer
+from topkast_func.kernels.costs import Layer, channels_of
 from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.report.notes import ALPHA, UNKNOWN
 from topkast_func.sparsity import Allocation
@@ -55,8 +55,7 @@ class Rule(NamedTuple):
         """
         if not self.matrix:
             return Choice("dense", ALPHA + UNKNOWN)
-        rows, *columns = theta.shape
-        batch, channels = (PIXELS, columns[0]) if columns[1:] else (BATCH, 0)
+        matrix, channels = (theta.shape[0], prod(theta.shape[1:])), channels_of(theta.shape)
         block, device = self.config.block_shape, theta.device.type
-        sizes = rows, prod(columns), forward, backward, block, batch
+        sizes = *matrix, forward, backward, block, PIXELS if channels else BATCH
         return choose(self.engine, Layer(*sizes, theta.dtype, device, channels))

@@ -1,5 +1,6 @@
 """What the three products of a layer cost on each engine, as estimated."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,11 @@ class Layer(NamedTuple):
     dtype: torch.dtype
     device: str
     rows: int = 0
+
+
+def channels_of(shape: Sequence[int]) -> int:
+    """Return the `Layer.rows` of a weight: channels of a kernel, without strides; 0 of a matrix."""
+    return shape[1] if len(shape) > 2 else 0
 
 
 def cost(name: str, layer: Layer) -> float:

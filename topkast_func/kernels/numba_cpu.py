@@ -7,7 +7,8 @@ computed by one thread alone, so that results do not depend on how many there ar
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 
 import torch
@@ -105,10 +106,8 @@ def _rows_kernel(block: tuple[int, int], swapped: bool, dtype: torch.dtype) -> K
         first, last = share(tile, pointers, panels, height, part, parts)
         with tile.loop(0, tiles) as number:
             of_tile = y + number * height * block[0] * line
-            with tile.loop(first * block[0] * width, last * block[0] * width, tile.lanes) as lane:
-                tile.store(tile.zero, *tile.beside(of_tile, lane, 1))
-            with tile.loop(0, panels) as panel, tile.loop(first, last) as row:
-                segment = row * panels + panel
+            clear(tile, of_tile, first * block[0] * width, last * block[0] * width)
+            with segments(tile, pointers, panels, first, last) as (row, begin, end):
                 add_rows(
                     tile,
                     of_tile + row * block[0] * line,
@@ -117,8 +116,8 @@ def _rows_kernel(block: tuple[int, int], swapped: bool, dtype: torch.dtype) -> K
                     lambda k: tile.index(column, k) * (block[1] * width),
                     values,
                     place if swapped else None,
-                    tile.index(pointers, segment),
-                    tile.index(pointers, segment + 1),
+                    begin,
+                    end,
                     block,
                 )
 
@@ -160,10 +159,8 @@ def _dots_kernel(block: tuple[int, int], dtype: torch.dtype) -> Kernel:
             first, last = share(tile, pointers, panels, height, part, parts)
             with (
                 tile.loop(0, tiles) as number,
-                tile.loop(0, panels) as panel,
-                tile.loop(first, last) as row,
+                segments(tile, pointers, panels, first, last) as (row, begin, end),
             ):
-                segment = row * panels + panel
                 add_dots(
                     tile,
                     here,
@@ -171,12 +168,39 @@ def _dots_kernel(block: tuple[int, int], dtype: torch.dtype) -> Kernel:
                     x + number * depth * line,
                     width,
                     partial(start_of, column),
-                    tile.index(pointers, segment),
-                    tile.index(pointers, segment + 1),
+                    begin,
+                    end,
                     block,
                 )
 
     return Kernel(emit, dtype)
+
+
+def clear(tile: Tile, base: Integer, start: Integer | int, end: Integer) -> None:
+    """Emit base[start:end] = 0, of whole vectors."""
+    with tile.loop(start, end, tile.lanes) as lane:
+        tile.store(tile.zero, *tile.beside(base, lane, 1))
+
+
+@contextmanager
+def segments(
+    tile: Tile, pointers: Integer, panels: Integer, first: Integer, last: Integer
+) -> Iterator[tuple[Integer, Integer, Integer]]:
+    """Walk block rows, panel by panel.
+
+    Args:
+        tile: What emits.
+        pointers: Those of the block rows.
+        panels: Into how many panels these are cut.
+        first: The first block row.
+        last: The one after the last.
+
+    Yields:
+        A block row, and where its stored blocks in a panel begin and end.
+    """
+    with tile.loop(0, panels) as panel, tile.loop(first, last) as row:
+        segment = row * panels + panel
+        yield row, tile.index(pointers, segment), tile.index(pointers, segment + 1)
 
 
 def share(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.llvm import Kernel
-from topkast_func.kernels.numba_cpu import making, panels_of, share
+from topkast_func.kernels.numba_cpu import clear, making, panels_of, segments, share
 from topkast_func.kernels.shifted import Shifted
 from topkast_func.kernels.simd import add_dots, add_rows
 from topkast_func.kernels.vectors import Tile
@@ -93,9 +93,8 @@ def _forward_kernel(dtype: torch.dtype) -> Kernel:
             outputs = y + number * height * line + (lead + strip) * tile.size
             inputs = x + number * depth * line + strip * tile.size
             with tile.loop(first, last) as row:
-                _clear(tile, outputs + row * line, width)
-            with tile.loop(0, panels) as panel, tile.loop(first, last) as row:
-                segment = row * panels + panel
+                clear(tile, outputs + row * line, 0, width)
+            with segments(tile, pointers, panels, first, last) as (row, begin, end):
                 add_rows(
                     tile,
                     outputs + row * line,
@@ -104,8 +103,8 @@ def _forward_kernel(dtype: torch.dtype) -> Kernel:
                     lambda k: tile.index(starts, tile.index(column, k)),
                     values,
                     None,
-                    tile.index(pointers, segment),
-                    tile.index(pointers, segment + 1),
+                    begin,
+                    end,
                     ENTRIES,
                 )
 
@@ -142,11 +141,10 @@ def _input_kernel(dtype: torch.dtype) -> Kernel:
             inputs = x + number * depth * line + strip * tile.size
             gradients = g + number * height * line + (lead + strip) * tile.size
             with tile.loop(first * rows, last * rows) as row:
-                _clear(tile, inputs + row * line, width)
+                clear(tile, inputs + row * line, 0, width)
             with tile.loop(first * taps, last * taps) as tap:
                 start = tile.index(starts, tap)
-                with tile.loop(0, panels) as panel:
-                    segment = tap * panels + panel
+                with segments(tile, pointers, panels, tap, tap + 1) as (_, begin, end):
                     add_rows(
                         tile,
                         inputs + start // length * line,
@@ -155,8 +153,8 @@ def _input_kernel(dtype: torch.dtype) -> Kernel:
                         lambda k: tile.index(output, k) * length,
                         values,
                         place,
-                        tile.index(pointers, segment),
-                        tile.index(pointers, segment + 1),
+                        begin,
+                        end,
                         ENTRIES,
                     )
 
@@ -201,10 +199,8 @@ def _dots_kernel(dtype: torch.dtype) -> Kernel:
             with (
                 tile.loop(0, tiles) as number,
                 _strips(tile, length - lead) as (strip, width),
-                tile.loop(0, panels) as panel,
-                tile.loop(first, last) as row,
+                segments(tile, pointers, panels, first, last) as (row, begin, end),
             ):
-                segment = row * panels + panel
                 add_dots(
                     tile,
                     here,
@@ -212,8 +208,8 @@ def _dots_kernel(dtype: torch.dtype) -> Kernel:
                     x + number * depth * line + strip * tile.size,
                     width,
                     partial(start_of, column),
-                    tile.index(pointers, segment),
-                    tile.index(pointers, segment + 1),
+                    begin,
+                    end,
                     ENTRIES,
                 )
 
@@ -227,8 +223,3 @@ def _strips(tile: Tile, width: Integer) -> Iterator[tuple[Integer, Integer]]:
     with tile.loop(0, width, step) as strip:
         left = width - strip
         yield strip, step.where(step.below(left), left)
-
-
-def _clear(tile: Tile, row: Integer, width: Integer) -> None:
-    with tile.loop(0, width, tile.lanes) as lane:
-        tile.store(tile.zero, *tile.beside(row, lane, 1))

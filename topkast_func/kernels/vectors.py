@@ -135,10 +135,9 @@ class Tile:
         )
 
     def add_product(self, accumulator: Any, a: Any, b: Any) -> None:
-        """Add a·b to an accumulator, a vector or a number, rounded once."""
-        lanes = f"v{self.lanes}" if a.type == self.vector else ""
-        name, module = f"llvm.fma.{lanes}f{8 * self.size}", self.builder.module
-        kind = ir.FunctionType(a.type, [a.type] * 3)
+        """Add a·b to an accumulator, rounded once."""
+        name, module = f"llvm.fma.v{self.lanes}f{8 * self.size}", self.builder.module
+        kind = ir.FunctionType(self.vector, [self.vector] * 3)
         fma = module.globals.get(name) or ir.Function(module, kind, name)
         total = self.builder.call(fma, [a, b, self.builder.load(accumulator)])
         self.builder.store(total, accumulator)

@@ -3,6 +3,7 @@
 import math
 
 from topkast_func.checks import check_count
+from topkast_func.kernels.costs import channels_of
 from topkast_func.kernels.engines import Choice, EngineName, choose
 from topkast_func.kernels.linear import layer_of
 from topkast_func.report.notes import ALPHA, UNKNOWN
@@ -57,10 +58,10 @@ def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str,
     chosen = {}
     for name in state.weights.sparse():
         if name in patterns:
-            rows, *columns = shapes[name]
-            layer = layer_of(values[name], patterns[name], (rows, math.prod(columns)), batch)
-            seen = columns[0] if columns[1:] else 0  # by a convolution without strides
-            chosen[name] = choose(engine, layer._replace(rows=seen))
+            shape = shapes[name]
+            matrix = shape[0], math.prod(shape[1:])
+            layer = layer_of(values[name], patterns[name], matrix, batch)
+            chosen[name] = choose(engine, layer._replace(rows=channels_of(shape)))
         else:
             compact = state.weights.stands(name) is not None
             why = UNKNOWN if compact else "storage='dense'"
