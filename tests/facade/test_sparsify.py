@@ -272,7 +272,7 @@ def test_summary_has_a_row_for_each_parameter() -> None:
         "dense: 0.bias: one dimension; 2.weight, 2.bias: keep_dense"
     ]
     assert "0.weight" in repr(handle.summary())
-    dense = tk.sparsify(convolutional(), CONFIG).summary().rows[0]
+    dense = tk.sparsify(nn.Sequential(nn.Conv3d(3, 6, 3)), CONFIG).summary().rows[0]
     assert (dense.engine, dense.reason) == (
         "dense",
         "all of α: of no layer that kernels know",
