@@ -90,8 +90,8 @@ class Evidence(NamedTuple):
             return []
         pairs = PAIRS[:2] if method == "dense" else (pair,)  # which of them does not matter to it
         tuned = [replace(self.tuned[method], forward=f, backward=b) for f, b in pairs]
-        found = [find(self.runs, replace(base, seed=seed)) for base in tuned for seed in SEEDS]
-        return [run for run in found if run]
+        runs = ([find(self.runs, replace(base, seed=seed)) for base in tuned] for seed in SEEDS)
+        return [next(filter(None, found)) for found in runs if any(found)]
 
     def table(self) -> str:
         """Return every method: scores at every sparsity and, in parentheses, operations; shock."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import topkast_func as tk
 from topkast_func.facade import sparse_convolution
+from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.model.convolution import convolved
 
 CONFIG = tk.TopKastConfig(0.8, 0.5, refresh_every=2, penalty=None, keep_dense="4.*")
@@ -60,6 +61,14 @@ def test_an_ordinary_loop_trains_as_train_step(monkeypatch: pytest.MonkeyPatch) 
     found = dict(looped("numba").named_parameters())
     assert seen == 10 * [True]
     torch.testing.assert_close({n: found[n].detach() for n in found}, tk.dense_params(state))
+
+
+def test_alpha_is_not_put_together_where_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    tk.sparsify(model, CONFIG, engine="numba")
+    expected = model(batches()[0])
+    monkeypatch.delattr(SparseWeight, "alpha")
+    torch.testing.assert_close(model(batches()[0]), expected)
 
 
 def test_a_method_that_reads_the_dense_gradient_gets_it() -> None:

@@ -84,7 +84,7 @@ def convolution_of(layer: Any) -> Convolution | None:
 def _is_batch(input: Tensor, layer: Any) -> bool:
     """Return whether an input is a batch, with as many channels as there are, and no autocast."""
     return (
-        input.ndim == layer.weight.ndim
+        input.ndim == 2 + len(layer.kernel_size)
         and input.shape[1] == layer.in_channels
         and not torch.is_autocast_enabled(input.device.type)
     )
