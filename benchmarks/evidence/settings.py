@@ -99,7 +99,7 @@ PLANS = {
         ablations={name: ABLATIONS[name] for name in _DECISIVE},
     ),
     "words": _TOLD_APART._replace(rates=(3e-3, 1e-2, 3e-2)),
-    "source": _TOLD_APART,
+    "source": _TOLD_APART._replace(rates=(1e-3, 3e-3, 1e-2, 3e-2)),
 }
 
 
