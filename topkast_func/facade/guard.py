@@ -23,7 +23,7 @@ class Held(NamedTuple):
         layer: Whose weight it is.
         weight: What the layer keeps for it.
         theta: θ.
-        before: A copy of θ.
+        before: A copy of θ, contiguous.
     """
 
     layer: nn.Module
@@ -67,7 +67,8 @@ def _hook() -> None:
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Keep θ of the sparse weights for the time of the step."""
-    held = [Held(*found, found[2].detach().clone()) for found in _sparse_weights_of(optimizer)]
+    whole = torch.contiguous_format
+    held = [Held(*w, w[2].clone(memory_format=whole)) for w in _sparse_weights_of(optimizer)]
     _HELD[optimizer] = held
     if isinstance(optimizer, LBFGS):
         _start_anew_after_a_refresh(optimizer, held)
@@ -79,12 +80,21 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     global _steps_made
     _steps_made += 1
     for layer, weight, theta, before in _HELD.pop(optimizer, ()):
-        inside = weight.masks(layer).backward
-        theta.copy_(torch.where(inside, theta, before))
+        weight.steps += theta.grad is not None
+        inside = weight.inside(layer)
+        if inside is None:
+            continue
+        inside = inside.long()
+        _keep(theta, inside, before)
         for slot in optimizer.state.get(theta, {}).values():
             if isinstance(slot, Tensor) and slot.shape == theta.shape and slot.is_floating_point():
-                slot.masked_fill_(~inside, 0.0)
-        weight.steps += theta.grad is not None
+                _keep(slot, inside, torch.zeros_like(slot, memory_format=torch.contiguous_format))
+
+
+def _keep(tensor: Tensor, places: Tensor, elsewhere: Tensor) -> None:
+    """Leave what stands at flat places, and put what a contiguous tensor holds at all others."""
+    elsewhere.view(-1).index_copy_(0, places, tensor.take(places))
+    tensor.copy_(elsewhere)
 
 
 def _sparse_weights_of(

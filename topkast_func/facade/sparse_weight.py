@@ -16,6 +16,7 @@ from topkast_func.facade.derived import Derived, counts_of, derive, readable
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.engines import Choice
 from topkast_func.masks import masks_at
+from topkast_func.model.forward import AnySets
 from topkast_func.types import Masks
 
 
@@ -77,6 +78,17 @@ class SparseWeight:
         """Return the sets; they are chosen if there are none yet."""
         self.derived(layer)
         return masks_in(self.sets(layer), self.theta(layer).shape)
+
+    def indexed(self, layer: nn.Module) -> AnySets:
+        """Return the sets as the kernels read them, where these compute the layer; else masks."""
+        derived = self.derived(layer)
+        known = None if derived is None else derived.indexed
+        return self.masks(layer) if known is None else known
+
+    def inside(self, layer: nn.Module) -> Tensor | None:
+        """Return the flat places of B; None where that is everything, or θ is without data."""
+        derived = self.derived(layer)
+        return None if derived is None else derived.inside
 
     def alpha(self, layer: nn.Module) -> Tensor:
         """Return α, with a gradient that reaches B."""
