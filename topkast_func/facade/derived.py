@@ -11,7 +11,7 @@ from topkast_func.facade.rule import Rule
 from topkast_func.kernels.pattern import pattern_of, places_in
 from topkast_func.masks import telling
 from topkast_func.model.forward import Indexed
-from topkast_func.places import counted, places_of
+from topkast_func.places import counted
 from topkast_func.types import Masks
 
 
@@ -24,7 +24,6 @@ class Derived(NamedTuple):
         content: A copy of what it held.
         whole: Whether it held sets of a size that the rule knows.
         indexed: The sets for the kernels, where these compute the layer.
-        inside: Flat places of B; None where that is everything, or not known.
     """
 
     sets: Tensor
@@ -32,7 +31,6 @@ class Derived(NamedTuple):
     content: Tensor
     whole: bool
     indexed: Indexed | None = None
-    inside: Tensor | None = None
 
     @property
     def outdated(self) -> bool:
@@ -62,15 +60,12 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
     masks = masks_in(sets, theta.shape)
     counts = counts_of(masks, rule.config.group)
     whole = counts is not None and counts in rule.counts
-    indexed = inside = None
+    indexed = None
     if counts is not None and whole and rule.choice(theta, *counts).engine != "dense":
         block = rule.config.block_shape
         pattern = pattern_of(*masks, block, sizes=counts)
         indexed = Indexed(pattern, theta.shape, places_in(pattern, block, theta.shape))
-        inside = indexed.places.flatten()
-    elif counts is not None and counts[1] < theta.numel():
-        inside = places_of(masks.backward, counts[1])
-    return Derived(sets, _version(sets), sets.clone(), whole, indexed, inside)
+    return Derived(sets, _version(sets), sets.clone(), whole, indexed)
 
 
 def counts_of(masks: Masks, group: int | None) -> tuple[int, int] | None:

@@ -13,6 +13,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from topkast_func.bits import unpacked
+from topkast_func.checks import dispatches
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 
 
@@ -23,7 +25,7 @@ class Held(NamedTuple):
         layer: Whose weight it is.
         weight: What the layer keeps for it.
         theta: θ.
-        before: A copy of θ, contiguous.
+        before: A copy of θ.
     """
 
     layer: nn.Module
@@ -67,8 +69,7 @@ def _hook() -> None:
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Keep θ of the sparse weights for the time of the step."""
-    whole = torch.contiguous_format
-    held = [Held(*w, w[2].clone(memory_format=whole)) for w in _sparse_weights_of(optimizer)]
+    held = [Held(*found, found[2].detach().clone()) for found in _sparse_weights_of(optimizer)]
     _HELD[optimizer] = held
     if isinstance(optimizer, LBFGS):
         _start_anew_after_a_refresh(optimizer, held)
@@ -81,20 +82,23 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _steps_made += 1
     for layer, weight, theta, before in _HELD.pop(optimizer, ()):
         weight.steps += theta.grad is not None
-        inside = weight.inside(layer)
-        if inside is None:
-            continue
-        inside = inside.long()
-        _keep(theta, inside, before)
+        inside = weight.backward_bits(layer)
+        _keep_within(inside, theta, before)
         for slot in optimizer.state.get(theta, {}).values():
             if isinstance(slot, Tensor) and slot.shape == theta.shape and slot.is_floating_point():
-                _keep(slot, inside, torch.zeros_like(slot, memory_format=torch.contiguous_format))
+                _keep_within(inside, slot, None)
 
 
-def _keep(tensor: Tensor, places: Tensor, elsewhere: Tensor) -> None:
-    """Leave what stands at flat places, and put what a contiguous tensor holds at all others."""
-    elsewhere.view(-1).index_copy_(0, places, tensor.take(places))
-    tensor.copy_(elsewhere)
+def _keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None:
+    """Leave the entries that bits mark, and put back what others were; None for 0."""
+    fast = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+    if fast and tensor.is_contiguous() and not dispatches(tensor):
+        from topkast_func.kernels.within import keep_within
+
+        keep_within(bits, tensor, elsewhere)
+    else:
+        others = 0.0 if elsewhere is None else elsewhere
+        tensor.copy_(torch.where(unpacked(bits, tensor.shape), tensor, others))
 
 
 def _sparse_weights_of(

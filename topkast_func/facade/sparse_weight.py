@@ -85,10 +85,10 @@ class SparseWeight:
         known = None if derived is None else derived.indexed
         return self.masks(layer) if known is None else known
 
-    def inside(self, layer: nn.Module) -> Tensor | None:
-        """Return the flat places of B; None where that is everything, or θ is without data."""
-        derived = self.derived(layer)
-        return None if derived is None else derived.inside
+    def backward_bits(self, layer: nn.Module) -> Tensor:
+        """Return B in bits; it is chosen if there is none yet."""
+        self.derived(layer)
+        return self.sets(layer)[1]
 
     def alpha(self, layer: nn.Module) -> Tensor:
         """Return α, with a gradient that reaches B."""
