@@ -15,7 +15,7 @@ from benchmarks import costs, products, ranks, record, steps, views
 from benchmarks.protocol import Plan, run
 
 _COSTS = (costs.REFRESH, costs.MEMORY, costs.COMPILATION)
-_ALL = (products.SUITE, steps.SUITE, *_COSTS, ranks.BYTES, ranks.SECONDS)
+_ALL = (products.SUITE, steps.SUITE, steps.LOOPS, *_COSTS, ranks.BYTES, ranks.SECONDS)
 SUITES = {suite.name: suite for suite in _ALL}
 SCRATCH = Path("runs") / "benchmarks"
 QUIET = 5.0  # per cent of the processors that may be at work before a suite starts

@@ -11,7 +11,9 @@ from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import FIGURES, HERE, Results, load
 
 TEMPLATE, PAGE, README = HERE / "page.md", HERE / "RESULTS.md", HERE.parent / "README.md"
-SUITES = dict.fromkeys(("steps", "refresh", "memory", "compilation", "ranks", "ranks_seconds"), "")
+SUITES = dict.fromkeys(
+    ("steps", "loops", "refresh", "memory", "compilation", "ranks", "ranks_seconds"), ""
+)
 SUITES["products"] = " 90%"
 Evidence: TypeAlias = Mapping[str, report.Evidence]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import topkast_func as tk
 from benchmarks import arms
 from benchmarks.networks import Problem, problem
 from benchmarks.protocol import Parameters, Suite, Tasks
@@ -33,7 +34,7 @@ NETWORKS = {
 SMALLEST, IMAGES, BATCHES = "mlp-784", "residual", (32, 512)
 
 DENSE = ("dense", "dense compiled", "dense compiled, optimiser too")
-ONEDNN, OURS, PEER = "dense oneDNN", "topkast", "SparseLab"
+ONEDNN, OURS, PEER, LOOP = "dense oneDNN", "topkast", "SparseLab", "sparsify"
 
 
 def _sparsities(network: str) -> Iterator[Arm]:
@@ -61,6 +62,13 @@ def _batch(size: int) -> Iterator[Arm]:
     for pair, block in ((USUAL, (1, 1)), (FIXED, (1, 1)), (USUAL, (4, 4))):
         yield arm(OURS, pair, block, batch=size)
     yield arm(PEER, FIXED, batch=size)
+
+
+def _loops(network: str) -> Iterator[Arm]:
+    for way in DENSE[:2]:
+        yield arm(way, network=network, optimizer="adamw")
+    for pair in PAIRS[1:4]:
+        yield arm(LOOP, pair, network=network, optimizer="adamw")
 
 
 def arm(way: str, pair: Pair | None = None, block: Block | None = None, **more: Any) -> Arm:
@@ -92,11 +100,12 @@ def _check(loss: Tensor) -> None:
         raise ArithmeticError(f"the loss is {float(loss)}")
 
 
-def _conventional(of_network: Problem, p: Parameters, *compiled: str) -> Callable[[], Tensor]:
+def _conventional(
+    of_network: Problem, p: Parameters, *compiled: str, penalty: Callable[[], Any] = float
+) -> Callable[[], Tensor]:
     """Return a step of `torch.optim`; the model, or it and the optimiser, may be compiled."""
-    module, adam = of_network.model, p["optimizer"] == "adam"
-    made = torch.optim.Adam if adam else partial(torch.optim.SGD, momentum=0.9)
-    optimizer = made(module.parameters(), lr=1e-3)
+    module = of_network.model
+    optimizer = OPTIMIZERS[p["optimizer"]](module.parameters(), lr=1e-3)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(module(inputs), targets)
@@ -106,10 +115,24 @@ def _conventional(of_network: Problem, p: Parameters, *compiled: str) -> Callabl
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = forward(of_network.inputs, of_network.targets)
+        loss: Tensor = forward(of_network.inputs, of_network.targets) + penalty()
         loss.backward()  # type: ignore[no-untyped-call]
         update()
         return loss.detach()
+
+    return step
+
+
+def _ordinary(of_network: Problem, p: Parameters) -> Callable[[], Tensor]:
+    """Return a step of an ordinary loop after `tk.sparsify`, with the default penalty."""
+    config = tk.TopKastConfig(p["forward_sparsity"], p["backward_sparsity"], refresh_every=None)
+    sparsifier = tk.sparsify(of_network.model, config)
+    dense_step = _conventional(of_network, p, penalty=sparsifier.penalty)
+
+    def step() -> Tensor:
+        loss = dense_step()
+        sparsifier.step()
+        return loss
 
     return step
 
@@ -122,6 +145,11 @@ def replaced(of_network: Problem, layer: Callable[[nn.Linear], nn.Module]) -> Pr
     return of_network
 
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+    "adam": torch.optim.Adam,
+    "adamw": partial(torch.optim.AdamW, fused=True),
+}
 WAYS: dict[str, Callable[[Problem, Parameters], Callable[[], Tensor]]] = {
     "dense": _conventional,
     "dense compiled": lambda n, p: _conventional(n, p, "model"),
@@ -131,6 +159,7 @@ WAYS: dict[str, Callable[[Problem, Parameters], Callable[[], Tensor]]] = {
         replaced(n, partial(arms.sparselab, sparsity=p["forward_sparsity"])), p
     ),
     OURS: lambda n, p: arms.training(n, p).step,
+    LOOP: _ordinary,
 }  # each makes what trains one step and returns the loss
 CASES = {
     **{f"{network}, sparsities": dict(_sparsities(network)) for network in NETWORKS},
@@ -139,3 +168,4 @@ CASES = {
     **{f"{SMALLEST}, batch {size}": dict(_batch(size)) for size in BATCHES},
 }  # each has dense arms of its own
 SUITE = Suite("steps", CASES, _prepare)
+LOOPS = Suite("loops", {network: dict(_loops(network)) for network in NETWORKS}, _prepare)
