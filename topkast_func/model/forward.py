@@ -1,14 +1,15 @@
 """The sparse forward pass: any model at α = θ·1_A, with a gradient that reaches B."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from topkast_func.block_masks import is_of_blocks
-from topkast_func.checks import check_block_shape, check_tree
+from topkast_func.checks import check_block_shape, check_callable
+from topkast_func.config.leaves import check_leaf, check_present
 from topkast_func.kernels.pattern import (
     Pattern,
     gathered,
@@ -16,10 +17,11 @@ from topkast_func.kernels.pattern import (
     pattern_of,
     places_in,
 )
-from topkast_func.model.alone import alone_with, forward_alone, uncompiled
+from topkast_func.model.alone import alone_with, may_draw, uncompiled
 from topkast_func.model.alpha import alpha_when_read, straight_through
 from topkast_func.model.layers import bound_to, kernel_weights, stand_ins, standing_in
-from topkast_func.model.modules import bind, buffers, check_names, frozen, ties
+from topkast_func.model.modules import bind, buffers, check_names, frozen, tensors_of, ties
+from topkast_func.trees import check_mask_pair, check_named, check_shape, check_tensor
 from topkast_func.types import Masks, Model, Params
 
 
@@ -47,6 +49,8 @@ class Indexed(NamedTuple):
 
 AnySets: TypeAlias = Masks | Indexed
 """A and B of a weight."""
+
+Result = TypeVar("Result")
 
 
 def sparse_forward(
@@ -76,10 +80,12 @@ def sparse_forward(
         Whatever the model returns.
 
     Raises:
-        ValueError: A parameter of the module is missing, a name is unknown to the module, masks
-            belong to no parameter or have another shape.
-        TypeError: ``model`` is not callable, ``params`` are not tensors by name, or masks are
-            neither `Masks` of bool nor indexed.
+        ValueError: A parameter of the module is missing or has another shape, a name is unknown
+            to the module, masks belong to no parameter or have another shape or device, or the
+            model fails and its parameters are of several dtypes, layouts or devices.
+        TypeError: ``model`` is not callable, ``params`` are not tensors by name, those with masks
+            not dense ones of floating-point numbers, or masks are neither `Masks` of bool nor
+            indexed.
 
     Example:
         >>> theta = {"weight": torch.tensor([[3.0, 1.0]])}
@@ -87,13 +93,46 @@ def sparse_forward(
         >>> sparse_forward(lambda p, x: x @ p["weight"].T, theta, masks, torch.ones(1, 2))
         tensor([[3.]])
     """
+    return run_at_alpha(model, params, masks, lambda apply: apply(*inputs, **options))
+
+
+def run_at_alpha(
+    model: Model,
+    params: Params,
+    masks: Mapping[str, AnySets],
+    use: Callable[[Callable[..., Any]], Result],
+) -> Result:
+    """Use a model bound to α, in turn; where Dynamo traces it, as it is.
+
+    Args:
+        model: A module or a pure function.
+        params: θ by name.
+        masks: Sets by name, as masks or indexed.
+        use: From the bound model to the result.
+
+    Returns:
+        What ``use`` returns.
+
+    Raises:
+        TypeError: See `sparse_forward`.
+        ValueError: See `sparse_forward`.
+        RuntimeError: The model raises one that the kinds of its parameters do not explain.
+    """
     model = uncompiled(model)
 
-    def run() -> Any:
+    def run() -> Result:
         check_sets(model, params, masks)
-        return at_alpha(model, params, masks)(*inputs, **options)
+        return use(at_alpha(model, params, masks))
 
-    return forward_alone(model, run)
+    if torch.compiler.is_dynamo_compiling():
+        return run()
+    try:
+        return alone_with(model, run, may_draw(model))
+    except RuntimeError as reason:
+        problem = _several_kinds(model, params)
+        if problem is None or isinstance(reason, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{problem}: give tensors of one kind. It fails with {reason}") from reason
 
 
 def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Callable[..., Any]:
@@ -149,9 +188,10 @@ def index_masks(
         Indexed sets where kernels can compute the layer, masks elsewhere.
 
     Raises:
-        TypeError: The sets are not `Masks` of bool, or ``block_shape`` is no pair of integers.
-        ValueError: The sets of a layer are not made of such blocks or have another shape than
-            its weight.
+        TypeError: The sets are not `Masks` of bool by name, ``model`` is not callable, or
+            ``block_shape`` is no pair of integers.
+        ValueError: The sets are of what is no parameter or without values, or those of a layer are
+            not made of such blocks or have another shape than its weight.
 
     Example:
         >>> model = torch.nn.Linear(8, 4, bias=False)
@@ -166,16 +206,18 @@ def index_masks(
     """
     block_shape = check_block_shape("block_shape", block_shape)
     model = uncompiled(model)
+    check_callable("model", model)
+    check_named("masks", masks, "Masks")
+    _check_known(masks, tensors_of(model) or masks)
     shapes = {
         name: shape
         for name, shape in alone_with(model, partial(kernel_weights, model)).items()
         if is_indexed(shape, block_shape)
     }
     for name, sets in masks.items():
-        if not isinstance(sets, Masks):
-            raise TypeError(f"masks[{name!r}] must be Masks, got {type(sets).__name__}")
-        if name in shapes:
-            check_weight_sets(name, sets, shapes[name])
+        check_mask_pair(f"masks[{name!r}]", sets, shapes.get(name))
+        for mask in sets:
+            check_present(f"masks[{name!r}]", mask)
         if name in shapes and not all(is_of_blocks(mask, block_shape) for mask in sets):
             raise ValueError(f"the sets of {name!r} are not made of blocks of {block_shape}")
     return {
@@ -201,12 +243,38 @@ def check_sets(model: Model, params: Params, masks: Mapping[str, AnySets]) -> No
         TypeError: See `sparse_forward`.
         ValueError: See `sparse_forward`.
     """
-    check_tree(params)
+    check_named("params", params)
     check_names(model, params.keys())
-    if unknown := [name for name in masks if name not in params]:
-        raise ValueError(f"masks of unknown parameters: {unknown}")
+    own = tensors_of(model)
+    for name in own.keys() & params.keys():
+        check_tensor(f"params[{name!r}]", params[name])
+        check_shape(f"params[{name!r}]", params[name], own[name].shape, "the model")
+    check_sets_of(params, masks)
+
+
+def check_sets_of(params: Params, masks: Mapping[str, AnySets]) -> None:
+    """Check that parameters are tensors by name and masks theirs.
+
+    Args:
+        params: θ by name.
+        masks: Sets by name.
+
+    Raises:
+        TypeError: See `sparse_forward`.
+        ValueError: See `sparse_forward`.
+    """
+    check_named("params", params)
+    check_named("masks", masks, "Masks")
+    _check_known(masks, params)
+    for name, leaf in params.items():
+        check_tensor(f"params[{name!r}]", leaf)
     for name, sets in masks.items():
-        check_weight_sets(name, sets, params[name].shape)
+        theta = params[name]
+        check_leaf(f"params[{name!r}]", theta)
+        check_weight_sets(name, sets, theta.shape)
+        held = sets.places if isinstance(sets, Indexed) else sets.forward
+        if held.device != theta.device:
+            raise ValueError(f"masks[{name!r}] are on {held.device}, the parameter {theta.device}")
 
 
 def check_weight_sets(name: str, sets: AnySets, shape: torch.Size) -> None:
@@ -221,20 +289,31 @@ def check_weight_sets(name: str, sets: AnySets, shape: torch.Size) -> None:
         TypeError: The sets are neither `Masks` of bool nor indexed.
         ValueError: They have another shape.
     """
-    if isinstance(sets, Indexed):
-        if sets.shape != tuple(shape):
-            raise ValueError(
-                f"masks[{name!r}] are indexed for shape {sets.shape}, not {tuple(shape)}"
-            )
-        return
-    if not isinstance(sets, Masks):
+    if not isinstance(sets, (Masks, Indexed)):
         raise TypeError(
             f"masks[{name!r}] must be Masks, or what index_masks returns, got {type(sets).__name__}"
         )
-    for mask in sets:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"masks[{name!r}] must be of torch.bool, got {mask.dtype}")
-        if mask.shape != shape:
-            raise ValueError(
-                f"masks[{name!r}] have shape {tuple(mask.shape)}, the parameter {tuple(shape)}"
-            )
+    if isinstance(sets, Masks):
+        check_mask_pair(f"masks[{name!r}]", sets, shape)
+    elif sets.shape != tuple(shape):
+        raise ValueError(f"masks[{name!r}] are indexed for shape {sets.shape}, not {tuple(shape)}")
+
+
+def _check_known(masks: Mapping[str, object], names: Container[str]) -> None:
+    if unknown := [name for name in masks if name not in names]:
+        raise ValueError(f"masks of unknown parameters: {unknown}")
+
+
+def _several_kinds(model: Model, params: Params) -> str | None:
+    """Say which parameters differ in kind though a module has them in one, or the model is none."""
+    own = tensors_of(model)
+    first: dict[str, str] = {}
+    for name, leaf in params.items():
+        other = first.setdefault(_kind(own[name]) if name in own else "", name)
+        if (kind := _kind(leaf)) != (before := _kind(params[other])):
+            return f"params[{name!r}] is {kind}, and params[{other!r}] {before}"
+    return None
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of {tensor.layout} on {tensor.device}"
