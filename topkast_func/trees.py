@@ -1,6 +1,6 @@
 """Trees by name: that they are such, and that their leaves fit what they go with."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -139,6 +139,21 @@ def check_mask(what: str, mask: object, shape: Sequence[int] | None = None) -> N
     check_strided(what, mask)
     if shape is not None:
         check_shape(what, mask, shape)
+
+
+def check_known(what: str, tree: Iterable[str], names: Container[str]) -> None:
+    """Check that a tree is of parameters that there are.
+
+    Args:
+        what: What it is called in the error.
+        tree: Its names.
+        names: Those of the parameters.
+
+    Raises:
+        ValueError: It is of others too.
+    """
+    if unknown := [name for name in tree if name not in names]:
+        raise ValueError(f"{what} of unknown parameters: {unknown}")
 
 
 def difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str | None:

@@ -53,8 +53,7 @@ def save(
         config: The configuration it is trained with, so that `load` needs none.
 
     Raises:
-        TypeError: ``state`` is no state, ``path`` no path or ``config`` no configuration, or a
-            tensor has a layout or dtype that safetensors has not.
+        TypeError: ``state``, ``path`` or ``config`` is none, or safetensors lacks a dtype.
         ValueError: The state is an ensemble, θ holds NaN, A is not within B, or the state is not
             one of ``config``; what was at ``path`` stays.
     """
@@ -188,8 +187,7 @@ def load_config(path: str | os.PathLike[str]) -> TopKastConfig:
     Raises:
         FileNotFoundError: There is no such file.
         TypeError: ``path`` is no path.
-        ValueError: The file is cut off, damaged or foreign, of another version, or holds no
-            configuration, or one with code.
+        ValueError: See `load`; or the file holds no configuration, or one with code.
     """
     path = path_of("path", path)
     with opened(path) as file:

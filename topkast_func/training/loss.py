@@ -10,7 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from topkast_func.checks import check_callable, check_type
 from topkast_func.config import TopKastConfig
-from topkast_func.model.forward import AnySets, Indexed, check_sets_of, run_at_alpha
+from topkast_func.model.fits import check_sets_of
+from topkast_func.model.forward import run_at_alpha
+from topkast_func.model.indexed import AnySets, Indexed
 from topkast_func.penalty import masked_parts, summed_penalty
 from topkast_func.types import LossFn, Model, Params
 
