@@ -100,6 +100,13 @@ def test_what_is_no_tree_is_named(reader: Any, other: Any) -> None:
 
 
 @every_reader
+def test_names_that_are_no_text_are_told(reader: Any) -> None:
+    what, read, tree = reader
+    with pytest.raises(TypeError, match=rf"{what} must map names to tensors, got the names \[3\]"):
+        read({**tree, 3: tree[NAME]})
+
+
+@every_reader
 def test_names_that_are_missing_are_told(reader: Any) -> None:
     _, read, tree = reader
     with pytest.raises(ValueError, match=r"(missing|unknown parameters:) \['0.weight'\]"):
@@ -136,6 +143,32 @@ def test_parameters_of_another_dtype_than_the_module_has_are_run() -> None:
     torch.testing.assert_close(found.float(), tk.sparse_forward(MODEL, PARAMS, MASKS, BATCH[0]))
     with pytest.raises(RuntimeError, match="same dtype"):  # the inputs, of which torch tells
         tk.sparse_forward(MODEL, wide, MASKS, BATCH[0])
+
+
+def test_a_module_of_several_dtypes_fails_as_it_does_by_itself() -> None:
+    mixed = network()
+    mixed[1].double()  # type: ignore[index]
+    params = {name: p.detach() for name, p in mixed.named_parameters()}
+    with pytest.raises(RuntimeError, match="same dtype"):
+        tk.sparse_forward(mixed, params, MASKS, BATCH[0])
+
+
+def test_memory_that_runs_out_is_told_as_it_is() -> None:
+    def greedy(params: Any, x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    changed = {**PARAMS, NAME: PARAMS[NAME].double()}
+    with pytest.raises(torch.OutOfMemoryError):
+        tk.sparse_forward(greedy, changed, MASKS, BATCH[0])
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_values_for_a_dense_tensor_are_named() -> None:
+    def made(name: str, tensor: Tensor) -> Tensor:
+        return torch.ones(tensor.shape).to_sparse_coo()
+
+    with pytest.raises(TypeError, match=r"materialize returned for '0.weight' has layout torch.sp"):
+        tk.init_state(network().to("meta"), CONFIG, tk.sgd(0.1), materialize=made)
 
 
 def test_a_bias_of_another_shape_is_named_though_it_would_broadcast() -> None:
