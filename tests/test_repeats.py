@@ -111,11 +111,12 @@ def test_what_does_the_same_again_is_not_warned_of(model: Any) -> None:
 
 
 def test_a_number_that_a_module_has_counts_the_steps_alone() -> None:
-    model = Counting()
-    model.calls = 10
-    with pytest.warns(UserWarning, match=r"changes \['calls'\] of the model at each call"):
-        steps(model)
-    assert model.calls == 13
+    for start in (10, 10.5):
+        model = Counting()
+        model.calls = start  # type: ignore[assignment]
+        with pytest.warns(UserWarning, match=r"changes \['calls'\] of the model at each call"):
+            steps(model)
+        assert model.calls == start + 3
 
 
 def test_each_mode_is_tried_twice_and_then_no_more() -> None:
