@@ -165,7 +165,7 @@ def test_memory_that_runs_out_is_told_as_it_is() -> None:
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_sparse_values_for_a_dense_tensor_are_named() -> None:
     def made(name: str, tensor: Tensor) -> Tensor:
-        return torch.ones(tensor.shape).to_sparse_coo()
+        return torch.ones(tensor.shape).to_sparse()
 
     with pytest.raises(TypeError, match=r"materialize returned for '0.weight' has layout torch.sp"):
         tk.init_state(network().to("meta"), CONFIG, tk.sgd(0.1), materialize=made)
