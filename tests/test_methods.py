@@ -216,6 +216,14 @@ def test_set_drops_the_smallest_and_draws_as_many_along_a_cosine(step: int) -> N
     assert int(grown.sum()) == int(fraction * int(old.sum()))
 
 
+def test_the_dense_gradient_leaves_the_running_means_of_the_state_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Linear(12, 4))
+    state = tk.init_state(model, BASE, tk.sgd(0.1))
+    before = {name: buffer.clone() for name, buffer in state.buffers.items()}
+    tk.dense_gradients(model, mse, state, batch(0))
+    torch.testing.assert_close(dict(state.buffers), before, rtol=0, atol=0)
+
+
 def test_rigl_grows_where_the_dense_gradient_is_largest_and_from_zero() -> None:
     config = replace(BASE, method=tk.rigl(0.5), refresh_every=None)
     model = network()

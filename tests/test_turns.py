@@ -17,7 +17,14 @@ from torch.utils._pytree import tree_leaves
 import topkast_func as tk
 from topkast_func import turns
 from topkast_func.training.random_numbers import Draws
-from topkast_func.turns import EVERYTHING, NO_RANDOM_NUMBERS, RANDOM_NUMBERS, in_turn, require
+from topkast_func.turns import (
+    EVERYTHING,
+    NO_RANDOM_NUMBERS,
+    RANDOM_NUMBERS,
+    Claims,
+    in_turn,
+    require,
+)
 
 THREADS, STEPS = 4, 25
 PATIENCE = 300
@@ -79,19 +86,19 @@ def assert_whole(model: nn.Module) -> None:
     assert not any("forward" in vars(part) for part in copy.deepcopy(model).modules())
 
 
-def own_steps(dropout: float, compile: Any) -> tuple[list[nn.Module], list[Any]]:
-    models = [network(dropout) for _ in range(THREADS)]
+def own_steps(dropout: float, compile: Any, threads: int) -> tuple[list[nn.Module], list[Any]]:
+    models = [network(dropout) for _ in range(threads)]
     return models, [step_of(model, compile) for model in models]
 
 
-def shared_step(dropout: float, compile: Any) -> tuple[list[nn.Module], list[Any]]:
+def shared_step(dropout: float, compile: Any, threads: int) -> tuple[list[nn.Module], list[Any]]:
     model = network(dropout)
-    return [model], [step_of(model, compile)] * THREADS
+    return [model], [step_of(model, compile)] * threads
 
 
-def shared_module(dropout: float, compile: Any) -> tuple[list[nn.Module], list[Any]]:
+def shared_module(dropout: float, compile: Any, threads: int) -> tuple[list[nn.Module], list[Any]]:
     model = network(dropout)
-    return [model], [step_of(model, compile), step_of(model, compile)] * (THREADS // 2)
+    return [model], [step_of(model, compile), step_of(model, compile)] * (threads // 2)
 
 
 SHARINGS = (own_steps, shared_step, shared_module)
@@ -107,13 +114,14 @@ SHARINGS = (own_steps, shared_step, shared_module)
 def test_each_thread_gets_what_it_would_get_alone(
     sharing: Any, dropout: float, compile: Any
 ) -> None:
+    threads = 2 if compile else THREADS
     start = tk.init_state(network(dropout), CONFIG, OPTIMIZER)
     alone = step_of(network(dropout), compile)
-    expected = [run(alone, start, seed) for seed in range(THREADS)]
+    expected = [run(alone, start, seed) for seed in range(threads)]
     assert not same(expected[0], expected[1])
-    models, steps = sharing(dropout, compile)
+    models, steps = sharing(dropout, compile, threads)
     found = at_once([partial(run, step, start, seed) for seed, step in enumerate(steps)])
-    assert [same(a, b) for a, b in zip(found, expected, strict=True)] == [True] * THREADS
+    assert [same(a, b) for a, b in zip(found, expected, strict=True)] == [True] * threads
     for model in models:
         assert_whole(model)
 
@@ -272,38 +280,59 @@ def test_steps_that_draw_and_steps_that_do_not_leave_each_other_alone() -> None:
 # The turns themselves.
 
 
-def test_claims_that_clash_are_never_in_use_at_once() -> None:
-    claims = [frozenset({1}), frozenset({1, 2}), frozenset({2}), EVERYTHING, frozenset({3})]
-    inside: list[int] = []
-    met: set[frozenset[int]] = set()
-
-    def work(number: int) -> None:
-        for _ in range(300):
-            in_turn(claims[number], lambda: note(number))
-
-    def note(number: int) -> None:
-        inside.append(number)
-        met.add(frozenset(inside))
-        inside.remove(number)
-
-    at_once([partial(work, number) for number in range(len(claims))])
-    for pair in met:
-        assert not pair >= {0, 1}
-        assert not pair >= {1, 2}
-        assert 3 not in pair or pair == {3}
+ONE, TWO = frozenset({1}), frozenset({2})
 
 
-def test_claims_apart_are_in_use_at_once() -> None:
-    meeting = threading.Barrier(2, timeout=PATIENCE)
-    at_once([
-        lambda: in_turn(frozenset({1}), meeting.wait),
-        lambda: in_turn(frozenset({2}), meeting.wait),
-    ])
+@pytest.mark.parametrize(
+    ("one", "other", "clash"),
+    [
+        (ONE, ONE, True),
+        (ONE | TWO, TWO, True),
+        (ONE, TWO, False),
+        (ONE, EVERYTHING, True),
+        (EVERYTHING, NO_RANDOM_NUMBERS, True),
+        (RANDOM_NUMBERS, RANDOM_NUMBERS, True),
+        (RANDOM_NUMBERS, NO_RANDOM_NUMBERS, True),
+        (NO_RANDOM_NUMBERS, RANDOM_NUMBERS, True),
+        (NO_RANDOM_NUMBERS, NO_RANDOM_NUMBERS, False),
+        (ONE | RANDOM_NUMBERS, NO_RANDOM_NUMBERS | TWO, True),
+    ],
+)
+@pytest.mark.parametrize("within", [False, True])
+def test_turns_are_at_once_where_their_claims_do_not_clash(
+    one: Claims, other: Claims, clash: bool, within: bool
+) -> None:
+    """What the second claims it claims at once, or in a turn that it has already."""
+    inside, joined, left = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> bool:
+        inside.set()
+        met = joined.wait(0.1 if clash else PATIENCE)
+        left.set()
+        return met
+
+    def second() -> bool:
+        joined.set()
+        return left.wait(PATIENCE)
+
+    def come() -> bool:
+        inside.wait(PATIENCE)
+        claimed = partial(in_turn, other, second)
+        return in_turn(frozenset({3}), claimed) if within else claimed()
+
+    assert at_once([partial(in_turn, one, first), come]) == [not clash, True]
 
 
-def test_a_turn_within_a_turn_adds_to_it() -> None:
-    one, two = frozenset({1}), frozenset({2})
-    assert in_turn(one, lambda: in_turn(one, lambda: in_turn(two, lambda: "done"))) == "done"
+def test_a_turn_within_a_turn_adds_to_it_and_gives_that_back() -> None:
+    starts: list[int] = []
+
+    def outer() -> str:
+        starts.append(1)
+        assert starts == [1]
+        in_turn(ONE, lambda: in_turn(TWO, lambda: require(ONE | TWO)))
+        return at_once([partial(in_turn, TWO, lambda: "done")])[0]
+
+    assert in_turn(ONE, outer) == "done"
 
 
 def test_a_turn_that_needs_more_starts_again() -> None:
@@ -316,9 +345,10 @@ def test_a_turn_that_needs_more_starts_again() -> None:
                 require(RANDOM_NUMBERS)
             except Exception:
                 starts.append(100)
+        require(ONE)
         return len(starts)
 
-    assert in_turn(frozenset({1}), work) == 2
+    assert in_turn(ONE, work) == 2
 
 
 def test_a_turn_that_has_what_it_needs_goes_on() -> None:

@@ -8,26 +8,11 @@ from torch import Tensor
 from topkast_func.checks import dispatches
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
-from topkast_func.kernels.pattern import Pattern, gathered, pattern_of, places_in
+from topkast_func.kernels.pattern import pattern_of, places_in
 from topkast_func.masks import telling
+from topkast_func.model.indexed import Indexed
 from topkast_func.places import counted
 from topkast_func.types import Masks
-
-
-class Kernel(NamedTuple):
-    """Sets for the kernels.
-
-    Attributes:
-        pattern: The sets.
-        places: Where the values of the pattern stand in the flat θ, in their shape.
-    """
-
-    pattern: Pattern
-    places: Tensor
-
-    def values(self, theta: Tensor) -> Tensor:
-        """Gather the values of B from θ, A first."""
-        return gathered(theta, self.places)
 
 
 class Derived(NamedTuple):
@@ -38,14 +23,14 @@ class Derived(NamedTuple):
         version: How often it had been written to; None where that is not counted.
         content: A copy of what it held.
         whole: Whether it held sets of a size that the rule knows.
-        kernel: The sets for the kernels, where these compute the layer.
+        indexed: The sets for the kernels, where these compute the layer.
     """
 
     sets: Tensor
     version: int | None
     content: Tensor
     whole: bool
-    kernel: Kernel | None = None
+    indexed: Indexed | None = None
 
     @property
     def outdated(self) -> bool:
@@ -75,12 +60,12 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
     masks = masks_in(sets, theta.shape)
     counts = counts_of(masks, rule.config.group)
     whole = counts is not None and counts in rule.counts
-    kernel = None
+    indexed = None
     if counts is not None and whole and rule.choice(theta, *counts).engine != "dense":
         block = rule.config.block_shape
         pattern = pattern_of(*masks, block, sizes=counts)
-        kernel = Kernel(pattern, places_in(pattern, block, theta.shape))
-    return Derived(sets, _version(sets), sets.clone(), whole, kernel)
+        indexed = Indexed(pattern, theta.shape, places_in(pattern, block, theta.shape))
+    return Derived(sets, _version(sets), sets.clone(), whole, indexed)
 
 
 def counts_of(masks: Masks, group: int | None) -> tuple[int, int] | None:

@@ -13,6 +13,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from topkast_func.bits import unpacked
+from topkast_func.checks import dispatches
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 
 
@@ -79,12 +81,24 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     global _steps_made
     _steps_made += 1
     for layer, weight, theta, before in _HELD.pop(optimizer, ()):
-        inside = weight.masks(layer).backward
-        theta.copy_(torch.where(inside, theta, before))
+        weight.steps += theta.grad is not None
+        inside = weight.backward_bits(layer)
+        _keep_within(inside, theta, before)
         for slot in optimizer.state.get(theta, {}).values():
             if isinstance(slot, Tensor) and slot.shape == theta.shape and slot.is_floating_point():
-                slot.masked_fill_(~inside, 0.0)
-        weight.steps += theta.grad is not None
+                _keep_within(inside, slot, None)
+
+
+def _keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None:
+    """Leave the entries that bits mark, and put back what others were; None for 0."""
+    fast = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
+    if fast and tensor.is_contiguous() and not dispatches(tensor):
+        from topkast_func.kernels.within import keep_within
+
+        keep_within(bits, tensor, elsewhere)
+    else:
+        others = 0.0 if elsewhere is None else elsewhere
+        tensor.copy_(torch.where(unpacked(bits, tensor.shape), tensor, others))
 
 
 def _sparse_weights_of(

@@ -188,10 +188,10 @@ def multiplied_by(layer: nn.Module, key: str) -> tuple[Tensor, Pattern, EngineNa
     """
     weight = weights_of(layer).get(key)
     derived = None if weight is None else weight.derived(layer)
-    if weight is None or derived is None or derived.kernel is None or weight.probe is not None:
+    if weight is None or derived is None or derived.indexed is None or weight.probe is not None:
         return None
-    kernel = derived.kernel
-    return kernel.values(weight.theta(layer)), kernel.pattern, weight.rule.engine
+    sets = derived.indexed
+    return sets.split(weight.theta(layer)), sets.pattern, weight.rule.engine
 
 
 def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:

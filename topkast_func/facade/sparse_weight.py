@@ -16,6 +16,7 @@ from topkast_func.facade.derived import Derived, counts_of, derive, readable
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.engines import Choice
 from topkast_func.masks import masks_at
+from topkast_func.model.indexed import AnySets
 from topkast_func.types import Masks
 
 
@@ -77,6 +78,17 @@ class SparseWeight:
         """Return the sets; they are chosen if there are none yet."""
         self.derived(layer)
         return masks_in(self.sets(layer), self.theta(layer).shape)
+
+    def indexed(self, layer: nn.Module) -> AnySets:
+        """Return the sets as the kernels read them, where these compute the layer; else masks."""
+        derived = self.derived(layer)
+        known = None if derived is None else derived.indexed
+        return self.masks(layer) if known is None else known
+
+    def backward_bits(self, layer: nn.Module) -> Tensor:
+        """Return B in bits; it is chosen if there is none yet."""
+        self.derived(layer)
+        return self.sets(layer)[1]
 
     def alpha(self, layer: nn.Module) -> Tensor:
         """Return α, with a gradient that reaches B."""

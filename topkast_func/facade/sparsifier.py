@@ -107,7 +107,9 @@ class Sparsifier:
         theta = self._theta()
         if not theta:
             return torch.zeros((), dtype=torch.float32, device="cpu")
-        penalty = exploration_penalty(theta, self.masks(), self.config, step=self.steps)
+        owners = owners_of(self.model).items()
+        sets = {name: owner[0][1].indexed(owner[0][0]) for name, owner in owners}
+        penalty = exploration_penalty(theta, sets, self.config, step=self.steps)
         return self.config.penalty_weight * penalty
 
     def penalize(self, optimizer: Optimizer, scale: float = 1.0) -> bool:

@@ -1,7 +1,6 @@
 """The exploration penalty, and the loss that carries it."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,13 +56,13 @@ def exploration_penalty(
     check_sets_of(params, masks)
     shapes = {name: params[name].shape for name in masks}
     device = next((theta.device for theta in params.values()), torch.device("cpu"))
-    parts = partial(_parts, params, masks)
-    return summed_penalty(shapes, parts, config, device, step)
+    return summed_penalty(
+        shapes, lambda name: parts_of(params[name], masks[name]), config, device, step
+    )
 
 
-def _parts(params: Params, masks: Mapping[str, AnySets], name: str) -> tuple[Tensor, Tensor]:
+def parts_of(theta: Tensor, sets: AnySets) -> tuple[Tensor, Tensor]:
     """Return θ on A and θ on B∖A, zero or absent elsewhere."""
-    theta, sets = params[name], masks[name]
     if isinstance(sets, Indexed):
         values, count = sets.split(theta), sets.pattern.active_count
         return values[:count], values[count:]
