@@ -66,7 +66,7 @@ def bad() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "shape": (
             given(**{"0.weight": tk.Masks(first.forward[:4], first.backward[:4])}),
             ValueError,
-            r"masks\['0.weight'\] have shape \(4, 8\), the parameter \(12, 8\)",
+            r"masks\['0.weight'\] has shape \(4, 8\), the parameter \(12, 8\)",
         ),
         "type": (given(**{"0.weight": first.forward}), TypeError, r"must be Masks"),
         "dtype": (

@@ -15,6 +15,7 @@ PACKAGES = [
     "warn",
     "compiling",
     "checks",
+    "trees",
     "devices",
     "sparsity",
     "tiebreak",

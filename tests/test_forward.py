@@ -412,7 +412,7 @@ MASK = torch.ones(2, 2).bool()
         ((MASK, MASK), TypeError, r"masks\['weight'\] must be Masks, .* got tuple"),
         (MASK, TypeError, r"masks\['weight'\] must be Masks, .* got Tensor"),
         (Masks(MASK, MASK.float()), TypeError, "must be of torch.bool, got torch.float32"),
-        (Masks(MASK[0], MASK), ValueError, r"have shape \(2,\), the parameter \(2, 2\)"),
+        (Masks(MASK[0], MASK), ValueError, r"has shape \(2,\), the parameter \(2, 2\)"),
         (
             index_masks(nn.Linear(4, 1), {"weight": Masks(MASK.view(1, 4), MASK.view(1, 4))})[
                 "weight"
@@ -439,7 +439,7 @@ def test_masks_that_are_none_of_this_parameter_are_refused(
     [
         ((MASK, MASK), (1, 1), TypeError, "must be Masks, got tuple"),
         (Masks(MASK.int(), MASK), (1, 1), TypeError, "must be of torch.bool, got torch.int32"),
-        (Masks(MASK[:1], MASK[:1]), (1, 1), ValueError, r"have shape \(1, 2\)"),
+        (Masks(MASK[:1], MASK[:1]), (1, 1), ValueError, r"has shape \(1, 2\)"),
         (Masks(MASK, MASK), (0, 1), ValueError, "block_shape must be .*, got 0"),
         (Masks(MASK, MASK), 4, TypeError, "block_shape must be a pair"),
     ],

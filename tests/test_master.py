@@ -195,3 +195,48 @@ def test_a_resumed_run_equals_the_uninterrupted_one(storage: Any, tmp_path: Path
 def test_what_is_no_master_is_refused(master: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"master must be torch.float32, torch.float64 or None, got"):
         tk.init_state(Network().half(), CONFIG, tk.sgd(0.1), master=master)
+
+
+class Rounded(Network):
+    """In float32, rounded wherever a network of half precision rounds."""
+
+    def __init__(self, half: torch.dtype) -> None:
+        super().__init__()
+        self.half_precision = half
+
+    def forward(self, words: Tensor) -> Tensor:
+        def rounded(tensor: Tensor) -> Tensor:
+            return tensor + (tensor.to(self.half_precision).float() - tensor).detach()
+
+        def layer(module: nn.Linear, x: Tensor) -> Tensor:
+            assert module.bias is not None
+            return rounded(nn.functional.linear(x, rounded(module.weight), rounded(module.bias)))
+
+        mean = rounded(nn.functional.embedding(words, rounded(self.words.weight)).mean(1))
+        return layer(self.head, torch.relu(layer(self.hidden, mean)))
+
+
+def path_of(model: nn.Module, master: torch.dtype | None) -> tuple[list[float], list[Any]]:
+    """Return the losses of 60 steps, and the sets of each."""
+    config, optimizer = replace(CONFIG, refresh_every=3), tk.adamw(lr=1e-2)
+    state = tk.init_state(model, config, optimizer, master=master)
+    train_step = tk.make_train_step(model, loss_fn, config, optimizer, compile=False)
+    losses, sets = [], []
+    for batch in batches(60):
+        state, metrics = train_step(state, batch)
+        losses.append(float(metrics.data_loss))
+        sets.append(torch.cat([m.flatten() for pair in tk.masks_of(state).values() for m in pair]))
+    return losses, sets
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_sets_are_those_of_a_float32_run_that_rounds_until_a_tie(half: torch.dtype) -> None:
+    """From a tie on, runs part by any rounding: float32 does so too when moved by half's ε."""
+    losses, sets = path_of(Network().to(half), torch.float32)
+    expected, others = path_of(Rounded(half).to(half).float(), None)
+    parted = [not torch.equal(*both) for both in zip(sets, others, strict=True)]
+    together = parted.index(True) if any(parted) else len(parted)
+    assert together > 6  # two refreshes at the least
+    torch.testing.assert_close(
+        losses[:together], expected[:together], rtol=0, atol=0.25 * torch.finfo(half).eps
+    )

@@ -108,3 +108,38 @@ def test_a_loss_that_draws_from_another_generator_is_told_of() -> None:
 def test_what_does_the_same_again_is_not_warned_of(model: Any) -> None:
     first, *others = steps(model())
     assert others == [first, first]
+
+
+def test_a_number_that_a_module_has_counts_the_steps_alone() -> None:
+    for start in (10, 10.5):
+        model = Counting()
+        model.calls = start  # type: ignore[assignment]
+        with pytest.warns(UserWarning, match=r"changes \['calls'\] of the model at each call"):
+            steps(model)
+        assert model.calls == start + 3
+
+
+def test_each_mode_is_tried_twice_and_then_no_more() -> None:
+    calls = []
+
+    def counted(apply: Any, batch: Any) -> Tensor:
+        calls.append(0)
+        return mse(apply, batch)
+
+    steps(Layer(), loss=counted)
+    assert len(calls) == 2 + 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_that_differ_by_rounding_or_are_no_numbers_are_not_told_of(
+    dtype: torch.dtype,
+) -> None:
+    calls = []
+
+    def rounded(apply: Any, batch: Any) -> Tensor:
+        calls.append(0)
+        seen = mse(apply, batch).to(dtype)
+        return seen - seen.detach() + (1 + len(calls) % 2 * torch.finfo(dtype).eps)
+
+    steps(Layer(), loss=rounded)
+    steps(Layer(), loss=lambda apply, batch: mse(apply, batch) * torch.nan)

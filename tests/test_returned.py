@@ -67,6 +67,9 @@ BAD_STARTS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         TypeError,
         "slots 'm' are tensors by the names of parameters",
     ),
+    "a row": (lambda params: MADE(zero()[None], {}), TypeError, "int64 tensor, 0-d"),
+    "no slots": (lambda params: MADE(zero(), [1]), TypeError, "slots must map names to trees of"),
+    "half a name": (lambda params: MADE(zero(), {"\udc80": {}}), ValueError, r"name '\\udc80'"),
     "of all": (
         lambda params: tk.OptimizerState(zero(), {"m": {"all": torch.zeros(())}}),
         ValueError,

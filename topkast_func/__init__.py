@@ -33,7 +33,8 @@ from topkast_func.methods import (
     ste,
     topkast,
 )
-from topkast_func.model.forward import index_masks, sparse_forward
+from topkast_func.model.forward import sparse_forward
+from topkast_func.model.indexed import index_masks
 from topkast_func.report.exchange import Exchange, exchanges, exploration_rate, explored
 from topkast_func.report.explain import explain
 from topkast_func.report.export import to_sparse

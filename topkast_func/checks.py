@@ -1,6 +1,6 @@
 """Checks of single arguments, whose errors name the argument, its range and its value."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -199,23 +199,6 @@ def versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: t._version for name, t in tensors.items() if not t.is_inference()}
 
 
-def difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str | None:
-    """Say which names are missing and which unknown.
-
-    Args:
-        what: What they name.
-        found: The names that there are.
-        expected: Those that there should be.
-
-    Returns:
-        The words, or None where they are the same.
-    """
-    if {*found} == {*expected}:
-        return None
-    missing, unknown = {*expected} - {*found}, {*found} - {*expected}
-    return f"of the {what} missing {sorted(missing)}, unknown {sorted(unknown)}"
-
-
 def check_type(name: str, value: object, kind: type) -> None:
     """Check that an argument is of the type that it must be of.
 
@@ -231,16 +214,15 @@ def check_type(name: str, value: object, kind: type) -> None:
         raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
 
 
-def check_tree(params: object) -> None:
-    """Check that parameters are given by name.
+def check_callable(name: str, value: object) -> None:
+    """Check that an argument can be called.
 
     Args:
-        params: The parameters.
+        name: What it is called in the error.
+        value: The argument.
 
     Raises:
-        TypeError: They are not.
+        TypeError: It cannot.
     """
-    if not isinstance(params, Mapping):
-        raise TypeError(f"params must map names to tensors, got {type(params).__name__}")
-    if unnamed := [name for name in params if not isinstance(name, str)]:
-        raise TypeError(f"params must map names to tensors, got the names {unnamed}")
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from typing import NamedTuple, TypeAlias
 
-from topkast_func.checks import check_count, check_number
+from topkast_func.checks import check_count, check_number, check_type
 
 
 def density(sparsity: float) -> float:
@@ -121,13 +121,14 @@ def staged(stages: Mapping[int, float]) -> Staged:
         What `TopKastConfig` takes as a sparsity.
 
     Raises:
-        TypeError: A step is no integer or a sparsity no number.
+        TypeError: ``stages`` is no mapping, a step no integer or a sparsity no number.
         ValueError: A sparsity is out of range, or no stage starts at step 0.
 
     Example:
         >>> staged({0: 0.5, 1000: 0.8, 3000: 0.9}).at(1500)
         0.8
     """
+    check_type("stages", stages, Mapping)
     steps = sorted(check_count("a step of staged", step, 0) for step in stages)
     if not steps or steps[0] != 0:
         raise ValueError(f"one stage must start at step 0, got stages at {steps}")

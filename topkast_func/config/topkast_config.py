@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from topkast_func.checks import check_order
+from topkast_func.checks import check_order, check_type
 from topkast_func.config.as_json import code_of, described, made, told
 from topkast_func.config.fields import Penalty, Predicate, Shares, checked
 from topkast_func.config.schedule import Schedule
@@ -139,10 +139,15 @@ class TopKastConfig:
             The configuration.
 
         Raises:
+            TypeError: It is no text.
             ValueError: The text is no JSON object, a field or a method is unknown, or a value is
                 not allowed.
         """
-        description = json.loads(text)
+        check_type("text", text, str)
+        try:
+            description = json.loads(text)
+        except ValueError as reason:
+            raise ValueError(f"text is no JSON, as to_json returns it: {reason}") from reason
         if code := code_of(description):
             raise ValueError(f"{told(code)}, which JSON cannot describe")
         return made(cls, description, {})

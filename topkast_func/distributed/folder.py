@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from topkast_func.distributed.checksums import check_same, checksum
-from topkast_func.distributed.names import ABOUT, PART, begin, by_age, end
+from topkast_func.distributed.names import ABOUT, PART, begin, by_age, check_folder, end
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.files.drafts import replacing
 from topkast_func.types import Tensors
@@ -133,6 +133,7 @@ def _finish(part: Path, whole: Path, about: dict[str, Any], keep: int | None) ->
 
 
 def _latest(folder: Path) -> Path:
+    check_folder(folder)
     if (folder / ABOUT).is_file():
         return folder
     with suppress(FileNotFoundError):

@@ -12,6 +12,22 @@ _UNDER_WAY: set[Path] = set()
 """Drafts that this process writes: in other threads, or where a signal has interrupted it."""
 
 
+def check_folder(folder: Path) -> None:
+    """Check that checkpoints can be in a folder, which need not be there yet.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        NotADirectoryError: A file is in its place, or in that of a folder above it.
+    """
+    if files := [place for place in (folder, *folder.parents) if place.is_file()]:
+        raise NotADirectoryError(
+            f"{folder} must be a folder of checkpoints, and {files[0]} is a file: load reads what "
+            "save wrote, a file, and load_sharded what save_sharded wrote, a folder"
+        )
+
+
 def begin(folder: Path, step: int) -> str:
     """Make the draft of a checkpoint; drafts that no one writes any more are removed.
 
@@ -21,7 +37,11 @@ def begin(folder: Path, step: int) -> str:
 
     Returns:
         The name that the checkpoint is to have; it is free, and so was that of its draft.
+
+    Raises:
+        NotADirectoryError: See `check_folder`.
     """
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     place = folder.resolve()
     for left in place.glob(f"step-*{PART}"):

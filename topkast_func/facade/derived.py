@@ -10,7 +10,7 @@ from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.pattern import pattern_of, places_in
 from topkast_func.masks import telling
-from topkast_func.model.forward import Indexed
+from topkast_func.model.indexed import Indexed
 from topkast_func.places import counted
 from topkast_func.types import Masks
 

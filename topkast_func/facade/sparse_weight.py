@@ -16,7 +16,7 @@ from topkast_func.facade.derived import Derived, counts_of, derive, readable
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.engines import Choice
 from topkast_func.masks import masks_at
-from topkast_func.model.forward import AnySets
+from topkast_func.model.indexed import AnySets
 from topkast_func.types import Masks
 
 

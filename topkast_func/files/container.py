@@ -122,9 +122,14 @@ def opened(path: Path) -> Iterator[Container]:
         The file; its tensors are still to be read.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file, or a folder in its place.
         ValueError: It is cut off, damaged, foreign, or of another version.
     """
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"there is no state at {path}, which is a folder: name a file in it, or read what "
+            "save_sharded wrote by load_sharded"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no state at {path}")
     with path.open("rb") as file:

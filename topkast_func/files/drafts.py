@@ -10,6 +10,28 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def path_of(name: str, value: object) -> Path:
+    """Return a path.
+
+    Args:
+        name: What it is called in the error.
+        value: A text or a path.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: It holds a null character, which no file system takes.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a str or a pathlib.Path, got {type(value).__name__}")
+    path = Path(value)
+    if "\0" in str(path):
+        raise ValueError(f"{name} must have no null character, got {value!r}")
+    return path
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a file that takes the place of ``path`` once it is whole and on the disk.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.files.container import METADATA, head_of
+from topkast_func.files.drafts import path_of
 from topkast_func.files.layout import Entry, check_places, entry_of
 
 
@@ -40,6 +41,7 @@ def from_safetensors(
 
     Raises:
         FileNotFoundError: A file is not there.
+        TypeError: A path is none.
         ValueError: There is no file, one is cut off, damaged or of another format, or two have a
             tensor of the same name.
 
@@ -55,7 +57,7 @@ def from_safetensors(
     if not paths:
         raise ValueError("from_safetensors needs a file, and got none")
     places: dict[str, Place] = {}
-    for path in map(Path, paths):
+    for path in (path_of("a path of from_safetensors", path) for path in paths):
         for name, place in _places(path).items():
             other = places.setdefault(name, place)
             if other is not place:

@@ -7,6 +7,9 @@ from torch.nn import functional
 from topkast_func.kernels.inference import product, supported
 from topkast_func.kernels.pattern import BlockRows, block_of, flat
 
+LAYOUTS = (torch.sparse_csr, torch.sparse_bsr)
+MADE_BY = "tk.sparse_module makes such layers, and tk.to_sparse such matrices"
+
 
 class SparseLinear(nn.Module):
     """A linear layer for inference, whose weight is stored as CSR or BSR, in three plain tensors.
@@ -27,6 +30,9 @@ class SparseLinear(nn.Module):
         bias: [out_features], or None.
         in_features: Columns of the weight.
         out_features: Rows of the weight.
+
+    Raises:
+        TypeError: The weight is none.
     """
 
     values: Tensor
@@ -36,6 +42,9 @@ class SparseLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        if not isinstance(weight, Tensor) or weight.layout not in LAYOUTS or weight.ndim != 2:
+            kind = (weight.layout, weight.ndim) if isinstance(weight, Tensor) else type(weight)
+            raise TypeError(f"weight must be a matrix of layout CSR or BSR, got {kind}: {MADE_BY}")
         self.out_features, self.in_features = weight.shape
         self.register_buffer("values", weight.values().detach().clone())
         self.register_buffer("crow_indices", weight.crow_indices().int())

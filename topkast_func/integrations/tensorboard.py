@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from topkast_func.checks import check_count
+from topkast_func.files.drafts import path_of
 from topkast_func.report.flops import TrainingFlops
 from topkast_func.report.history import History
 from topkast_func.training.loop import Callback
@@ -42,7 +43,7 @@ class TensorBoardLogger(Callback):
             raise ImportError(
                 f"no TensorBoard ({reason}): pip install 'topkast_func[tensorboard]'"
             ) from reason
-        self.writer = module.SummaryWriter(os.fspath(folder))
+        self.writer = module.SummaryWriter(str(path_of("folder", folder)))
         self._history = History(flops)
 
     def on_step(self, state: TrainState, metrics: StepMetrics) -> None:

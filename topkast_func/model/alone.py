@@ -47,21 +47,6 @@ def claim(parts: Iterable[object]) -> Claims:
     return frozenset(map(id, parts))
 
 
-def forward_alone(model: object, run: Callable[[], Result]) -> Result:
-    """Run a model's forward pass in turn; where Dynamo traces it, as it is.
-
-    Args:
-        model: A module, or a pure function.
-        run: The forward pass.
-
-    Returns:
-        What it returns.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return run()
-    return alone_with(model, run, may_draw(model))
-
-
 def may_draw(model: object) -> Claims:
     """Return a claim to the random numbers, unless the model is a module in evaluation mode."""
     evaluates = isinstance(model, nn.Module) and not any(modes(model))

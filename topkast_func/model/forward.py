@@ -1,52 +1,20 @@
 """The sparse forward pass: any model at α = θ·1_A, with a gradient that reaches B."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from topkast_func.block_masks import is_of_blocks
-from topkast_func.checks import check_block_shape, check_tree
-from topkast_func.kernels.pattern import (
-    Pattern,
-    gathered,
-    is_indexed,
-    pattern_of,
-    places_in,
-)
-from topkast_func.model.alone import alone_with, forward_alone, uncompiled
+from topkast_func.model.alone import alone_with, may_draw, uncompiled
 from topkast_func.model.alpha import alpha_when_read, straight_through
-from topkast_func.model.layers import bound_to, kernel_weights, stand_ins, standing_in
-from topkast_func.model.modules import bind, buffers, check_names, frozen, ties
+from topkast_func.model.fits import check_sets, several_kinds
+from topkast_func.model.indexed import AnySets, Indexed
+from topkast_func.model.layers import bound_to, stand_ins, standing_in
+from topkast_func.model.modules import bind, buffers, frozen, ties
 from topkast_func.types import Masks, Model, Params
 
-
-class Indexed(NamedTuple):
-    """A and B of a weight, indexed for the kernels.
-
-    Attributes:
-        pattern: The two disjoint sets, over blocks.
-        shape: Of the weight.
-        places: Where the values of B stand in the flat θ, A first: [|B|] or [blocks, r, c].
-    """
-
-    pattern: Pattern
-    shape: tuple[int, ...]
-    places: Tensor
-
-    def split(self, theta: Tensor) -> Tensor:
-        """Gather the values of B from θ, A first: [|B|] or [blocks, r, c]."""
-        return gathered(theta, self.places)
-
-    def active(self) -> "Indexed":
-        """Return the sets for a pass without a gradient, which reads the values of A alone."""
-        return self._replace(places=self.places[: self.pattern.active_count])
-
-
-AnySets: TypeAlias = Masks | Indexed
-"""A and B of a weight."""
+Result = TypeVar("Result")
 
 
 def sparse_forward(
@@ -76,10 +44,12 @@ def sparse_forward(
         Whatever the model returns.
 
     Raises:
-        ValueError: A parameter of the module is missing, a name is unknown to the module, masks
-            belong to no parameter or have another shape.
-        TypeError: ``model`` is not callable, ``params`` are not tensors by name, or masks are
-            neither `Masks` of bool nor indexed.
+        ValueError: A parameter of the module is missing or has another shape, a name is unknown
+            to the module, masks belong to no parameter or have another shape or device, or the
+            model fails and its parameters are of several dtypes, layouts or devices.
+        TypeError: ``model`` is not callable, ``params`` are not tensors by name, those with masks
+            not dense ones of floating-point numbers, or masks are neither `Masks` of bool nor
+            indexed.
 
     Example:
         >>> theta = {"weight": torch.tensor([[3.0, 1.0]])}
@@ -87,13 +57,46 @@ def sparse_forward(
         >>> sparse_forward(lambda p, x: x @ p["weight"].T, theta, masks, torch.ones(1, 2))
         tensor([[3.]])
     """
+    return run_at_alpha(model, params, masks, lambda apply: apply(*inputs, **options))
+
+
+def run_at_alpha(
+    model: Model,
+    params: Params,
+    masks: Mapping[str, AnySets],
+    use: Callable[[Callable[..., Any]], Result],
+) -> Result:
+    """Use a model bound to α, in turn; where Dynamo traces it, as it is.
+
+    Args:
+        model: A module or a pure function.
+        params: θ by name.
+        masks: Sets by name, as masks or indexed.
+        use: From the bound model to the result.
+
+    Returns:
+        What ``use`` returns.
+
+    Raises:
+        TypeError: See `sparse_forward`.
+        ValueError: See `sparse_forward`.
+        RuntimeError: The model raises one that the kinds of its parameters do not explain.
+    """
     model = uncompiled(model)
 
-    def run() -> Any:
+    def run() -> Result:
         check_sets(model, params, masks)
-        return at_alpha(model, params, masks)(*inputs, **options)
+        return use(at_alpha(model, params, masks))
 
-    return forward_alone(model, run)
+    if torch.compiler.is_dynamo_compiling():
+        return run()
+    try:
+        return alone_with(model, run, may_draw(model))
+    except RuntimeError as reason:
+        problem = several_kinds(model, params)
+        if problem is None or isinstance(reason, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{problem}: give tensors of one kind. It fails with {reason}") from reason
 
 
 def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Callable[..., Any]:
@@ -129,112 +132,3 @@ def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tenso
         parts = sets.places.tensor_split([sets.pattern.active_count])
         return alpha_when_read(values, parts, theta.shape)
     return straight_through(theta, sets) if isinstance(sets, Masks) else theta
-
-
-def index_masks(
-    model: Model, masks: Mapping[str, Masks], block_shape: tuple[int, int] = (1, 1)
-) -> dict[str, AnySets]:
-    """Index the sets of layers that kernels compute, to be given in place of masks.
-
-    `sparse_forward` and `penalized_loss` then run these layers on the kernels. The index is
-    made of the contents of the masks, which `torch.func` and `torch.compile` do not see, and
-    serves until the next refresh: make it once, not at each call.
-
-    Args:
-        model: The module.
-        masks: Sets by name.
-        block_shape: (r, c) of the blocks that the sets are made of.
-
-    Returns:
-        Indexed sets where kernels can compute the layer, masks elsewhere.
-
-    Raises:
-        TypeError: The sets are not `Masks` of bool, or ``block_shape`` is no pair of integers.
-        ValueError: The sets of a layer are not made of such blocks or have another shape than
-            its weight.
-
-    Example:
-        >>> model = torch.nn.Linear(8, 4, bias=False)
-        >>> params = {"weight": torch.arange(32.0).reshape(4, 8)}
-        >>> masks = {"weight": Masks(params["weight"] >= 24, params["weight"] >= 16)}
-        >>> sets = index_masks(model, masks, block_shape=(2, 4))
-        Traceback (most recent call last):
-        ValueError: the sets of 'weight' are not made of blocks of (2, 4)
-        >>> sets = index_masks(model, masks, block_shape=(1, 4))
-        >>> sparse_forward(model, params, sets, torch.ones(1, 8))
-        tensor([[  0.,   0.,   0., 220.]])
-    """
-    block_shape = check_block_shape("block_shape", block_shape)
-    model = uncompiled(model)
-    shapes = {
-        name: shape
-        for name, shape in alone_with(model, partial(kernel_weights, model)).items()
-        if is_indexed(shape, block_shape)
-    }
-    for name, sets in masks.items():
-        if not isinstance(sets, Masks):
-            raise TypeError(f"masks[{name!r}] must be Masks, got {type(sets).__name__}")
-        if name in shapes:
-            check_weight_sets(name, sets, shapes[name])
-        if name in shapes and not all(is_of_blocks(mask, block_shape) for mask in sets):
-            raise ValueError(f"the sets of {name!r} are not made of blocks of {block_shape}")
-    return {
-        name: _indexed(sets, block_shape, shapes[name]) if name in shapes else sets
-        for name, sets in masks.items()
-    }
-
-
-def _indexed(sets: Masks, block_shape: tuple[int, int], shape: torch.Size) -> Indexed:
-    pattern = pattern_of(*sets, block_shape)
-    return Indexed(pattern, (*shape,), places_in(pattern, block_shape, shape))
-
-
-def check_sets(model: Model, params: Params, masks: Mapping[str, AnySets]) -> None:
-    """Check that parameters are those of a model and masks those of the parameters.
-
-    Args:
-        model: A module or a pure function.
-        params: θ by name.
-        masks: Sets by name.
-
-    Raises:
-        TypeError: See `sparse_forward`.
-        ValueError: See `sparse_forward`.
-    """
-    check_tree(params)
-    check_names(model, params.keys())
-    if unknown := [name for name in masks if name not in params]:
-        raise ValueError(f"masks of unknown parameters: {unknown}")
-    for name, sets in masks.items():
-        check_weight_sets(name, sets, params[name].shape)
-
-
-def check_weight_sets(name: str, sets: AnySets, shape: torch.Size) -> None:
-    """Check the type and the shape of the sets of one weight.
-
-    Args:
-        name: Name of the weight, for errors.
-        sets: Its sets.
-        shape: Its shape.
-
-    Raises:
-        TypeError: The sets are neither `Masks` of bool nor indexed.
-        ValueError: They have another shape.
-    """
-    if isinstance(sets, Indexed):
-        if sets.shape != tuple(shape):
-            raise ValueError(
-                f"masks[{name!r}] are indexed for shape {sets.shape}, not {tuple(shape)}"
-            )
-        return
-    if not isinstance(sets, Masks):
-        raise TypeError(
-            f"masks[{name!r}] must be Masks, or what index_masks returns, got {type(sets).__name__}"
-        )
-    for mask in sets:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"masks[{name!r}] must be of torch.bool, got {mask.dtype}")
-        if mask.shape != shape:
-            raise ValueError(
-                f"masks[{name!r}] have shape {tuple(mask.shape)}, the parameter {tuple(shape)}"
-            )

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from topkast_func.config.leaves import check_present
+from topkast_func.trees import check_mask, check_mask_pair, check_named, check_shape, difference
 from topkast_func.types import Masks, Tensors
 
 
@@ -32,6 +34,10 @@ def exchanges(before: Mapping[str, Masks], after: Mapping[str, Masks]) -> dict[s
     Returns:
         What changed, by name.
 
+    Raises:
+        TypeError: The sets are not `Masks` of bool by name.
+        ValueError: They are of different parameters, of other shapes, or without values.
+
     Example:
         >>> import torch
         >>> a, b = torch.tensor([True, False, False]), torch.tensor([True, True, False])
@@ -39,13 +45,18 @@ def exchanges(before: Mapping[str, Masks], after: Mapping[str, Masks]) -> dict[s
         >>> exchanges({"w": Masks(a, b)}, {"w": Masks(new, b)})
         {'w': Exchange(entered=1, promoted=1, churn=1.0)}
     """
+    _check_sets("before", before)
+    _check_sets("after", after)
+    _check_same("before", before, after)
     found = {}
     for name, new in after.items():
         old = before[name]
-        entered = new.forward & ~old.forward
+        check_shape(f"before[{name!r}]", old.forward, new.forward.shape, "after")
+        forward, backward = (mask.to(new.forward.device) for mask in old)
+        entered = new.forward & ~forward
         count = int(entered.sum())
-        promoted = int((entered & old.backward).sum())
-        found[name] = Exchange(count, promoted, count / int(new.forward.sum()))
+        promoted = int((entered & backward).sum())
+        found[name] = Exchange(count, promoted, count / max(1, int(new.forward.sum())))
     return found
 
 
@@ -58,9 +69,23 @@ def explored(masks: Mapping[str, Masks], earlier: Mapping[str, Tensor] | None = 
 
     Returns:
         Whether an entry was ever in A, bool, by name.
+
+    Raises:
+        TypeError: The sets are not `Masks` of bool by name, or what is earlier no tensors of bool.
+        ValueError: They are of different parameters, of other shapes, or without values.
     """
+    _check_sets("masks", masks)
+    if earlier is not None:
+        check_named("earlier", earlier)
+    if earlier:
+        _check_same("earlier", earlier, masks)
+        for name, sets in masks.items():
+            check_mask(f"earlier[{name!r}]", earlier[name], sets.forward.shape)
+            check_present(f"earlier[{name!r}]", earlier[name])
     return {
-        name: sets.forward | earlier[name] if earlier else sets.forward.clone()
+        name: sets.forward | earlier[name].to(sets.forward.device)
+        if earlier
+        else sets.forward.clone()
         for name, sets in masks.items()
     }
 
@@ -73,6 +98,26 @@ def exploration_rate(explored: Mapping[str, Tensor]) -> float:
 
     Returns:
         Fraction over all sparse parameters together; 1 where there are none.
+
+    Raises:
+        TypeError: They are no tensors of bool by name.
+        ValueError: They are without values.
     """
+    check_named("explored", explored)
+    for name, seen in explored.items():
+        check_mask(f"explored[{name!r}]", seen)
+        check_present(f"explored[{name!r}]", seen)
     size = sum(seen.numel() for seen in explored.values())
     return sum(int(seen.sum()) for seen in explored.values()) / size if size else 1.0
+
+
+def _check_sets(what: str, masks: Mapping[str, Masks]) -> None:
+    check_named(what, masks, "Masks, as those of masks_of(state) are")
+    for name, sets in masks.items():
+        check_mask_pair(f"{what}[{name!r}]", sets)
+        check_present(f"{what}[{name!r}]", sets.forward)
+
+
+def _check_same(what: str, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    if problem := difference("parameters", found, expected):
+        raise ValueError(f"{what} has the sets of others: {problem}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topkast_func.checks import check_count
+from topkast_func.checks import check_block_shape
 from topkast_func.kernels.layouts import csr_matrix
 from topkast_func.training.state import TrainState, alpha_in, check_state, masks_of
 
@@ -32,7 +32,7 @@ def to_sparse(
         dimensions are left out.
 
     Raises:
-        TypeError: ``state`` is no state.
+        TypeError: ``state`` is no state, or ``block_shape`` no pair of integers.
         ValueError: The layout is unknown, or the blocks do not divide a matrix.
 
     Example:
@@ -84,10 +84,11 @@ def bsr(block: tuple[int, int], alpha: Tensor, mask: Tensor) -> Tensor:
         The blocks, whole.
 
     Raises:
+        TypeError: ``block`` is no pair of integers.
         ValueError: The blocks do not divide the matrix.
     """
     rows, columns = alpha.shape
-    height, width = (check_count("block_shape", side, 1) for side in block)
+    height, width = check_block_shape("block_shape", block)
     if rows % height or columns % width:
         raise ValueError(f"blocks of {block} do not divide a matrix of shape {tuple(alpha.shape)}")
 

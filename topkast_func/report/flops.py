@@ -15,7 +15,9 @@ from torch.random import fork_rng
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from topkast_func.checks import check_callable
 from topkast_func.model.alone import alone_with, uncompiled
+from topkast_func.training.fits_model import check_tensors
 from topkast_func.training.state import TrainState, forward_params, masks_of
 from topkast_func.turns import EVERYTHING
 from topkast_func.types import Model
@@ -59,6 +61,10 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
     Returns:
         The operations.
 
+    Raises:
+        TypeError: The model cannot be called, or ``state`` is no state.
+        ValueError: The state is of another model, or other ranks own a part of it.
+
     Example:
         >>> from topkast_func import TopKastConfig, init_state, sgd
         >>> model = torch.nn.Linear(100, 10)
@@ -66,6 +72,7 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
         >>> training_flops(model, state, torch.zeros(8, 100))
         TrainingFlops(sparse=6400.0, dense=48000.0)
     """
+    check_callable("model", model)
     model = uncompiled(model)
     tensors = forward_params(state)
     owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
@@ -75,6 +82,7 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
     def run() -> None:
         with torch.no_grad(), fork_rng(list(devices)), _no_fused_layers(), counted:
             if isinstance(model, torch.nn.Module):
+                check_tensors(state, model)
                 functional_call(model, tensors, inputs, options)
             else:
                 model(tensors, *inputs, **options)

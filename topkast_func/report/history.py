@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from topkast_func.checks import check_callable
 from topkast_func.report.exchange import Exchange, exchanges, exploration_rate, explored
 from topkast_func.report.flops import TrainingFlops
 from topkast_func.training.loop import Callback
@@ -37,9 +38,14 @@ class History(Callback):
     Attributes:
         losses: Loss of the data at each step.
         refreshes: The record of each refresh.
+
+    Raises:
+        TypeError: ``flops`` cannot be called.
     """
 
     def __init__(self, flops: Callable[[TrainState], TrainingFlops] | None = None) -> None:
+        if flops is not None:
+            check_callable("flops", flops)
         self._flops = flops
         self.losses: list[float] = []
         self.refreshes: list[Refresh] = []

@@ -6,6 +6,7 @@ from html import escape
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from topkast_func.checks import check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import reason_dense
 from topkast_func.kernels.engines import Choice, EngineName
@@ -105,7 +106,8 @@ def summary(
 
     Raises:
         ImportError: The engine asked for is not installed.
-        TypeError: The engine asked for does not support the dtype or device.
+        TypeError: The engine asked for does not support the dtype or device, ``state`` is no
+            state, or ``config`` no configuration.
         ValueError: The batch size is below 1 or there is no such engine.
 
     Example:
@@ -115,6 +117,8 @@ def summary(
         >>> [(row.name, row.forward, row.backward) for row in summary(state).rows]
         [('weight', 10, 20), ('bias', 10, 10)]
     """
+    if config is not None:
+        check_type("config", config, TopKastConfig)
     chosen, masks = choices(state, batch_size, engine), masks_of(state)
     values = state.weights.values()
     rows = []

@@ -5,8 +5,9 @@ import os
 from collections.abc import Callable
 from typing import SupportsFloat
 
-from topkast_func.checks import check_count
+from topkast_func.checks import check_callable, check_count, check_type
 from topkast_func.config import TopKastConfig
+from topkast_func.files.drafts import path_of
 from topkast_func.training.checkpoint import save
 from topkast_func.training.loop import Callback
 from topkast_func.training.metrics import StepMetrics
@@ -31,7 +32,8 @@ class Best(Callback):
         values: All measures, in order.
 
     Raises:
-        TypeError: ``every`` or ``patience`` is no integer.
+        TypeError: ``every`` or ``patience`` is no integer, ``measure`` cannot be called, ``path``
+            is none, or ``config`` no configuration.
         ValueError: One of them is below 1.
 
     Example:
@@ -54,10 +56,14 @@ class Best(Callback):
         path: str | os.PathLike[str] | None = None,
         config: TopKastConfig | None = None,
     ) -> None:
+        check_callable("measure", measure)
+        if config is not None:
+            check_type("config", config, TopKastConfig)
         self.measure = measure
         self.every = check_count("every", every, 1)
         self.patience = None if patience is None else check_count("patience", patience, 1)
-        self.path, self.config = path, config
+        self.path = None if path is None else path_of("path", path)
+        self.config = config
         self.state: TrainState | None = None
         self.step, self.value = 0, math.inf
         self.values: list[float] = []

@@ -13,7 +13,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.as_json import code_of, described, made, told
 from topkast_func.devices import check_device
 from topkast_func.files.container import damage_of, opened, write
-from topkast_func.files.drafts import replacing
+from topkast_func.files.drafts import path_of, replacing
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.modules import check_names, trainable
 from topkast_func.training.agreement import disagreements
@@ -53,15 +53,14 @@ def save(
         config: The configuration it is trained with, so that `load` needs none.
 
     Raises:
-        TypeError: ``state`` is no state or ``config`` no configuration, or a tensor has a layout or
-            dtype that safetensors has not.
+        TypeError: ``state``, ``path`` or ``config`` is none, or safetensors lacks a dtype.
         ValueError: The state is an ensemble, θ holds NaN, A is not within B, or the state is not
             one of ``config``; what was at ``path`` stays.
     """
     check_state(state)
     check_at_hand(state)
     header, tensors = taken_apart(state, config)
-    with replacing(Path(path)) as file:
+    with replacing(path_of("path", path)) as file:
         write(file, header, tensors)
 
 
@@ -120,8 +119,8 @@ def load(
 
     Raises:
         FileNotFoundError: There is no such file.
-        TypeError: ``config`` is no configuration, ``model`` neither a module nor a function, or
-            ``optimizer`` none of this library.
+        TypeError: ``path`` is no path, ``config`` no configuration, ``model`` neither a module nor
+            a function, or ``optimizer`` none of this library.
         ValueError: The file is cut off, damaged or foreign, of another version, or of another
             configuration, model or optimiser; ``theta_device`` is given for dense storage; or a
             device is not there, or is the meta device.
@@ -130,7 +129,7 @@ def load(
         check_type("config", config, TopKastConfig)
     if optimizer is not None:
         check_optimizer(optimizer)
-    path = Path(path)
+    path = path_of("path", path)
     with opened(path) as file:
         config = agreed(path, file.header, config)
         with damage_of(path):
@@ -187,11 +186,12 @@ def load_config(path: str | os.PathLike[str]) -> TopKastConfig:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is cut off, damaged or foreign, of another version, or holds no
-            configuration, or one with code.
+        TypeError: ``path`` is no path.
+        ValueError: See `load`; or the file holds no configuration, or one with code.
     """
-    with opened(Path(path)) as file:
-        return agreed(Path(path), file.header, None)
+    path = path_of("path", path)
+    with opened(path) as file:
+        return agreed(path, file.header, None)
 
 
 def agreed(path: Path, header: Mapping[str, Any], given: TopKastConfig | None) -> TopKastConfig:

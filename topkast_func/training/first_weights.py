@@ -99,6 +99,7 @@ def outlined_weights(
         TypeError: See `init_state`.
         ValueError: There is nothing to train, or the configuration does not fit.
     """
+    check_master(master)
     params, layers = trained(model)
     sizes = counts(params, config)
     outlines = {name: _raised(theta, master).to("meta") for name, theta in params.items()}
@@ -106,6 +107,24 @@ def outlined_weights(
     if storage == "compact":
         return compact(outlines, sets, layers, config.block_shape, sizes=sizes)
     return DenseWeights(outlines, sets)
+
+
+def check_master(master: object) -> None:
+    """Check that a dtype is one that θ can be kept in beside narrower weights.
+
+    Args:
+        master: The dtype, or None.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: It is another dtype.
+    """
+    if master is None:
+        return
+    if not isinstance(master, torch.dtype):
+        raise TypeError(f"master must be torch.float32, torch.float64 or None, got {master!r}")
+    if master not in (torch.float32, torch.float64):
+        raise ValueError(f"master must be torch.float32, torch.float64 or None, got {master}")
 
 
 def trained(model: nn.Module | Params) -> tuple[Params, list[str]]:

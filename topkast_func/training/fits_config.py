@@ -6,14 +6,13 @@ import torch
 from torch import nn
 
 from topkast_func.block_masks import is_of_blocks
-from topkast_func.checks import difference
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, given_sparsity
-from topkast_func.config.leaves import check_present
+from topkast_func.config.leaves import check_leaf, check_present
 from topkast_func.kernels.pattern import block_of
 from topkast_func.masks import counts, counts_among, uneven_sets
-from topkast_func.model.forward import check_weight_sets
 from topkast_func.training.state import TrainState, Weights
+from topkast_func.trees import check_mask_pair, check_named, check_shape, difference
 from topkast_func.types import Masks, Params, Tensors
 
 UNEVEN = "not as many in each group, as pattern={!r} asks for"
@@ -33,8 +32,7 @@ def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfi
         ValueError: They are without values, of other parameters, of other shapes or sizes, not made
             of whole blocks or not as many in each group, or A is not part of B.
     """
-    if not isinstance(masks, Mapping):
-        raise TypeError(f"masks must map names to Masks, got {type(masks).__name__}")
+    check_named("masks", masks, "Masks")
     asked = counts(params, config)
     if masks.keys() != asked.keys():
         missing, unknown = sorted(asked.keys() - masks.keys()), sorted(masks.keys() - asked.keys())
@@ -44,7 +42,7 @@ def check_masks(params: Params, masks: Mapping[str, Masks], config: TopKastConfi
         )
     for name, expected in asked.items():
         sets = masks[name]
-        check_weight_sets(name, sets, params[name].shape)
+        check_mask_pair(f"masks[{name!r}]", sets, params[name].shape)
         for mask in sets:
             check_present(f"masks[{name!r}]", mask)
         if (sets.forward & ~sets.backward).any():
@@ -82,6 +80,34 @@ def check_refresh(state: TrainState, config: TopKastConfig) -> None:
         problem = _selection_problem(weights, config, outlines(weights), step)
     if problem:
         raise ValueError(f"the state is of another configuration: {problem}")
+
+
+def check_gradients(state: TrainState, gradients: Params) -> None:
+    """Check that gradients are those of the sparse parameters of a state; of others may be some.
+
+    Args:
+        state: The state.
+        gradients: Gradients by name.
+
+    Raises:
+        TypeError: One is no dense tensor of real floating-point numbers.
+        ValueError: One is missing, of no parameter, of another shape, or without values.
+    """
+    check_named("gradients", gradients)
+    shapes, sparse = state.weights.shapes(), [*state.weights.sparse()]
+    known = [name for name in shapes if name in gradients or name in sparse]
+    if problem := difference("sparse parameters", gradients, known):
+        raise ValueError(
+            f"gradients must be those that dense_gradients(model, loss_fn, state, batch) returns: "
+            f"{problem}"
+        )
+    for name in sparse:
+        what, gradient = f"gradients[{name!r}]", gradients[name]
+        check_leaf(what, gradient)
+        check_shape(what, gradient, shapes[name])
+        check_present(what, gradient)
+        if gradient.is_complex():
+            raise TypeError(f"{what} is {gradient.dtype}, and the parameter is real")
 
 
 def is_of_stage(weights: Weights, config: TopKastConfig, step: int) -> bool:

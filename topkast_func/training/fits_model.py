@@ -5,9 +5,9 @@ from typing import TypeAlias
 
 from torch import nn
 
-from topkast_func.checks import difference
 from topkast_func.model.modules import frozen, tensors_of, trainable
 from topkast_func.training.state import TrainState
+from topkast_func.trees import difference
 from topkast_func.types import Params
 
 Facts: TypeAlias = Mapping[str, Mapping[str, object]]

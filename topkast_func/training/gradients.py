@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from topkast_func.checks import check_callable
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.modules import bind, ties
 from topkast_func.training.derivative import gradient_and_value
-from topkast_func.training.loss import loss_and_aux
+from topkast_func.training.fits_model import check_tensors
+from topkast_func.training.loss import check_loss_fn, loss_and_aux
 from topkast_func.training.random_numbers import random_numbers_of
 from topkast_func.training.state import TrainState, alpha_in, check_state
 from topkast_func.training.trial import check_pure
@@ -32,13 +34,19 @@ def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any
         Gradients by name, of the shapes of the sparse parameters.
 
     Raises:
-        TypeError: The loss is no 0-d tensor, or ``state`` no state.
-        ValueError: The loss does not depend on what is trained, or the forward pass is not pure.
+        TypeError: The loss is no 0-d tensor, ``state`` no state, or the model or ``loss_fn``
+            cannot be called.
+        ValueError: The state is of another model, the loss does not depend on what is trained, or
+            the forward pass is not pure.
     """
     check_state(state)
+    check_callable("model", model)
+    check_loss_fn(loss_fn)
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
 
     def gradients() -> Tensors:
+        if isinstance(model, nn.Module):
+            check_tensors(state, model)
         check_pure(model, loss_fn, state, batch)
         with random_numbers_of(state):
             return gradients_of(model, loss_fn)(state, batch)

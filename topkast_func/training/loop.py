@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from topkast_func.checks import check_callable, check_type
 from topkast_func.compiling import stopwatch
 from topkast_func.config import TopKastConfig
 from topkast_func.training.metrics import StepMetrics
@@ -69,7 +70,7 @@ def train(
         The state after the last step.
 
     Raises:
-        TypeError: A callback is none.
+        TypeError: ``train_step`` cannot be called, ``state`` is no state, or a callback is none.
         ValueError: ``train_step`` was made with another configuration.
 
     Example:
@@ -83,12 +84,15 @@ def train(
         >>> int(state.step)
         3
     """
+    check_callable("train_step", train_step)
+    check_type("callbacks", callbacks, Sequence)
     own = getattr(train_step, "config", config)
     if own != config:
         raise ValueError(f"train_step was made with another configuration, {own}, than {config}")
     for callback in callbacks:
         if isinstance(callback, type) or not hasattr(callback, "on_step"):
             raise TypeError(f"callbacks must be instances of tk.Callback, got {callback!r}")
+    check_type("state", state, TrainState)
     times = stopwatch()
     try:
         with tqdm(batches, desc="training", unit="step", disable=not progress) as bar:

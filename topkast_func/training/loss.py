@@ -1,15 +1,17 @@
 """The exploration penalty, and the loss that carries it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from topkast_func.checks import check_tree, check_type
+from topkast_func.checks import check_callable, check_type
 from topkast_func.config import TopKastConfig
-from topkast_func.model.alone import forward_alone, uncompiled
-from topkast_func.model.forward import AnySets, Indexed, at_alpha, check_sets
+from topkast_func.model.fits import check_sets_of
+from topkast_func.model.forward import run_at_alpha
+from topkast_func.model.indexed import AnySets, Indexed
 from topkast_func.penalty import masked_parts, summed_penalty
 from topkast_func.types import LossFn, Model, Params
 
@@ -34,8 +36,9 @@ def exploration_penalty(
         The penalty, 0-d; zero where ``config.penalty`` is None or the method does not explore.
 
     Raises:
-        TypeError: ``params`` are not by name, or ``config`` is no configuration.
-        ValueError: The configuration gives a masked parameter no sparsity, or there is none such.
+        TypeError: ``config`` is no configuration, or see `sparse_forward`.
+        ValueError: The configuration gives a masked parameter no sparsity, or masks are not those
+            of the parameters, see `sparse_forward`.
 
     Departures:
         The paper prints one norm and calls it L2; the three readings in use are offered.
@@ -49,12 +52,10 @@ def exploration_penalty(
         >>> exploration_penalty(theta, masks, config)
         tensor(5.)
     """
-    check_tree(params)
     check_type("config", config, TopKastConfig)
-    if unknown := [name for name in masks if name not in params]:
-        raise ValueError(f"masks of unknown parameters: {unknown}")
+    check_sets_of(params, masks)
     shapes = {name: params[name].shape for name in masks}
-    device = next(iter(params.values())).device
+    device = next((theta.device for theta in params.values()), torch.device("cpu"))
     return summed_penalty(
         shapes, lambda name: parts_of(params[name], masks[name]), config, device, step
     )
@@ -94,29 +95,30 @@ def penalized_loss(
         The loss, 0-d.
 
     Raises:
-        TypeError: ``loss_fn`` returns no scalar tensor, or see `sparse_forward`.
+        TypeError: ``loss_fn`` is no function of (apply, batch) or returns no scalar tensor, or
+            see `sparse_forward`.
         ValueError: The parameters are not those of the model, nor the masks theirs.
     """
-    model = uncompiled(model)
+    check_loss_fn(loss_fn)
 
-    def run() -> Tensor:
-        check_sets(model, params, masks)
-        return loss_and_aux(loss_fn(at_alpha(model, params, masks), batch))[0]
+    def use(apply: Callable[..., Any]) -> Tensor:
+        return loss_and_aux(loss_fn(apply, batch))[0]
 
-    data_loss = forward_alone(model, run)
+    data_loss = run_at_alpha(model, params, masks, use)
     penalty = exploration_penalty(params, masks, config, step=step)
     return data_loss + config.penalty_weight * penalty
 
 
 def check_loss_fn(loss_fn: object) -> None:
-    """Check that a loss function is not one of torch itself, which takes outputs and targets.
+    """Check that a loss function can be called, and is none of torch, of outputs and targets.
 
     Args:
         loss_fn: The function.
 
     Raises:
-        TypeError: It is.
+        TypeError: It cannot, or is one.
     """
+    check_callable("loss_fn", loss_fn)
     if getattr(loss_fn, "__module__", None) in ("torch.nn.functional", "torch.nn.modules.loss"):
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
         raise TypeError(

@@ -11,10 +11,17 @@ from torch import Tensor
 from torch.random import fork_rng
 
 from topkast_func.config.leaves import check_present
+from topkast_func.trees import check_strided, check_text
 from topkast_func.types import Params, Tensors
 
 Materialize: TypeAlias = Callable[[str, Tensor], Tensor]
 """``materialize(name, tensor)``: the values of a tensor on the meta device."""
+
+
+IN_PARTS = (
+    ", since neither files nor compiled steps take any other; a sparse one can be put together of "
+    "its indices and values in the forward pass"
+)
 
 
 class Source:
@@ -26,13 +33,17 @@ class Source:
         seed: Seed of the random numbers that it draws.
 
     Raises:
-        TypeError: ``materialize`` is not callable.
-        ValueError: A tensor has no values and there is no function, or the other way round.
+        TypeError: ``materialize`` is not callable, or a tensor is sparse or nested.
+        ValueError: A tensor has no values and there is no function, or the other way round; or a
+            name cannot be written to files.
     """
 
     def __init__(self, tensors: Params, materialize: Materialize | None, seed: int) -> None:
         if materialize is not None and not callable(materialize):
             raise TypeError(f"materialize must be a function, got {materialize!r}")
+        check_text("the model", tensors)
+        for name, tensor in tensors.items():
+            check_strided(repr(name), tensor, IN_PARTS)
         if materialize is None:
             for name, tensor in tensors.items():
                 check_present(name, tensor)
@@ -54,7 +65,7 @@ class Source:
             The values: itself, if it has any.
 
         Raises:
-            TypeError: The function returned no tensor.
+            TypeError: The function returned no tensor, or a sparse or nested one.
             ValueError: It returned one without values, or of another shape or dtype.
         """
         if self._materialize is None or not tensor.is_meta:
@@ -66,6 +77,7 @@ class Source:
             raise TypeError(
                 f"materialize must return a tensor, and returned {found!r} for {name!r}"
             )
+        check_strided(f"what materialize returned for {name!r}", found)
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(
                 f"materialize returned shape {tuple(found.shape)} and {found.dtype} for {name!r}, "

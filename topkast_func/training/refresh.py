@@ -12,7 +12,7 @@ from topkast_func.config.allocation import shared_among_all
 from topkast_func.entry import entered
 from topkast_func.masks import counts_among, masks_at
 from topkast_func.ranking import NaNParameterError
-from topkast_func.training.fits_config import check_refresh, is_of_stage
+from topkast_func.training.fits_config import check_gradients, check_refresh, is_of_stage
 from topkast_func.training.optim import Optimizer
 from topkast_func.training.state import (
     TrainState,
@@ -46,10 +46,11 @@ def refresh(
         The state with its new sets.
 
     Raises:
-        TypeError: ``state`` is no state or ``config`` no configuration.
-        ValueError: The method reads gradients and there are none, or the configuration has other
-            sparse parameters, other blocks or another exponent, or a method that is to train
-            densely.
+        TypeError: ``state`` is no state, ``config`` no configuration, or ``gradients`` are no
+            dense tensors of real floating-point numbers by name.
+        ValueError: The method reads gradients and there are none, they are of other parameters or
+            shapes or without values, or the configuration has other sparse parameters, other
+            blocks or another exponent, or a method that is to train densely.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
         torch.OutOfMemoryError: The device has too little memory; the text says the way on.
     """
@@ -59,6 +60,8 @@ def refresh(
     check_at_hand(state)
     check_refresh(state, config)
     gradients = gradients if config.method.reads_gradient else None
+    if gradients is not None:
+        check_gradients(state, gradients)
     try:
         return refreshed(state, config, gradients)
     except torch.OutOfMemoryError as reason:

@@ -16,9 +16,10 @@ from topkast_func.distributed.background import in_background
 from topkast_func.distributed.launched import world
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.files.container import damage_of
+from topkast_func.files.drafts import path_of
 from topkast_func.training.checkpoint import agreed, put_together, taken_apart
 from topkast_func.training.optim import Optimizer, check_optimizer
-from topkast_func.training.state import TrainState
+from topkast_func.training.state import TrainState, check_state
 from topkast_func.training.stored import stored
 from topkast_func.types import Model, Tensors
 
@@ -51,10 +52,11 @@ def save_sharded(
         The checkpoint; ``folder/step-N.1`` and so on where there was one of that step.
 
     Raises:
-        TypeError: See `save`; or ``keep`` is no integer.
+        TypeError: See `save`; or ``folder`` is no path, or ``keep`` no integer.
         ValueError: See `save`; or ``keep`` is below 1.
         RuntimeError: Ranks hold different states, a rank is lost, or one could not write.
         FileNotFoundError: A rank does not see the folder that rank 0 does.
+        NotADirectoryError: A file is in the place of the folder.
     """
     return _saving(_as_it_is, state, folder, config, keep, process_group).result()
 
@@ -87,7 +89,7 @@ def async_save_sharded(
         is to be known of.
 
     Raises:
-        TypeError: See `save`; or ``keep`` is no integer.
+        TypeError: See `save`; or ``folder`` is no path, or ``keep`` no integer.
         ValueError: See `save`; or ``keep`` is below 1.
         RuntimeError: A rank is lost.
     """
@@ -104,7 +106,9 @@ def _saving(
 ) -> Future[Path]:
     from topkast_func.distributed.folder import write  # loads torch's checkpoints: half a second
 
+    place = path_of("folder", folder)
     keep = None if keep is None else check_count("keep", keep, 1)
+    check_state(state)
     ranks, step = Ranks(process_group or world()), int(state.step)
 
     def taken() -> tuple[dict[str, Any], Tensors]:
@@ -113,9 +117,7 @@ def _saving(
 
     with ranks.waiting(f"in save_sharded at step {step}"):
         header, tensors = ranks.attempted(taken)
-        return in_background(
-            ranks, lambda own: write(own, Path(folder), step, header, tensors, keep)
-        )
+        return in_background(ranks, lambda own: write(own, place, step, header, tensors, keep))
 
 
 def _as_it_is(state: TrainState, tensors: Tensors) -> Tensors:
@@ -159,6 +161,7 @@ def load_sharded(
 
     Raises:
         FileNotFoundError: There is no checkpoint.
+        NotADirectoryError: A file is in the place of the folder.
         TypeError: See `load`.
         ValueError: A tensor does not match its checksum, or see `load`.
         RuntimeError: Another rank is lost.
@@ -169,6 +172,7 @@ def load_sharded(
         check_type("config", config, TopKastConfig)
     if optimizer is not None:
         check_optimizer(optimizer)
+    place = path_of("folder", folder)
     ranks = Ranks(process_group or world())
 
     def put() -> TrainState:
@@ -178,5 +182,5 @@ def load_sharded(
         return put_together(path, parts, own, model, optimizer, device, theta_device)
 
     with ranks.waiting("in load_sharded"):
-        path, header, tensors = read(ranks, Path(folder))
+        path, header, tensors = read(ranks, place)
         return ranks.attempted(put)

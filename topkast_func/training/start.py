@@ -14,7 +14,7 @@ from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.modules import frozen, tensors_of, ties
 from topkast_func.sparsity import ByPattern
 from topkast_func.training.agreement import COMPACT
-from topkast_func.training.first_weights import Manner, first_weights, trained
+from topkast_func.training.first_weights import Manner, check_master, first_weights, trained
 from topkast_func.training.materialize import Materialize, Source
 from topkast_func.training.optim import Optimizer, check_optimizer, started
 from topkast_func.training.state import Storage, TrainState
@@ -99,7 +99,7 @@ def init_state(
     model = uncompiled(model_or_params)
     seed = check_count("seed", seed, 0)
     mask_seed = seed if mask_seed is None else check_count("mask_seed", mask_seed, 0)
-    _check_master(master)
+    check_master(master)
     manner = Manner(config, storage, theta_device, mask_seed, masks, master)
     begin = partial(_first_state, model, optimizer, manner, seed, materialize)
     return alone_with(model, begin, frozenset() if materialize is None else RANDOM_NUMBERS)
@@ -134,15 +134,6 @@ def _first_state(
             if tensor.dtype != values[name].dtype
         },
     )
-
-
-def _check_master(master: object) -> None:
-    if master is None:
-        return
-    if not isinstance(master, torch.dtype):
-        raise TypeError(f"master must be torch.float32, torch.float64 or None, got {master!r}")
-    if master not in (torch.float32, torch.float64):
-        raise ValueError(f"master must be torch.float32, torch.float64 or None, got {master}")
 
 
 def check_ties(model: object, config: TopKastConfig) -> None:

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
-from topkast_func.checks import check_type
+from topkast_func.checks import check_callable, check_type
 from topkast_func.compiling import one_report
 from topkast_func.config import TopKastConfig
 from topkast_func.config.as_json import described
@@ -155,9 +155,7 @@ def make_train_step(
     check_engine(engine)
     check_type("config", config, TopKastConfig)
     check_optimizer(optimizer)
-    for name, function in (("model", model), ("loss_fn", loss_fn)):
-        if not callable(function):
-            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+    check_callable("model", model)
     check_loss_fn(loss_fn)
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
     check_uncompiled(model)

@@ -6,6 +6,7 @@ from torch import Tensor
 from topkast_func.checks import versions
 from topkast_func.training.optim.rates import Rate
 from topkast_func.training.optim.transformation import Optimizer, OptimizerState
+from topkast_func.trees import check_named, check_text
 from topkast_func.types import Params, Tensors
 
 
@@ -21,7 +22,7 @@ def started(optimizer: Optimizer, params: Params) -> OptimizerState:
 
     Raises:
         TypeError: That is no `OptimizerState`, or its slots are no tensors by name.
-        ValueError: It has slots of what is no parameter.
+        ValueError: It has slots of what is no parameter, or of a kind no file can name.
     """
     start = optimizer.init(params)
     told = f"init of {optimizer} must return an OptimizerState"
@@ -29,6 +30,8 @@ def started(optimizer: Optimizer, params: Params) -> OptimizerState:
         raise TypeError(f"{told}, got {type(start).__name__}")
     if not isinstance(start.step, Tensor) or start.step.dtype != torch.int64 or start.step.ndim:
         raise TypeError(f"{told} whose step is an int64 tensor, 0-d, got {start.step!r}")
+    check_named(f"{told} whose slots", start.slots, "trees of tensors")
+    check_text(f"{told} with slots", start.slots)
     for kind, tree in start.slots.items():
         if not isinstance(tree, dict) or not all(isinstance(s, Tensor) for s in tree.values()):
             raise TypeError(f"{told} whose slots {kind!r} are tensors by the names of parameters")
