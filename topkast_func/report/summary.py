@@ -9,11 +9,13 @@ from torch.utils._pytree import tree_leaves
 from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import reason_dense
 from topkast_func.kernels.engines import Choice, EngineName
+from topkast_func.model.alone import uncompiled
+from topkast_func.model.axes import axes_by_name
 from topkast_func.report.explain import choices
-from topkast_func.report.notes import Row, notes
+from topkast_func.report.notes import Row, emptiness, notes
 from topkast_func.report.table import in_bytes, paragraph, table
 from topkast_func.training.state import TrainState, masks_of
-from topkast_func.types import Masks, Model
+from topkast_func.types import Model
 
 
 class Summary:
@@ -96,8 +98,9 @@ def summary(
         batch_size: Rows of activations that a layer sees at a time; see `explain`, also for
             what engines are told of a state that was not made of a module.
         engine: What `make_train_step` is told.
-        model: If given, embeddings, tied weights and the output layer are warned of where they
-            are sparse by default.
+        model: If given, it says which axis of a weight is that of its layer's outputs, and
+            embeddings, tied weights and the output layer are warned of where they are sparse by
+            default.
         config: The configuration, if it is to say more exactly why weights are dense.
 
     Returns:
@@ -116,7 +119,8 @@ def summary(
         [('weight', 10, 20), ('bias', 10, 10)]
     """
     chosen, masks = choices(state, batch_size, engine), masks_of(state)
-    values = state.weights.values()
+    model = uncompiled(model)
+    values, axes = state.weights.values(), axes_by_name(model)
     rows = []
     for name, shape in state.weights.shapes().items():
         size = shape.numel()
@@ -133,20 +137,11 @@ def summary(
                 backward / size,
                 *choice,
                 _bytes(state, name),
-                *empty_lines(sets),
+                *emptiness(sets, axes.get(name, ())),
             )
         )
     rows += [_frozen(name, tensor) for name, tensor in state.frozen.items()]
     return Summary(rows, notes(rows, masks, model, config))
-
-
-def empty_lines(sets: Masks | None) -> tuple[int, int]:
-    """Return how many rows and columns of A have no entry; of a dense parameter none."""
-    if sets is None:
-        return 0, 0
-    active = sets.forward.flatten(1)
-    rows, columns = (int((~active.any(axis)).sum()) for axis in (1, 0))
-    return rows, columns
 
 
 def _frozen(name: str, tensor: Tensor) -> Row:
