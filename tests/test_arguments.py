@@ -40,6 +40,10 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "explain": tk.explain,
     "to_sparse": tk.to_sparse,
     "sparse_module": lambda state: tk.sparse_module(state, network()),
+    "save_sharded": lambda state: tk.save_sharded(state, "nowhere"),
+    "gather": tk.gather,
+    "train": lambda state: tk.train(made(), state, [BATCH], CONFIG),
+    "training_flops": lambda state: tk.training_flops(network(), state, BATCH[0]),
     "dense_gradients": lambda state: tk.dense_gradients(network(), mse, state, BATCH),
 }
 every_reader = pytest.mark.parametrize("read", READERS.values(), ids=READERS.keys())
@@ -47,9 +51,11 @@ every_reader = pytest.mark.parametrize("read", READERS.values(), ids=READERS.key
 
 @every_reader
 def test_what_is_no_state_is_named(read: Callable[[Any], Any]) -> None:
-    for other in (network(), dict(network().named_parameters()), BATCH):
+    sparsifier = tk.sparsify(network(), CONFIG)
+    for other in (network(), dict(network().named_parameters()), BATCH, sparsifier):
         kind = type(other).__name__
-        with pytest.raises(TypeError, match=f"state must be a TrainState, got {kind}"):
+        told = rf"state must be a TrainState, got {kind}: .* sparsifier\.summary\(\)"
+        with pytest.raises(TypeError, match=told):
             read(other)
 
 

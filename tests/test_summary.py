@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import topkast_func as tk
 from topkast_func.report.table import some
 
+BYTES = "bytes: values, where they stand, and slots of the optimiser"
 CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=2)
 
 
@@ -142,9 +144,10 @@ def test_rows_and_columns_without_an_entry_are_counted() -> None:
         "[out, in]: w 2 of 4",
         "columns without an entry in A, so inputs without an effect where weights are [out, in]: "
         "w 4 of 6",
+        BYTES,
     ]
     full = tk.TopKastConfig(0.0, 0.0, sparse="w")
-    assert tk.summary(tk.init_state({"w": weight}, full, tk.sgd(0.1))).notes == []
+    assert tk.summary(tk.init_state({"w": weight}, full, tk.sgd(0.1))).notes == [BYTES]
 
 
 class Tied(nn.Module):
@@ -169,7 +172,7 @@ INPUTS = "{} without an entry in A, so inputs without an effect: {} of {}"
             [(OUTPUTS, "rows", "weight 1", 6), (INPUTS, "columns", "weight 2", 4)],
         ),
         (
-            lambda: Conv1D(4, 6),
+            partial(Conv1D, 4, 6),
             [(OUTPUTS, "columns", "weight 2", 4), (INPUTS, "rows", "weight 1", 6)],
         ),
         (
@@ -263,7 +266,13 @@ def test_the_table_prints_as_text_and_as_html() -> None:
     assert "8×16" in repr(summary)
     html = summary._repr_html_()
     assert html.count("<tr>") == 5
-    assert html.count("<p>") == len(summary.notes) == 2
+    assert html.count("<p>") == len(summary.notes) == 3
+    assert summary.notes[-1] == BYTES
+    assert BYTES in repr(summary)
+    told = tk.sparsify(network(), CONFIG).summary()
+    assert told.notes[-1].startswith("bytes: parameters and sets; ")
+    sizes = {row.name: row.bytes for row in told.rows}
+    assert sizes == {"0.weight": 72 * 4 + 18, "0.bias": 16, "3.weight": 128 * 4 + 32, "3.bias": 32}
     assert "<td>25.0%</td>" in html
 
 

@@ -216,19 +216,20 @@ def difference(what: str, found: Iterable[str], expected: Iterable[str]) -> str 
     return f"of the {what} missing {sorted(missing)}, unknown {sorted(unknown)}"
 
 
-def check_type(name: str, value: object, kind: type) -> None:
+def check_type(name: str, value: object, kind: type, way: str = "") -> None:
     """Check that an argument is of the type that it must be of.
 
     Args:
         name: What it is called in the error.
         value: The argument.
         kind: The type.
+        way: What the error says at its end, of the way on.
 
     Raises:
         TypeError: It is of another.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}{way}")
 
 
 def check_tree(params: object) -> None:

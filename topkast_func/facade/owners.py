@@ -8,11 +8,14 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import reason_dense
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.model.axes import Axes, axes_by_name
-from topkast_func.report.notes import Row, emptiness, notes
+from topkast_func.report.notes import Row, notes, with_lines
 from topkast_func.report.summary import Summary
 
 Owners: TypeAlias = dict[str, list[tuple[nn.Module, SparseWeight]]]
 """The layers that have each sparse weight, by its name: several where it is tied."""
+
+BYTES = "bytes: parameters and sets; gradients and slots of the optimiser are not counted"
+"""What the last column of a summary counts of a module."""
 
 
 def owners_of(model: nn.Module) -> Owners:
@@ -43,7 +46,7 @@ def summary_of(model: nn.Module, config: TopKastConfig) -> Summary:
         _row(name, parameter, config, axes.get(name, ()), *owners.get(id(parameter), (None, None)))
         for name, parameter in model.named_parameters()
     ]
-    return Summary(rows, notes(rows, found, model, config))
+    return Summary(rows, [*notes(rows, found, model, config), BYTES])
 
 
 def _row(
@@ -64,7 +67,7 @@ def _row(
         forward, backward = int(masks.forward.sum()), int(masks.backward.sum())
         engine, reason = weight.choice(layer)
         stored += weight.sets(layer).nbytes
-    return Row(
+    row = Row(
         name,
         tuple(parameter.shape),
         forward,
@@ -74,5 +77,5 @@ def _row(
         engine,
         reason,
         stored,
-        *emptiness(masks, axes),
     )
+    return with_lines(row, masks, axes)

@@ -43,8 +43,9 @@ class Row(NamedTuple):
         backward_density: Share of entries in B.
         engine: Who computes it.
         reason: Why; for a parameter that is not sparse, why it is dense.
-        bytes: Of what is trained: values, where they stand, and optimiser slots; θ at rest, and
-            in dense storage the masks, apart.
+        bytes: Of what is trained. Of a state: values, where they stand, and optimiser slots; θ at
+            rest, and in dense storage the masks, apart. Of a module that `sparsify` has changed:
+            the parameter, and its sets.
         empty_rows: Places along the first axis that have no entry in A.
         empty_columns: Places along the second that have none, of those of all groups.
         axes: How layers read the two: whether it is [out, in, …] or [in, out, …]; none where
@@ -117,10 +118,11 @@ def _by_default(sparse: list[str], model: object, config: TopKastConfig | None) 
     return [f"warning: sparse by default, keep_dense= leaves them dense: {told}"] if found else []
 
 
-def emptiness(sets: Masks | None, axes: tuple[Axes, ...]) -> tuple[int, int, tuple[Axes, ...]]:
-    """Return the last fields of a `Row`."""
+def with_lines(row: Row, sets: Masks | None, axes: tuple[Axes, ...]) -> Row:
+    """Return the row with what is empty of a sparse parameter, and with how layers read it."""
     groups = axes[0].groups if axes else 1
-    return (*((0, 0) if sets is None else empty_lines(sets.forward, groups)), axes)
+    rows, columns = (0, 0) if sets is None else empty_lines(sets.forward, groups)
+    return row._replace(empty_rows=rows, empty_columns=columns, axes=axes)
 
 
 def _empty(rows: Sequence[Row]) -> list[str]:

@@ -12,7 +12,7 @@ from topkast_func.kernels.engines import Choice, EngineName
 from topkast_func.model.alone import uncompiled
 from topkast_func.model.axes import axes_by_name
 from topkast_func.report.explain import choices
-from topkast_func.report.notes import Row, emptiness, notes
+from topkast_func.report.notes import Row, notes, with_lines
 from topkast_func.report.table import in_bytes, paragraph, table
 from topkast_func.training.state import TrainState, masks_of
 from topkast_func.types import Model
@@ -78,6 +78,9 @@ class Summary:
 
 
 SETS = ("|A|", "|B|", "density of A", "density of B")
+BYTES = "bytes: values, where they stand, and slots of the optimiser"
+"""What the last column counts of a state."""
+
 HEAD = ("parameter", "shape", *SETS, "engine", "why", "bytes")
 
 
@@ -127,21 +130,19 @@ def summary(
         sets = masks.get(name)
         forward, backward = (int(mask.sum()) for mask in sets) if sets else (size, size)
         choice = chosen.get(name) or Choice("torch", reason_dense(name, values[name], config))
-        rows.append(
-            Row(
-                name,
-                tuple(shape),
-                forward,
-                backward,
-                forward / size,
-                backward / size,
-                *choice,
-                _bytes(state, name),
-                *emptiness(sets, axes.get(name, ())),
-            )
+        row = Row(
+            name,
+            tuple(shape),
+            forward,
+            backward,
+            forward / size,
+            backward / size,
+            *choice,
+            _bytes(state, name),
         )
+        rows.append(with_lines(row, sets, axes.get(name, ())))
     rows += [_frozen(name, tensor) for name, tensor in state.frozen.items()]
-    return Summary(rows, notes(rows, masks, model, config))
+    return Summary(rows, [*notes(rows, masks, model, config), BYTES])
 
 
 def _frozen(name: str, tensor: Tensor) -> Row:
