@@ -104,6 +104,13 @@ def test_a_loss_of_torch_itself_is_named_with_the_way_on(loss: Any) -> None:
         tk.make_train_step(network(), loss, CONFIG, OPTIMIZER)
 
 
+def test_a_model_in_the_place_of_the_loss_is_named() -> None:
+    model: Any = network()
+    told = r"loss_fn must be a function .* got Sequential, .*: the order is make_train_step\(model"
+    with pytest.raises(TypeError, match=told):
+        tk.make_train_step(mse, model, CONFIG, OPTIMIZER)
+
+
 def test_a_batch_of_arrays_is_named() -> None:
     state = tk.init_state(network(), CONFIG, OPTIMIZER)
     with pytest.raises(TypeError, match="inputs must be a Tensor, got ndarray"):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from topkast_func.compiling import stopwatch
 from topkast_func.config import TopKastConfig
 from topkast_func.training.metrics import StepMetrics
-from topkast_func.training.state import TrainState
+from topkast_func.training.state import TrainState, check_state
 from topkast_func.training.step import TrainStep
 
 KEPT = (
@@ -69,8 +69,9 @@ def train(
         The state after the last step.
 
     Raises:
-        TypeError: A callback is none.
-        ValueError: ``train_step`` was made with another configuration.
+        TypeError: ``state`` is no state, or a callback none.
+        ValueError: ``train_step`` was made with another configuration, or ``state`` is an ensemble
+            of states, stacked.
 
     Example:
         >>> import torch
@@ -89,6 +90,7 @@ def train(
     for callback in callbacks:
         if isinstance(callback, type) or not hasattr(callback, "on_step"):
             raise TypeError(f"callbacks must be instances of tk.Callback, got {callback!r}")
+    check_state(state)
     times = stopwatch()
     try:
         with tqdm(batches, desc="training", unit="step", disable=not progress) as bar:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from topkast_func.checks import check_tree, check_type
@@ -109,15 +109,23 @@ def penalized_loss(
     return data_loss + config.penalty_weight * penalty
 
 
-def check_loss_fn(loss_fn: object) -> None:
-    """Check that a loss function is not one of torch itself, which takes outputs and targets.
+def check_loss_fn(loss_fn: object, model: object) -> None:
+    """Check that a loss function is not one of torch itself, nor the model in its place.
 
     Args:
         loss_fn: The function.
+        model: The model.
 
     Raises:
-        TypeError: It is.
+        TypeError: It is one of torch, which takes outputs and targets, or it has parameters and
+            the model is no module.
     """
+    held = isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.parameters())
+    if held and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"loss_fn must be a function loss_fn(apply, batch), got {type(loss_fn).__name__}, a "
+            "module with parameters: the order is make_train_step(model, loss_fn, …)"
+        )
     if getattr(loss_fn, "__module__", None) in ("torch.nn.functional", "torch.nn.modules.loss"):
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
         raise TypeError(

@@ -18,7 +18,7 @@ from topkast_func.distributed.ranks import Ranks
 from topkast_func.files.container import damage_of
 from topkast_func.training.checkpoint import agreed, put_together, taken_apart
 from topkast_func.training.optim import Optimizer, check_optimizer
-from topkast_func.training.state import TrainState
+from topkast_func.training.state import TrainState, check_state
 from topkast_func.training.stored import stored
 from topkast_func.types import Model, Tensors
 
@@ -104,6 +104,7 @@ def _saving(
 ) -> Future[Path]:
     from topkast_func.distributed.folder import write  # loads torch's checkpoints: half a second
 
+    check_state(state)
     keep = None if keep is None else check_count("keep", keep, 1)
     ranks, step = Ranks(process_group or world()), int(state.step)
 

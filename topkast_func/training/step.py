@@ -158,7 +158,7 @@ def make_train_step(
     for name, function in (("model", model), ("loss_fn", loss_fn)):
         if not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
-    check_loss_fn(loss_fn)
+    check_loss_fn(loss_fn, model)
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
     check_uncompiled(model)
     options = described(compile) if isinstance(compile, Mapping) else compile
