@@ -230,7 +230,7 @@ def test_a_plain_model_that_is_to_go_on_where_a_sparse_one_was_is_told_how(tmp_p
     trained(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
     callback = TopKastCallback(tk.sparsify(bert(), CONFIG))
     trainer = trainer_of(bert(), tmp_path, callback, max_steps=2)
-    with pytest.raises(ValueError, match="The checkpoint is of a sparse run, .* sparsify the mod"):
+    with pytest.raises(ValueError, match=r"The checkpoint is of a sparse run, .* sparsify the mod"):
         trainer.train(resume_from_checkpoint=True)
 
 
