@@ -1,6 +1,7 @@
 """Which parameters are sparse, and with which sparsities."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,8 +56,39 @@ def test_a_selection_of_nothing_lists_the_names_there_are(sparse: Any) -> None:
 
 
 def test_no_weight_at_all_is_an_error_too() -> None:
-    with pytest.raises(ValueError, match="selects no parameter; there are: 'bias'"):
+    with pytest.raises(
+        ValueError, match=r"named …weight\) selects no parameter; there are: 'bias'"
+    ):
         select({"bias": torch.zeros(3)}, TopKastConfig())
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.gru, self.head = nn.Embedding(5, 4), nn.GRU(4, 6), nn.Linear(6, 2)
+
+
+def test_of_a_recurrent_model_it_is_said_what_is_sparse_by_default_and_how_to_choose() -> None:
+    config = TopKastConfig(keep_dense=["words.*", "head.*"])
+    told = r"sparse=None \(every .* named …weight\) less keep_dense=.*; .* such as "
+    with pytest.raises(ValueError, match=rf"{told}sparse='gru\.weight\*'; there are: 'words"):
+        tk.init_state(Recurrent(), config, tk.sgd(0.1))
+    config = TopKastConfig(sparse="gru.weight*")
+    assert len(select(dict(Recurrent().named_parameters()), config)) == 2
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [lambda model, config: tk.init_state(model, config, tk.sgd(0.1)), tk.sparsify],
+    ids=["state", "sparsify"],
+)
+def test_weights_that_are_dense_for_their_names_are_told_of(begin: Any) -> None:
+    names = "their names do not end in 'weight': 'gru.weight_ih_l0', 'gru.weight_hh_l0'; "
+    with pytest.warns(UserWarning, match=rf"{names}sparse='gru\.weight\*'") as told:
+        begin(Recurrent(), TopKastConfig(keep_dense="head.*"))
+    assert [Path(warning.filename).name for warning in told] == [Path(__file__).name]
+    begin(Recurrent(), TopKastConfig(keep_dense=["head.*", "gru.*"]))
+    begin(Recurrent(), TopKastConfig(sparse="*.weight"))
 
 
 def test_sparsities_by_pattern_leave_the_unmatched_dense() -> None:

@@ -40,6 +40,10 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "explain": tk.explain,
     "to_sparse": tk.to_sparse,
     "sparse_module": lambda state: tk.sparse_module(state, network()),
+    "save_sharded": lambda state: tk.save_sharded(state, "nowhere"),
+    "gather": tk.gather,
+    "train": lambda state: tk.train(made(), state, [BATCH], CONFIG),
+    "training_flops": lambda state: tk.training_flops(network(), state, BATCH[0]),
     "dense_gradients": lambda state: tk.dense_gradients(network(), mse, state, BATCH),
 }
 every_reader = pytest.mark.parametrize("read", READERS.values(), ids=READERS.keys())
@@ -47,9 +51,11 @@ every_reader = pytest.mark.parametrize("read", READERS.values(), ids=READERS.key
 
 @every_reader
 def test_what_is_no_state_is_named(read: Callable[[Any], Any]) -> None:
-    for other in (network(), dict(network().named_parameters()), BATCH):
+    sparsifier = tk.sparsify(network(), CONFIG)
+    for other in (network(), dict(network().named_parameters()), BATCH, sparsifier):
         kind = type(other).__name__
-        with pytest.raises(TypeError, match=f"state must be a TrainState, got {kind}"):
+        told = rf"state must be a TrainState, got {kind}: .* sparsifier\.summary\(\)"
+        with pytest.raises(TypeError, match=told):
             read(other)
 
 
@@ -96,6 +102,13 @@ def test_parameters_that_are_a_module_are_named() -> None:
 def test_a_loss_of_torch_itself_is_named_with_the_way_on(loss: Any) -> None:
     with pytest.raises(TypeError, match=r"(Loss|mse_loss) takes outputs and targets: pass a func"):
         tk.make_train_step(network(), loss, CONFIG, OPTIMIZER)
+
+
+def test_a_model_in_the_place_of_the_loss_is_named() -> None:
+    model: Any = network()
+    told = r"loss_fn must be a function .* got Sequential, .*: the order is make_train_step\(model"
+    with pytest.raises(TypeError, match=told):
+        tk.make_train_step(mse, model, CONFIG, OPTIMIZER)
 
 
 def test_a_batch_of_arrays_is_named() -> None:

@@ -133,9 +133,20 @@ def test_methods_are_values(method: tk.Method) -> None:
     assert hash(config) == hash(replace(BASE, method=replace(method)))
 
 
-@pytest.mark.parametrize("method", ["rigl", tk.rigl, None])
-def test_what_is_no_method_is_refused(method: Any) -> None:
-    with pytest.raises(TypeError, match=r"method must be a method such as topkast\(\) or rigl\(\)"):
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        ("rigl", r": call it, tk\.rigl\(drop_fraction=0\.3\)$"),
+        (tk.rigl, r": call it, tk\.rigl\(drop_fraction=0\.3\)$"),
+        (tk.gmp, r": call it, tk\.gmp\(begin, end, stages=7\)$"),
+        ("adam", "got 'adam'$"),
+        (None, "got None$"),
+        ([], r"got \[\]$"),
+    ],
+)
+def test_what_is_no_method_is_refused(method: Any, way: str) -> None:
+    told = r"method must be a method such as topkast\(\) or rigl\(\), got "
+    with pytest.raises(TypeError, match=f"{told}.*{way.removeprefix('got ')}"):
         tk.TopKastConfig(method=method)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import topkast_func as tk
 from topkast_func.report.table import some
 
+BYTES = "bytes: values, where they stand, and slots of the optimiser"
 CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=2)
 
 
@@ -137,11 +140,94 @@ def test_rows_and_columns_without_an_entry_are_counted() -> None:
     told = tk.summary(tk.init_state({"w": weight}, config, tk.sgd(0.1)))
     assert (told.rows[0].empty_rows, told.rows[0].empty_columns) == (2, 4)
     assert told.notes == [
-        "warning: rows without an entry in A, so outputs without an input: w 2 of 4",
-        "columns without an entry in A, so inputs without an effect: w 4 of 6",
+        "warning: rows without an entry in A, so outputs without an input where weights are "
+        "[out, in]: w 2 of 4",
+        "columns without an entry in A, so inputs without an effect where weights are [out, in]: "
+        "w 4 of 6",
+        BYTES,
     ]
     full = tk.TopKastConfig(0.0, 0.0, sparse="w")
-    assert tk.summary(tk.init_state({"w": weight}, full, tk.sgd(0.1))).notes == []
+    assert tk.summary(tk.init_state({"w": weight}, full, tk.sgd(0.1))).notes == [BYTES]
+
+
+class Tied(nn.Module):
+    """An embedding of 6 tokens in 4 numbers, which is the output layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.words.weight
+
+
+OUTPUTS = "warning: {} without an entry in A, so outputs without an input: {} of {}"
+INPUTS = "{} without an entry in A, so inputs without an effect: {} of {}"
+
+
+@pytest.mark.parametrize("facade", [False, True])
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (
+            lambda: nn.Linear(4, 6),
+            [(OUTPUTS, "rows", "weight 1", 6), (INPUTS, "columns", "weight 2", 4)],
+        ),
+        (
+            partial(Conv1D, 4, 6),
+            [(OUTPUTS, "columns", "weight 2", 4), (INPUTS, "rows", "weight 1", 6)],
+        ),
+        (
+            lambda: nn.Embedding(6, 4),
+            [(OUTPUTS, "columns", "weight 2", 4), (INPUTS, "rows", "weight 1", 6)],
+        ),
+        (
+            lambda: nn.Conv2d(4, 6, 3),
+            [(OUTPUTS, "rows", "weight 1", 6), (INPUTS, "columns", "weight 2", 4)],
+        ),
+        (
+            lambda: nn.ConvTranspose2d(6, 4, 3),
+            [(OUTPUTS, "columns", "weight 2", 4), (INPUTS, "rows", "weight 1", 6)],
+        ),
+        (
+            lambda: nn.Conv1d(8, 6, 3, groups=2),
+            [(OUTPUTS, "rows", "weight 1", 6), (INPUTS, "columns", "weight 4", 8)],
+        ),
+        (
+            lambda: nn.GRUCell(4, 2, bias=False),
+            [(OUTPUTS, "rows", "weight_ih 1", 6), (INPUTS, "columns", "weight_ih 2", 4)],
+        ),
+        (
+            Tied,
+            [
+                (OUTPUTS, "columns", "words.weight 2", 4),
+                (OUTPUTS, "rows", "words.weight 1", 6),
+                (INPUTS, "rows", "words.weight 1", 6),
+                (INPUTS, "columns", "words.weight 2", 4),
+            ],
+        ),
+    ],
+    ids=["linear", "conv1d", "embedding", "conv", "transposed", "groups", "gru", "tied"],
+)
+def test_outputs_without_an_input_are_those_of_the_layer(
+    make: Any, expected: list[Any], facade: bool
+) -> None:
+    model = make()
+    weight = next(p for p in model.parameters() if p.ndim > 1)
+    with torch.no_grad():
+        weight[3], weight[:, 1], weight[:, 2] = 0.0, 0.0, 0.0
+    name = expected[0][2].split()[0]
+    share = float((weight == 0).float().mean())
+    config = tk.TopKastConfig(share, 0.0, sparse=name)
+    if facade:
+        told = tk.sparsify(model, config).summary()
+    else:
+        told = tk.summary(tk.init_state(model, config, tk.sgd(0.1)), model=model)
+    found = [note for note in told.notes if "without an entry" in note]
+    assert found == [words.format(*rest) for words, *rest in expected]
+
+
+def test_a_sparse_vector_has_no_lines() -> None:
+    state = tk.init_state(nn.Linear(4, 8), tk.TopKastConfig(sparse="bias"), tk.sgd(0.1))
+    assert not [note for note in tk.summary(state).notes if "without" in note]
 
 
 def test_a_list_says_how_many_it_leaves_out() -> None:
@@ -180,7 +266,13 @@ def test_the_table_prints_as_text_and_as_html() -> None:
     assert "8×16" in repr(summary)
     html = summary._repr_html_()
     assert html.count("<tr>") == 5
-    assert html.count("<p>") == len(summary.notes) == 2
+    assert html.count("<p>") == len(summary.notes) == 3
+    assert summary.notes[-1] == BYTES
+    assert BYTES in repr(summary)
+    told = tk.sparsify(network(), CONFIG).summary()
+    assert told.notes[-1].startswith("bytes: parameters and sets; ")
+    sizes = {row.name: row.bytes for row in told.rows}
+    assert sizes == {"0.weight": 72 * 4 + 18, "0.bias": 16, "3.weight": 128 * 4 + 32, "3.bias": 32}
     assert "<td>25.0%</td>" in html
 
 

@@ -199,19 +199,20 @@ def versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: t._version for name, t in tensors.items() if not t.is_inference()}
 
 
-def check_type(name: str, value: object, kind: type) -> None:
+def check_type(name: str, value: object, kind: type, way: str = "") -> None:
     """Check that an argument is of the type that it must be of.
 
     Args:
         name: What it is called in the error.
         value: The argument.
         kind: The type.
+        way: What the error says at its end, of the way on.
 
     Raises:
         TypeError: It is of another.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}{way}")
 
 
 def check_callable(name: str, value: object) -> None:

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import Optimizer
 
 from tests import reference
-from topkast_func import TopKastConfig, TopKastLinear, densify, sparsify
+from topkast_func import TopKastConfig, TopKastLinear, densify, sparsify, static
 
 Make = Callable[[Iterable[Tensor]], Optimizer]
 Batch = tuple[Tensor, Tensor]
@@ -327,3 +327,42 @@ assert torch.equal(layer.weight != before, layer.masks.backward)
 def test_a_layer_that_comes_out_of_a_file_is_guarded_in_a_fresh_process(tmp_path: Path) -> None:
     torch.save(_layer(), tmp_path / "layer.pt")
     subprocess.run([sys.executable, "-c", FRESH, tmp_path / "layer.pt"], check=True)
+
+
+FORGOTTEN = r"nobody calls sparsifier\.step\(\): .* each optimizer\.step\(\)"
+
+
+def forgetful(config: TopKastConfig, steps: int, count: bool = False) -> None:
+    """Make steps of an optimiser, each of two batches, without `Sparsifier.step`."""
+    model = nn.Linear(8, 8)
+    sparsifier = sparsify(model, config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for _ in range(2):
+            model(torch.ones(4, 8)).square().mean().backward()
+        optimizer.step()
+        if count:
+            sparsifier.step()
+            count = False
+
+
+def test_a_step_that_is_forgotten_is_said_once() -> None:
+    config = TopKastConfig(0.5, refresh_every=10)
+    with pytest.warns(UserWarning, match=FORGOTTEN) as told:
+        forgetful(config, 50)
+    assert [Path(warning.filename).name for warning in told] == ["test_guard.py"]
+    forgetful(config, 20)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"refresh_every": None}, {"method": static()}, {"explore_until": 0}, {"refresh_every": 40}],
+    ids=str,
+)
+def test_where_no_refresh_is_overdue_nothing_is_said(options: Any) -> None:
+    forgetful(TopKastConfig(0.5, **{"refresh_every": 10, **options}), 50)
+
+
+def test_whoever_counts_now_and_then_hears_nothing() -> None:
+    forgetful(TopKastConfig(0.5, refresh_every=10), 50, count=True)

@@ -204,7 +204,9 @@ def test_a_model_that_is_not_sparse_is_refused(state: str, tmp_path: Path) -> No
     if state == "another":
         tk.sparsify(model, CONFIG)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"model was never sparsified, .*: call tk\.sparsify"):
+    with pytest.raises(
+        ValueError, match=r"never sparsified, .*, or is not that of .*: call tk\.sparsify"
+    ):
         trainer_of(model, tmp_path, callback).train()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -222,6 +224,14 @@ def test_a_checkpoint_of_another_sparsity_is_refused(tmp_path: Path) -> None:
     trained(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
     with pytest.raises(RuntimeError, match="the checkpoint is of another sparsity"):
         trained(tmp_path, config=replace(CONFIG, forward_sparsity=0.9), resume=True)
+
+
+def test_a_plain_model_that_is_to_go_on_where_a_sparse_one_was_is_told_how(tmp_path: Path) -> None:
+    trained(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    callback = TopKastCallback(tk.sparsify(bert(), CONFIG))
+    trainer = trainer_of(bert(), tmp_path, callback, max_steps=2)
+    with pytest.raises(ValueError, match=r"The checkpoint is of a sparse run, .* sparsify the mod"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_what_is_no_sparsifier_is_refused() -> None:

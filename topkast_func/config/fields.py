@@ -1,6 +1,7 @@
 """The fields of a configuration, each checked and in its hashable form."""
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from topkast_func.checks import (
     check_number,
     check_share,
 )
+from topkast_func.config.as_json import METHODS
 from topkast_func.config.schedule import check_refresh_every
 from topkast_func.groups import check_pattern
 from topkast_func.methods import Method
@@ -91,9 +93,18 @@ def _patterns(name: str, value: Mapping[Any, Any]) -> Mapping[str, object]:
 
 
 def _method(value: object) -> Method:
-    if not isinstance(value, Method):
-        raise TypeError(f"method must be a method such as topkast() or rigl(), got {value!r}")
-    return value
+    if isinstance(value, Method):
+        return value
+    name = value if isinstance(value, str) else getattr(value, "__name__", "")
+    make = METHODS.get(name)
+    way = f": call it, tk.{name}({_arguments(make)})" if make and value in (name, make) else ""
+    raise TypeError(f"method must be a method such as topkast() or rigl(), got {value!r}{way}")
+
+
+def _arguments(make: Callable[..., Method]) -> str:
+    """Return what a constructor is called with, and the defaults, as one writes it."""
+    given = signature(make).parameters.values()
+    return ", ".join(str(p.replace(annotation=Parameter.empty)) for p in given)
 
 
 def _selection(sparse: object) -> tuple[str, ...] | Predicate | None:

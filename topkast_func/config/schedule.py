@@ -82,6 +82,12 @@ class Schedule:
         """Return the step at which the sparsities in force at ``step`` began."""
         return max(start for start in (0, *self.starts) if start <= step)
 
+    def interval(self, step: int) -> int | None:
+        """Return N as it holds at a step."""
+        if not isinstance(self.every, ByStep):
+            return self.every
+        return self.every[max(start for start in self.every if start <= step)]
+
     def refreshes_at(self, step: int) -> bool:
         """Return whether the sets are chosen anew between a step and the one before.
 
@@ -94,7 +100,5 @@ class Schedule:
         """
         if self.settled(step):
             return step == self.until
-        every = self.every
-        if isinstance(every, ByStep):
-            every = every[max(start for start in every if start <= step)]
+        every = self.interval(step)
         return (every is not None and step > 0 and step % every == 0) or step in self.starts

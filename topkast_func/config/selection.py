@@ -1,5 +1,6 @@
 """Which parameters are sparse."""
 
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from glob import escape
@@ -9,7 +10,12 @@ from torch.nn import Parameter
 
 from topkast_func.config.leaves import check_params
 from topkast_func.config.topkast_config import TopKastConfig
+from topkast_func.sparsity import ByPattern
 from topkast_func.types import Params
+from topkast_func.warn import warn_caller
+
+_WEIGHT = re.compile(r"(?:^|[._])weight[._]")
+"""In the names of weights that end otherwise: ``weight_ih_l0``, ``parametrizations.weight.…``."""
 
 
 def select(params: Params, config: TopKastConfig) -> list[str]:
@@ -27,7 +33,9 @@ def select(params: Params, config: TopKastConfig) -> list[str]:
             of complex numbers.
     """
     sparse = config.sparse
+    told = f"sparse={sparse!r}"
     if sparse is None:
+        told += " (every parameter of two or more dimensions named …weight)"
         chosen = [name for name, leaf in params.items() if _by_default(name, leaf, config)]
     elif callable(sparse):
         chosen = [name for name, leaf in params.items() if sparse(name, leaf)]
@@ -36,14 +44,52 @@ def select(params: Params, config: TopKastConfig) -> list[str]:
     dense = _matching("keep_dense", config.keep_dense, params)
     chosen = [name for name in chosen if name not in dense]
     if not chosen:
-        told = f"sparse={sparse!r}" + (f" less keep_dense={config.keep_dense!r}" if dense else "")
-        raise ValueError(f"{told} selects no parameter; there are: {_listed(params)}")
+        told += f" less keep_dense={config.keep_dense!r}" if dense else ""
+        others = _by_other_names(params, config)
+        way = f"; choose by patterns, such as sparse={_glob(others[0])!r}" if others else ""
+        raise ValueError(f"{told} selects no parameter{way}; there are: {_listed(params)}")
     if unreal := [name for name in chosen if params[name].is_complex()]:
         raise ValueError(
             f"sparse={sparse!r} selects {unreal}, of complex numbers, which are trained densely: "
             "leave them out of it, or name them in keep_dense"
         )
     return chosen
+
+
+def warn_of_other_names(params: Params, config: TopKastConfig) -> None:
+    """Warn of weights, as of `torch.nn.GRU`, that are dense by default for their names alone.
+
+    Args:
+        params: The parameter tree.
+        config: The configuration, which silences this by ``sparse``, ``keep_dense`` or a
+            ``forward_sparsity`` by pattern.
+    """
+    by_pattern = isinstance(config.forward_sparsity, ByPattern)
+    if config.sparse is None and not by_pattern and config.method.sparsifies:
+        named = [name for name in _by_other_names(params, config) if _WEIGHT.search(name)]
+        if named:
+            warn_caller(
+                f"dense by default, since their names do not end in 'weight': {_listed(named)}; "
+                f"sparse={_glob(named[0])!r} and further patterns make them sparse, keep_dense= "
+                "says that they are to be dense"
+            )
+
+
+def _by_other_names(params: Params, config: TopKastConfig) -> list[str]:
+    """Name what could be sparse, but is not by default, for its name alone."""
+    return [
+        name
+        for name, leaf in params.items()
+        if not name.endswith("weight")
+        and _by_default("weight", leaf, config)
+        and not matches(name, config.keep_dense)
+    ]
+
+
+def _glob(name: str) -> str:
+    """Return a pattern that matches a parameter and those that are named as it is."""
+    before, found, _ = name.partition("weight")
+    return f"{escape(before)}weight*" if found else escape(name)
 
 
 def first_weight(params: Params) -> str:

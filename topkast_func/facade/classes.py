@@ -10,8 +10,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from topkast_func.facade.sparse_attention import SparseAttention
 from topkast_func.facade.sparse_convolution import SparseConvolution
 from topkast_func.facade.sparse_layer import SparseLayer, SparseLinear, sparse_attribute
+from topkast_func.model.axes import is_transposed
 from topkast_func.model.convolution import LAYERS
-from topkast_func.model.stand_in import is_transposed
 
 
 @cache

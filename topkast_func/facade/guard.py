@@ -1,5 +1,6 @@
 """What a step of any `torch.optim` optimiser may move: nothing outside B."""
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,7 +16,10 @@ from torch.optim.optimizer import (
 
 from topkast_func.bits import unpacked
 from topkast_func.checks import dispatches
+from topkast_func.config import TopKastConfig
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.methods.exchange import Static
+from topkast_func.warn import warn_caller
 
 
 class Held(NamedTuple):
@@ -80,13 +84,16 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Put back what lies outside B, bit for bit, and leave no slot there."""
     global _steps_made
     _steps_made += 1
-    for layer, weight, theta, before in _HELD.pop(optimizer, ()):
+    held = _HELD.pop(optimizer, [])
+    for layer, weight, theta, before in held:
         weight.steps += theta.grad is not None
         inside = weight.backward_bits(layer)
         _keep_within(inside, theta, before)
         for slot in optimizer.state.get(theta, {}).values():
             if isinstance(slot, Tensor) and slot.shape == theta.shape and slot.is_floating_point():
                 _keep_within(inside, slot, None)
+    if late := [weight for _, weight, _, _ in held if weight.steps > weight.overdue]:
+        _say_that_it_is_forgotten(late)
 
 
 def _keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None:
@@ -99,6 +106,27 @@ def _keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None
     else:
         others = 0.0 if elsewhere is None else elsewhere
         tensor.copy_(torch.where(unpacked(bits, tensor.shape), tensor, others))
+
+
+def patience(config: TopKastConfig, step: int) -> float:
+    """Return how many steps of an optimiser may go by before it is said that nobody counts them.
+
+    Twice as many as there are between refreshes, at the least a few: an optimiser may wrap
+    another, and both are heard of. Without refreshes nothing is amiss.
+    """
+    every = config.schedule.interval(step)
+    stay = config.schedule.settled(step) or isinstance(config.method, Static)
+    return math.inf if every is None or stay else max(2 * every, 10)
+
+
+def _say_that_it_is_forgotten(late: list[SparseWeight]) -> None:
+    for weight in late:
+        weight.overdue = math.inf
+    warn_caller(
+        "the optimizer goes on and nobody calls sparsifier.step(): the sets are never chosen anew. "
+        "Call it once after each optimizer.step(), or give the trainer its TopKastCallback; "
+        "refresh_every=None leaves the sets to sparsifier.refresh()"
+    )
 
 
 def _sparse_weights_of(

@@ -7,11 +7,15 @@ from torch import nn
 from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import reason_dense
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
-from topkast_func.report.notes import Row, notes
-from topkast_func.report.summary import Summary, empty_lines
+from topkast_func.model.axes import Axes, axes_by_name
+from topkast_func.report.notes import Row, notes, with_lines
+from topkast_func.report.summary import Summary
 
 Owners: TypeAlias = dict[str, list[tuple[nn.Module, SparseWeight]]]
 """The layers that have each sparse weight, by its name: several where it is tied."""
+
+BYTES = "bytes: parameters and sets; gradients and slots of the optimiser are not counted"
+"""What the last column of a summary counts of a module."""
 
 
 def owners_of(model: nn.Module) -> Owners:
@@ -37,17 +41,19 @@ def summary_of(model: nn.Module, config: TopKastConfig) -> Summary:
     owners = {
         id(weight.theta(m)): (m, weight) for several in found.values() for m, weight in several
     }
+    axes = axes_by_name(model)
     rows = [
-        _row(name, parameter, config, *owners.get(id(parameter), (None, None)))
+        _row(name, parameter, config, axes.get(name, ()), *owners.get(id(parameter), (None, None)))
         for name, parameter in model.named_parameters()
     ]
-    return Summary(rows, notes(rows, found, model, config))
+    return Summary(rows, [*notes(rows, found, model, config), BYTES])
 
 
 def _row(
     name: str,
     parameter: nn.Parameter,
     config: TopKastConfig,
+    axes: tuple[Axes, ...],
     layer: nn.Module | None,
     weight: SparseWeight | None,
 ) -> Row:
@@ -61,17 +67,15 @@ def _row(
         forward, backward = int(masks.forward.sum()), int(masks.backward.sum())
         engine, reason = weight.choice(layer)
         stored += weight.sets(layer).nbytes
-    empty = empty_lines(masks)
-    return Row(
-        name=name,
-        shape=tuple(parameter.shape),
-        forward=forward,
-        backward=backward,
-        forward_density=forward / size,
-        backward_density=backward / size,
-        engine=engine,
-        reason=reason,
-        bytes=stored,
-        empty_rows=empty[0],
-        empty_columns=empty[1],
+    row = Row(
+        name,
+        tuple(parameter.shape),
+        forward,
+        backward,
+        forward / size,
+        backward / size,
+        engine,
+        reason,
+        stored,
     )
+    return with_lines(row, masks, axes)

@@ -4,6 +4,7 @@ The bits are the truth. What the kernels read is a cache, made anew wherever the
 by a refresh, by `load_state_dict`, by a broadcast from another process.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,10 @@ class SparseWeight:
         probe: Zeros of the shape of θ, whose gradient is that of the loss at α with respect to
             every entry; None but in the step before a refresh that reads it.
         steps: Optimiser steps in which it had a gradient.
+        overdue: Number of these at which whoever is to count them has clearly forgotten to.
     """
+
+    overdue = math.inf
 
     def __init__(self, key: str, rule: Rule) -> None:
         self.key, self.rule = key, rule

@@ -1,5 +1,6 @@
 """The schedule of a module that was made sparse in place: refreshes, penalty, what is resumed."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
-from topkast_func.facade.guard import steps_made
+from topkast_func.facade.guard import patience, steps_made
 from topkast_func.facade.owners import owners_of, summary_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.report.summary import Summary
@@ -41,6 +42,7 @@ class Sparsifier:
     def __init__(self, model: nn.Module, config: TopKastConfig, seed: int = 0) -> None:
         self.model, self.config, self.seed, self.steps = model, config, seed, 0
         self._reached, self._optimized, self._others = False, 0, steps_made()
+        self._patience = patience(config, 0)
         for theta in self._theta().values():
             theta.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
         if config.schedule.refreshes_at(0):
@@ -62,6 +64,7 @@ class Sparsifier:
                 has changed.
         """
         self._check_stepped()
+        self._patience = math.inf
         self.steps += 1
         due = self.config.schedule.refreshes_at(self.steps)
         if due:
@@ -103,7 +106,10 @@ class Sparsifier:
                 weight.hold(layer, masks[name])
 
     def penalty(self) -> Tensor:
-        """Return λ times the exploration penalty, 0-d, to be added to the loss."""
+        """Return the exploration penalty with its weight λ, 0-d, to be added to the loss as it is.
+
+        (``metrics.penalty`` of a step of `make_train_step` is without λ.)
+        """
         theta = self._theta()
         if not theta:
             return torch.zeros((), dtype=torch.float32, device="cpu")
@@ -158,6 +164,7 @@ class Sparsifier:
             raise ValueError(f"state must have the keys 'steps' and 'seed', got {sorted(state)}")
         steps, seed = (check_count(name, state[name], 0) for name in ("steps", "seed"))
         self.steps, self.seed = steps, seed
+        self._patience = patience(self.config, steps)
         self._follow_schedule()
         self._ask_for_gradients()
 
@@ -189,6 +196,7 @@ class Sparsifier:
             probe = torch.zeros_like(theta, requires_grad=True) if asked else None
             for _, weight in owners:
                 weight.probe = probe
+                weight.overdue = weight.steps + self._patience
 
     def _gradients(self) -> Tensors | None:
         """Return the gradients that the method reads, summed over the processes."""

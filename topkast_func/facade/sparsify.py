@@ -9,6 +9,7 @@ from torch import nn
 
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig, allocate
+from topkast_func.config.selection import warn_of_other_names
 from topkast_func.facade.classes import sparse_class
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import release
@@ -99,6 +100,7 @@ def sparsify(
     elif all(map(readable, params.values())):
         masks = compute_masks(params, config, seed=seed)
     plan = _plan(model, params, rules)
+    warn_of_other_names(params, config)
     for module, own in plan:
         plain: Any = type(module)
         module.__class__ = sparse_class(plain, tuple(own))

@@ -8,6 +8,11 @@ from torch.optim import Optimizer
 from topkast_func.facade import Sparsifier, densify
 from topkast_func.facade.sparse_weight import weights_of
 
+RESUMED = (
+    ". The checkpoint is of a sparse run, with θ and its sets: sparsify the model with the same "
+    "config, and resume then"
+)
+
 
 class Hosted:
     """Mixed into a callback: holds a sparsifier, and knows how a training begins and ends.
@@ -28,7 +33,9 @@ class Hosted:
             )
         self.sparsifier, self.densify_at_end = sparsifier, densify_at_end
 
-    def _begin(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    def _begin(
+        self, model: nn.Module, optimizers: Iterable[Optimizer], resumed: bool = False
+    ) -> None:
         """Refuse to train what is not sparse, or with optimisers that leave it alone."""
         if not self.sparsifier.config.method.sparsifies:
             return
@@ -39,8 +46,9 @@ class Hosted:
         }
         if not sparse or not sparse <= set(map(id, model.parameters())):
             raise ValueError(
-                "model was never sparsified, or has been densified: call tk.sparsify(model, "
-                "config) on the module that is trained, and give the callback what it returns"
+                "model was never sparsified, has been densified, or is not that of the sparsifier: "
+                "call tk.sparsify(model, config) on the module that is trained, and give "
+                f"the callback what it returns{RESUMED if resumed else ''}"
             )
         groups = (group for optimizer in optimizers for group in optimizer.param_groups)
         if sparse.isdisjoint(id(parameter) for group in groups for parameter in group["params"]):

@@ -18,14 +18,23 @@ RECORD = "topkast_func.Sparsifier"
 class TopKastCallback(Hosted, TrainerCallback):
     """Lets `transformers.Trainer` train a model that `sparsify` has made sparse.
 
+    It adds the gradient of the penalty, chooses the sets anew when that is due, and at the end
+    leaves a plain model that holds α; ``save_model`` then writes that.
+
+    A checkpoint of a run in progress, ``checkpoint-…``, holds θ, the sets (``…_sets``) and the
+    number of the step, and is no plain model. To go on bit for bit, sparsify the model again with
+    the same configuration, then ``train(resume_from_checkpoint=…)``. To make a plain model of it::
+
+        tk.sparsify(model, config)
+        model.load_state_dict(safetensors.torch.load_file("checkpoint-…/model.safetensors"))
+        tk.densify(model)
+
+    (with ``strict=False`` where weights are tied). ``from_pretrained`` of it has θ, without the
+    sets: it computes with all weights.
+
     The gradient of the penalty is there before those of the batches are added to it, so that it
     is clipped with them and no loss has to be changed; the loss that the trainer logs is without
-    the penalty. Sets are chosen anew when that is due.
-
-    A checkpoint of the run, ``checkpoint-…``, holds θ, the sets (``…_sets``) and the number of
-    the step: with the model sparsified as before, ``resume_from_checkpoint`` goes on bit for bit.
-    Once the training has come to its end the model is plain and holds α, and so does what
-    ``save_model`` writes.
+    the penalty.
 
     Args:
         sparsifier: What `sparsify` returned for the model.
@@ -49,8 +58,8 @@ class TopKastCallback(Hosted, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Check that the sparse model is trained, and go on where a checkpoint was written."""
-        self._begin(given["model"], [given["optimizer"]])
         records: Any = state.stateful_callbacks
+        self._begin(given["model"], [given["optimizer"]], resumed=RECORD in records)
         if RECORD in records:
             self.sparsifier.load_state_dict(records[RECORD])
 

@@ -21,13 +21,19 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 class TopKastCallback(Hosted, Callback):
     """Lets `lightning.Trainer` train a module that `sparsify` has made sparse, or a part of it.
 
-    The gradient of the penalty is added to that of the batches before it is clipped, so that no
-    ``training_step`` has to be changed; the loss that it returns is without the penalty. Sets are
-    chosen anew when that is due.
+    It adds the gradient of the penalty, chooses the sets anew when that is due, and at the end of
+    ``fit`` leaves a plain module that holds α; ``save_checkpoint`` then writes that.
 
-    A checkpoint of the run holds θ, the sets (``…_sets``) and the number of the step: with the
-    module sparsified as before, ``fit(…, ckpt_path=…)`` goes on bit for bit. Once ``fit`` has
-    come to its end the module is plain and holds α, and so does what ``save_checkpoint`` writes.
+    A checkpoint of a run in progress holds θ, the sets (``…_sets``) and the number of the step,
+    and is no plain module. To go on bit for bit, sparsify the module again with the same
+    configuration, then ``fit(…, ckpt_path=…)``. To make a plain module of it::
+
+        tk.sparsify(module, config)
+        module.load_state_dict(torch.load(path)["state_dict"])
+        tk.densify(module)
+
+    The gradient of the penalty is added to that of the batches before it is clipped, so that no
+    ``training_step`` has to be changed; the loss that it returns is without the penalty.
 
     Args:
         sparsifier: What `sparsify` returned.

@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from topkast_func.kernels.engines import EngineName
 from topkast_func.kernels.linear import sparse_linear
 from topkast_func.kernels.pattern import Pattern
+from topkast_func.model.axes import is_transposed
 
 
 class Bound(NamedTuple):
@@ -94,11 +95,6 @@ class StandIn:
     def compute(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         """Return what the layer returns."""
         return self.products[0](input, self.layer.weight, self.layer.bias)
-
-
-def is_transposed(kind: type) -> bool:
-    """Return whether a class is the ``Conv1D`` of transformers, whose weight is [in, out]."""
-    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 class TransposedStandIn(StandIn):

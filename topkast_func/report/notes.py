@@ -10,14 +10,25 @@ from torch import nn
 from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import weights_among
 from topkast_func.model.alone import uncompiled
+from topkast_func.model.axes import Axes, empty_lines
 from topkast_func.model.modules import ties
 from topkast_func.report.table import families, some
+from topkast_func.types import Masks
 
 ALPHA = "all of α: "
 """How the reason of a weight begins that no kernel computes."""
 
 UNKNOWN = "of no layer that kernels know"
 """How it may end."""
+
+ROLES = {
+    "outputs": "warning: {} without an entry in A, so outputs without an input",
+    "inputs": "{} without an entry in A, so inputs without an effect",
+}
+"""What is said where an axis of a weight, by what it stands for, has empty lines."""
+
+IF_UNKNOWN = " where weights are [out, in]"
+"""What is added where it is not known what an axis stands for."""
 
 
 class Row(NamedTuple):
@@ -32,10 +43,13 @@ class Row(NamedTuple):
         backward_density: Share of entries in B.
         engine: Who computes it.
         reason: Why; for a parameter that is not sparse, why it is dense.
-        bytes: Of what is trained: values, where they stand, and optimiser slots; θ at rest, and
-            in dense storage the masks, apart.
-        empty_rows: Rows without an entry in A: outputs that depend on no input.
-        empty_columns: Columns without an entry in A, over all axes but the first.
+        bytes: Of what is trained. Of a state: values, where they stand, and optimiser slots; θ at
+            rest, and in dense storage the masks, apart. Of a module that `sparsify` has changed:
+            the parameter, and its sets.
+        empty_rows: Places along the first axis that have no entry in A.
+        empty_columns: Places along the second that have none, of those of all groups.
+        axes: How layers read the two: whether it is [out, in, …] or [in, out, …]; none where
+            that is not known.
     """
 
     name: str
@@ -49,6 +63,7 @@ class Row(NamedTuple):
     bytes: int
     empty_rows: int = 0
     empty_columns: int = 0
+    axes: tuple[Axes, ...] = ()
 
 
 def notes(
@@ -103,17 +118,30 @@ def _by_default(sparse: list[str], model: object, config: TopKastConfig | None) 
     return [f"warning: sparse by default, keep_dense= leaves them dense: {told}"] if found else []
 
 
+def with_lines(row: Row, sets: Masks | None, axes: tuple[Axes, ...]) -> Row:
+    """Return the row with what is empty of a sparse parameter, and with how layers read it."""
+    groups = axes[0].groups if axes else 1
+    rows, columns = (0, 0) if sets is None else empty_lines(sets.forward, groups)
+    return row._replace(empty_rows=rows, empty_columns=columns, axes=axes)
+
+
 def _empty(rows: Sequence[Row]) -> list[str]:
-    lines = {
-        "warning: rows without an entry in A, so outputs without an input": [
-            (row.name, row.empty_rows, row.shape[0]) for row in rows if row.empty_rows
-        ],
-        "columns without an entry in A, so inputs without an effect": [
-            (row.name, row.empty_columns, prod(row.shape[1:])) for row in rows if row.empty_columns
-        ],
-    }
-    return [
-        f"{what}: {some([f'{name} {empty} of {all_}' for name, empty, all_ in found])}"
-        for what, found in lines.items()
-        if found
-    ]
+    found: dict[str, list[str]] = defaultdict(list)
+    for role in ROLES:
+        for row in rows:
+            for axes in row.axes or (None,):
+                line, empty, of = _lines(row, axes)[role]
+                if empty:
+                    told = ROLES[role].format(line) + ("" if axes else IF_UNKNOWN)
+                    found[told].append(f"{row.name} {empty} of {of}")
+    return [f"{what}: {some(items)}" for what, items in found.items()]
+
+
+def _lines(row: Row, axes: Axes | None) -> dict[str, tuple[str, int, int]]:
+    """Return what runs along the axis of each role, how many of it are empty, and of how many."""
+    axes = axes or Axes(first=True)
+    counts = (
+        ("rows", row.empty_rows, prod(row.shape[:1])),
+        ("columns", row.empty_columns, axes.groups * prod(row.shape[1:2])),
+    )
+    return dict(zip(ROLES, counts if axes.first else counts[::-1], strict=True))

@@ -10,11 +10,13 @@ from topkast_func.checks import check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import reason_dense
 from topkast_func.kernels.engines import Choice, EngineName
+from topkast_func.model.alone import uncompiled
+from topkast_func.model.axes import axes_by_name
 from topkast_func.report.explain import choices
-from topkast_func.report.notes import Row, notes
+from topkast_func.report.notes import Row, notes, with_lines
 from topkast_func.report.table import in_bytes, paragraph, table
 from topkast_func.training.state import TrainState, masks_of
-from topkast_func.types import Masks, Model
+from topkast_func.types import Model
 
 
 class Summary:
@@ -77,6 +79,9 @@ class Summary:
 
 
 SETS = ("|A|", "|B|", "density of A", "density of B")
+BYTES = "bytes: values, where they stand, and slots of the optimiser"
+"""What the last column counts of a state."""
+
 HEAD = ("parameter", "shape", *SETS, "engine", "why", "bytes")
 
 
@@ -97,8 +102,9 @@ def summary(
         batch_size: Rows of activations that a layer sees at a time; see `explain`, also for
             what engines are told of a state that was not made of a module.
         engine: What `make_train_step` is told.
-        model: If given, embeddings, tied weights and the output layer are warned of where they
-            are sparse by default.
+        model: If given, it says which axis of a weight is that of its layer's outputs, and
+            embeddings, tied weights and the output layer are warned of where they are sparse by
+            default.
         config: The configuration, if it is to say more exactly why weights are dense.
 
     Returns:
@@ -120,37 +126,27 @@ def summary(
     if config is not None:
         check_type("config", config, TopKastConfig)
     chosen, masks = choices(state, batch_size, engine), masks_of(state)
-    values = state.weights.values()
+    model = uncompiled(model)
+    values, axes = state.weights.values(), axes_by_name(model)
     rows = []
     for name, shape in state.weights.shapes().items():
         size = shape.numel()
         sets = masks.get(name)
         forward, backward = (int(mask.sum()) for mask in sets) if sets else (size, size)
         choice = chosen.get(name) or Choice("torch", reason_dense(name, values[name], config))
-        rows.append(
-            Row(
-                name,
-                tuple(shape),
-                forward,
-                backward,
-                forward / size,
-                backward / size,
-                *choice,
-                _bytes(state, name),
-                *empty_lines(sets),
-            )
+        row = Row(
+            name,
+            tuple(shape),
+            forward,
+            backward,
+            forward / size,
+            backward / size,
+            *choice,
+            _bytes(state, name),
         )
+        rows.append(with_lines(row, sets, axes.get(name, ())))
     rows += [_frozen(name, tensor) for name, tensor in state.frozen.items()]
-    return Summary(rows, notes(rows, masks, model, config))
-
-
-def empty_lines(sets: Masks | None) -> tuple[int, int]:
-    """Return how many rows and columns of A have no entry; of a dense parameter none."""
-    if sets is None:
-        return 0, 0
-    active = sets.forward.flatten(1)
-    rows, columns = (int((~active.any(axis)).sum()) for axis in (1, 0))
-    return rows, columns
+    return Summary(rows, [*notes(rows, masks, model, config), BYTES])
 
 
 def _frozen(name: str, tensor: Tensor) -> Row:

@@ -41,7 +41,7 @@ def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any
     """
     check_state(state)
     check_callable("model", model)
-    check_loss_fn(loss_fn)
+    check_loss_fn(loss_fn, model)
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
 
     def gradients() -> Tensors:

@@ -10,7 +10,7 @@ from topkast_func.checks import check_callable, check_type
 from topkast_func.compiling import stopwatch
 from topkast_func.config import TopKastConfig
 from topkast_func.training.metrics import StepMetrics
-from topkast_func.training.state import TrainState
+from topkast_func.training.state import TrainState, check_state
 from topkast_func.training.step import TrainStep
 
 KEPT = (
@@ -71,7 +71,8 @@ def train(
 
     Raises:
         TypeError: ``train_step`` cannot be called, ``state`` is no state, or a callback is none.
-        ValueError: ``train_step`` was made with another configuration.
+        ValueError: ``train_step`` was made with another configuration, or ``state`` is an ensemble
+            of states, stacked.
 
     Example:
         >>> import torch
@@ -92,7 +93,7 @@ def train(
     for callback in callbacks:
         if isinstance(callback, type) or not hasattr(callback, "on_step"):
             raise TypeError(f"callbacks must be instances of tk.Callback, got {callback!r}")
-    check_type("state", state, TrainState)
+    check_state(state)
     times = stopwatch()
     try:
         with tqdm(batches, desc="training", unit="step", disable=not progress) as bar:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from topkast_func.checks import check_callable, check_type
@@ -99,7 +99,7 @@ def penalized_loss(
             see `sparse_forward`.
         ValueError: The parameters are not those of the model, nor the masks theirs.
     """
-    check_loss_fn(loss_fn)
+    check_loss_fn(loss_fn, model)
 
     def use(apply: Callable[..., Any]) -> Tensor:
         return loss_and_aux(loss_fn(apply, batch))[0]
@@ -109,16 +109,24 @@ def penalized_loss(
     return data_loss + config.penalty_weight * penalty
 
 
-def check_loss_fn(loss_fn: object) -> None:
-    """Check that a loss function can be called, and is none of torch, of outputs and targets.
+def check_loss_fn(loss_fn: object, model: object) -> None:
+    """Check that a loss function can be called, is none of torch, and not the model in its place.
 
     Args:
         loss_fn: The function.
+        model: The model.
 
     Raises:
-        TypeError: It cannot, or is one.
+        TypeError: It cannot, or is one of torch, which takes outputs and targets, or it has
+            parameters and the model is no module.
     """
     check_callable("loss_fn", loss_fn)
+    held = isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.parameters())
+    if held and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"loss_fn must be a function loss_fn(apply, batch), got {type(loss_fn).__name__}, a "
+            "module with parameters: the order is make_train_step(model, loss_fn, …)"
+        )
     if getattr(loss_fn, "__module__", None) in ("torch.nn.functional", "torch.nn.modules.loss"):
         name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
         raise TypeError(

@@ -11,7 +11,8 @@ class StepMetrics(NamedTuple):
     Attributes:
         loss: data_loss + λ·penalty.
         data_loss: The loss that ``loss_fn`` returned.
-        penalty: The exploration penalty before its weight λ.
+        penalty: The exploration penalty without its weight λ: what the loss holds is
+            ``config.penalty_weight * penalty``. (`Sparsifier.penalty` is with λ.)
         grad_norm: Euclidean norm of the gradient of the loss over B and the dense parameters, in
             float32 at the least.
         refreshed: Whether the sets were chosen anew, before the step or at its end, bool.

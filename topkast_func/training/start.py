@@ -8,7 +8,7 @@ from torch import nn
 
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig
-from topkast_func.config.selection import matches
+from topkast_func.config.selection import matches, warn_of_other_names
 from topkast_func.devices import check_device
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.modules import frozen, tensors_of, ties
@@ -117,6 +117,7 @@ def _first_state(
     check_ties(model, manner.config)
     source = Source({**params, **tensors_of(model)}, materialize, seed)
     weights, powers = first_weights(params, layers, source, manner)
+    warn_of_other_names(params, manner.config)
     values = weights.values()
     exponent = torch.tensor(manner.config.powerprop, dtype=torch.float64, device="cpu")
     return TrainState(

@@ -57,6 +57,14 @@ class TrainState(NamedTuple):
         return brief(self)
 
 
+NO_STATE = (
+    ": a state is what init_state returns, and a step as the first of two. A model that sparsify "
+    "has changed has none: ask what sparsify returned, by sparsifier.summary() or "
+    "sparsifier.masks(), and save model.state_dict() with sparsifier.state_dict()"
+)
+"""The way on for whoever gives something else for a state."""
+
+
 def check_state(state: object) -> None:
     """Check that this is the state of one network.
 
@@ -67,7 +75,7 @@ def check_state(state: object) -> None:
         TypeError: It is none.
         ValueError: It is an ensemble of states, stacked, or its counters are no numbers to count.
     """
-    check_type("state", state, TrainState)
+    check_type("state", state, TrainState, NO_STATE)
     if not isinstance(state, TrainState):
         return
     if isinstance(state.step, Tensor) and state.step.ndim:

@@ -156,7 +156,7 @@ def make_train_step(
     check_type("config", config, TopKastConfig)
     check_optimizer(optimizer)
     check_callable("model", model)
-    check_loss_fn(loss_fn)
+    check_loss_fn(loss_fn, model)
     model, loss_fn = uncompiled(model), uncompiled(loss_fn)
     check_uncompiled(model)
     options = described(compile) if isinstance(compile, Mapping) else compile
