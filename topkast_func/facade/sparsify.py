@@ -169,6 +169,7 @@ def _rules(params: Params, config: TopKastConfig, engine: EngineName, seed: int)
     return {
         name: Rule(
             name,
+            tuple(params[name].shape),
             alone,
             allocation,
             frozenset(stage[name] for stage in stages),
