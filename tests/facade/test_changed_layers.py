@@ -1,15 +1,19 @@
-"""Layers that compute in another way than torch's, also from later on, and other weights in them."""
+"""Layers that compute otherwise than torch's, or from later on, and other weights in them."""
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 import topkast_func as tk
+from topkast_func.facade.sparsifier import Sparsifier
 from topkast_func.inference.replaceable import replaceable
 
 CONFIG = tk.TopKastConfig(0.8, 0.5, penalty=None)
@@ -143,3 +147,117 @@ def test_a_weight_of_another_shape_is_refused(change: Callable[[Any], None], eng
             read()
     model[0].weight = nn.Parameter(before)
     torch.testing.assert_close(model(x), y)
+
+
+class Tied(nn.Module):
+    """An output layer that reads the weight of the embedding, in a checkpoint."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.reentrant = reentrant
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return linear(hidden.tanh(), self.embedding.weight)
+
+    def forward(self, tokens: Tensor) -> Any:
+        hidden = self.embedding(tokens)
+        if self.reentrant is None:
+            return self.head(hidden)
+        return checkpoint(self.head, hidden, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_computes_anew_with_alpha(reentrant: bool) -> None:
+    gradients = []
+    for how in (None, reentrant):
+        torch.manual_seed(0)
+        model: Any = Tied(how)
+        tk.sparsify(model, CONFIG)
+        model(torch.arange(16)).square().mean().backward()
+        gradients.append(model.embedding.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_weight_is_theta_again_after_a_backward_pass() -> None:
+    model = nn.Linear(8, 8)
+    tk.sparsify(model, CONFIG)
+    seen: list[bool] = []
+    model.register_full_backward_hook(
+        lambda *_: seen.append(bool((model.weight == 0).sum() == round(0.8 * 64)))
+    )
+    model(torch.ones(2, 8, requires_grad=True)).sum().backward()
+    assert seen == [True]
+    assert isinstance(model.weight, nn.Parameter)
+
+
+class Named(nn.Linear):
+    """A layer with an attribute of the name of the sets."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.weight_sets = 3
+
+
+class Buffered(nn.Linear):
+    """A layer with a buffer of that name."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.register_buffer("weight_sets", torch.arange(3.0))
+
+
+class Tagged(nn.Linear):
+    """A layer whose class can be derived from with a tag alone."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def __init_subclass__(cls, tag: int, **options: Any) -> None:
+        super().__init_subclass__(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (Named, ValueError, r"'1\.weight' .* has a 'weight_sets' already"),
+        (Buffered, ValueError, r"'1\.weight' .* has a 'weight_sets' already"),
+        (Tagged, TypeError, "tag"),
+        (lambda: nn.Embedding(8, 8, max_norm=0.5), ValueError, r"'1\.weight' .* max_norm"),
+    ],
+)
+def test_a_layer_that_cannot_be_sparse_leaves_the_others_plain(
+    make: Callable[[], nn.Module], error: type[Exception], message: str
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), make())
+    state, x = copy.deepcopy(model.state_dict()), torch.ones(2, 8)
+    y, kinds = model[0](x), [type(part) for part in model.modules()]
+    with pytest.raises(error, match=message):
+        tk.sparsify(model, CONFIG)
+    assert [type(part) for part in model.modules()] == kinds
+    assert model.state_dict().keys() == state.keys()
+    assert all(map(torch.equal, model.state_dict().values(), state.values()))
+    assert torch.equal(model[0](x), y)
+    tk.sparsify(model, replace(CONFIG, keep_dense="1.*"))
+
+
+def test_an_error_after_the_last_layer_leaves_the_model_plain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    monkeypatch.setattr(Sparsifier, "_ask_for_gradients", lambda _: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        tk.sparsify(model, CONFIG)
+    assert [*model.state_dict()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert type(model[1]) is nn.Linear
+
+
+def test_a_weight_is_sparse_in_one_model_at_a_time() -> None:
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    second.weight = first.weight
+    tk.sparsify(first, CONFIG)
+    with pytest.raises(ValueError, match=r"\['weight'\] are sparse weights of another model"):
+        tk.sparsify(second, CONFIG)
+    assert type(second) is nn.Linear
+    tk.densify(first)
+    tk.sparsify(second, CONFIG)

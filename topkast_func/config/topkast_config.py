@@ -142,7 +142,10 @@ class TopKastConfig:
             ValueError: The text is no JSON object, a field or a method is unknown, or a value is
                 not allowed.
         """
-        description = json.loads(text)
+        try:
+            description = json.loads(text)
+        except RecursionError:
+            raise ValueError("text is no configuration: it is nested too deeply") from None
         if code := code_of(description):
             raise ValueError(f"{told(code)}, which JSON cannot describe")
         return made(cls, description, {})

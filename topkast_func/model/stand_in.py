@@ -107,9 +107,9 @@ class StandIn:
         return [(self.layer.get_submodule(owner), key) for owner, _, key in paths]
 
     def needed(self, patterns: Mapping[str, Pattern]) -> bool:
-        """Return whether a product of it has a pattern, and it fits, and nobody else stands in."""
+        """Return whether a product of it has a pattern, and nobody else stands in."""
         named = any(product.name in patterns for product in self.products)
-        return named and "forward" not in vars(self.layer) and self.fits(self.layer)
+        return named and "forward" not in vars(self.layer)
 
     def compute(self, input: Tensor) -> Tensor:  # the name that nn.Linear gives it
         """Return what the layer returns."""
