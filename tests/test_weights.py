@@ -62,20 +62,16 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     whole, read = path.read_bytes(), from_safetensors(path)
     status = path.stat()
     same, later = ((status.st_atime_ns, status.st_mtime_ns + n) for n in (0, 1))
-    changed = {
-        "shorter": (whole[:-4], same),
-        "longer": (whole + b"\0", same),
-        "another header": (whole.replace(b"weight", b"height"), same),
-        "written": (whole[:-1] + b"\1", later),
-    }
-    for how, (content, times) in changed.items():
+    for content, times in (
+        (whole[:-4], same),
+        (whole + b"\0", same),
+        (whole.replace(b"weight", b"height"), same),
+        (whole[:-1] + b"\1", later),
+    ):
         path.write_bytes(content)
         os.utime(path, ns=times)
-        with pytest.raises(
-            ValueError, match=r"x has changed since from_safetensors found 'weight'"
-        ):
+        with pytest.raises(ValueError, match=r"x has changed since .* found 'weight' there"):
             read("weight", ANY)
-            pytest.fail(how)
     path.write_bytes(whole)
     os.utime(path, ns=same)
     assert torch.equal(read("weight", ANY), torch.ones(2, 3))

@@ -137,7 +137,7 @@ def written(layer: Any) -> None:
 @pytest.mark.parametrize("change", [replaced, written])
 @pytest.mark.parametrize("engine", ["reference", "dense"])
 def test_a_weight_of_another_shape_is_refused(change: Callable[[Any], None], engine: Any) -> None:
-    model = nn.Sequential(nn.Linear(8, 16))
+    model: Any = nn.Sequential(nn.Linear(8, 16))
     sparsifier = tk.sparsify(model, CONFIG, engine=engine)
     before, x = model[0].weight.detach().clone(), torch.randn(2, 8)
     y = model(x)
