@@ -99,6 +99,7 @@ def test_what_is_left_out_has_its_default() -> None:
     ("text", "message"),
     [
         ("no JSON", "Expecting value"),
+        ("[" * 100_000, "recursion"),
         ("[]", "must be a JSON object, got \\[\\]"),
         ('{"sparsity": 0.9}', r"TopKastConfig has no \['sparsity'\]; it has \['forward_sparsity'"),
         ('{"method": "rigl"}', r"method must be an object .*'rigl'.*, got 'rigl'"),

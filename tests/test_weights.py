@@ -1,6 +1,7 @@
 """Safetensors files that others wrote."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,22 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
             from_safetensors(path)
 
 
-def test_a_file_that_shrinks_is_noticed(tmp_path: Path) -> None:
+def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x"
     save_file({"weight": torch.ones(2, 3)}, path)
-    read = from_safetensors(path)
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="has become shorter: 'weight' is cut off"):
-        read("weight", ANY)
+    whole, read = path.read_bytes(), from_safetensors(path)
+    status = path.stat()
+    same, later = ((status.st_atime_ns, status.st_mtime_ns + n) for n in (0, 1))
+    for content, times in (
+        (whole[:-4], same),
+        (whole + b"\0", same),
+        (whole.replace(b"weight", b"height"), same),
+        (whole[:-1] + b"\1", later),
+    ):
+        path.write_bytes(content)
+        os.utime(path, ns=times)
+        with pytest.raises(ValueError, match=r"x has changed since .* found 'weight' there"):
+            read("weight", ANY)
+    path.write_bytes(whole)
+    os.utime(path, ns=same)
+    assert torch.equal(read("weight", ANY), torch.ones(2, 3))

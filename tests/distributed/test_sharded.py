@@ -256,6 +256,9 @@ def test_the_newest_checkpoints_stay_and_none_is_written_over(tmp_path: Path) ->
     assert names == {"latest", "step-0.1", "step-3", "step-1"}
     assert int(_load(tmp_path).step) == 1
     assert int(_load(tmp_path / "step-3").step) == 3
+    (tmp_path / "latest").write_bytes(b"\xffstep-1")
+    with pytest.raises(ValueError, match="latest is damaged: remove it"):
+        _load(tmp_path)
     (tmp_path / "latest").unlink()
     assert int(_load(tmp_path).step) == 1
     shutil.rmtree(tmp_path / "step-1")

@@ -249,6 +249,23 @@ def test_a_checkpoint_of_another_sparsity_is_refused_and_nothing_is_lost() -> No
     torch.testing.assert_close(model[:1](inputs), before[:1](inputs))
 
 
+@pytest.mark.parametrize("blocks", [((8, 1), (1, 8)), ((1, 1), (4, 4)), ((2, 8), (4, 4))])
+def test_sets_of_other_blocks_are_refused(blocks: tuple[tuple[int, int], ...]) -> None:
+    torch.manual_seed(0)
+    models = [nn.Linear(16, 16) for _ in blocks]
+    for model, block in zip(models, blocks, strict=True):
+        tk.sparsify(model, tk.TopKastConfig(0.75, 0.5, block_shape=block))
+    others, own = (model.state_dict()["weight_sets"].clone() for model in models)
+    with pytest.raises(
+        RuntimeError, match=rf"other blocks than \({blocks[1][0]}, {blocks[1][1]}\)"
+    ):
+        models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(models[1].get_buffer("weight_sets"), own)
+    models[1].get_buffer("weight_sets").copy_(others)
+    with pytest.raises(RuntimeError, match="overwritten by what are no sets"):
+        models[1](torch.ones(2, 16))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -146,7 +146,7 @@ class TopKastConfig:
         check_type("text", text, str)
         try:
             description = json.loads(text)
-        except ValueError as reason:
+        except (ValueError, RecursionError) as reason:
             raise ValueError(f"text is no JSON, as to_json returns it: {reason}") from reason
         if code := code_of(description):
             raise ValueError(f"{told(code)}, which JSON cannot describe")

@@ -137,7 +137,13 @@ def _latest(folder: Path) -> Path:
     if (folder / ABOUT).is_file():
         return folder
     with suppress(FileNotFoundError):
-        named = folder / (folder / LATEST).read_text()
+        try:
+            named = folder / (folder / LATEST).read_text()
+        except UnicodeDecodeError as reason:
+            raise ValueError(
+                f"{folder / LATEST} is damaged: remove it to have the newest checkpoint read, or "
+                f"name the one that you want ({reason})"
+            ) from None
         if (named / ABOUT).is_file():
             return named
     if found := by_age(folder):

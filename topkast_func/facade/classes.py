@@ -5,13 +5,21 @@ from functools import cache, wraps
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from topkast_func.facade.sparse_attention import SparseAttention
 from topkast_func.facade.sparse_convolution import SparseConvolution
 from topkast_func.facade.sparse_layer import SparseLayer, SparseLinear, sparse_attribute
-from topkast_func.model.axes import is_transposed
-from topkast_func.model.convolution import LAYERS
+from topkast_func.model.attention import AttentionStandIn
+from topkast_func.model.convolution import ConvolutionStandIn
+from topkast_func.model.stand_in import StandIn, TransposedStandIn
+
+MIXED: dict[type[StandIn], Any] = {
+    AttentionStandIn: SparseAttention,
+    ConvolutionStandIn: SparseConvolution,
+    StandIn: SparseLinear,
+    TransposedStandIn: SparseLinear,
+}
+"""What computes in modules of the classes that a stand-in knows."""
 
 
 @cache
@@ -40,18 +48,14 @@ def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
 
     members = {key: sparse_attribute(key) for key in keys}
     named = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "_plain": plain}
-    own = {"forward": forward, "__reduce_ex__": reduce, "_transposed": is_transposed(plain)}
+    transposed = TransposedStandIn.is_of(plain)
+    own = {"forward": forward, "__reduce_ex__": reduce, "_transposed": transposed}
     return type(plain.__name__, (mixed, plain), {**members, **named, **own})
 
 
 def _mixed_into(plain: Any) -> Any:
     """Return what computes with α in modules of a class, on the kernels where they can."""
-    if plain.forward is nn.MultiheadAttention.forward:
-        return SparseAttention
-    if plain.forward in [kind.forward for kind in LAYERS]:
-        return SparseConvolution
-    linear = plain.forward is nn.Linear.forward and plain is not NonDynamicallyQuantizableLinear
-    return SparseLinear if linear or is_transposed(plain) else SparseLayer
+    return next((mixed for part, mixed in MIXED.items() if part.is_of(plain)), SparseLayer)
 
 
 def _blank(plain: Any, keys: tuple[str, ...]) -> nn.Module:

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import dispatches
+from topkast_func.config import TopKastConfig
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.pattern import pattern_of, places_in
@@ -58,7 +60,7 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
     if known is not None and same(known.content, sets):
         return known._replace(sets=sets, version=_version(sets))
     masks = masks_in(sets, theta.shape)
-    counts = counts_of(masks, rule.config.group)
+    counts = counts_of(masks, rule.config)
     whole = counts is not None and counts in rule.counts
     indexed = None
     if counts is not None and whole and rule.choice(theta, *counts).engine != "dense":
@@ -68,10 +70,11 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
     return Derived(sets, _version(sets), sets.clone(), whole, indexed)
 
 
-def counts_of(masks: Masks, group: int | None) -> tuple[int, int] | None:
-    """Return |A| and |B|; None where A is not within B, or groups differ in their counts."""
-    forward, backward, both, *uneven = counted(telling(*masks, group))
-    return None if both != forward or any(uneven) else (forward, backward)
+def counts_of(masks: Masks, config: TopKastConfig) -> tuple[int, int] | None:
+    """Return |A| and |B|; None where A is not within B, or these are not of blocks or groups."""
+    forward, backward, both, *uneven = counted(telling(*masks, config.group))
+    whole = all(is_of_blocks(mask, config.block_shape) for mask in masks)
+    return (forward, backward) if both == forward and not any(uneven) and whole else None
 
 
 def readable(tensor: Tensor) -> bool:

@@ -20,6 +20,7 @@ class Rule(NamedTuple):
 
     Attributes:
         name: Name of the weight in the model.
+        shape: Its shape.
         config: The configuration; which parameters it selects is not read.
         allocation: The sparsities in force.
         counts: |A| and |B| of every stage of the configuration.
@@ -30,6 +31,7 @@ class Rule(NamedTuple):
     """
 
     name: str
+    shape: tuple[int, ...]
     config: TopKastConfig
     allocation: Allocation
     counts: frozenset[tuple[int, int]]

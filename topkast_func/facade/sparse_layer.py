@@ -1,8 +1,9 @@
 """Layers that keep θ in an ordinary parameter and compute with α.
 
-While a forward pass runs, the attribute of a sparse weight reads as α, whoever reads it
-(`torch.nn.MultiheadAttention` reads the weight of its output projection). At any other time,
-and in ``parameters()`` always, it is θ.
+While a forward pass of such a layer or of what holds it runs, in the thread that runs it, the
+attribute of a sparse weight reads as α, whoever reads it (`torch.nn.MultiheadAttention` reads the
+weight of its output projection). So it does in a backward pass, where checkpoints compute anew. At
+any other time, and in ``parameters()`` always, it is θ.
 """
 
 import threading
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from topkast_func.facade.derived import readable
-from topkast_func.facade.guard import watch
+from topkast_func.facade.guard import release, watch
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
 from topkast_func.kernels.engines import EngineName
@@ -33,6 +34,13 @@ _RUNNING = _Running()
 """How many forward passes of sparse layers, one within another, this thread is in."""
 
 
+def _in_a_pass() -> bool:
+    """Return whether this thread is in a forward pass of sparse layers, or in a backward pass."""
+    if _RUNNING.depth or torch.compiler.is_compiling():
+        return _RUNNING.depth > 0
+    return torch._C._current_graph_task_id() != -1
+
+
 class ForwardPass:
     """The time in which sparse weights read as α."""
 
@@ -46,13 +54,13 @@ class ForwardPass:
 
 
 def sparse_attribute(key: str) -> property:
-    """Return the attribute of a sparse weight: α in a forward pass, θ otherwise."""
+    """Return the attribute of a sparse weight: α in a forward or backward pass, θ otherwise."""
 
     def read(layer: nn.Module) -> Any:
         if key not in layer._parameters:
             raise AttributeError(f"{type(layer).__name__!r} object has no attribute {key!r}")
         weights = weights_of(layer)
-        if _RUNNING.depth and key in weights:
+        if key in weights and _in_a_pass():
             return weights[key].alpha(layer)
         return layer._parameters[key]
 
@@ -82,8 +90,13 @@ class SparseLayer(nn.Module):
         for weight in weights_of(self).values():
             theta = weight.theta(self)
             theta.copy_(torch.where(weight.masks(self).forward, theta, 0.0))
-            del self._buffers[weight.buffer]
-        vars(self).pop(KEPT, None)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Become a module of the plain class, whose parameters are as they are."""
+        release(self)
+        for weight in vars(self).pop(KEPT, {}).values():
+            self._buffers.pop(weight.buffer, None)
         self.__class__ = self._plain
 
     def extra_repr(self) -> str:
@@ -202,10 +215,25 @@ def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = No
         key: Name of the parameter in the layer.
         rule: How its sets are chosen.
         masks: The sets to begin with; None to have them chosen.
+
+    Raises:
+        ValueError: The layer has something of the name of its sets, or writes to the weight in its
+            forward pass.
     """
     weight = SparseWeight(key, rule)
-    weight.start(layer, masks)
+    if hasattr(layer, weight.buffer):
+        raise ValueError(
+            f"{rule.name!r} cannot be sparse: its layer has a {weight.buffer!r} already, the name "
+            "of the buffer that holds the sets; rename that, or keep the weight dense"
+        )
+    if getattr(layer, "max_norm", None) is not None:
+        raise ValueError(
+            f"{rule.name!r} cannot be sparse: with max_norm an embedding writes to its weight in "
+            "its forward pass, which computes with α; make it with max_norm=None, or keep the "
+            "weight dense"
+        )
     vars(layer)[KEPT] = {**weights_of(layer), key: weight}
+    weight.start(layer, masks)
     watch(layer)
 
 

@@ -75,7 +75,23 @@ class SparseWeight:
         return found
 
     def sets(self, layer: nn.Module) -> Tensor:
-        """Return the bits."""
+        """Return the bits.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            The buffer.
+
+        Raises:
+            ValueError: θ has another shape than the weight that was made sparse.
+        """
+        if (shape := self.theta(layer).shape) != self.rule.shape:
+            raise ValueError(
+                f"{self.rule.name!r} has become of shape {tuple(shape)}, its sets are of shape "
+                f"{self.rule.shape}: put a parameter of that shape back, or tk.densify the model "
+                "before it is given others"
+            )
         return layer._buffers[self.buffer]  # type: ignore[return-value]
 
     def masks(self, layer: nn.Module) -> Masks:
@@ -199,12 +215,13 @@ class SparseWeight:
             return None
         if bits.dtype != torch.uint8:
             return f"{name} must be torch.uint8, got {bits.dtype}"
-        counts = counts_of(masks_in(bits, self.theta(layer).shape), self.rule.config.group)
+        counts = counts_of(masks_in(bits, self.theta(layer).shape), self.rule.config)
         if counts in self.rule.counts:
             return None
         known = " or ".join(map(str, sorted(self.rule.counts)))
-        group = self.rule.config.group
-        torn = "A outside B" + (f" or groups of {group} that differ" if group else "")
+        block, group = self.rule.config.block_shape, self.rule.config.group
+        torn = "A outside B" + (f", or groups of {group} that differ" if group else "")
+        torn += f", or other blocks than {block}" if block != (1, 1) else ""
         return (
             f"{name} has |A|, |B| = {counts or torn}, this layer {known}: the "
             "checkpoint is of another sparsity; without that key the sets are chosen from its "

@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig, allocate
 from topkast_func.config.selection import warn_of_other_names
 from topkast_func.facade.classes import sparse_class
 from topkast_func.facade.derived import readable
-from topkast_func.facade.guard import release
+from topkast_func.facade.owners import owners_of
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
 from topkast_func.facade.sparse_weight import weights_of
@@ -57,6 +57,12 @@ def sparsify(
     to itself, are computed by the sparse kernels where these are faster, all others with α at the
     price of the dense layer. `topkast_func.integrations` has callbacks for the trainers of others.
 
+    The attribute of a sparse weight reads as α while the module's ``forward`` runs, and in a
+    backward pass; at any other time as θ. That goes for methods called from outside
+    (``model.encode(x)``: call it from ``forward``, or after `densify`) and for threads that a
+    forward pass starts. What a forward pass writes to a sparse weight goes to α and is lost:
+    constrain θ after the step of the optimiser instead.
+
     A state dict of the plain module loads; the sets are then chosen from its weights. A running
     mean of the parameters, such as `torch.optim.swa_utils.AveragedModel`, is made of the sparse
     module, and is one of θ, with the sets of the module at its last update; one of buffers too is
@@ -76,8 +82,9 @@ def sparsify(
 
     Raises:
         TypeError: The model is no module, ``config`` no configuration, or see `init_state`.
-        ValueError: The model is wrapped, sparse already, has nothing to be trained, or see
-            `init_state`; it is as it was.
+        ValueError: The model is wrapped, sparse already, has nothing to be trained or a weight of
+            another that is sparse, a layer has something of the name ``<name>_sets`` or an
+            embedding ``max_norm``, or see `init_state`. After any error it is as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -101,12 +108,19 @@ def sparsify(
         masks = compute_masks(params, config, seed=seed)
     plan = _plan(model, params, rules)
     warn_of_other_names(params, config)
-    for module, own in plan:
-        plain: Any = type(module)
-        module.__class__ = sparse_class(plain, tuple(own))
-        for key, rule in own.items():
-            make_sparse(module, key, rule, masks[rule.name] if masks else None)
-    return Sparsifier(model, config, seed)
+    changed: list[Any] = []
+    try:
+        for module, own in plan:
+            plain: Any = type(module)
+            module.__class__ = sparse_class(plain, tuple(own))
+            changed.append(module)
+            for key, rule in own.items():
+                make_sparse(module, key, rule, masks[rule.name] if masks else None)
+        return Sparsifier(model, config, seed)
+    except BaseException:
+        for module in changed:
+            module._leave()
+        raise
 
 
 def densify(model: Module) -> Module:
@@ -130,7 +144,6 @@ def densify(model: Module) -> Module:
             "as a TopKastCallback leaves it after training (densify_at_end=False keeps it sparse)"
         )
     for layer in layers:
-        release(layer)
         layer._make_plain()
     return model
 
@@ -160,7 +173,25 @@ def _checked(model: nn.Module, config: TopKastConfig) -> Params:
     if lazy := [name for name, p in params.items() if nn.parameter.is_lazy(p)]:
         raise ValueError(f"{lazy} have no shape yet: run the model once first")
     check_ties(model, config)
+    if shared := [name for name, p in params.items() if _is_sparse_elsewhere(p)]:
+        raise ValueError(
+            f"{shared} are sparse weights of another model that was sparsified: give this one "
+            "parameters of its own, densify that one first, or sparsify a module that has both"
+        )
     return params
+
+
+def _is_sparse_elsewhere(parameter: Tensor) -> bool:
+    """Return whether a sparsifier, which then hears of its gradients, has a parameter."""
+    hooks = (parameter._post_accumulate_grad_hooks or {}).values()
+    sparsifiers = (getattr(hook, "__self__", None) for hook in hooks)
+    return any(
+        weight.theta(layer) is parameter
+        for found in sparsifiers
+        if isinstance(found, Sparsifier)
+        for owners in owners_of(found.model).values()
+        for layer, weight in owners
+    )
 
 
 def _rules(params: Params, config: TopKastConfig, engine: EngineName, seed: int) -> dict[str, Rule]:
@@ -171,6 +202,7 @@ def _rules(params: Params, config: TopKastConfig, engine: EngineName, seed: int)
     return {
         name: Rule(
             name,
+            tuple(params[name].shape),
             alone,
             allocation,
             frozenset(stage[name] for stage in stages),

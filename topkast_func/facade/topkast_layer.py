@@ -1,5 +1,6 @@
 """The base of the seed's layer and its siblings: a sparse weight, and the seed's names."""
 
+import math
 from typing import Any
 
 import torch
@@ -62,12 +63,13 @@ class TopKastLayer(SparseLayer):
         self.register_forward_pre_hook(_keep_off_fused_paths)
 
     def _rule(self) -> Rule:
-        size = self._parameters["weight"].numel()  # type: ignore[union-attr]
+        shape = tuple(self._parameters["weight"].shape)  # type: ignore[union-attr]
+        size = math.prod(shape)
         allocation = check_sparsities(self.p_forward, self.p_backward)
         config = TopKastConfig(*allocation, sparse="weight")
         counts = frozenset({(kept(allocation.forward, size), kept(allocation.backward, size))})
         matrix = isinstance(self, SparseLinear)
-        return Rule("weight", config, allocation, counts, matrix=matrix, engine=self.engine)
+        return Rule("weight", shape, config, allocation, counts, matrix=matrix, engine=self.engine)
 
     def forward(self, inputs: Tensor, sparse: bool = True) -> Any:
         """Apply the layer.
@@ -98,7 +100,7 @@ class TopKastLayer(SparseLayer):
             NaNParameterError: θ holds NaN; nothing has changed.
         """
         weight = weights_of(self)["weight"]
-        weight.rule = self._rule()
+        weight.rule = self._rule()._replace(shape=weight.rule.shape)
         weight.choose(self)
 
     def reset_justbwd_weights(self) -> None:

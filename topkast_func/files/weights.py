@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,18 @@ from topkast_func.files.drafts import path_of
 from topkast_func.files.layout import Entry, check_places, entry_of
 
 
-class Place(NamedTuple):
-    """Place of a tensor: its file, where the data begin there, and its entry in the header."""
+class File(NamedTuple):
+    """A file as it was found: its size and time of writing, and its head, all before the data."""
 
     path: Path
-    data: int
+    written: tuple[int, int]
+    head: bytes
+
+
+class Place(NamedTuple):
+    """Place of a tensor: its file, and its entry in the header."""
+
+    file: File
     entry: Entry
 
 
@@ -61,7 +68,7 @@ def from_safetensors(
         for name, place in _places(path).items():
             other = places.setdefault(name, place)
             if other is not place:
-                raise ValueError(f"{name!r} is in two files, {other.path} and {path}")
+                raise ValueError(f"{name!r} is in two files, {other.file.path} and {path}")
 
     def read(name: str, tensor: Tensor) -> Tensor:
         if name not in places:
@@ -81,22 +88,31 @@ def _places(path: Path) -> dict[str, Place]:
         raise FileNotFoundError(f"there is no file at {path}")
     with path.open("rb") as file:
         head = head_of(path, file)
-        size = os.fstat(file.fileno()).st_size - len(head)
+        found = File(path, _written(file), head)
     try:
         said = dict(json.loads(head[8:].decode()))
         said.pop(METADATA, None)
         entries = {name: entry_of(name, entry) for name, entry in said.items()}
-        check_places(entries, size)
+        check_places(entries, found.written[0] - len(head))
     except (ValueError, TypeError, RecursionError) as reason:
         raise ValueError(f"{path} is no safetensors file that can be read: {reason}") from reason
-    return {name: Place(path, len(head), entry) for name, entry in entries.items()}
+    return {name: Place(found, entry) for name, entry in entries.items()}
+
+
+def _written(file: BinaryIO) -> tuple[int, int]:
+    """Return the size of a file, bytes, and when it was written to, nanoseconds."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _read(name: str, place: Place) -> Tensor:
-    path, data, entry = place
+    (path, written, head), entry = place
     content = torch.empty(entry.end - entry.start, dtype=torch.uint8, device="cpu")
     with path.open("rb") as file:
-        file.seek(data + entry.start)
-        if file.readinto(content.numpy().data) != len(content):
-            raise ValueError(f"{path} has become shorter: {name!r} is cut off")
+        same = _written(file) == written and file.read(len(head)) == head
+        file.seek(len(head) + entry.start)
+        if not same or file.readinto(content.numpy().data) != len(content):
+            raise ValueError(
+                f"{path} has changed since from_safetensors found {name!r} there: call that again"
+            )
     return content.view(entry.dtype).view(entry.shape)

@@ -4,6 +4,8 @@ from collections.abc import Collection
 
 from torch import nn
 
+from topkast_func.model.stand_in import calls_its_own
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -16,7 +18,8 @@ def replaceable(layer: nn.Module, kinds: Collection[type[nn.Module]]) -> bool:
             more, than they are.
 
     Returns:
-        Whether it is of one of them, without hooks, and without a forward pass of its own.
+        Whether it is of one of them, without hooks, and without methods of its own by which it
+        computes.
     """
-    alone = "forward" not in vars(layer) and not any(getattr(layer, hooks) for hooks in HOOKS)
-    return type(layer) in kinds and alone
+    own = "forward" in vars(layer) or calls_its_own(layer)
+    return type(layer) in kinds and not own and not any(getattr(layer, hooks) for hooks in HOOKS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from topkast_func.model.stand_in import StandIn
+from topkast_func.model.stand_in import StandIn, calls_its_own, computes_as
 
 
 class AttentionStandIn(StandIn):
@@ -20,15 +20,14 @@ class AttentionStandIn(StandIn):
     weights = ("in_proj_weight", "out_proj.weight")
 
     @staticmethod
-    def fits(layer: nn.Module) -> bool:
-        """Return whether the layer projects to queries, keys and values at once, and no more."""
-        return (
-            isinstance(layer, nn.MultiheadAttention)
-            and type(layer).forward is nn.MultiheadAttention.forward
-            and layer.in_proj_weight is not None
-            and layer.bias_k is None
-            and not layer.add_zero_attn
-        )
+    def is_of(kind: type) -> bool:
+        """Return whether layers of a class compute as this does."""
+        return computes_as(kind, nn.MultiheadAttention)
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        """Return whether this computes what the layer does, as that is now."""
+        return super().fits(layer) and _projects_at_once(layer)
 
     def compute(  # type: ignore[override]
         self,
@@ -79,12 +78,24 @@ def attended(
     itself = query is key and key is value and query.dim() == 3 and not query.is_nested
     if not itself or need_weights or (is_causal and attn_mask is None):
         return None
+    if not _projects_at_once(layer):
+        return None
     projected = project(query if layer.batch_first else query.transpose(0, 1))
     size = (*projected.shape[:2], 3, layer.num_heads, -1)
     parts = projected.view(size).permute(2, 0, 3, 1, 4)
     joined, _ = mixed(layer, parts, attn_mask, padding, is_causal)
     y = project_out(joined)
     return y if layer.batch_first else y.transpose(0, 1), None
+
+
+def _projects_at_once(layer: Any) -> bool:
+    """Return whether an attention projects to queries, keys and values at once, and no more."""
+    return (
+        layer.in_proj_weight is not None
+        and layer.bias_k is None
+        and not layer.add_zero_attn
+        and not calls_its_own(layer)
+    )
 
 
 def mixed(

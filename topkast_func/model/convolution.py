@@ -9,7 +9,7 @@ from topkast_func.kernels.convolution import sparse_convolution
 from topkast_func.kernels.engines import EngineName
 from topkast_func.kernels.pattern import Pattern
 from topkast_func.kernels.shifted import Convolution
-from topkast_func.model.stand_in import StandIn
+from topkast_func.model.stand_in import StandIn, calls_its_own, computes_as
 
 LAYERS = (nn.Conv1d, nn.Conv2d)
 
@@ -18,15 +18,14 @@ class ConvolutionStandIn(StandIn):
     """Stands in for a convolution without groups; where dense products are faster, α is used."""
 
     @staticmethod
-    def fits(layer: nn.Module) -> bool:
-        """Return whether this computes what the layer does."""
-        return (
-            isinstance(layer, LAYERS)
-            and any(type(layer).forward is kind.forward for kind in LAYERS)
-            and layer.groups == 1
-            and layer.padding_mode == "zeros"
-            and convolution_of(layer) is not None
-        )
+    def is_of(kind: type) -> bool:
+        """Return whether layers of a class compute as this does."""
+        return computes_as(kind, *LAYERS)
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        """Return whether this computes what the layer does, as that is now."""
+        return super().fits(layer) and convolution_of(layer) is not None
 
     def compute(self, input: Tensor) -> Tensor:
         """Return what the layer returns."""
@@ -67,7 +66,9 @@ def convolved(
 
 
 def convolution_of(layer: Any) -> Convolution | None:
-    """Describe a convolution, of one axis as of images of height 1; None if it pads unevenly."""
+    """Describe a convolution, of one axis as of images of height 1; None of one that does more."""
+    if layer.groups != 1 or layer.padding_mode != "zeros" or calls_its_own(layer):
+        return None
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
     reach = [(taps - 1) * step for taps, step in zip(kernel, dilation, strict=True)]
     if layer.padding == "same" and any(n % 2 for n in reach):

@@ -12,6 +12,24 @@ from topkast_func.kernels.linear import sparse_linear
 from topkast_func.kernels.pattern import Pattern
 from topkast_func.model.axes import is_transposed
 
+CALLED = ("_conv_forward", "merge_masks")
+"""Methods that forward passes of torch's layers call on the layer."""
+
+
+def computes_as(kind: type, *bases: type) -> bool:
+    """Return whether layers of a class compute as those of one that it is, or is derived from."""
+    called = ("forward", *CALLED)
+    return any(
+        issubclass(kind, base)
+        and all(getattr(kind, name, None) is getattr(base, name, None) for name in called)
+        for base in bases
+    )
+
+
+def calls_its_own(layer: nn.Module) -> bool:
+    """Return whether a layer, not its class, has a method that its forward pass calls."""
+    return any(name in vars(layer) for name in CALLED)
+
 
 class Bound(NamedTuple):
     """What a product is computed with, as a matrix and for the kernels.
@@ -74,13 +92,15 @@ class StandIn:
         self.layer, self.products = layer, products
 
     @staticmethod
-    def fits(layer: nn.Module) -> bool:
-        """Return whether this computes what the layer does."""
-        return (
-            isinstance(layer, nn.Linear)
-            and not isinstance(layer, NonDynamicallyQuantizableLinear)  # attention reads its weight
-            and type(layer).forward is nn.Linear.forward
-        )
+    def is_of(kind: type) -> bool:
+        """Return whether layers of a class compute as this does."""
+        read_by_attention = issubclass(kind, NonDynamicallyQuantizableLinear)
+        return computes_as(kind, nn.Linear) and not read_by_attention
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        """Return whether this computes what the layer does, as that is now."""
+        return cls.is_of(type(layer))
 
     def places(self) -> list[tuple[nn.Module, str]]:
         """Return where its weights are: the layer or a part of it, and the key there."""
@@ -103,9 +123,9 @@ class TransposedStandIn(StandIn):
     transposed = True
 
     @staticmethod
-    def fits(layer: nn.Module) -> bool:
-        """Return whether the layer is one; nothing is imported to see it."""
-        return is_transposed(type(layer))
+    def is_of(kind: type) -> bool:
+        """Return whether a class is that one; nothing is imported to see it."""
+        return is_transposed(kind)
 
     def compute(self, x: Tensor) -> Tensor:
         """Return what the layer returns."""
