@@ -303,7 +303,7 @@ def test_sets_of_a_checkpoint_with_torn_groups_are_refused() -> None:
     model, other = network(), network()
     tk.sparsify(model, config)
     tk.sparsify(other, tk.TopKastConfig(0.5, 0.0))
-    with pytest.raises(RuntimeError, match="A outside B or groups of 4 that differ, this layer"):
+    with pytest.raises(RuntimeError, match="A outside B, or groups of 4 that differ, this layer"):
         model.load_state_dict(other.state_dict())
     again = network()
     handle = tk.sparsify(again, config)

@@ -68,6 +68,7 @@ def index_masks(
             not made of such blocks or have another shape than its weight.
 
     Example:
+        >>> import topkast_func as tk
         >>> model = torch.nn.Linear(8, 4, bias=False)
         >>> params = {"weight": torch.arange(32.0).reshape(4, 8)}
         >>> masks = {"weight": Masks(params["weight"] >= 24, params["weight"] >= 16)}
@@ -75,7 +76,7 @@ def index_masks(
         Traceback (most recent call last):
         ValueError: the sets of 'weight' are not made of blocks of (2, 4)
         >>> sets = index_masks(model, masks, block_shape=(1, 4))
-        >>> sparse_forward(model, params, sets, torch.ones(1, 8))
+        >>> tk.sparse_forward(model, params, sets, torch.ones(1, 8))
         tensor([[  0.,   0.,   0., 220.]])
     """
     block_shape = check_block_shape("block_shape", block_shape)
