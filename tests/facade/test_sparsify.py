@@ -1,8 +1,10 @@
 """Modules made sparse in place: trajectories, schedules, every method, and what is refused."""
 
 import copy
+import gc
 import io
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -600,3 +602,19 @@ def test_a_state_that_is_none_is_refused(
     with pytest.raises(error, match=message):
         handle.load_state_dict(state)
     assert handle.state_dict() == {"steps": 0, "seed": 0}
+
+
+def test_what_was_sparse_can_be_trained_by_a_step_and_keeps_no_sparsifier() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+    config = tk.TopKastConfig(0.5, 0.25)
+    kept = weakref.ref(tk.sparsify(model, config))
+    model(torch.ones(2, 6)).sum().backward()
+    tk.densify(model)
+    gc.collect()
+    assert kept() is None
+    model.zero_grad()
+    state = tk.init_state(model, config, tk.sgd(0.1))
+    loss = lambda apply, x: apply(x).square().mean()  # noqa: E731
+    step = tk.make_train_step(model, loss, config, tk.sgd(0.1), compile=False)
+    assert step(state, torch.ones(3, 6))[1].loss > 0
+    tk.sparsify(model, config)

@@ -1,5 +1,6 @@
 """What is derived from the bits of the sets: whether they are whole, and what the kernels read."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,35 @@ def counts_of(masks: Masks, config: TopKastConfig) -> tuple[int, int] | None:
     forward, backward, both, *uneven = counted(telling(*masks, config.group))
     whole = all(is_of_blocks(mask, config.block_shape) for mask in masks)
     return (forward, backward) if both == forward and not any(uneven) and whole else None
+
+
+def misfit(bits: object, rule: Rule, name: str) -> str | None:
+    """Say why bits from a checkpoint are no sets of a weight, if they are not.
+
+    Args:
+        bits: What the checkpoint has; torch itself complains of another shape.
+        rule: How the sets of the weight are chosen.
+        name: Name of the bits there.
+
+    Returns:
+        The reason.
+    """
+    size = (2, -(-math.prod(rule.shape) // 8))
+    if not isinstance(bits, Tensor) or not readable(bits) or bits.shape != size:
+        return None
+    if bits.dtype != torch.uint8:
+        return f"{name} must be torch.uint8, got {bits.dtype}"
+    counts = counts_of(masks_in(bits, torch.Size(rule.shape)), rule.config)
+    if counts in rule.counts:
+        return None
+    known = " or ".join(map(str, sorted(rule.counts)))
+    block, group = rule.config.block_shape, rule.config.group
+    torn = "A outside B" + (f", or groups of {group} that differ" if group else "")
+    torn += f", or other blocks than {block}" if block != (1, 1) else ""
+    return (
+        f"{name} has |A|, |B| = {counts or torn}, this layer {known}: the checkpoint is of another "
+        "sparsity; without that key the sets are chosen from its weight"
+    )
 
 
 def readable(tensor: Tensor) -> bool:

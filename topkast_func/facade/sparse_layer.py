@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from topkast_func.facade.derived import readable
+from topkast_func.facade.derived import misfit, readable
 from topkast_func.facade.guard import release, watch
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
@@ -96,6 +96,8 @@ class SparseLayer(nn.Module):
         """Become a module of the plain class, whose parameters are as they are."""
         release(self)
         for weight in vars(self).pop(KEPT, {}).values():
+            if weight.hook is not None:
+                weight.hook.remove()
             self._buffers.pop(weight.buffer, None)
         self.__class__ = self._plain
 
@@ -133,7 +135,7 @@ class SparseLayer(nn.Module):
         weights = weights_of(self).values()
         found = {weight: f"{prefix}{weight.buffer}" for weight in weights}
         misfits = [
-            weight.misfit(self, state_dict.get(name), name) for weight, name in found.items()
+            misfit(state_dict.get(name), weight.rule, name) for weight, name in found.items()
         ]
         if any(misfits):
             errors.extend(filter(None, misfits))

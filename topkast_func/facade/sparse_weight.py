@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from topkast_func.bits import packed
 from topkast_func.facade.alpha import alpha, masks_in
-from topkast_func.facade.derived import Derived, counts_of, derive, readable
+from topkast_func.facade.derived import Derived, derive, readable
 from topkast_func.facade.rule import Rule
 from topkast_func.kernels.engines import Choice
 from topkast_func.masks import masks_at
@@ -34,6 +35,7 @@ class SparseWeight:
             every entry; None but in the step before a refresh that reads it.
         steps: Optimiser steps in which it had a gradient.
         overdue: Number of these at which whoever is to count them has clearly forgotten to.
+        hook: Tells a sparsifier of backward passes that reach it, as long as it is sparse.
     """
 
     overdue = math.inf
@@ -43,6 +45,7 @@ class SparseWeight:
         self.probe: Tensor | None = None
         self.steps = 0
         self._derived: Derived | None = None
+        self.hook: RemovableHandle | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave out what is derived from the bits."""
@@ -197,36 +200,6 @@ class SparseWeight:
             self.probe = torch.zeros_like(self.theta(layer)).requires_grad_()
         self._derived = None
         self.look(layer)
-
-    def misfit(self, layer: nn.Module, bits: object, name: str) -> str | None:
-        """Say why bits from a checkpoint are no sets of this weight, if they are not.
-
-        Args:
-            layer: The layer.
-            bits: What the checkpoint has; torch itself complains of another shape.
-            name: Name of the bits there.
-
-        Returns:
-            The reason.
-        """
-        if not isinstance(bits, Tensor) or not readable(bits):
-            return None
-        if bits.shape != self.sets(layer).shape:
-            return None
-        if bits.dtype != torch.uint8:
-            return f"{name} must be torch.uint8, got {bits.dtype}"
-        counts = counts_of(masks_in(bits, self.theta(layer).shape), self.rule.config)
-        if counts in self.rule.counts:
-            return None
-        known = " or ".join(map(str, sorted(self.rule.counts)))
-        block, group = self.rule.config.block_shape, self.rule.config.group
-        torn = "A outside B" + (f", or groups of {group} that differ" if group else "")
-        torn += f", or other blocks than {block}" if block != (1, 1) else ""
-        return (
-            f"{name} has |A|, |B| = {counts or torn}, this layer {known}: the "
-            "checkpoint is of another sparsity; without that key the sets are chosen from its "
-            "weight"
-        )
 
     def _mend(self, layer: nn.Module, known: Derived) -> None:
         """Choose sets where there are none yet."""

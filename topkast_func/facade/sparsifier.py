@@ -43,8 +43,10 @@ class Sparsifier:
         self.model, self.config, self.seed, self.steps = model, config, seed, 0
         self._reached, self._optimized, self._others = False, 0, steps_made()
         self._patience = patience(config, 0)
-        for theta in self._theta().values():
-            theta.register_post_accumulate_grad_hook(self._note_backward)  # type: ignore[no-untyped-call]
+        for owners in owners_of(model).values():
+            layer, weight = owners[0]
+            theta: Any = weight.theta(layer)
+            weight.hook = theta.register_post_accumulate_grad_hook(self._note_backward)
         if config.schedule.refreshes_at(0):
             self.refresh()
         self._ask_for_gradients()
