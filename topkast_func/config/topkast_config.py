@@ -40,8 +40,8 @@ class TopKastConfig:
             explores for ever.
         penalty: Form of the exploration penalty, see `exploration_penalty`; None for none.
             Methods that do not explore have none.
-        penalty_weight: λ, its weight in the loss, at least 0. Under Adam 1e-5 was the
-            better one wherever both were measured.
+        penalty_weight: λ, its weight in the loss, at least 0. Under Adam 1e-5 is the
+            better one for the default method, 1e-4 for the form of the paper.
         block_shape: (rows, columns) of the blocks that are chosen whole, over the first two
             axes of a weight, at each position of any further axes.
         block_norm: Norm by which blocks are ranked: "l2" (Euclidean) or "l1" (absolute
