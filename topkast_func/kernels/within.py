@@ -45,30 +45,25 @@ def _kernel(zeros: bool, dtype: torch.dtype) -> Kernel:
 
         def put_back(inside: ir.Value, first: Integer, kind: ir.Type) -> None:
             here = tile.at(tensor, first, kind, tile.size)
-            held = _load(builder, here, tile.size)
+            held = tile.load(here)
             if zeros:
                 other = ir.Constant(kind, None)
             else:
-                other = _load(builder, tile.at(elsewhere, first, kind, tile.size), tile.size)
+                other = tile.load(tile.at(elsewhere, first, kind, tile.size))
             kept = builder.select(inside, held, other)
             moved = builder.icmp_unsigned("!=", kept, held)
             if kind is numbers:
                 moved = builder.icmp_unsigned("!=", builder.bitcast(moved, marks), marks(0))
             with builder.if_then(moved):
-                builder.store(kept, here).align = tile.size
+                tile.store(kept, here)
 
         whole = entries // TOGETHER
         with tile.loop(whole * part // parts, whole * (part + 1) // parts) as chunk:
-            mask = _load(builder, tile.at(bits, chunk, marks, TOGETHER // 8), 1)
+            mask = builder.load(tile.at(bits, chunk, marks, TOGETHER // 8))
+            mask.align = 1
             put_back(builder.bitcast(mask, marked), chunk * TOGETHER, numbers)
         with builder.if_then(part.equals(parts - 1)), tile.loop(whole * TOGETHER, entries) as entry:
             byte = tile.unsigned(bits, entry // 8, 1)
             put_back((byte >> entry % 8 & 1).equals(1), entry, number)
 
     return Kernel(emit, dtype)
-
-
-def _load(builder: ir.IRBuilder, pointer: ir.Value, align: int) -> ir.Value:
-    loaded = builder.load(pointer)
-    loaded.align = align
-    return loaded
