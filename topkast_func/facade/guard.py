@@ -57,6 +57,17 @@ def release(layer: nn.Module) -> None:
     _LAYERS.pop(id(layer), None)
 
 
+def watched() -> dict[int, tuple[nn.Module, SparseWeight]]:
+    """Return the layers that are watched, and their sparse weights, by the id of the parameter."""
+    layers = [layer for ref in _LAYERS.valuerefs() if (layer := ref()) is not None]
+    return {
+        id(weight.theta(layer)): (layer, weight)
+        for layer in layers
+        for key, weight in weights_of(layer).items()
+        if key in layer._parameters
+    }
+
+
 def steps_made() -> int:
     """Return how many steps optimisers have made since the first layer was watched."""
     return _steps_made
@@ -133,17 +144,10 @@ def _sparse_weights_of(
     optimizer: Optimizer,
 ) -> Iterator[tuple[nn.Module, SparseWeight, nn.Parameter]]:
     """Find the sparse weights among the parameters of an optimiser, each once."""
-    layers = [layer for ref in _LAYERS.valuerefs() if (layer := ref()) is not None]
-    found = [
-        (layer, weight)
-        for layer in layers
-        for key, weight in weights_of(layer).items()
-        if key in layer._parameters
-    ]
-    watched = {id(weight.theta(layer)): (layer, weight) for layer, weight in found}
+    found = watched()
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        if id(parameter) in watched:
-            yield *watched[id(parameter)], parameter
+        if id(parameter) in found:
+            yield *found[id(parameter)], parameter
 
 
 def _start_anew_after_a_refresh(optimizer: LBFGS, held: list[Held]) -> None:

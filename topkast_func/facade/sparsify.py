@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig, allocate
 from topkast_func.config.selection import warn_of_other_names
 from topkast_func.facade.classes import sparse_class
 from topkast_func.facade.derived import readable
-from topkast_func.facade.owners import owners_of
+from topkast_func.facade.guard import watched
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
 from topkast_func.facade.sparse_weight import weights_of
@@ -173,25 +173,13 @@ def _checked(model: nn.Module, config: TopKastConfig) -> Params:
     if lazy := [name for name, p in params.items() if nn.parameter.is_lazy(p)]:
         raise ValueError(f"{lazy} have no shape yet: run the model once first")
     check_ties(model, config)
-    if shared := [name for name, p in params.items() if _is_sparse_elsewhere(p)]:
+    elsewhere = watched()
+    if shared := [name for name, p in params.items() if id(p) in elsewhere]:
         raise ValueError(
             f"{shared} are sparse weights of another model that was sparsified: give this one "
             "parameters of its own, densify that one first, or sparsify a module that has both"
         )
     return params
-
-
-def _is_sparse_elsewhere(parameter: Tensor) -> bool:
-    """Return whether a sparsifier, which then hears of its gradients, has a parameter."""
-    hooks = (parameter._post_accumulate_grad_hooks or {}).values()
-    sparsifiers = (getattr(hook, "__self__", None) for hook in hooks)
-    return any(
-        weight.theta(layer) is parameter
-        for found in sparsifiers
-        if isinstance(found, Sparsifier)
-        for owners in owners_of(found.model).values()
-        for layer, weight in owners
-    )
 
 
 def _rules(params: Params, config: TopKastConfig, engine: EngineName, seed: int) -> dict[str, Rule]:
