@@ -27,6 +27,11 @@ def owners_of(model: nn.Module) -> Owners:
     return found
 
 
+def first_owners(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:
+    """Return the sparse weights of a module, each with the first layer that has it, by name."""
+    return {name: owners[0] for name, owners in owners_of(model).items()}
+
+
 def summary_of(model: nn.Module, config: TopKastConfig) -> Summary:
     """Describe what a module consists of, one row for each parameter.
 

@@ -13,7 +13,7 @@ from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
 from topkast_func.facade.guard import patience, steps_made
-from topkast_func.facade.owners import owners_of, summary_of
+from topkast_func.facade.owners import first_owners, owners_of, summary_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.report.summary import Summary
 from topkast_func.sparsity import Allocation
@@ -43,8 +43,7 @@ class Sparsifier:
         self.model, self.config, self.seed, self.steps = model, config, seed, 0
         self._reached, self._optimized, self._others = False, 0, steps_made()
         self._patience = patience(config, 0)
-        for owners in owners_of(model).values():
-            layer, weight = owners[0]
+        for layer, weight in first_owners(model).values():
             theta: Any = weight.theta(layer)
             weight.hook = theta.register_post_accumulate_grad_hook(self._note_backward)
         if config.schedule.refreshes_at(0):
@@ -112,11 +111,11 @@ class Sparsifier:
 
         (``metrics.penalty`` of a step of `make_train_step` is without λ.)
         """
-        theta = self._theta()
-        if not theta:
+        owners = first_owners(self.model)
+        if not owners:
             return torch.zeros((), dtype=torch.float32, device="cpu")
-        owners = owners_of(self.model).items()
-        sets = {name: owner[0][1].indexed(owner[0][0]) for name, owner in owners}
+        theta = {name: weight.theta(layer) for name, (layer, weight) in owners.items()}
+        sets = {name: weight.indexed(layer) for name, (layer, weight) in owners.items()}
         penalty = exploration_penalty(theta, sets, self.config, step=self.steps)
         return self.config.penalty_weight * penalty
 
@@ -140,9 +139,8 @@ class Sparsifier:
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B of the sparse weights by name."""
-        return {
-            name: owner[0][1].masks(owner[0][0]) for name, owner in owners_of(self.model).items()
-        }
+        owners = first_owners(self.model)
+        return {name: weight.masks(layer) for name, (layer, weight) in owners.items()}
 
     def summary(self) -> Summary:
         """Describe what the module consists of, one row for each parameter."""
@@ -171,9 +169,8 @@ class Sparsifier:
         self._ask_for_gradients()
 
     def _theta(self) -> dict[str, nn.Parameter]:
-        return {
-            name: owners[0][1].theta(owners[0][0]) for name, owners in owners_of(self.model).items()
-        }
+        owners = first_owners(self.model)
+        return {name: weight.theta(layer) for name, (layer, weight) in owners.items()}
 
     def _follow_schedule(self) -> None:
         """Tell each weight at which step it is, for sets that are chosen from a loaded θ."""
@@ -204,7 +201,7 @@ class Sparsifier:
         """Return the gradients that the method reads, summed over the processes."""
         if not self.config.method.reads_gradient or self.config.schedule.settled(self.steps):
             return None
-        probes = {name: owners[0][1].probe for name, owners in owners_of(self.model).items()}
+        probes = {name: weight.probe for name, (_, weight) in first_owners(self.model).items()}
         if all(probe is None or probe.grad is None for probe in probes.values()):
             raise RuntimeError(
                 f"{self.config.method} chooses by the gradient at α, and there is none: a backward "
