@@ -28,10 +28,10 @@ def check_sets(model: Model, params: Params, masks: Mapping[str, AnySets]) -> No
     check_names(model, params.keys())
     own = tensors_of(model)
     for name, leaf in params.items():
+        check_tensor(f"params[{name!r}]", leaf)
         if name in own:
-            check_tensor(f"params[{name!r}]", leaf)
             check_shape(f"params[{name!r}]", leaf, own[name].shape, "the model")
-    check_sets_of(params, masks)
+    _check_masks(params, masks)
 
 
 def check_sets_of(params: Params, masks: Mapping[str, AnySets]) -> None:
@@ -46,10 +46,14 @@ def check_sets_of(params: Params, masks: Mapping[str, AnySets]) -> None:
         ValueError: See `sparse_forward`.
     """
     check_named("params", params)
-    check_named("masks", masks, "Masks")
-    check_known("masks", masks, params)
     for name, leaf in params.items():
         check_tensor(f"params[{name!r}]", leaf)
+    _check_masks(params, masks)
+
+
+def _check_masks(params: Params, masks: Mapping[str, AnySets]) -> None:
+    check_named("masks", masks, "Masks")
+    check_known("masks", masks, params)
     for name, sets in masks.items():
         theta = params[name]
         check_leaf(f"params[{name!r}]", theta)
