@@ -172,7 +172,7 @@ def _finite(tree: Any) -> Any:
 
 def _report(runs: dict[str, Run], config: TopKastConfig) -> None:
     sparse = runs["sparse"]
-    print(summary(sparse.state, BATCH_SIZE, config=config), end="\n\n")
+    print(summary(sparse.state, BATCH_SIZE, model=sparse.model, config=config), end="\n\n")
     head = ("squared error", "validation", "test", "best epoch", "training", "compilation")
     rows = [
         (

@@ -76,6 +76,7 @@ class Run(NamedTuple):
         rows: Rows of the training, validation and test parts.
         times: How long training and compilation took.
         interrupted: Whether Ctrl-C ended it.
+        model: The network, with the weights that it began with.
     """
 
     state: TrainState
@@ -88,6 +89,7 @@ class Run(NamedTuple):
     rows: tuple[int, ...]
     times: Times
     interrupted: bool
+    model: nn.Module
 
 
 class _Epochs(Callback):
@@ -173,6 +175,7 @@ def train(
         rows=tuple(map(len, parts)),
         times=times(),
         interrupted=interrupted,
+        model=model,
     )
 
 
