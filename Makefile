@@ -31,7 +31,7 @@ bench: .venv/bench
 
 # Hours on two cores; what is done is not done again.
 evidence: .venv/package
-	for task in mlp cnn text words source; do $(BIN)/python -m benchmarks.evidence $$task --ablations; done
+	for task in mlp cnn text source mlp_sgd cnn_sgd; do $(BIN)/python -m benchmarks.evidence $$task --ablations; done
 	$(BIN)/python -m benchmarks.page
 
 # In place, from top to bottom, with what they show.

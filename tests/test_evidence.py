@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.evidence import report, tasks, training, words
+from benchmarks.evidence import report, tasks, training
 from benchmarks.evidence.__main__ import Ledger
-from benchmarks.evidence.networks import ALPHABET, cnn, decoder, mlp
+from benchmarks.evidence.networks import cnn, decoder, mlp
 from benchmarks.evidence.settings import (
     METHODS,
     PAIRS,
@@ -35,7 +35,8 @@ def test_every_method_has_as_many_trials_on_held_out_data() -> None:
         ("mlp", None, 9),
         ("cnn", TUNED, 6),
         ("text", TUNED, 4),
-        ("words", TUNED, 3),
+        ("source", TUNED, 4),
+        ("mlp_sgd", TUNED, 6),
     ):
         found = trials(task, carried)
         assert set(found) == set(PLANS[task].methods) <= set(METHODS)
@@ -81,30 +82,6 @@ def test_the_decoder_does_not_see_what_comes_after() -> None:
         torch.testing.assert_close(network(codes)[:, :12], network(other)[:, :12])
 
 
-def test_words_are_scored_at_the_places_of_their_pronunciation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    long = f"{'a' * 16} {'AH0 ' * 7}\n"
-    lines = f"'tis T IH1 Z\nab AE1 B # a note\nab(2) AH0 B\n{long}{long.replace('a', 'aa', 1)}"
-    monkeypatch.setattr(words, "_dictionary", lambda: lines)
-    inputs, targets = words.sequences()
-    assert inputs.shape == targets.shape == (2, words.LENGTH)
-    spoken = [words.SPEAK, 28, 30, words.END]  # after 26 letters: AE, AH, B
-    assert inputs[0, :6].tolist() == [2, 3, *spoken]
-    assert targets[0, :6].tolist() == [words.UNSCORED] * 2 + spoken[1:] + [words.UNSCORED]
-    assert (targets[0, 5:] == words.UNSCORED).all()
-    assert (targets[1] != words.UNSCORED).sum() == 8
-
-
-def test_a_word_is_right_where_every_scored_place_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = torch.tensor([[1, 66, 27, 0], [2, 66, 28, 0]])
-    targets = torch.tensor([[-100, 27, 0, -100], [-100, 28, 0, -100]])
-    monkeypatch.setattr(tasks, "_words", lambda: [(inputs, targets)] * 3)
-    said = torch.tensor([[5, 27, 0, 5], [5, 28, 9, 5]])  # the second has a wrong end
-    score = tasks.TASKS["words"].score
-    assert score(lambda codes: torch.nn.functional.one_hot(said, ALPHABET), True) == 50.0
-
-
 @pytest.fixture
 def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -131,6 +108,16 @@ def test_a_run_learns_and_counts(method: str) -> None:
         assert result["flops"] == pytest.approx(expected[method], abs=0.02)
     if method in {"set", "rigl", "topkast", ZERO}:
         assert 0.1 < result["explored"] < 0.3
+
+
+@pytest.mark.usefixtures("_few_images")
+def test_a_run_may_train_by_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (tasks, training):
+        monkeypatch.setitem(module.TASKS, "mlp_sgd", tasks.TASKS["mlp"]._replace(momentum=0.9))
+    setting = replace(TUNED[ZERO], task="mlp_sgd", refresh_every=8, lr=0.1)
+    first = next(training.steps_of(setting, tasks.TASKS["mlp_sgd"], mlp(None)))
+    assert list(first.after.optimizer.slots) == ["sgd.momentum"]
+    assert training.run(setting)["score"] > 60
 
 
 @pytest.mark.usefixtures("_few_images")
@@ -201,7 +188,13 @@ def test_tables_and_figure_show_means_and_spread() -> None:
         in found.table()
     )
     told = [{**run, "shock": (1.0 + run["setting"]["seed"], 9.0)} for run in found.runs]
-    assert "(0.25×) | 2.00 (9.00) |" in found._replace(runs=told).table()
+    table = found._replace(runs=told).table()
+    assert "(0.25×) | 2.00 (9.00) |" in table
+    assert table.count("| no sets |") == 2
+    often = {method: replace(setting, refresh_every=1) for method, setting in TUNED.items()}
+    assert (
+        "(0.25×) | sets of each step |" in found._replace(runs=runs_of(often), tuned=often).table()
+    )
     assert "| dense | 90.20 ± 1.00 (0.25×) | 90.20 ± 1.00 (0.25×) |" in found.table()
     labels = found.figure().axes[0].get_legend_handles_labels()[1]
     assert {"topkast", "random backward", "dense"} <= set(labels)

@@ -59,5 +59,5 @@ def test_the_page_of_results_is_what_the_command_draws(
     drawn = page.page(*committed)
     assert page.PAGE.read_text() == drawn
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", drawn)
-    assert len(pictures) == 8
+    assert len(pictures) == 7
     assert all((record.HERE / picture).is_file() for picture in pictures)

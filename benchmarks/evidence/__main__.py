@@ -1,7 +1,6 @@
 """Tune, compare, ablate: ``python -m benchmarks.evidence TASK``; what is done is not done again."""
 
 import argparse
-import json
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -20,10 +19,7 @@ class Ledger:
     """What has been run, in a JSON file that grows."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.runs: list[dict[str, Any]] = []
-        if path.exists():
-            self.runs = json.loads(path.read_text())["runs"]
+        self.path, self.runs = path, report.read(path)
 
     def add(self, setting: Setting, result: dict[str, Any]) -> None:
         """Keep what a setting came to, when and at which commit, and write the file."""

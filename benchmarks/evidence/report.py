@@ -14,6 +14,7 @@ from benchmarks.evidence.settings import (
     PAIRS,
     PLANS,
     SEEDS,
+    SMALL,
     USUAL,
     Setting,
     ablations,
@@ -34,9 +35,14 @@ def path(task: str, folder: Path = RESULTS) -> Path:
     return folder / f"evidence_{task}.json"
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read the runs in a file; none if it is not there."""
+    return list(json.loads(path.read_text())["runs"]) if path.exists() else []
+
+
 def load(task: str, folder: Path = RESULTS) -> "Evidence":
     """Read the runs of a task; its trials must be among them."""
-    runs = json.loads(path(task, folder).read_text())["runs"]
+    runs = read(path(task, folder))
     return Evidence(task, runs, tuned(runs, task, carried(task, folder)))
 
 
@@ -44,7 +50,7 @@ def ready(folder: Path = RESULTS) -> dict[str, "Evidence"]:
     """Read every task whose trials are done; the others are still to be run."""
     found = {}
     for task in PLANS:
-        runs = json.loads(path(task, folder).read_text())["runs"]
+        runs = read(path(task, folder))
         tried = trials(task, carried(task, folder))
         if all(find(runs, setting) for several in tried.values() for setting in several):
             found[task] = load(task, folder)
@@ -97,7 +103,11 @@ class Evidence(NamedTuple):
         """Return every method: scores at every sparsity and, in parentheses, operations; shock."""
         pairs = PLANS[self.task].pairs
         rows = [
-            (name(m), *(cell(self.of(m, pair)) for pair in pairs), shock(self.of(m, USUAL)))
+            (
+                name(m),
+                *(cell(self.of(m, pair)) for pair in pairs),
+                shock(self.tuned[m], self.of(m, USUAL)),
+            )
             for m in self.tuned
         ]
         return markdown(("method", *map(shown, pairs), f"shock at {shown(USUAL)}"), rows)
@@ -155,11 +165,13 @@ def cell(several: Runs) -> str:
     return f"{_mean(several):.2f}{deviation} ({flops:.2f}×)"
 
 
-def shock(several: Runs) -> str:
+def shock(setting: Setting, several: Runs) -> str:
     """Return the median over runs and refreshes of the shock, and the largest in parentheses."""
+    if setting.method in {"dense", SMALL}:
+        return "no sets"
     shocks = [run["shock"] for run in several if run.get("shock")]
     if not shocks:
-        return ""
+        return "sets of each step" if setting.often else ""
     return f"{statistics.median(s[0] for s in shocks):.2f} ({max(s[1] for s in shocks):.2f})"
 
 

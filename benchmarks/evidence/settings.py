@@ -64,7 +64,6 @@ ABLATIONS: Mapping[str, tuple[Any, ...]] = {  # of Top-KAST from zero: one thing
     "lr": (1e-3, 3e-3, 1e-2),
     "backward": (0.0, 0.5, 0.8, 0.9),
     "until": (0.25, 0.5, 0.75, None),
-    "slots": (None, "age", "mean"),
 }
 
 
@@ -81,12 +80,8 @@ class Plan(NamedTuple):
 
 
 _DECISIVE = ("entry", "exchange", "refresh_every", "penalty_weight", "beta2", "lr")
-_TOLD_APART = Plan(  # of tasks that are there to tell methods apart, at the usual pair
-    pairs=(USUAL,),
-    trial_steps=0.25,
-    alternatives=False,
-    ablations={},
-    methods=("dense", SMALL, "static", "set", "rigl", "topkast", ZERO),
+_UNDER_SGD = Plan(
+    (0.03, 0.1, 0.3), PAIRS[:2], ablations={}, methods=("dense", "static", "topkast", ZERO)
 )
 PLANS = {
     "mlp": Plan(alternatives=False),
@@ -98,8 +93,16 @@ PLANS = {
         trial_steps=0.25,
         ablations={name: ABLATIONS[name] for name in _DECISIVE},
     ),
-    "words": _TOLD_APART._replace(rates=(3e-3, 1e-2, 3e-2)),
-    "source": _TOLD_APART._replace(rates=(1e-3, 3e-3, 1e-2, 3e-2)),
+    "source": Plan(
+        (1e-3, 3e-3, 1e-2, 3e-2),
+        PAIRS[1:2],
+        trial_steps=0.25,
+        alternatives=False,
+        ablations={},
+        methods=("dense", SMALL, "static", "set", "rigl", "topkast", ZERO),
+    ),
+    "mlp_sgd": _UNDER_SGD,
+    "cnn_sgd": _UNDER_SGD,
 }
 
 
@@ -124,7 +127,6 @@ class Setting:
     entry: Any = "value"  # with what a weight starts that newly enters A; of Top-KAST
     exchange: float | None = None  # largest share of A that a refresh exchanges; of Top-KAST
     beta2: float | None = None  # of Adam; None for the task's own
-    slots: str | None = None  # how Adam's begin that newly enter B, of `slots.adam`; None for 0
 
     def config(self, model: nn.Module, steps: int) -> tk.TopKastConfig:
         """Return the configuration of a run of so many steps.
@@ -156,6 +158,11 @@ class Setting:
             "gmp": tk.gmp(0, end),
         }
         return drawn.get(self.method) or getattr(tk, self.method)()
+
+    @property
+    def often(self) -> bool:
+        """Whether indexing the sets anew each time would cost more than dense storage."""
+        return self.refresh_every < 10
 
     def told(self) -> dict[str, Any]:
         """Return what is not the default, to be kept in a file."""

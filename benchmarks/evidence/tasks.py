@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.evidence import words
 from benchmarks.evidence.networks import ALPHABET, cnn, decoder, mlp
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -42,6 +41,7 @@ class Task(NamedTuple):
     sample: Tensor  # one input, to count operations by
     warm_up: int = 1  # steps over which the learning rate rises
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam
+    momentum: float | None = None  # of SGD, where that takes Adam's place
 
 
 def loss_fn(apply: Apply, batch: Batch) -> Tensor:
@@ -163,41 +163,14 @@ def _text_task(title: str, width: int, steps: int, read: Callable[[], str]) -> T
     )
 
 
-@cache
-def _words() -> tuple[Batch, ...]:
-    """Return the words to train on, to tune on and to test on."""
-    inputs, targets = words.sequences()
-    rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    sizes = [int(share * len(rows)) for share in SHARES]
-    parts = torch.split(rows, [*sizes, len(rows) - sum(sizes)])
-    return tuple((inputs[part], targets[part]) for part in parts)
-
-
-def _word_batches(validate: bool, seed: int) -> Iterator[Batch]:
-    return shuffled(_words()[0], seed)
-
-
-def _words_right(apply: Apply, validate: bool) -> float:
-    inputs, targets = _words()[1 if validate else 2]
-    found = torch.cat([apply(part).argmax(2) for part in torch.split(inputs, 1000)])
-    return 100 * float(((found == targets) | (targets == words.UNSCORED)).all(1).double().mean())
-
-
-TASKS = {
+_ADAM = {
     "mlp": _image_task("MLP on Fashion-MNIST", mlp, (784,), 5600),
     "cnn": _image_task("small CNN on Fashion-MNIST", cnn, (1, 28, 28), 2000),
     "text": _text_task("decoder on the King James Bible", 256, 2400, bible),
-    "words": Task(
-        network=partial(decoder, 64, 3),
-        steps=3000,
-        batches=_word_batches,
-        score=_words_right,
-        title="decoder on pronunciation",
-        unit="words right in %",
-        sign=1,
-        sample=torch.zeros(1, words.LENGTH, dtype=torch.int64),
-        warm_up=100,
-        betas=(0.9, 0.95),
-    ),
     "source": _text_task("decoder on Python's source", 128, 4800, source),
 }
+_SGD = {
+    f"{name}_sgd": task._replace(title=f"{task.title}, SGD", momentum=0.9)
+    for name, task in list(_ADAM.items())[:2]
+}
+TASKS = {**_ADAM, **_SGD}

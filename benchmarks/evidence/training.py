@@ -12,12 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import topkast_func as tk
-from benchmarks.evidence import slots
 from benchmarks.evidence.settings import SMALL, Setting
 from benchmarks.evidence.tasks import TASKS, Batch, Task, loss_fn
-
-OFTEN = 10
-"""Steps between refreshes below which indexing the sets anew costs more than dense storage."""
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -53,14 +49,15 @@ class Step(NamedTuple):
 
 def steps_of(setting: Setting, task: Task, model: nn.Module) -> Iterator[Step]:
     """Train as a setting says, step by step."""
-    steps, often = round(setting.steps * task.steps), setting.refresh_every < OFTEN
+    steps = round(setting.steps * task.steps)
     config = setting.config(model, steps)
     rate = partial(_rate, setting.lr, task.warm_up, steps)
-    betas = (task.betas[0], setting.beta2 or task.betas[1])
-    optimizer = tk.adam(rate, betas, weight_decay=setting.weight_decay)
-    if setting.slots is not None:
-        optimizer = slots.adam(rate, betas, setting.slots)
-    storage: Any = "dense" if often else "compact"
+    if task.momentum is None:
+        betas = (task.betas[0], setting.beta2 or task.betas[1])
+        optimizer = tk.adam(rate, betas, weight_decay=setting.weight_decay)
+    else:
+        optimizer = tk.sgd(rate, task.momentum, weight_decay=setting.weight_decay)
+    storage: Any = "dense" if setting.often else "compact"
     state = tk.init_state(model, config, optimizer, storage=storage, seed=setting.seed)
     train_step = tk.make_train_step(model, loss_fn, config, optimizer)
     for _, batch in zip(range(steps), task.batches(setting.validate, setting.seed), strict=False):
@@ -72,11 +69,10 @@ def steps_of(setting: Setting, task: Task, model: nn.Module) -> Iterator[Step]:
 def _trained(
     setting: Setting, task: Task, model: nn.Module
 ) -> tuple[tk.TrainState, dict[str, Any]]:
-    often = setting.refresh_every < OFTEN
     counted: dict[tuple[int, ...], float] = {}
     explored, flops, shocks = dict[str, Tensor](), list[float](), list[float]()
     for before, state, metrics, batch in steps_of(setting, task, model):
-        if metrics.refreshed and not often:
+        if metrics.refreshed and not setting.often:
             with torch.no_grad():
                 old = loss_fn(partial(_at, model, tk.forward_params(before)), batch)
             shocks.append(float(metrics.data_loss) / float(old))
