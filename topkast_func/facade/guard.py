@@ -61,7 +61,7 @@ def watched() -> dict[int, tuple[nn.Module, SparseWeight]]:
     """Return the layers that are watched, and their sparse weights, by the id of the parameter."""
     layers = [layer for ref in _LAYERS.valuerefs() if (layer := ref()) is not None]
     return {
-        id(weight.theta(layer)): (layer, weight)
+        id(weight.raw(layer)): (layer, weight)
         for layer in layers
         for key, weight in weights_of(layer).items()
         if key in layer._parameters

@@ -43,9 +43,7 @@ def summary_of(model: nn.Module, config: TopKastConfig) -> Summary:
         The table.
     """
     found = owners_of(model)
-    owners = {
-        id(weight.theta(m)): (m, weight) for several in found.values() for m, weight in several
-    }
+    owners = {id(weight.raw(m)): (m, weight) for several in found.values() for m, weight in several}
     axes = axes_by_name(model)
     rows = [
         _row(name, parameter, config, axes.get(name, ()), *owners.get(id(parameter), (None, None)))

@@ -88,8 +88,8 @@ class SparseLayer(nn.Module):
     def _make_plain(self) -> None:
         """Become a module of the plain class, whose weights are α."""
         for weight in weights_of(self).values():
-            theta = weight.theta(self)
-            theta.copy_(torch.where(weight.masks(self).forward, theta, 0.0))
+            theta = torch.where(weight.masks(self).forward, weight.theta(self), 0.0)
+            weight.raw(self).copy_(theta)
         self._leave()
 
     def _leave(self) -> None:
@@ -146,10 +146,11 @@ class SparseLayer(nn.Module):
             if name in missing:
                 missing.remove(name)
             loaded = len(errors) == before and f"{prefix}{weight.key}" in state_dict
-            if name in state_dict or not loaded or not readable(weight.theta(self)):
+            if name in state_dict or not loaded or not readable(weight.raw(self)):
                 weight.look(self)
                 continue
             try:
+                weight.begin(self)
                 weight.choose(self)
             except ValueError as reason:
                 errors.append(f"{prefix}{weight.key}: {reason}")
@@ -187,7 +188,7 @@ def on_kernels(
     values, pattern, engine = found
     with ForwardPass():
         added: Tensor | None = getattr(layer, bias)
-    rows, columns = weights_of(layer)[key].theta(layer).shape
+    rows, columns = weights_of(layer)[key].rule.shape
     return lambda x: sparse_linear(x, values, pattern, (rows, columns), added, engine, transposed)
 
 

@@ -1,5 +1,7 @@
 """One sparse weight of a layer: θ in an ordinary parameter, and beside it the bits of A and B.
 
+Under powerpropagation the parameter is φ, which is trained in the place of θ.
+
 The bits are the truth. What the kernels read is a cache, made anew wherever they have changed:
 by a refresh, by `load_state_dict`, by a broadcast from another process.
 """
@@ -19,6 +21,7 @@ from topkast_func.facade.rule import Rule
 from topkast_func.kernels.engines import Choice
 from topkast_func.masks import masks_at
 from topkast_func.model.indexed import AnySets
+from topkast_func.powerprop import check_moves, phi_of, theta_of
 from topkast_func.types import Masks
 
 
@@ -56,14 +59,14 @@ class SparseWeight:
         """Name of the buffer of the bits."""
         return f"{self.key}_sets"
 
-    def theta(self, layer: nn.Module) -> nn.Parameter:
-        """Return θ.
+    def raw(self, layer: nn.Module) -> nn.Parameter:
+        """Return what is trained.
 
         Args:
             layer: The layer.
 
         Returns:
-            The parameter.
+            The parameter: θ, or φ of powerpropagation.
 
         Raises:
             RuntimeError: The layer has it no more.
@@ -77,6 +80,26 @@ class SparseWeight:
             )
         return found
 
+    def theta(self, layer: nn.Module) -> Tensor:
+        """Return θ, with a gradient that reaches what is trained."""
+        raw, exponent = self.raw(layer), self.rule.config.powerprop
+        return raw if exponent == 1.0 else theta_of(raw, exponent)
+
+    @torch.no_grad()
+    def begin(self, layer: nn.Module) -> None:
+        """Turn the parameter from θ, as initialised or loaded, into what is trained.
+
+        Args:
+            layer: The layer.
+
+        Raises:
+            ValueError: Under powerpropagation it is 0 everywhere.
+        """
+        raw, exponent = self.raw(layer), self.rule.config.powerprop
+        if exponent > 1.0:
+            check_moves(self.rule.name, raw, exponent)
+            raw.copy_(phi_of(raw, exponent))
+
     def sets(self, layer: nn.Module) -> Tensor:
         """Return the bits.
 
@@ -89,7 +112,7 @@ class SparseWeight:
         Raises:
             ValueError: θ has another shape than the weight that was made sparse.
         """
-        if (shape := self.theta(layer).shape) != self.rule.shape:
+        if (shape := self.raw(layer).shape) != self.rule.shape:
             raise ValueError(
                 f"{self.rule.name!r} has become of shape {tuple(shape)}, its sets are of shape "
                 f"{self.rule.shape}: put a parameter of that shape back, or tk.densify the model "
@@ -100,7 +123,7 @@ class SparseWeight:
     def masks(self, layer: nn.Module) -> Masks:
         """Return the sets; they are chosen if there are none yet."""
         self.derived(layer)
-        return masks_in(self.sets(layer), self.theta(layer).shape)
+        return masks_in(self.sets(layer), self.raw(layer).shape)
 
     def indexed(self, layer: nn.Module) -> AnySets:
         """Return the sets as the kernels read them, where these compute the layer; else masks."""
@@ -122,16 +145,16 @@ class SparseWeight:
     def choice(self, layer: nn.Module) -> Choice:
         """Return who computes with the weight, and why."""
         forward, backward = self.masks(layer)
-        return self.rule.choice(self.theta(layer), int(forward.sum()), int(backward.sum()))
+        return self.rule.choice(self.raw(layer), int(forward.sum()), int(backward.sum()))
 
     def start(self, layer: nn.Module, masks: Masks | None) -> None:
         """Begin with the masks, or with sets chosen from θ, which may be without data as yet."""
-        theta = self.theta(layer)
-        bits = theta.new_zeros((2, -(-theta.numel() // 8)), dtype=torch.uint8)
+        raw = self.raw(layer)
+        bits = raw.new_zeros((2, -(-raw.numel() // 8)), dtype=torch.uint8)
         layer.register_buffer(self.buffer, bits)
         if masks is not None:
             self.hold(layer, masks)
-        elif readable(theta):
+        elif readable(raw):
             self.choose(layer)
         else:
             self.look(layer)
@@ -142,6 +165,7 @@ class SparseWeight:
         self.sets(layer).copy_(torch.stack([packed(mask) for mask in masks]))
         self.look(layer)
 
+    @torch.no_grad()
     def choose(self, layer: nn.Module) -> None:
         """Choose the sets from θ alone, as training would start with them.
 
@@ -181,7 +205,7 @@ class SparseWeight:
 
     def look(self, layer: nn.Module) -> Derived:
         """Look at the bits, and make anew what depends on them."""
-        found = derive(self.sets(layer), self.theta(layer), self.rule, self._derived)
+        found = derive(self.sets(layer), self.raw(layer), self.rule, self._derived)
         self._derived = found
         return found
 
@@ -197,7 +221,7 @@ class SparseWeight:
         bits = torch.zeros_like(before, device=device) if lost else before.to(device)
         layer._buffers[self.buffer] = bits
         if self.probe is not None:
-            self.probe = torch.zeros_like(self.theta(layer)).requires_grad_()
+            self.probe = torch.zeros_like(self.raw(layer)).requires_grad_()
         self._derived = None
         self.look(layer)
 

@@ -44,8 +44,8 @@ class Sparsifier:
         self._reached, self._optimized, self._others = False, 0, steps_made()
         self._patience = patience(config, 0)
         for layer, weight in first_owners(model).values():
-            theta: Any = weight.theta(layer)
-            weight.hook = theta.register_post_accumulate_grad_hook(self._note_backward)
+            raw: Any = weight.raw(layer)
+            weight.hook = raw.register_post_accumulate_grad_hook(self._note_backward)
         if config.schedule.refreshes_at(0):
             self.refresh()
         self._ask_for_gradients()
@@ -86,23 +86,26 @@ class Sparsifier:
             RuntimeError: The method reads the gradient at α of all entries, and there is none.
             NaNParameterError: A sparse weight holds NaN; nothing has changed.
         """
-        theta = {name: parameter.detach() for name, parameter in self._theta().items()}
+        trained = self._raw()
+        raw = {name: parameter.detach() for name, parameter in trained.items()}
+        exponent = torch.tensor(self.config.powerprop, dtype=torch.float64, device="cpu")
         chosen, masks = chosen_anew(
-            theta,
-            theta,
+            raw,
+            raw,
             self.masks,
             self.config,
             step=self.steps,
             seed=self.seed,
+            exponents=dict.fromkeys(raw, exponent) if self.config.powerprop > 1.0 else None,
             gradients=self._gradients(),
         )
         self._follow_schedule()
         settled = self.config.schedule.settled(self.steps)
         for name, owners in owners_of(self.model).items():
-            if not (owners[0][1].theta(owners[0][0]).requires_grad or settled):
+            if not (trained[name].requires_grad or settled):
                 continue
-            if chosen[name] is not theta[name]:
-                theta[name].copy_(chosen[name])
+            if chosen[name] is not raw[name]:
+                raw[name].copy_(chosen[name])
             for layer, weight in owners:
                 weight.hold(layer, masks[name])
 
@@ -131,10 +134,10 @@ class Sparsifier:
             Whether the optimiser has parameters of the module, so that its step is to be counted.
         """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        theta = [p for p in self._theta().values() if p.requires_grad and id(p) in held]
+        raw = [p for p in self._raw().values() if p.requires_grad and id(p) in held]
         penalty = scale * self.penalty()
-        if theta and penalty.requires_grad:
-            torch.autograd.backward(penalty, inputs=theta)
+        if raw and penalty.requires_grad:
+            torch.autograd.backward(penalty, inputs=raw)
         return not held.isdisjoint(map(id, self.model.parameters()))
 
     def masks(self) -> dict[str, Masks]:
@@ -168,14 +171,14 @@ class Sparsifier:
         self._follow_schedule()
         self._ask_for_gradients()
 
-    def _theta(self) -> dict[str, nn.Parameter]:
+    def _raw(self) -> dict[str, nn.Parameter]:
         owners = first_owners(self.model)
-        return {name: weight.theta(layer) for name, (layer, weight) in owners.items()}
+        return {name: weight.raw(layer) for name, (layer, weight) in owners.items()}
 
     def _follow_schedule(self) -> None:
         """Tell each weight at which step it is, for sets that are chosen from a loaded θ."""
         owners = owners_of(self.model)
-        shapes = {name: theta.shape for name, theta in self._theta().items()}
+        shapes = {name: raw.shape for name, raw in self._raw().items()}
         for name, allocation in shared_among_all(shapes, self.config, self.steps).items():
             if self.config.schedule.settled(self.steps):
                 allocation = Allocation(allocation.forward, allocation.forward)
@@ -191,8 +194,8 @@ class Sparsifier:
             by_hand or self.config.schedule.refreshes_at(self.steps + 1)
         )
         for owners in owners_of(self.model).values():
-            theta = owners[0][1].theta(owners[0][0])
-            probe = torch.zeros_like(theta, requires_grad=True) if asked else None
+            raw = owners[0][1].raw(owners[0][0])
+            probe = torch.zeros_like(raw, requires_grad=True) if asked else None
             for _, weight in owners:
                 weight.probe = probe
                 weight.overdue = weight.steps + self._patience
@@ -219,18 +222,18 @@ class Sparsifier:
         self._reached = True
 
     def _check_stepped(self) -> None:
-        held = self._theta()
+        held = self._raw()
         if not held and self.config.method.sparsifies:
             raise RuntimeError("model has no sparse weights any more: it was densified")
-        theta = [p for p in held.values() if p.requires_grad]
+        trained = [p for p in held.values() if p.requires_grad]
         optimized = sum(w.steps for owners in owners_of(self.model).values() for _, w in owners)
-        if theta and not self._reached and optimized == self._optimized:
+        if trained and not self._reached and optimized == self._optimized:
             raise RuntimeError(
                 "no backward pass has reached a sparse weight since the last step(): call "
                 "loss.backward() and optimizer.step() first"
             )
         others_only = not optimized and steps_made() > self._others
-        if theta and others_only and not _overflown(theta):
+        if trained and others_only and not _overflown(trained):
             raise RuntimeError(
                 "the optimizer that has made a step holds none of the sparse weights: build it "
                 "from model.parameters()"
@@ -238,6 +241,6 @@ class Sparsifier:
         self._reached, self._optimized = False, optimized
 
 
-def _overflown(theta: list[nn.Parameter]) -> bool:
+def _overflown(trained: list[nn.Parameter]) -> bool:
     """Return whether a gradient is not finite, for which a scaler leaves the step out."""
-    return any(p.grad is not None and not p.grad.isfinite().all() for p in theta)
+    return any(p.grad is not None and not p.grad.isfinite().all() for p in trained)

@@ -13,6 +13,7 @@ from topkast_func.config.selection import warn_of_other_names
 from topkast_func.facade.classes import sparse_class
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watched
+from topkast_func.facade.owners import first_owners
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
 from topkast_func.facade.sparse_weight import weights_of
@@ -63,6 +64,9 @@ def sparsify(
     forward pass starts. What a forward pass writes to a sparse weight goes to α and is lost:
     constrain θ after the step of the optimiser instead.
 
+    With ``powerprop`` the parameter holds φ in place of θ: weights that are given here, or loaded
+    from a state dict of the plain module, are turned into φ, and `densify` turns them back.
+
     A state dict of the plain module loads; the sets are then chosen from its weights. A running
     mean of the parameters, such as `torch.optim.swa_utils.AveragedModel`, is made of the sparse
     module, and is one of θ, with the sets of the module at its last update; one of buffers too is
@@ -84,7 +88,8 @@ def sparsify(
         TypeError: The model is no module, ``config`` no configuration, or see `init_state`.
         ValueError: The model is wrapped, sparse already, has nothing to be trained or a weight of
             another that is sparse, a layer has something of the name ``<name>_sets`` or an
-            embedding ``max_norm``, or see `init_state`. After any error it is as it was.
+            embedding ``max_norm``, ``powerprop`` has nothing to train, or see `init_state`. After
+            any error it is as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -108,6 +113,8 @@ def sparsify(
         masks = compute_masks(params, config, seed=seed)
     plan = _plan(model, params, rules)
     warn_of_other_names(params, config)
+    powered = list(rules) if config.powerprop > 1.0 else []
+    before = {name: params[name].detach().clone() for name in powered}
     changed: list[Any] = []
     try:
         for module, own in plan:
@@ -116,8 +123,12 @@ def sparsify(
             changed.append(module)
             for key, rule in own.items():
                 make_sparse(module, key, rule, masks[rule.name] if masks else None)
+        for layer, weight in first_owners(model).values():
+            weight.begin(layer)
         return Sparsifier(model, config, seed)
     except BaseException:
+        for name, theta in before.items():
+            params[name].detach().copy_(theta)
         for module in changed:
             module._leave()
         raise
@@ -153,8 +164,6 @@ def _checked(model: nn.Module, config: TopKastConfig) -> Params:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_type("config", config, TopKastConfig)
-    if config.powerprop != 1.0:
-        raise ValueError("powerprop trains φ in place of θ: use make_train_step")
     for path, module in model.named_modules():
         if weights_of(module):
             raise ValueError(f"{path or 'model'!r} has sparse weights already: densify it first")
@@ -168,6 +177,13 @@ def _checked(model: nn.Module, config: TopKastConfig) -> Params:
                 "replaced: sparsify the module before that"
             )
     params = trainable(model)
+    if config.powerprop > 1.0 and not config.method.sparsifies:
+        raise ValueError(f"{config.method} has no sparse weights, whose φ powerprop could train")
+    if config.powerprop > 1.0 and not all(map(readable, params.values())):
+        raise ValueError(
+            "powerprop turns weights into φ, for which their numbers are needed: initialise or "
+            "load them before tk.sparsify"
+        )
     if not params:
         raise ValueError("model has no parameter that requires a gradient")
     if lazy := [name for name, p in params.items() if nn.parameter.is_lazy(p)]:

@@ -40,7 +40,7 @@ class Hosted:
         if not self.sparsifier.config.method.sparsifies:
             return
         sparse = {
-            id(weight.theta(layer))
+            id(weight.raw(layer))
             for layer in self.sparsifier.model.modules()
             for weight in weights_of(layer).values()
         }

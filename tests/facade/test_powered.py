@@ -1,0 +1,132 @@
+"""Powerpropagation in ordinary loops: φ stands in the parameter."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+import topkast_func as tk
+from topkast_func.powerprop import phi_of, theta_of
+
+CONFIG = tk.TopKastConfig(0.7, 0.4, refresh_every=3, powerprop=2.0, penalty_weight=1e-2)
+
+
+def network() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs, targets = (torch.randn(16, n, generator=generator).double() for n in (8, 4))
+    return inputs, targets
+
+
+def train(model: nn.Module, handle: tk.Sparsifier, steps: range, forward: Any = None) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for seed in steps:
+        inputs, targets = batch(seed)
+        loss = mse_loss((forward or model)(inputs), targets) + handle.penalty()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        handle.step()
+
+
+@pytest.mark.parametrize("engine", ["dense", "numba"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"method": tk.topkast("value", exchange=None)},
+        {"method": tk.ste()},
+        {"method": tk.set()},
+        {"block_shape": (2, 2)},
+    ],
+)
+def test_an_ordinary_loop_trains_as_train_step(engine: Any, more: dict[str, Any]) -> None:
+    config, model = replace(CONFIG, **more), network()
+    state = tk.init_state(model, config, tk.sgd(0.1))
+    loss_fn = lambda apply, batch: mse_loss(apply(batch[0]), batch[1])  # noqa: E731
+    step = tk.make_train_step(network(), loss_fn, config, tk.sgd(0.1), compile=False)
+    handle = tk.sparsify(model, config, engine=engine)
+    start = copy.deepcopy(model.state_dict())
+    for seed in range(8):
+        state, _ = step(state, batch(seed))
+    train(model, handle, range(8))
+    for name, masks in handle.masks().items():
+        assert torch.equal(masks.forward, tk.masks_of(state)[name].forward)
+        assert not torch.equal(model.state_dict()[name], start[name])
+    trained = tk.densify(model).state_dict()
+    torch.testing.assert_close(trained, tk.forward_params(state))
+
+
+@pytest.mark.parametrize("engine", ["dense", "numba"])
+def test_a_compiled_forward_pass_trains_as_an_eager_one(engine: Any) -> None:
+    trained = []
+    for backend in (None, "aot_eager"):
+        model = network()
+        handle = tk.sparsify(model, CONFIG, engine=engine)
+        inside = handle.masks()["0.weight"]
+        compiled = torch.compile(model, backend=backend, fullgraph=True) if backend else model
+        compiled(batch(0)[0]).square().sum().backward()
+        gradient = model[0]._parameters["weight"].grad
+        assert gradient[inside.backward & ~inside.forward].any()
+        assert not gradient[~inside.backward].any()
+        train(model, handle, range(5), compiled)
+        trained.append(model.state_dict())
+    torch.testing.assert_close(*trained)
+
+
+def test_what_lies_outside_b_stays_and_phi_is_what_the_parameter_holds() -> None:
+    model = network()
+    theta = model[0].weight.detach().clone()
+    handle = tk.sparsify(model, replace(CONFIG, refresh_every=None))
+    phi = model[0].weight.detach().clone()
+    torch.testing.assert_close(phi, phi_of(theta, 2.0))
+    forward, backward = handle.masks()["0.weight"]
+    train(model, handle, range(3))
+    assert torch.equal(model[0].weight[~backward], phi[~backward])
+    alpha = torch.where(forward, theta_of(model[0].weight, 2.0), 0.0)
+    torch.testing.assert_close(tk.densify(model)[0].weight, alpha)
+
+
+def test_a_plain_checkpoint_holds_theta_and_a_sparse_one_phi() -> None:
+    trained: Any = network()
+    plain: Any = network()
+    with torch.no_grad():
+        plain[0].weight.copy_(torch.randn(12, 8).double())
+    handle = tk.sparsify(trained, CONFIG)
+    trained.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(theta_of(trained[0].weight, 2.0), plain[0].weight)
+    chosen = tk.compute_masks(dict(plain.named_parameters()), CONFIG)
+    assert torch.equal(handle.masks()["0.weight"].forward, chosen["0.weight"].forward)
+    other = network()
+    tk.sparsify(other, CONFIG)
+    other.load_state_dict(trained.state_dict())
+    assert torch.equal(other[0].weight, trained[0].weight)
+
+
+def test_tied_weights_become_phi_once() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+    model[1].weight = model[0].weight
+    theta = model[0].weight.detach().clone()
+    tk.sparsify(model, CONFIG)
+    torch.testing.assert_close(model[1].weight, phi_of(theta, 2.0))
+
+
+def test_a_weight_of_zeros_is_refused_and_the_others_stay() -> None:
+    model = network()
+    nn.init.zeros_(model[2].weight)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"params\['2.weight'\] is zero everywhere"):
+        tk.sparsify(model, CONFIG)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    tk.sparsify(model, replace(CONFIG, keep_dense="2.weight"))
+    with pytest.raises(RuntimeError, match="is zero everywhere"):
+        model.load_state_dict({n: torch.zeros_like(v) for n, v in before.items()})
