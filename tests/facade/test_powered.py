@@ -95,18 +95,20 @@ def test_what_lies_outside_b_stays_and_phi_is_what_the_parameter_holds() -> None
     torch.testing.assert_close(tk.densify(model)[0].weight, alpha)
 
 
-def test_a_plain_checkpoint_holds_theta_and_a_sparse_one_phi() -> None:
+@pytest.mark.parametrize("block_shape", [(1, 1), (2, 2)])
+def test_a_plain_checkpoint_holds_theta_and_a_sparse_one_phi(block_shape: Any) -> None:
+    config = replace(CONFIG, block_shape=block_shape)
     trained: Any = network()
     plain: Any = network()
     with torch.no_grad():
         plain[0].weight.copy_(torch.randn(12, 8).double())
-    handle = tk.sparsify(trained, CONFIG)
+    handle = tk.sparsify(trained, config)
     trained.load_state_dict(plain.state_dict())
     torch.testing.assert_close(theta_of(trained[0].weight, 2.0), plain[0].weight)
-    chosen = tk.compute_masks(dict(plain.named_parameters()), CONFIG)
+    chosen = tk.compute_masks(dict(plain.named_parameters()), config)
     assert torch.equal(handle.masks()["0.weight"].forward, chosen["0.weight"].forward)
     other = network()
-    tk.sparsify(other, CONFIG)
+    tk.sparsify(other, config)
     other.load_state_dict(trained.state_dict())
     assert torch.equal(other[0].weight, trained[0].weight)
 
