@@ -485,7 +485,7 @@ def test_a_module_that_is_sparse_already_is_refused_and_stays(
     if make is perceptron:
         tk.sparsify(model, CONFIG)
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match="'0' has sparse weights already: densify it first"):
+    with pytest.raises(ValueError, match=r"'.*' was made sparse already: densify it first"):
         tk.sparsify(model, tk.TopKastConfig(0.5, 0.25))
     assert _unchanged(model, before)
 
@@ -585,6 +585,25 @@ def test_what_was_densified_or_never_sparse_says_so() -> None:
         handle.step()
     with pytest.raises(ValueError, match=r"plain again, .* after training \(densify_at_end=False"):
         tk.densify(model)
+
+
+def test_a_sweep_over_methods_may_have_the_dense_one_among_them() -> None:
+    for method in (tk.dense(), tk.static()):
+        model = perceptron()
+        before = copy.deepcopy(model.state_dict())
+        handle = tk.sparsify(model, replace(CONFIG, method=method))
+        with pytest.raises(ValueError, match="was made sparse already"):
+            tk.sparsify(model, CONFIG)
+        trained = _step(
+            model,
+            handle,
+            torch.optim.SGD(model.parameters(), 0.1),
+            (torch.ones(2, 16), torch.ones(2, 5)),
+        )
+        assert trained.isfinite()
+        plain = tk.densify(model)
+        assert type(plain) is nn.Sequential
+        assert plain.state_dict().keys() == before.keys()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from topkast_func.facade.guard import watched
 from topkast_func.facade.owners import first_owners
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
-from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.facade.sparsifier import Sparsifier
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.kernels.pattern import is_indexed
@@ -149,7 +148,7 @@ def densify(model: Module) -> Module:
     """
     check_type("model", model, nn.Module)
     layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
-    if not any(weights_of(layer) for layer in layers):
+    if not layers:
         raise ValueError(
             "model has no sparse weights: sparsify was never called on it, or it is plain again, "
             "as a TopKastCallback leaves it after training (densify_at_end=False keeps it sparse)"
@@ -165,8 +164,8 @@ def _checked(model: nn.Module, config: TopKastConfig) -> Params:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_type("config", config, TopKastConfig)
     for path, module in model.named_modules():
-        if weights_of(module):
-            raise ValueError(f"{path or 'model'!r} has sparse weights already: densify it first")
+        if isinstance(module, SparseLayer):
+            raise ValueError(f"{path or 'model'!r} was made sparse already: densify it first")
         if (
             isinstance(module, WRAPPERS)
             or "_orig_mod" in module._modules
@@ -231,6 +230,6 @@ def _plan(
             if (module, key) in multiplied and is_indexed(params[rule.name].shape, block):
                 own[key] = rule._replace(matrix=True)
                 own[key].choice(params[rule.name], *next(iter(rule.counts)))
-        if any(id(parameter) in found for parameter in module.parameters()):
+        if module is model or any(id(p) in found for p in module.parameters()):
             plan.append((module, own))
     return plan
