@@ -210,6 +210,50 @@ def test_a_run_resumed_at_any_time_equals_the_uninterrupted_one(make: Make, step
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
+class _Perturbed(Optimizer):
+    """Moves all of θ, and then lets another optimiser make its step, as SAM does."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(1.0)
+        self.inner.step()
+
+
+def test_an_optimizer_within_another_has_a_copy_of_its_own() -> None:
+    layer = _layer()
+    optimizer = _Perturbed(torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1))
+    for batch in _batches(3):
+        before, outside = layer.weight.detach().clone(), ~layer.masks.backward
+        mse_loss(layer(batch[0]), batch[1]).backward()
+        optimizer.step()
+        assert torch.equal(layer.weight[outside], before[outside])
+        assert not torch.equal(layer.weight, before)
+
+
+def test_a_parameter_of_another_kind_is_copied_anew() -> None:
+    layer = _layer()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        layer.to(dtype)
+        for inputs, targets in _batches(2, dtype):
+            theta = layer.weight
+            before, outside = theta.detach().clone(), ~layer.masks.backward
+            optimizer.zero_grad()
+            mse_loss(layer(inputs), targets).backward()
+            optimizer.step()
+            assert torch.equal(theta[outside], before[outside])
+            assert not torch.equal(theta, before)
+            with torch.no_grad():
+                theta.mul_(1.5)
+        optimizer.state.clear()
+
+
 def test_an_optimizer_made_before_takes_groups_later() -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 5))
     optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.1, weight_decay=0.5)

@@ -40,6 +40,10 @@ class Held(NamedTuple):
 
 _LAYERS: "WeakValueDictionary[int, nn.Module]" = WeakValueDictionary()
 _HELD: "WeakKeyDictionary[Optimizer, list[Held]]" = WeakKeyDictionary()
+_COPIES: "WeakKeyDictionary[Optimizer, dict[int, Tensor]]" = WeakKeyDictionary()
+"""Of its last step, by the id of the parameter, to be written to again on a CPU, where memory that
+is new to a process costs four times the copying."""
+
 _steps_made = 0
 
 
@@ -84,7 +88,11 @@ def _hook() -> None:
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Keep θ of the sparse weights for the time of the step."""
-    held = [Held(*found, found[2].detach().clone()) for found in _sparse_weights_of(optimizer)]
+    known = _COPIES.pop(optimizer, {})
+    held = [
+        Held(layer, weight, theta, _copied(theta.detach(), known.get(id(theta))))
+        for layer, weight, theta in _sparse_weights_of(optimizer)
+    ]
     _HELD[optimizer] = held
     if isinstance(optimizer, LBFGS):
         _start_anew_after_a_refresh(optimizer, held)
@@ -103,8 +111,20 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for slot in optimizer.state.get(theta, {}).values():
             if isinstance(slot, Tensor) and slot.shape == theta.shape and slot.is_floating_point():
                 _keep_within(inside, slot, None)
+    _COPIES[optimizer] = {id(h.theta): h.before for h in held if h.before.device.type == "cpu"}
     if late := [weight for _, weight, _, _ in held if weight.steps > weight.overdue]:
         _say_that_it_is_forgotten(late)
+
+
+def _copied(theta: Tensor, known: Tensor | None) -> Tensor:
+    """Return a copy of θ, in a tensor that is known if that is of its kind."""
+    if known is None or dispatches(theta) or _kind(known) != _kind(theta):
+        return theta.clone()
+    return known.copy_(theta)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from topkast_func.checks import check_fraction
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.penalty import group_l2
-from topkast_func.training.loss import parts_of
 
 
 class TopKastLoss(nn.Module):
@@ -88,5 +87,4 @@ def _norms(module: nn.Module) -> list[Tensor]:
 
 
 def _norm_of(layer: nn.Module, weight: SparseWeight) -> Tensor:
-    parts = parts_of(weight.theta(layer), weight.indexed(layer))
-    return group_l2(*parts, weight.rule.allocation.forward_density)
+    return group_l2(*weight.parts(layer), weight.rule.allocation.forward_density)

@@ -68,7 +68,7 @@ def _row(
     if layer is not None and weight is not None:
         masks = weight.masks(layer)
         forward, backward = int(masks.forward.sum()), int(masks.backward.sum())
-        engine, reason = weight.choice(layer)
+        engine, reason = weight.rule.choice(parameter, forward, backward)
         stored += weight.sets(layer).nbytes
     row = Row(
         name,

@@ -207,7 +207,8 @@ def multiplied_by(layer: nn.Module, key: str) -> tuple[Tensor, Pattern, EngineNa
     if weight is None or derived is None or derived.indexed is None or weight.probe is not None:
         return None
     sets = derived.indexed
-    return sets.split(weight.theta(layer)), sets.pattern, weight.rule.engine
+    values = weight.gathering.values(weight.theta(layer), sets)
+    return values, sets.pattern, weight.rule.engine
 
 
 def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:

@@ -1,9 +1,7 @@
 """One sparse weight of a layer: θ in an ordinary parameter, and beside it the bits of A and B.
 
-Under powerpropagation the parameter is φ, which is trained in the place of θ.
-
-The bits are the truth. What the kernels read is a cache, made anew wherever they have changed:
-by a refresh, by `load_state_dict`, by a broadcast from another process.
+The bits are the truth. What kernels read is a cache, made anew where they have changed: by a
+refresh, by `load_state_dict`, by a broadcast from another process.
 """
 
 import math
@@ -17,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from topkast_func.bits import packed
 from topkast_func.facade.alpha import alpha, masks_in
 from topkast_func.facade.derived import Derived, derive, readable
+from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
-from topkast_func.kernels.engines import Choice
 from topkast_func.masks import masks_at
 from topkast_func.model.indexed import AnySets
 from topkast_func.powerprop import check_moves, phi_of, theta_of
@@ -36,6 +34,7 @@ class SparseWeight:
     Attributes:
         probe: Zeros of the shape of θ, whose gradient is that of the loss at α with respect to
             every entry; None but in the step before a refresh that reads it.
+        gathering: Reads θ on B.
         steps: Optimiser steps in which it had a gradient.
         overdue: Number of these at which whoever is to count them has clearly forgotten to.
         hook: Tells a sparsifier of backward passes that reach it, as long as it is sparse.
@@ -48,6 +47,7 @@ class SparseWeight:
         self.probe: Tensor | None = None
         self.steps = 0
         self._derived: Derived | None = None
+        self.gathering = Gathering()
         self.hook: RemovableHandle | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -128,8 +128,11 @@ class SparseWeight:
     def indexed(self, layer: nn.Module) -> AnySets:
         """Return the sets as the kernels read them, where these compute the layer; else masks."""
         derived = self.derived(layer)
-        known = None if derived is None else derived.indexed
-        return self.masks(layer) if known is None else known
+        return (derived and derived.indexed) or self.masks(layer)
+
+    def parts(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return θ on A and on B∖A, zero or absent elsewhere."""
+        return self.gathering.parts(self.theta(layer), self.indexed(layer))
 
     def backward_bits(self, layer: nn.Module) -> Tensor:
         """Return B in bits; it is chosen if there is none yet."""
@@ -141,11 +144,6 @@ class SparseWeight:
         self.derived(layer)
         found: Tensor = alpha(self.theta(layer), self.sets(layer))
         return found if self.probe is None else found + self.probe
-
-    def choice(self, layer: nn.Module) -> Choice:
-        """Return who computes with the weight, and why."""
-        forward, backward = self.masks(layer)
-        return self.rule.choice(self.raw(layer), int(forward.sum()), int(backward.sum()))
 
     def start(self, layer: nn.Module, masks: Masks | None) -> None:
         """Begin with the masks, or with sets chosen from θ, which may be without data as yet."""
@@ -176,8 +174,8 @@ class SparseWeight:
             NaNParameterError: θ holds NaN; nothing has changed.
         """
         rule, theta = self.rule, {self.rule.name: self.theta(layer)}
-        allocations = {rule.name: rule.allocation}
-        masks = masks_at(theta, allocations, rule.config, step=rule.step, seed=rule.seed)
+        given = {rule.name: rule.allocation}
+        masks = masks_at(theta, given, rule.config, step=rule.step, seed=rule.seed)
         self.hold(layer, masks[rule.name])
 
     def derived(self, layer: nn.Module) -> Derived | None:

@@ -14,10 +14,10 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
 from topkast_func.facade.guard import patience, steps_made
 from topkast_func.facade.owners import first_owners, owners_of, summary_of
+from topkast_func.penalty import summed_penalty
 from topkast_func.ranking import NaNParameterError
 from topkast_func.report.summary import Summary
 from topkast_func.sparsity import Allocation
-from topkast_func.training.loss import exploration_penalty
 from topkast_func.training.refresh import chosen_anew
 from topkast_func.types import Masks, Tensors
 
@@ -117,9 +117,10 @@ class Sparsifier:
         owners = first_owners(self.model)
         if not owners:
             return torch.zeros((), dtype=torch.float32, device="cpu")
-        theta = {name: weight.theta(layer) for name, (layer, weight) in owners.items()}
-        sets = {name: weight.indexed(layer) for name, (layer, weight) in owners.items()}
-        penalty = exploration_penalty(theta, sets, self.config, step=self.steps)
+        raw = self._raw()
+        shapes, device = {n: p.shape for n, p in raw.items()}, next(iter(raw.values())).device
+        parts = lambda name: owners[name][1].parts(owners[name][0])  # noqa: E731
+        penalty = summed_penalty(shapes, parts, self.config, device, self.steps)
         return self.config.penalty_weight * penalty
 
     def penalize(self, optimizer: Optimizer, scale: float = 1.0) -> bool:
