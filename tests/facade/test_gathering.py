@@ -129,8 +129,7 @@ def test_what_was_written_after_the_forward_pass_is_read_anew() -> None:
     model, handle = sparse()
     before = handle.penalty().detach()
     loss(model, 0)
-    with torch.no_grad():
-        model[0].weight.mul_(2)
+    model[0].weight.data.mul_(2)
     doubled = handle.penalty()
     assert doubled > before
     model.zero_grad()
@@ -138,6 +137,11 @@ def test_what_was_written_after_the_forward_pass_is_read_anew() -> None:
     forward, _ = handle.masks()["0.weight"]
     theta = model[0].weight
     torch.testing.assert_close(theta.grad[forward], 0.1 * theta.detach()[forward])
+    loss(model, 0)
+    model[0].weight = nn.Parameter(theta.detach().clone())  # the same numbers, to be trained
+    handle.penalty().backward()  # type: ignore[no-untyped-call]
+    theta = model[0].weight
+    assert theta.grad[forward].all()
     loss(model, 0)
     inverse = [tk.Masks(~m.forward, ~m.forward) for m in handle.masks().values()]
     weights_of(model[0])["weight"].rule = weights_of(model[0])["weight"].rule._replace(
@@ -177,7 +181,7 @@ def test_second_derivatives_and_tangents_pass_through_it() -> None:
     torch.testing.assert_close(slope(joined=True), slope(joined=False))
     dual_numbers: Any = forward_ad
     with dual_numbers.dual_level():
-        dual = dual_numbers.make_dual(theta.detach(), direction)
+        dual = dual_numbers.make_dual(theta, direction)
         tangents = []
         for _ in range(2):  # the second reads θ anew
             total = torch.func.functional_call(model, {"0.weight": dual}, batch(0)[0]).sum()

@@ -218,7 +218,7 @@ class _Perturbed(Optimizer):
         super().__init__(inner.param_groups, {})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.add_(1.0)
@@ -230,7 +230,7 @@ def test_an_optimizer_within_another_has_a_copy_of_its_own() -> None:
     optimizer = _Perturbed(torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1))
     for batch in _batches(3):
         before, outside = layer.weight.detach().clone(), ~layer.masks.backward
-        mse_loss(layer(batch[0]), batch[1]).backward()
+        mse_loss(layer(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         assert torch.equal(layer.weight[outside], before[outside])
         assert not torch.equal(layer.weight, before)
@@ -245,7 +245,7 @@ def test_a_parameter_of_another_kind_is_copied_anew() -> None:
             theta = layer.weight
             before, outside = theta.detach().clone(), ~layer.masks.backward
             optimizer.zero_grad()
-            mse_loss(layer(inputs), targets).backward()
+            mse_loss(layer(inputs), targets).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             assert torch.equal(theta[outside], before[outside])
             assert not torch.equal(theta, before)

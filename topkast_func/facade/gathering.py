@@ -15,19 +15,21 @@ class Gathered(NamedTuple):
 
     Attributes:
         theta: θ.
-        version: How often it had been written to.
         sets: The sets.
         values: θ on B, A first.
     """
 
     theta: Tensor
-    version: int
     sets: Indexed
     values: Tensor
 
     def is_of(self, theta: Tensor, sets: AnySets) -> bool:
-        """Return whether a weight has these sets, and is as it was."""
-        return self.theta is theta and self.sets is sets and self.version == theta._version
+        """Return whether a weight has these sets, and these values still.
+
+        Fused optimisers and ``.data`` write to a tensor without its version becoming another.
+        """
+        same = self.theta is theta and self.sets is sets
+        return same and torch.equal(self.values, self.sets.split(theta.detach()))
 
 
 class Gathering:
@@ -55,7 +57,8 @@ class Gathering:
         if not (torch.is_grad_enabled() and theta.requires_grad and readable(theta)):
             return sets.split(theta)
         values: Tensor = _Gather.apply(theta, sets)  # type: ignore[no-untyped-call]
-        self._last = Gathered(theta, theta._version, sets, values)
+        if theta.device.type == "cpu":  # elsewhere to compare would be to wait
+            self._last = Gathered(theta, sets, values)
         return values
 
     def parts(self, theta: Tensor, sets: AnySets) -> tuple[Tensor, Tensor]:
@@ -71,7 +74,7 @@ class Gathering:
         if torch.compiler.is_compiling():
             return parts_of(theta, sets)
         last, self._last = self._last, None
-        if last is None or not (torch.is_grad_enabled() and last.is_of(theta, sets)):
+        if last is None or not last.is_of(theta, sets):
             return parts_of(theta, sets)
         active = last.sets.pattern.active_count
         first, second = torch.split(last.values, [active, len(last.values) - active])
