@@ -13,6 +13,9 @@ from benchmarks.networks import Problem
 from benchmarks.protocol import Parameters
 
 
+ONEDNN = "dense oneDNN"
+
+
 class Training(NamedTuple):
     """A training under way: one step, which returns its loss; the state; the configuration."""
 

@@ -1,7 +1,8 @@
 """Check and measure on a GPU: ``python -m benchmarks.gpu``, at most eight minutes, one JSON file.
 
-First what `gpu_checks` has, then milliseconds in bfloat16: of whole steps and of the products of a
-layer. What fails leaves its error; what there is no time for is missing.
+What is to be right comes first: products beside float64, sets beside the CPU's, compiled steps
+beside eager ones. Then milliseconds in bfloat16, of whole steps and of the products of a layer.
+What fails leaves its error; what there is no time for is missing.
 """
 
 import json
@@ -15,13 +16,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
 import topkast_func as tk
-from benchmarks import record
-from benchmarks.gpu_checks import SIDES, checks, energy, products
+from benchmarks import products, record
 from benchmarks.networks import Block, mlp
+from topkast_func.kernels import pattern_of
+from topkast_func.kernels.pattern import flattened
 
+SIDES = (16, 32, 64, 128)
 LAYERS = ((4096, 8192), (1024, 2048), (2048, 4096), (8192, 16384), (4096, 2048), (1024, 16384))
 """In and out features, and tokens."""
 
@@ -32,10 +36,25 @@ NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
 }
 """What builds a network, and the shape of what a step takes."""
 
+ENGINES = {"cuda": "triton", "cpu": "reference"}
+COMPILE: Any = True
+
 Entry: TypeAlias = dict[str, Any]
+Cases: TypeAlias = Iterator[tuple[str, Callable[[], Entry | None]]]
 
 
-def measurements(device: str) -> Iterator[tuple[str, Callable[[], Entry]]]:
+def checks(device: str) -> Cases:
+    """Yield what is to be right, by name."""
+    tried = [(torch.bfloat16, block, 300) for block in (*SIDES, 48)]
+    for case in (*tried, (torch.bfloat16, 32, 1), (torch.float16, 32, 37), (torch.float32, 32, 37)):
+        yield "products {} {} {}".format(*case), partial(check_products, device, *case)
+    yield "sets", partial(check_sets, device)
+    for kind in (("compact", 32), ("compact", 1), ("dense", 1)):
+        dtype = torch.float32 if kind == ("compact", 1) else torch.bfloat16
+        yield "training {} {}".format(*kind), partial(check_training, device, *kind, dtype)
+
+
+def measurements(device: str) -> Cases:
     """Yield what is to be measured, by name, what matters most first."""
     for network, block in product(NETWORKS, (None, 64, 32, 1)):
         yield f"step {network} {block or 'dense'}", partial(step, device, network, block)
@@ -44,23 +63,78 @@ def measurements(device: str) -> Iterator[tuple[str, Callable[[], Entry]]]:
         yield name, partial(layers, device, side, batch, block)
 
 
+def tasks(
+    device: str, side: int, batch: int, block: int, sparsity: float, dtype: torch.dtype, way: str
+) -> products.Tasks:
+    """Return the products of a layer, with a B that is twice as large as A."""
+    shape = {"side": side, "batch": batch, "block_shape": (block, block)}
+    kind = {"device": device, "dtype": dtype, "engine": ENGINES[device], "way": way}
+    return products.prepare({**shape, **kind, "sparsities": [sparsity], "b_over_a": 2})
+
+
+def check_products(device: str, dtype: torch.dtype, block: int, batch: int) -> None:
+    """Raise where a product is wrong."""
+    for call, check in tasks(device, 6 * block, batch, block, 0.7, dtype, "topkast").values():
+        check(call())
+
+
+def check_sets(device: str) -> None:
+    """Raise where sets, with ties, or their patterns are not those of the CPU."""
+    theta = torch.randn(512, 384).mul(4).round()
+    for method in (tk.topkast(), tk.random_backward(), tk.set()):
+        config = tk.TopKastConfig(0.9, 0.8, method=method)
+        here, there = (tk.compute_masks({"weight": t}, config) for t in (theta, theta.to(device)))
+        found, expected = (flattened(pattern_of(*masks["weight"])) for masks in (there, here))
+        if not all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True)):
+            raise ArithmeticError(f"other sets by {method}")
+
+
+def check_training(device: str, storage: Any, block: int, dtype: torch.dtype) -> None:
+    """Raise where a compiled step is not the eager one, or where an eager one waits."""
+    torch.manual_seed(0)
+    model = mlp(128, 256, 64).to(device, dtype)
+    config = tk.TopKastConfig(0.7, 0.4, block_shape=(block, block), refresh_every=3)
+    optimizer, batch = tk.sgd(10.0), torch.randn(48, 128, device=device, dtype=dtype)
+    ends = []
+    for compile in (False, COMPILE):
+        step = tk.make_train_step(model, energy, config, optimizer, compile=compile)
+        state = tk.init_state(model, config, optimizer, storage=storage)
+        for number in range(6):
+            waits = compile or number not in (1, 2)  # it refreshes before the next, and may wait
+            torch.cuda.set_sync_debug_mode("default" if waits else "error")
+            state, _ = step(state, batch)
+            torch.cuda.set_sync_debug_mode("default")
+            if number == 2:  # later, sets that are chosen from rounded numbers may differ
+                ends.append(tk.dense_params(state))
+    before = dict(model.named_parameters())
+    for name, (a, b) in {n: (ends[0][n].float(), ends[1][n].float()) for n in ends[0]}.items():
+        moved = (a - before[name].float()).abs().max()
+        rounding = 4 * torch.finfo(dtype).eps * a.abs().max()
+        if not moved > 2 * rounding or not (a - b).abs().max() <= rounding:
+            raise ArithmeticError(f"{name}: compiled and eager steps differ")
+
+
+def energy(apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the mean square of what a model returns: a loss without targets."""
+    return apply(x).float().square().mean()
+
+
 def milliseconds(call: Callable[[], Any]) -> float:
     """Return the median of a call, after two that it may compile and be tuned in."""
     for _ in range(2):
         call()
-    return 1e3 * float(
-        Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.04).median
-    )
+    timer = Timer("call()", globals={"call": call})
+    return 1e3 * float(timer.blocked_autorange(min_run_time=0.04).median)
 
 
 def layers(device: str, side: int, batch: int, block: int) -> Entry:
     """Time the three products of a layer in bfloat16, and say from which sparsity on they pay."""
-    found: Entry = {}
-    for sparsity in SPARSITIES:
-        made = products(device, side, batch, block, sparsity, torch.bfloat16)
-        for arm in ("blocks",) if found else ("dense", "masked", "blocks"):
-            name = f"blocks {sparsity}" if arm == "blocks" else arm
-            found[name] = [milliseconds(call) for call in getattr(made, arm)]
+    arms = {way: (SPARSITIES[0], way) for way in ("dense", "masked")}
+    arms |= {f"blocks {sparsity}": (sparsity, "topkast") for sparsity in SPARSITIES}
+    found = {}
+    for name, (sparsity, way) in arms.items():
+        made = tasks(device, side, batch, block, sparsity, torch.bfloat16, way)
+        found[name] = [milliseconds(call) for call, _ in made.values()]
     sums = {name: sum(times) for name, times in found.items()}
     low, high = (sums[f"blocks {sparsity}"] for sparsity in (SPARSITIES[0], SPARSITIES[-1]))
     slope = (low - high) / (SPARSITIES[-1] - SPARSITIES[0])  # milliseconds are linear in sparsity

@@ -1,7 +1,7 @@
 """The three products of a linear layer, one weight at a time, on operands that are packed already.
 
 They are the forward product [batch, out] and the input gradient [batch, in], through A, and the
-weight gradient [out, in], whose values outside A may be any.
+weight gradient [out, in], whose values outside B may be any.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.arms import onednn_product, sets
+import topkast_func as tk
+from benchmarks.arms import ONEDNN, onednn_product, sets
 from benchmarks.protocol import Parameters, Suite, Tasks
 from topkast_func.kernels import engines, pattern_of
 from topkast_func.model.alpha import split
@@ -22,8 +23,8 @@ SHAPES = ((512, 128), (1024, 256), (2048, 512))
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 BLOCKS = ((1, 1), (4, 1), (1, 4), (4, 4), (8, 8), (16, 16))
 
-ROUNDING = 1e-4
-"""Largest error over the largest value: sums of 2,048 products in any order, float32."""
+ROUNDING = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest error over the largest value: sums of 2,048 products in any order."""
 
 Products: TypeAlias = tuple[tuple[Callable[[], Any], Callable[[Any], Tensor]], ...]
 """Each a call, and what makes its output a matrix to compare."""
@@ -36,13 +37,14 @@ class Operands(NamedTuple):
     g: Tensor  # gradient of the outputs, [batch, out]
     theta: Tensor  # the weight, dense, [out, in]
     w: Tensor  # the weight on A, zeros elsewhere, [out, in]
-    mask: Tensor  # 1_A, [out, in]
-    sparsity: float  # fraction of zeros in w
-    block: tuple[int, int]  # shape of the blocks in A
+    masks: tk.Masks  # A and B, [out, in]
+    sparsities: tuple[float, float]  # of A and B
+    block: tuple[int, int]  # shape of the blocks in A and B
+    engine: str  # of this library
 
 
 def _arms(side: int, batch: int) -> dict[str, Parameters]:
-    ways: dict[str, Parameters] = {way: {"way": way} for way in list(WAYS)[:-1]}
+    ways: dict[str, Parameters] = {way: {"way": way} for way in ("dense", ONEDNN, "torch CSR")}
     for block in BLOCKS:
         ways[f"topkast {block[0]}×{block[1]}"] = {"way": "topkast", "block_shape": block}
     told = {"side": side, "batch": batch, "sparsities": SPARSITIES}
@@ -50,45 +52,56 @@ def _arms(side: int, batch: int) -> dict[str, Parameters]:
 
 
 def prepare(parameters: Parameters) -> Tasks:
-    """Return the products of an arm at every sparsity; each checks itself against the dense one."""
+    """Return the products of an arm at every sparsity; each checks itself against the dense one.
+
+    Its parameters are ``side`` of a square weight, ``batch``, ``sparsities`` of A, ``way``, and
+    where they are not the default ``block_shape``, ``b_over_a``: how many times as large B is, as
+    far as there is room, ``engine``, ``device`` and ``dtype``.
+    """
     return {k: t for s in parameters["sparsities"] for k, t in _tasks(parameters, s).items()}
 
 
-def _tasks(parameters: Parameters, sparsity: float) -> Tasks:
-    side, batch = parameters["side"], parameters["batch"]
+def _tasks(p: Parameters, sparsity: float) -> Tasks:
     torch.manual_seed(0)
-    x, g, theta = (torch.randn(rows, side) for rows in (batch, batch, side))
-    block: Any = tuple(parameters.get("block_shape", (1, 1)))
-    mask = sets(theta, sparsity, sparsity, block).forward
-    o = Operands(x, g, theta, theta * mask, mask, sparsity, block)
-    places = (torch.ones(()), torch.ones(()), mask)
-    products = zip(KINDS, WAYS[parameters["way"]](o), _dense(o), places, strict=True)
+    x, g, theta = (
+        torch.randn(rows, p["side"], device=p.get("device"), dtype=p.get("dtype"))
+        for rows in (p["batch"], p["batch"], p["side"])
+    )
+    block: Any = tuple(p.get("block_shape", (1, 1)))
+    sparsities = sparsity, max(0.0, 1 - p.get("b_over_a", 1) * (1 - sparsity))
+    masks = sets(theta, *sparsities, block)
+    w = theta * masks.forward
+    o = Operands(x, g, theta, w, masks, sparsities, block, p.get("engine", "numba"))
     return {
-        f"{kind} {sparsity:.0%}": (run, partial(_check, matrix, reference, where))
-        for kind, (run, matrix), (reference, _), where in products
+        f"{kind} {sparsity:.0%}": (run, partial(_check, o, kind, matrix))
+        for kind, (run, matrix) in zip(KINDS, WAYS[p["way"]](o), strict=True)
     }
 
 
-def _check(matrix: Any, reference: Callable[[], Tensor], where: Tensor, output: Any) -> None:
-    found, expected = matrix(output) * where, reference() * where
-    error = ((found - expected).abs().max() / expected.abs().max()).item()
-    if not error < ROUNDING:
-        raise ArithmeticError(f"the product is wrong by {error:.1e} of its largest value")
+def _check(o: Operands, kind: str, matrix: Callable[[Any], Tensor], output: Any) -> None:
+    doubles = o._replace(x=o.x.double(), g=o.g.double(), w=o.w.double())
+    exact = _dense(functional.linear, doubles)[KINDS.index(kind)][0]()
+    where = o.masks.backward if kind == "weight gradient" else torch.ones_like(exact)
+    error = ((matrix(output) - exact) * where).abs().max() / (exact * where).abs().max()
+    if not error < ROUNDING[o.x.dtype]:
+        raise ArithmeticError(f"the {kind} is wrong by {error:.1e} of its largest value")
 
 
-def _dense(o: Operands) -> Products:
+def _dense(product: Callable[[Tensor, Tensor], Tensor], o: Operands) -> Products:
+    """Compute all three with what returns x·weightᵀ."""
     return (
-        (lambda: functional.linear(o.x, o.w), torch.clone),
-        (lambda: o.g @ o.w, torch.clone),
-        (lambda: o.g.t() @ o.x, torch.clone),
+        (lambda: product(o.x, o.w), torch.clone),
+        (lambda: product(o.g, o.w.t()), torch.clone),
+        (lambda: product(o.g.t(), o.x.t()), torch.clone),
     )
 
 
-def _onednn(o: Operands) -> Products:
+def _masked(o: Operands) -> Products:
+    """Put masks on a dense weight and its gradient, each time."""
     return (
-        (lambda: onednn_product(o.x, o.w), torch.clone),
-        (lambda: onednn_product(o.g, o.w.t()), torch.clone),
-        (lambda: onednn_product(o.g.t(), o.x.t()), torch.clone),
+        (lambda: functional.linear(o.x, o.theta * o.masks.forward), torch.clone),
+        (lambda: o.g @ (o.theta * o.masks.forward), torch.clone),
+        (lambda: (o.g.t() @ o.x) * o.masks.backward, torch.clone),
     )
 
 
@@ -102,21 +115,22 @@ def _torch_csr(o: Operands) -> Products:
     )
 
 
-def _ours(o: Operands) -> Products:
-    """Compute with A of a density; sample the weight gradient on a B of it, half of it A."""
-    engine, (pack, unpack) = engines.engine("numba"), engines.layout("numba")
+def _topkast(o: Operands) -> Products:
+    """Compute through A; sample the weight gradient on B, of which half is A."""
+    engine, (pack, unpack) = engines.engine(o.engine), engines.layout(o.engine)
     x, g, (rows, columns) = pack(o.x), pack(o.g), o.w.shape
+    forward, backward = o.sparsities
 
     def indexed(forward: float) -> tuple[Any, Tensor, Tensor]:
-        masks = sets(o.theta, forward, o.sparsity, o.block)
+        masks = sets(o.theta, forward, backward, o.block)
         pattern = pattern_of(*masks, o.block)
         places = pattern.flat_index(o.block, o.w.shape)
         return pattern, places.flatten(), split(o.theta, places)
 
-    (a, _, on_a), (b, places, on_b) = indexed(o.sparsity), indexed((1 + o.sparsity) / 2)
+    (a, _, on_a), (b, places, on_b) = indexed(forward), indexed((1 + backward) / 2)
 
     def spread(found: Tensor) -> Tensor:
-        return torch.zeros(o.w.numel()).index_copy(0, places, found.flatten()).view_as(o.w)
+        return found.new_zeros(o.w.numel()).index_copy(0, places, found.flatten()).view_as(o.w)
 
     def unpacked(found: Tensor) -> Tensor:
         return unpack(found, len(o.x))
@@ -128,6 +142,12 @@ def _ours(o: Operands) -> Products:
     )
 
 
-WAYS = {"dense": _dense, "dense oneDNN": _onednn, "torch CSR": _torch_csr, "topkast": _ours}
+WAYS = {
+    "dense": partial(_dense, functional.linear),
+    ONEDNN: partial(_dense, onednn_product),
+    "masked": _masked,
+    "torch CSR": _torch_csr,
+    "topkast": _topkast,
+}
 _CASES = {f"{side}x{side}/{batch}": _arms(side, batch) for side, batch in SHAPES}
 SUITE = Suite("products", _CASES, prepare)

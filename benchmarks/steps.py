@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import topkast_func as tk
 from benchmarks import arms
+from benchmarks.arms import ONEDNN
 from benchmarks.networks import Problem, problem
 from benchmarks.protocol import Parameters, Suite, Tasks
 
@@ -34,7 +35,7 @@ NETWORKS = {
 SMALLEST, IMAGES, BATCHES = "mlp-784", "residual", (32, 512)
 
 DENSE = ("dense", "dense compiled", "dense compiled, optimiser too")
-ONEDNN, OURS, PEER, LOOP = "dense oneDNN", "topkast", "SparseLab", "sparsify"
+OURS, PEER, LOOP = "topkast", "SparseLab", "sparsify"
 
 
 def _sparsities(network: str) -> Iterator[Arm]:

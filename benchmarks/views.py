@@ -7,9 +7,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from benchmarks.arms import ONEDNN
 from benchmarks.products import KINDS
 from benchmarks.record import Entry, Results, median, spread
-from benchmarks.steps import DENSE, NETWORKS, ONEDNN, PAIRS
+from benchmarks.steps import DENSE, NETWORKS, PAIRS
 
 Curves: TypeAlias = dict[str, dict[float, float]]  # by name a number at each sparsity
 
