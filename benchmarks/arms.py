@@ -1,6 +1,7 @@
 """What is compared: training with this library, and the layers of others."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -12,8 +13,12 @@ import topkast_func as tk
 from benchmarks.networks import Problem
 from benchmarks.protocol import Parameters
 
-
 ONEDNN = "dense oneDNN"
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": partial(tk.sgd, momentum=0.9),
+    "adam": tk.adam,
+    "adamw": tk.adamw,
+}
 
 
 class Training(NamedTuple):
@@ -32,12 +37,12 @@ def sets(
     return tk.compute_masks({"weight": weight}, config)["weight"]
 
 
-def training(problem: Problem, p: Parameters) -> Training:
-    """Start a training of a network, without refreshes.
+def training(problem: Problem, p: Parameters, **options: Any) -> Training:
+    """Start a training of a network; options are those of `tk.make_train_step`.
 
     Its parameters are ``forward_sparsity``, ``backward_sparsity``, ``optimizer``, and where they
-    are not the default ``block_shape``, ``engine``, ``penalty``, ``storage``, ``lr``. Weights that
-    the blocks do not divide stay dense.
+    are not the default ``block_shape``, ``penalty``, ``storage``, ``lr``, and ``refresh_every``.
+    Weights that the blocks do not divide stay dense.
     """
     rows, columns = p.get("block_shape", (1, 1))
     weights = {n: w.shape for n, w in problem.model.named_parameters() if w.ndim > 1}
@@ -45,15 +50,13 @@ def training(problem: Problem, p: Parameters) -> Training:
         p["forward_sparsity"],
         p["backward_sparsity"],
         sparse=[n for n, shape in weights.items() if shape[0] % rows == 0 == shape[1] % columns],
-        refresh_every=None,
+        refresh_every=p.get("refresh_every"),
         penalty=p.get("penalty"),
         block_shape=(rows, columns),
     )
-    lr, storage = p.get("lr", 1e-3), p.get("storage", "compact")
-    optimizer = tk.adam(lr) if p["optimizer"] == "adam" else tk.sgd(lr, momentum=0.9)
-    state = tk.init_state(problem.model, config, optimizer, storage=storage)
-    engine = p.get("engine", "auto")
-    train_step = tk.make_train_step(problem.model, _loss, config, optimizer, engine=engine)
+    optimizer = OPTIMIZERS[p["optimizer"]](p.get("lr", 1e-3))
+    state = tk.init_state(problem.model, config, optimizer, storage=p.get("storage", "compact"))
+    train_step = tk.make_train_step(problem.model, _loss, config, optimizer, **options)
 
     def step() -> Tensor:
         nonlocal state

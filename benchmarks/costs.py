@@ -9,19 +9,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import topkast_func as tk
-from benchmarks import arms
+from benchmarks.arms import Training, sets, training
 from benchmarks.networks import problem
 from benchmarks.protocol import Parameters, Suite, Tasks, process
-from benchmarks.steps import DENSE, USUAL, WAYS, Block, arm
-
-Start: TypeAlias = Callable[[], Callable[[], Any]]
+from benchmarks.steps import DENSE, ENTRIES, OURS, SQUARE, USUAL, WAYS, Block, arms
 
 SIDE, KTH = 4096, int(0.9 * 4096**2)
 LARGE, REHEARSAL, STEPS = "mlp-2048", "mlp-64", 3
@@ -33,34 +31,36 @@ def _tensor() -> Tensor:
     return torch.randn(SIDE, SIDE)
 
 
-def _training(block: Block, lr: float = 1e-3) -> arms.Training:
+def _training(block: Block, lr: float = 1e-3) -> Training:
     told = {"optimizer": "sgd", "forward_sparsity": 0.9, "backward_sparsity": 0.8}
-    return arms.training(problem(LARGE), {**told, "block_shape": block, "lr": lr})
+    return training(problem(LARGE), {**told, "block_shape": block, "lr": lr})
 
 
 def _refresh(block: Block) -> Callable[[], Any]:
-    training = _training(block, CHURN_LR)
+    churned = _training(block, CHURN_LR)
     for _ in range(CHURN_STEPS):
-        training.step()
-    return partial(tk.refresh, training.state(), training.config)
+        churned.step()
+    return partial(tk.refresh, churned.state(), churned.config)
 
 
-SELECTIONS: dict[str, Start] = {
-    "copy": lambda: _tensor().clone,
-    "copy into place": lambda: partial(torch.empty(SIDE, SIDE).copy_, _tensor()),
-    "numpy.partition": lambda: partial(np.partition, _tensor().abs().ravel().numpy(), KTH),
-    "masks 1×1": lambda: partial(arms.sets, _tensor(), 0.9, 0.8),
-    "masks 4×4": lambda: partial(arms.sets, _tensor(), 0.9, 0.8, (4, 4)),
-}
-REFRESHES: dict[str, Start] = {
-    "step": lambda: _training((1, 1)).step,
-    "refresh 1×1": lambda: _refresh((1, 1)),
-    "refresh 4×4": lambda: _refresh((4, 4)),
+STARTS: dict[str, dict[str, Callable[[], Callable[[], Any]]]] = {  # by case and way
+    f"{SIDE**2 / 1e6:.1f} M entries": {
+        "copy": lambda: _tensor().clone,
+        "copy into place": lambda: partial(torch.empty(SIDE, SIDE).copy_, _tensor()),
+        "numpy.partition": lambda: partial(np.partition, _tensor().abs().ravel().numpy(), KTH),
+        "masks 1×1": lambda: partial(sets, _tensor(), *USUAL),
+        "masks 4×4": lambda: partial(sets, _tensor(), *USUAL, SQUARE),
+    },
+    LARGE: {
+        "step": lambda: _training(ENTRIES).step,
+        "refresh 1×1": lambda: _refresh(ENTRIES),
+        "refresh 4×4": lambda: _refresh(SQUARE),
+    },
 }
 
 
 def _refresh_tasks(p: Parameters) -> Tasks:
-    return {"call": ((SELECTIONS | REFRESHES)[p["way"]](), lambda output: None)}
+    return {"call": (STARTS[p["case"]][p["way"]](), lambda output: None)}
 
 
 def _memory(p: Parameters) -> dict[str, float]:
@@ -94,7 +94,7 @@ def exact(p: Parameters) -> dict[str, float]:
     dense = float(sum(weight.nbytes for weight in network.model.parameters()))
     if p["way"] != "topkast":  # a weight, its gradient and two slots of Adam
         return {"dense weights": dense, "trained state": 4 * dense}
-    rows = tk.summary(arms.training(network, p).state()).rows
+    rows = tk.summary(training(network, p).state()).rows
     trained = float(sum(row.bytes + 4 * row.backward for row in rows))
     theta = float(sum(4 * math.prod(row.shape) for row in rows if row.backward_density < 1))
     return {"dense weights": dense, "trained state": trained, "theta": theta}
@@ -135,14 +135,10 @@ def _first_step(p: Parameters) -> float:
 
 
 def _arms(**told: Any) -> dict[str, Parameters]:
-    dense = (arm(way, **told) for way in DENSE)
-    return dict([*dense, *(arm("topkast", USUAL, block, **told) for block in ((1, 1), (4, 4)))])
+    return arms(DENSE, **told) | arms([OURS], [USUAL], [ENTRIES, SQUARE], **told)
 
 
-_CASES = {
-    f"{SIDE**2 / 1e6:.1f} M entries": {way: {"way": way} for way in SELECTIONS},
-    LARGE: {way: {"way": way} for way in REFRESHES},
-}
+_CASES = {case: {way: {"case": case, "way": way} for way in ways} for case, ways in STARTS.items()}
 REFRESH = Suite("refresh", _CASES, _refresh_tasks)
 _LARGE = {LARGE: _arms(network=LARGE, optimizer="adam")}
 MEMORY = Suite("memory", _LARGE, _memory, fresh=True, unit="bytes")

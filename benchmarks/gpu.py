@@ -22,6 +22,7 @@ from torch.utils.benchmark import Timer
 import topkast_func as tk
 from benchmarks import products, record
 from benchmarks.networks import Block, mlp
+from benchmarks.protocol import Tasks
 from topkast_func.kernels import pattern_of
 from topkast_func.kernels.pattern import flattened
 
@@ -40,7 +41,7 @@ ENGINES = {"cuda": "triton", "cpu": "reference"}
 COMPILE: Any = True
 
 Entry: TypeAlias = dict[str, Any]
-Cases: TypeAlias = Iterator[tuple[str, Callable[[], Entry | None]]]
+Cases: TypeAlias = Iterator[tuple[str, Callable[[], Any]]]
 
 
 def checks(device: str) -> Cases:
@@ -65,7 +66,7 @@ def measurements(device: str) -> Cases:
 
 def tasks(
     device: str, side: int, batch: int, block: int, sparsity: float, dtype: torch.dtype, way: str
-) -> products.Tasks:
+) -> Tasks:
     """Return the products of a layer, with a B that is twice as large as A."""
     shape = {"side": side, "batch": batch, "block_shape": (block, block)}
     kind = {"device": device, "dtype": dtype, "engine": ENGINES[device], "way": way}

@@ -11,10 +11,7 @@ from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import FIGURES, HERE, Results, load
 
 TEMPLATE, PAGE, README = HERE / "page.md", HERE / "RESULTS.md", HERE.parent / "README.md"
-SUITES = dict.fromkeys(
-    ("steps", "loops", "refresh", "memory", "compilation", "ranks", "ranks_seconds"), ""
-)
-SUITES["products"] = " 90%"
+SHOWN = {"products": " 90%"}  # how the tasks end that are shown of a suite, if not all
 Evidence: TypeAlias = Mapping[str, report.Evidence]
 
 
@@ -33,7 +30,8 @@ def main() -> None:
 def page(results: Results, evidence: Evidence) -> str:
     """Return the page: the template, with the tables in it."""
     told = {"plans": plans.tables()}
-    for suite, only in SUITES.items():  # the tasks that end with that
+    for suite in results.about:
+        only = SHOWN.get(suite, "")
         tables = (views.case(results, suite, case, only) for case in results.cases(suite))
         told |= {suite: "\n\n".join(tables), f"{suite}_where": results.where(suite)}
     for task, found in evidence.items():

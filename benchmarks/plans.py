@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import topkast_func as tk
-from benchmarks.steps import USUAL, Block
+from benchmarks.steps import ENTRIES, USUAL, Block
 from benchmarks.views import markdown
 from topkast_func.report.table import in_bytes
 
@@ -28,15 +28,12 @@ def _table(billions: int, width: int, ranks: int) -> str:
     model = linear(billions, width)
     entries, blocks = (
         tk.plan(model, tk.TopKastConfig(*USUAL, block_shape=block), ranks)
-        for block in ((1, 1), BLOCK)
+        for block in (ENTRIES, BLOCK)
     )
-    layouts = {layout.name: layout for layout in entries.layouts}
-    in_blocks = {
-        f"{layout.name}, {BLOCK[0]}×{BLOCK[1]} blocks": layout
-        for layout in blocks.layouts
-        if layout != layouts[layout.name]
-    }
+    names = {layout[:4]: layout.name for layout in entries.layouts}
+    for layout in blocks.layouts:  # which may be as large
+        names.setdefault(layout[:4], f"{layout.name}, {BLOCK[0]}×{BLOCK[1]} blocks")
     title = f"{billions}·10⁹ parameters in layers of {width}×{width}, each of {ranks} ranks"
-    rows = [(n, *map(in_bytes, layout[1:4])) for n, layout in {**layouts, **in_blocks}.items()]
+    rows = [(name, *map(in_bytes, layout[1:4])) for layout, name in names.items()]
     notes = f"Single entries: {entries.notes[0]}. Blocks: {blocks.notes[0]}."
     return f"{markdown((title, 'device', 'host', 'sent in a step'), rows)}\n\n{notes}"

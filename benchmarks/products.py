@@ -142,7 +142,7 @@ def _topkast(o: Operands) -> Products:
     )
 
 
-WAYS = {
+WAYS: dict[str, Callable[[Operands], Products]] = {
     "dense": partial(_dense, functional.linear),
     ONEDNN: partial(_dense, onednn_product),
     "masked": _masked,

@@ -129,11 +129,12 @@ def _time(work: Work, parameters: Parameters, sample_s: float) -> Numbers:
     if not _timers:
         tasks: Tasks = work(parameters)
         _timers.update({name: _checked(*task) for name, task in tasks.items()})
-    return {name: _sample(timer, sample_s) for name, timer in _timers.items()}
-
-
-def _sample(timer: Timer | str, sample_s: float) -> float | str:
-    return timer if isinstance(timer, str) else timer.blocked_autorange(min_run_time=sample_s).mean
+    return {
+        name: timer
+        if isinstance(timer, str)
+        else timer.blocked_autorange(min_run_time=sample_s).mean
+        for name, timer in _timers.items()
+    }
 
 
 def _checked(call: Callable[[], Any], check: Callable[[Any], None]) -> Timer | str:

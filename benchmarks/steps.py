@@ -1,8 +1,9 @@
 """Whole training steps: forward, backward, optimiser, on one batch again and again."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any, TypeAlias
 
 import torch
@@ -10,20 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import topkast_func as tk
-from benchmarks import arms
-from benchmarks.arms import ONEDNN
+from benchmarks.arms import ONEDNN, OneDNNLinear, sparselab, training
 from benchmarks.networks import Problem, problem
 from benchmarks.protocol import Parameters, Suite, Tasks
 
 Pair: TypeAlias = tuple[float, float]  # forward and backward sparsity
 Block: TypeAlias = tuple[int, int]
-Arm: TypeAlias = tuple[str, dict[str, Any]]  # a name, and the parameters
 
 PAIRS: tuple[Pair, ...] = ((0.5, 0.2), (0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95))
 USUAL: Pair = (0.9, 0.8)
 FIXED: Pair = (0.9, 0.9)  # B is A, as SparseLab trains
-BLOCKS: tuple[Block, ...] = ((4, 1), (1, 4), (4, 4))
-SPARSELAB = (0.8, 0.9, 0.95)
+ENTRIES: Block = (1, 1)
+SQUARE: Block = (4, 4)
+BLOCKS: tuple[Block, ...] = ((4, 1), (1, 4), SQUARE)
+SPARSELAB = ((0.8, 0.8), FIXED, (0.95, 0.95))
 ENGINES = ("numba", "dense", "reference", "torch_sparse")
 NETWORKS = {
     "mlp-784": "784-512-512-10, batch 128",
@@ -38,57 +39,53 @@ DENSE = ("dense", "dense compiled", "dense compiled, optimiser too")
 OURS, PEER, LOOP = "topkast", "SparseLab", "sparsify"
 
 
-def _sparsities(network: str) -> Iterator[Arm]:
-    yield from (arm(way, network=network) for way in (*DENSE, ONEDNN))
-    yield from (arm(OURS, pair, (1, 1), network=network) for pair in (*PAIRS, FIXED))
-    if network == IMAGES:  # SparseLab has no convolutions
-        return
-    yield from (arm(PEER, (sparsity, sparsity), network=network) for sparsity in SPARSELAB)
+def arms(
+    ways: Iterable[str],
+    pairs: Iterable[tuple[float, ...]] = ((),),
+    blocks: Iterable[tuple[int, ...]] = ((),),
+    **more: Any,
+) -> dict[str, Parameters]:
+    """Return an arm for every way, every pair of sparsities and every shape of blocks.
 
-
-def _blocks(network: str) -> Iterator[Arm]:
-    yield from (arm(way, network=network) for way in (*DENSE, ONEDNN))
-    yield from (arm(OURS, USUAL, block, network=network) for block in BLOCKS)
-    yield from (arm(OURS, p, (4, 4), network=network) for p in PAIRS if p != USUAL)
-
-
-def _engines() -> Iterator[Arm]:
-    yield from map(arm, DENSE)
-    for more in ({}, *({"engine": e} for e in ENGINES), {"penalty": "l2"}, {"storage": "dense"}):
-        yield arm(OURS, USUAL, (1, 1), **more)
-
-
-def _batch(size: int) -> Iterator[Arm]:
-    yield from (arm(way, batch=size) for way in DENSE)
-    for pair, block in ((USUAL, (1, 1)), (FIXED, (1, 1)), (USUAL, (4, 4))):
-        yield arm(OURS, pair, block, batch=size)
-    yield arm(PEER, FIXED, batch=size)
-
-
-def _loops(network: str) -> Iterator[Arm]:
-    for way in DENSE[:2]:
-        yield arm(way, network=network, optimizer="adamw")
-    for pair in PAIRS[1:4]:
-        yield arm(LOOP, pair, network=network, optimizer="adamw")
-
-
-def arm(way: str, pair: Pair | None = None, block: Block | None = None, **more: Any) -> Arm:
-    """Return an arm, named after its way, its blocks, what is not the default, and its sparsities.
-
-    The sparsities are those of forward and backward pass; what else it has is as `arms.training`
-    takes it, and the ``network``.
+    It is named after its way, its blocks, what is not the default, and its sparsities, those of
+    forward and backward pass; what else it has is as `training` takes it, and the ``network``.
     """
     unusual = [f"{key} {more[key]}" for key in ("engine", "penalty", "storage") if key in more]
-    name = " ".join([way, *([f"{block[0]}×{block[1]}"] if block else []), *unusual])
-    told = {"series": name, "network": SMALLEST, "way": way, "optimizer": "sgd", **more}
-    if block:
-        told["block_shape"] = block
-    if pair is None:
-        return name, told
-    if way == OURS and pair[0] == pair[1]:
-        told["series"] += ", B = A"
-    told |= {"forward_sparsity": pair[0], "backward_sparsity": pair[1]}
-    return f"{name} {100 * pair[0]:.0f}/{100 * pair[1]:.0f}", told
+    found = {}
+    for way, pair, block in product(ways, pairs, blocks):
+        name = " ".join([way, *(["×".join(map(str, block))] if block else []), *unusual])
+        series = f"{name}, B = A" if way == OURS and len({*pair}) == 1 else name
+        told = {"series": series, "network": SMALLEST, "way": way, "optimizer": "sgd", **more}
+        told |= {"block_shape": block} if block else {}
+        told |= zip(("forward_sparsity", "backward_sparsity"), pair, strict=False)
+        shown = "/".join(f"{100 * sparsity:.0f}" for sparsity in pair)
+        found[f"{name} {shown}".strip()] = told
+    return found
+
+
+def _cases() -> Iterator[tuple[str, dict[str, Parameters]]]:
+    """Yield the arms of each case; it has dense ones of its own."""
+    for network in NETWORKS:
+        of = partial(arms, network=network)
+        dense, entries = of((*DENSE, ONEDNN)), of([OURS], (*PAIRS, FIXED), [ENTRIES])
+        theirs = [] if network == IMAGES else SPARSELAB  # it has no convolutions
+        yield f"{network}, sparsities", dense | entries | of([PEER], theirs)
+        if network != IMAGES:
+            blocks = of([OURS], [USUAL], BLOCKS) | of([OURS], PAIRS, [SQUARE])
+            yield f"{network}, blocks", dense | blocks
+    engines = arms(DENSE)
+    for more in ({}, *({"engine": e} for e in ENGINES), {"penalty": "l2"}, {"storage": "dense"}):
+        engines |= arms([OURS], [USUAL], [ENTRIES], **more)
+    yield f"{SMALLEST}, engines", engines
+    for size in BATCHES:
+        of = partial(arms, batch=size)
+        ours = of([OURS], [USUAL, FIXED], [ENTRIES]) | of([OURS], [USUAL], [SQUARE])
+        yield f"{SMALLEST}, batch {size}", of(DENSE) | ours | of([PEER], [FIXED])
+
+
+def _loops(network: str) -> dict[str, Parameters]:
+    of = partial(arms, network=network, optimizer="adamw")
+    return of(DENSE[:2]) | of([LOOP], PAIRS[1:4])
 
 
 def _prepare(parameters: Parameters) -> Tasks:
@@ -155,18 +152,12 @@ WAYS: dict[str, Callable[[Problem, Parameters], Callable[[], Tensor]]] = {
     "dense": _conventional,
     "dense compiled": lambda n, p: _conventional(n, p, "model"),
     "dense compiled, optimiser too": lambda n, p: _conventional(n, p, "model", "optimizer"),
-    ONEDNN: lambda n, p: _conventional(replaced(n, arms.OneDNNLinear), p),
+    ONEDNN: lambda n, p: _conventional(replaced(n, OneDNNLinear), p),
     PEER: lambda n, p: _conventional(
-        replaced(n, partial(arms.sparselab, sparsity=p["forward_sparsity"])), p
+        replaced(n, partial(sparselab, sparsity=p["forward_sparsity"])), p
     ),
-    OURS: lambda n, p: arms.training(n, p).step,
+    OURS: lambda n, p: training(n, p, engine=p.get("engine", "auto")).step,
     LOOP: _ordinary,
 }  # each makes what trains one step and returns the loss
-CASES = {
-    **{f"{network}, sparsities": dict(_sparsities(network)) for network in NETWORKS},
-    **{f"{network}, blocks": dict(_blocks(network)) for network in NETWORKS if network != IMAGES},
-    f"{SMALLEST}, engines": dict(_engines()),
-    **{f"{SMALLEST}, batch {size}": dict(_batch(size)) for size in BATCHES},
-}  # each has dense arms of its own
-SUITE = Suite("steps", CASES, _prepare)
-LOOPS = Suite("loops", {network: dict(_loops(network)) for network in NETWORKS}, _prepare)
+SUITE = Suite("steps", dict(_cases()), _prepare)
+LOOPS = Suite("loops", {network: _loops(network) for network in NETWORKS}, _prepare)

@@ -107,7 +107,6 @@ def _measured() -> dict[tuple[str, int, tuple[int, int]], dict[str, float]]:
     found: dict[tuple[str, int, tuple[int, int]], dict[str, float]] = {}
     for entry in (e for e in record.load().entries if e["suite"] == "ranks"):
         told, number = entry["parameters"], record.median(entry)
-        assert number is not None
         block: Any = tuple(told.get("block_shape", (1, 1)))
         found.setdefault((told["way"], told["ranks"], block), {})[entry["task"]] = number
     return found
