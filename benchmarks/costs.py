@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 import topkast_func as tk
-from benchmarks.arms import Training, sets, training
+from benchmarks import steps
 from benchmarks.networks import problem
-from benchmarks.protocol import Parameters, Suite, Tasks, process
-from benchmarks.steps import DENSE, ENTRIES, OURS, SQUARE, USUAL, WAYS, Block, arms
+from benchmarks.products import sets
+from benchmarks.protocol import Parameters, Suite, Tasks, fresh
 
 SIDE, KTH = 4096, int(0.9 * 4096**2)
 LARGE, REHEARSAL, STEPS = "mlp-2048", "mlp-64", 3
@@ -31,16 +31,16 @@ def _tensor() -> Tensor:
     return torch.randn(SIDE, SIDE)
 
 
-def _training(block: Block, lr: float = 1e-3) -> Training:
-    told = {"optimizer": "sgd", "forward_sparsity": 0.9, "backward_sparsity": 0.8}
-    return training(problem(LARGE), {**told, "block_shape": block, "lr": lr})
+def _training(block: steps.Block, lr: float) -> steps.Training:
+    arm, *_ = steps.arms([steps.OURS], [steps.USUAL], [block], lr=lr).values()
+    return steps.training(problem(LARGE), arm)
 
 
-def _refresh(block: Block) -> Callable[[], Any]:
-    churned = _training(block, CHURN_LR)
+def _refresh(block: steps.Block) -> Callable[[], Any]:
+    step, state, config = _training(block, CHURN_LR)
     for _ in range(CHURN_STEPS):
-        churned.step()
-    return partial(tk.refresh, churned.state(), churned.config)
+        step()
+    return partial(tk.refresh, state(), config)
 
 
 STARTS: dict[str, dict[str, Callable[[], Callable[[], Any]]]] = {  # by case and way
@@ -48,13 +48,13 @@ STARTS: dict[str, dict[str, Callable[[], Callable[[], Any]]]] = {  # by case and
         "copy": lambda: _tensor().clone,
         "copy into place": lambda: partial(torch.empty(SIDE, SIDE).copy_, _tensor()),
         "numpy.partition": lambda: partial(np.partition, _tensor().abs().ravel().numpy(), KTH),
-        "masks 1×1": lambda: partial(sets, _tensor(), *USUAL),
-        "masks 4×4": lambda: partial(sets, _tensor(), *USUAL, SQUARE),
+        "masks 1×1": lambda: partial(sets, _tensor(), *steps.USUAL),
+        "masks 4×4": lambda: partial(sets, _tensor(), *steps.USUAL, steps.SQUARE),
     },
     LARGE: {
-        "step": lambda: _training(ENTRIES).step,
-        "refresh 1×1": lambda: _refresh(ENTRIES),
-        "refresh 4×4": lambda: _refresh(SQUARE),
+        "step": lambda: _training(steps.ENTRIES, 1e-3).step,
+        "refresh 1×1": lambda: _refresh(steps.ENTRIES),
+        "refresh 4×4": lambda: _refresh(steps.SQUARE),
     },
 }
 
@@ -77,12 +77,12 @@ def _memory(p: Parameters) -> dict[str, float]:
     _start_counting()
     for _ in range(STEPS):
         step()
-    peaks = {"peak, start included": from_start, "peak of steps": _bytes("VmHWM") - before}
-    return peaks | exact(p)
+    of_steps = _bytes("VmHWM") - before
+    return {"peak, start included": from_start, "peak of steps": of_steps, **exact(p)}
 
 
 def _steps(network: str, p: Parameters) -> Callable[[], Tensor]:
-    step = WAYS[p["way"]](problem(network), p)
+    step = steps.WAYS[p["way"]](problem(network), p)
     for _ in range(STEPS):
         step()
     return step
@@ -94,7 +94,7 @@ def exact(p: Parameters) -> dict[str, float]:
     dense = float(sum(weight.nbytes for weight in network.model.parameters()))
     if p["way"] != "topkast":  # a weight, its gradient and two slots of Adam
         return {"dense weights": dense, "trained state": 4 * dense}
-    rows = tk.summary(training(network, p).state()).rows
+    rows = tk.summary(steps.training(network, p).state()).rows
     trained = float(sum(row.bytes + 4 * row.backward for row in rows))
     theta = float(sum(4 * math.prod(row.shape) for row in rows if row.backward_density < 1))
     return {"dense weights": dense, "trained state": trained, "theta": theta}
@@ -117,25 +117,23 @@ def _bytes(field: str) -> float:
 def _compilation(p: Parameters) -> dict[str, float]:
     """Start an arm twice, in processes of their own, with caches that no other uses."""
     os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)  # compiling is what is measured
-    seconds = {}
-    with tempfile.TemporaryDirectory() as caches:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{caches}/inductor"
-        for name in ("cold", "warm"):
-            with process(torch.get_num_threads()) as fresh:
-                seconds[name] = fresh.submit(_first_step, p).result()
-    return seconds
+    with tempfile.TemporaryDirectory() as os.environ["TORCHINDUCTOR_CACHE_DIR"]:
+        threads = torch.get_num_threads()
+        return {name: fresh(_first_step, p, threads) for name in ("cold", "warm")}
 
 
 def _first_step(p: Parameters) -> float:
     """Return the seconds from the network to the loss of its first step, imports apart."""
     of_network = problem(p["network"])
     start = time.perf_counter()
-    float(WAYS[p["way"]](of_network, p)())
+    float(steps.WAYS[p["way"]](of_network, p)())
     return time.perf_counter() - start
 
 
 def _arms(**told: Any) -> dict[str, Parameters]:
-    return arms(DENSE, **told) | arms([OURS], [USUAL], [ENTRIES, SQUARE], **told)
+    return steps.arms(steps.DENSE, **told) | steps.arms(
+        [steps.OURS], [steps.USUAL], [steps.ENTRIES, steps.SQUARE], **told
+    )
 
 
 _CASES = {case: {way: {"case": case, "way": way} for way in ways} for case, ways in STARTS.items()}

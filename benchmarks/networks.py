@@ -13,8 +13,12 @@ class Problem(NamedTuple):
     """A network at its initial weights, and the batch that every step sees."""
 
     model: nn.Module
-    inputs: Tensor
-    targets: Tensor
+    batch: tuple[Tensor, Tensor]  # inputs, and their classes
+
+
+def loss_fn(apply: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the mean cross entropy of a batch."""
+    return functional.cross_entropy(apply(batch[0]), batch[1])
 
 
 class Block(nn.Module):
@@ -94,4 +98,4 @@ def problem(name: str, batch: int | None = None) -> Problem:
     build, inputs, usual = NETWORKS[name]
     torch.manual_seed(0)
     model, size = build(), batch or usual
-    return Problem(model, torch.randn(size, *inputs), torch.randint(0, 10, (size,)))
+    return Problem(model, (torch.randn(size, *inputs), torch.randint(0, 10, (size,))))

@@ -9,15 +9,15 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import topkast_func as tk
-from benchmarks.arms import ONEDNN, onednn_product, sets
 from benchmarks.protocol import Parameters, Suite, Tasks
 from topkast_func.kernels import engines, pattern_of
 from topkast_func.model.alpha import split
 
+ONEDNN = "dense oneDNN"
 KINDS = ("forward", "input gradient", "weight gradient")
 SHAPES = ((512, 128), (1024, 256), (2048, 512))
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
@@ -78,6 +78,14 @@ def _tasks(p: Parameters, sparsity: float) -> Tasks:
     }
 
 
+def sets(
+    weight: Tensor, forward: float, backward: float, block_shape: tuple[int, int] = (1, 1)
+) -> tk.Masks:
+    """Choose A and B of one weight, [out, in], at a forward and a backward sparsity."""
+    config = tk.TopKastConfig(forward, backward, block_shape=block_shape)
+    return tk.compute_masks({"weight": weight}, config)["weight"]
+
+
 def _check(o: Operands, kind: str, matrix: Callable[[Any], Tensor], output: Any) -> None:
     doubles = o._replace(x=o.x.double(), g=o.g.double(), w=o.w.double())
     exact = _dense(functional.linear, doubles)[KINDS.index(kind)][0]()
@@ -94,6 +102,37 @@ def _dense(product: Callable[[Tensor, Tensor], Tensor], o: Operands) -> Products
         (lambda: product(o.g, o.w.t()), torch.clone),
         (lambda: product(o.g.t(), o.x.t()), torch.clone),
     )
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x·weightᵀ, [..., out], through oneDNN, whatever torch would have chosen."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return product
+
+
+class _OneDNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (g,), (x, weight) = grads, ctx.saved_tensors
+        by_weight = _onednn(g.flatten(0, -2).t(), x.flatten(0, -2).t())
+        return _onednn(g, weight.t()), by_weight
+
+
+class OneDNNLinear(nn.Module):
+    """A linear layer, in the place of another, whose products all run in oneDNN."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _OneDNN.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        return product + self.bias
 
 
 def _masked(o: Operands) -> Products:
@@ -144,7 +183,7 @@ def _topkast(o: Operands) -> Products:
 
 WAYS: dict[str, Callable[[Operands], Products]] = {
     "dense": partial(_dense, functional.linear),
-    ONEDNN: partial(_dense, onednn_product),
+    ONEDNN: partial(_dense, _onednn),
     "masked": _masked,
     "torch CSR": _torch_csr,
     "topkast": _topkast,

@@ -26,15 +26,13 @@ from psutil import net_io_counters
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 import topkast_func as tk
-from benchmarks.arms import training
-from benchmarks.networks import Problem, problem
+from benchmarks.networks import Problem, loss_fn, problem
 from benchmarks.protocol import Parameters, Suite
-from benchmarks.steps import ENTRIES, OURS, SQUARE, USUAL, arms
+from benchmarks.steps import ENTRIES, OURS, SQUARE, USUAL, arms, training
 from topkast_func.distributed import checksums
 from topkast_func.distributed.parallel import DataParallel
 from topkast_func.storage.compact import CompactWeights
@@ -75,7 +73,7 @@ def _of_torch(own: Problem, module: nn.Module) -> Rank:
 
     def step() -> None:
         optimizer.zero_grad()
-        functional.cross_entropy(module(own.inputs), own.targets).backward()  # type: ignore[no-untyped-call]
+        loss_fn(module, own.batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     def held() -> list[Tensor]:
@@ -154,8 +152,9 @@ def _rank(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=p["ranks"])
-    model, *batch = problem(p["network"])
-    own = WAYS[p["way"]](Problem(model, *(rows[rank :: p["ranks"]] for rows in batch)), p)
+    model, (inputs, targets) = problem(p["network"])
+    batch = inputs[rank :: p["ranks"]], targets[rank :: p["ranks"]]
+    own = WAYS[p["way"]](Problem(model, batch), p)
     for _ in range(WARM_UP):
         own.step()
     found = measure(own, folder)

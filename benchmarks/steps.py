@@ -3,16 +3,16 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from importlib import import_module
 from itertools import product
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import topkast_func as tk
-from benchmarks.arms import ONEDNN, OneDNNLinear, sparselab, training
-from benchmarks.networks import Problem, problem
+from benchmarks.networks import Problem, loss_fn, problem
+from benchmarks.products import ONEDNN, OneDNNLinear
 from benchmarks.protocol import Parameters, Suite, Tasks
 
 Pair: TypeAlias = tuple[float, float]  # forward and backward sparsity
@@ -51,7 +51,7 @@ def arms(
     forward and backward pass; what else it has is as `training` takes it, and the ``network``.
     """
     unusual = [f"{key} {more[key]}" for key in ("engine", "penalty", "storage") if key in more]
-    found = {}
+    found: dict[str, Parameters] = {}
     for way, pair, block in product(ways, pairs, blocks):
         name = " ".join([way, *(["×".join(map(str, block))] if block else []), *unusual])
         series = f"{name}, B = A" if way == OURS and len({*pair}) == 1 else name
@@ -88,6 +88,42 @@ def _loops(network: str) -> dict[str, Parameters]:
     return of(DENSE[:2]) | of([LOOP], PAIRS[1:4])
 
 
+class Training(NamedTuple):
+    """A training under way: one step, which returns its loss; the state; the configuration."""
+
+    step: Callable[[], Tensor]
+    state: Callable[[], tk.TrainState]
+    config: tk.TopKastConfig
+
+
+def training(on: Problem, p: Parameters, **options: Any) -> Training:
+    """Start a training of a network; options are those of `tk.make_train_step`.
+
+    Its parameters are ``forward_sparsity``, ``backward_sparsity``, ``optimizer``, and where they
+    are not the default ``block_shape``, ``penalty``, ``storage``, ``lr``, and ``refresh_every``.
+    Weights that the blocks do not divide stay dense.
+    """
+    rows, columns = p.get("block_shape", (1, 1))
+    config = tk.TopKastConfig(
+        p["forward_sparsity"],
+        p["backward_sparsity"],
+        sparse=lambda _, w: w.ndim > 1 and w.shape[0] % rows == 0 == w.shape[1] % columns,
+        refresh_every=p.get("refresh_every"),
+        penalty=p.get("penalty"),
+        block_shape=(rows, columns),
+    )
+    optimizer = OUR_OPTIMIZERS[p["optimizer"]](p.get("lr", 1e-3))
+    state = tk.init_state(on.model, config, optimizer, storage=p.get("storage", "compact"))
+    train_step = tk.make_train_step(on.model, loss_fn, config, optimizer, **options)
+
+    def step() -> Tensor:
+        nonlocal state
+        state, metrics = train_step(state, on.batch)
+        return metrics.loss
+
+    return Training(step, lambda: state, config)
+
+
 def _prepare(parameters: Parameters) -> Tasks:
     of_network = problem(parameters["network"], parameters.get("batch"))
     return {"step": (WAYS[parameters["way"]](of_network, parameters), _check)}
@@ -102,18 +138,13 @@ def _conventional(
     of_network: Problem, p: Parameters, *compiled: str, penalty: Callable[[], Any] = float
 ) -> Callable[[], Tensor]:
     """Return a step of `torch.optim`; the model, or it and the optimiser, may be compiled."""
-    module = of_network.model
-    optimizer = OPTIMIZERS[p["optimizer"]](module.parameters(), lr=1e-3)
-
-    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(module(inputs), targets)
-
-    forward = torch.compile(loss_of) if "model" in compiled else loss_of
+    optimizer = OPTIMIZERS[p["optimizer"]](of_network.model.parameters(), lr=1e-3)
+    forward = torch.compile(loss_fn) if "model" in compiled else loss_fn
     update = torch.compile(optimizer.step) if "optimizer" in compiled else optimizer.step
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss: Tensor = forward(of_network.inputs, of_network.targets) + penalty()
+        loss: Tensor = forward(of_network.model, of_network.batch) + penalty()
         loss.backward()  # type: ignore[no-untyped-call]
         update()
         return loss.detach()
@@ -143,6 +174,18 @@ def replaced(of_network: Problem, layer: Callable[[nn.Linear], nn.Module]) -> Pr
     return of_network
 
 
+def _sparselab(of_network: Problem, p: Parameters) -> Callable[[], Tensor]:
+    """Return a step through SparseLab's layers, with weights that they draw; A is their B."""
+    layer = partial(import_module("sparselab").SparseLinear, sparsity=p["forward_sparsity"])
+    theirs = replaced(of_network, lambda own: layer(own.in_features, own.out_features))
+    return _conventional(theirs, p)
+
+
+OUR_OPTIMIZERS: dict[str, Callable[..., tk.Optimizer]] = {
+    "sgd": partial(tk.sgd, momentum=0.9),
+    "adam": tk.adam,
+    "adamw": tk.adamw,
+}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, momentum=0.9),
     "adam": torch.optim.Adam,
@@ -153,9 +196,7 @@ WAYS: dict[str, Callable[[Problem, Parameters], Callable[[], Tensor]]] = {
     "dense compiled": lambda n, p: _conventional(n, p, "model"),
     "dense compiled, optimiser too": lambda n, p: _conventional(n, p, "model", "optimizer"),
     ONEDNN: lambda n, p: _conventional(replaced(n, OneDNNLinear), p),
-    PEER: lambda n, p: _conventional(
-        replaced(n, partial(sparselab, sparsity=p["forward_sparsity"])), p
-    ),
+    PEER: _sparselab,
     OURS: lambda n, p: training(n, p, engine=p.get("engine", "auto")).step,
     LOOP: _ordinary,
 }  # each makes what trains one step and returns the loss

@@ -9,8 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from benchmarks.arms import ONEDNN
-from benchmarks.products import KINDS
+from benchmarks.products import KINDS, ONEDNN
 from benchmarks.record import Entry, Results, median, spread
 from benchmarks.steps import DENSE, NETWORKS, PAIRS
 

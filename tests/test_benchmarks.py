@@ -15,8 +15,8 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import costs, products, record, steps, views
 from benchmarks.__main__ import SUITES
-from benchmarks.arms import OneDNNLinear
 from benchmarks.networks import NETWORKS, problem
+from benchmarks.products import OneDNNLinear
 from benchmarks.protocol import Plan, Suite, rounds, run, told
 from benchmarks.record import Entry
 from tests import stub_arms
@@ -29,7 +29,7 @@ ABOUT = {
     "threads": 2,
     "versions": {"torch": "2.13.0"},
 }
-SWIFT = Plan(repeats=3, at_least=2, sample_s=0.0, settle_s=0.0, fresh_repeats=2)
+SWIFT = Plan(repeats=3, sample_s=0.0, settle_s=0.0, fresh_repeats=2)
 
 
 def stubs(names: str, asked: list[str], **dies_at: int) -> dict[str, Callable[[], dict[str, int]]]:
@@ -46,23 +46,17 @@ def stubs(names: str, asked: list[str], **dies_at: int) -> dict[str, Callable[[]
 
 def test_rounds_go_forwards_and_backwards() -> None:
     asked: list[str] = []
-    found = rounds(stubs("abc", asked), SWIFT)
+    found = rounds(stubs("abc", asked), SWIFT.repeats)
     assert "".join(asked) == "abccbaabc"
     assert found["a"] == ([{"task": 1}, {"task": 6}, {"task": 7}], None)
 
 
 def test_an_arm_that_dies_keeps_its_samples_and_leaves_the_rounds() -> None:
     asked: list[str] = []
-    found = rounds(stubs("abc", asked, b=1), SWIFT)
+    found = rounds(stubs("abc", asked, b=1), SWIFT.repeats)
     assert "".join(asked) == "abccaac"
     assert found["b"] == ([{"task": 2}], "RuntimeError: it died")
     assert found["a"][1] is None
-
-
-def test_an_arm_over_its_budget_leaves_after_the_least_number_of_rounds() -> None:
-    asked: list[str] = []
-    rounds(stubs("ab", asked), SWIFT._replace(budget_s=0.0))
-    assert "".join(asked) == "abba"
 
 
 def test_errors_are_told_without_the_folders_of_the_machine() -> None:
@@ -147,14 +141,14 @@ def test_circumstances_tell_machine_versions_and_commit() -> None:
 def test_networks_take_their_batch_and_are_the_same_each_time(network: str) -> None:
     first, second = problem(network, 2), problem(network, 2)
     with torch.no_grad():
-        assert torch.equal(first.model(first.inputs), second.model(second.inputs))
-    assert first.targets.shape == (2,)
+        assert torch.equal(first.model(first.batch[0]), second.model(second.batch[0]))
+    assert first.batch[1].shape == (2,)
 
 
 def test_a_layer_of_a_peer_computes_what_the_layer_it_replaces_does() -> None:
     own, theirs = problem("mlp-64", 4), steps.replaced(problem("mlp-64", 4), OneDNNLinear)
     assert isinstance(theirs.model.get_submodule("2"), OneDNNLinear)
-    x, y = own.inputs.clone().requires_grad_(), own.inputs.clone().requires_grad_()
+    x, y = (own.batch[0].clone().requires_grad_() for _ in range(2))
     expected, found = own.model(x), theirs.model(y)
     torch.testing.assert_close(found, expected)
     for out in (expected, found):
