@@ -117,9 +117,9 @@ def _bytes(field: str) -> float:
 def _compilation(p: Parameters) -> dict[str, float]:
     """Start an arm twice, in processes of their own, with caches that no other uses."""
     os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)  # compiling is what is measured
-    with tempfile.TemporaryDirectory() as os.environ["TORCHINDUCTOR_CACHE_DIR"]:
-        threads = torch.get_num_threads()
-        return {name: fresh(_first_step, p, threads) for name in ("cold", "warm")}
+    with tempfile.TemporaryDirectory() as caches:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
+        return {name: fresh(_first_step, p, torch.get_num_threads()) for name in ("cold", "warm")}
 
 
 def _first_step(p: Parameters) -> float:

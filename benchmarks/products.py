@@ -38,7 +38,7 @@ class Operands(NamedTuple):
     theta: Tensor  # the weight, dense, [out, in]
     w: Tensor  # the weight on A, zeros elsewhere, [out, in]
     masks: tk.Masks  # A and B, [out, in]
-    sparsities: tuple[float, float]  # of A and B
+    half: tk.Masks  # B, and an A that is half of it
     block: tuple[int, int]  # shape of the blocks in A and B
     engine: str  # of this library
 
@@ -68,10 +68,10 @@ def _tasks(p: Parameters, sparsity: float) -> Tasks:
         for rows in (p["batch"], p["batch"], p["side"])
     )
     block: Any = tuple(p.get("block_shape", (1, 1)))
-    sparsities = sparsity, max(0.0, 1 - p.get("b_over_a", 1) * (1 - sparsity))
-    masks = sets(theta, *sparsities, block)
+    of_b = max(0.0, 1 - p.get("b_over_a", 1) * (1 - sparsity))
+    masks, half = (sets(theta, of_a, of_b, block) for of_a in (sparsity, (1 + of_b) / 2))
     w = theta * masks.forward
-    o = Operands(x, g, theta, w, masks, sparsities, block, p.get("engine", "numba"))
+    o = Operands(x, g, theta, w, masks, half, block, p.get("engine", "numba"))
     return {
         f"{kind} {sparsity:.0%}": (run, partial(_check, o, kind, matrix))
         for kind, (run, matrix) in zip(KINDS, WAYS[p["way"]](o), strict=True)
@@ -158,15 +158,13 @@ def _topkast(o: Operands) -> Products:
     """Compute through A; sample the weight gradient on B, of which half is A."""
     engine, (pack, unpack) = engines.engine(o.engine), engines.layout(o.engine)
     x, g, (rows, columns) = pack(o.x), pack(o.g), o.w.shape
-    forward, backward = o.sparsities
 
-    def indexed(forward: float) -> tuple[Any, Tensor, Tensor]:
-        masks = sets(o.theta, forward, backward, o.block)
+    def indexed(masks: tk.Masks) -> tuple[Any, Tensor, Tensor]:
         pattern = pattern_of(*masks, o.block)
         places = pattern.flat_index(o.block, o.w.shape)
         return pattern, places.flatten(), split(o.theta, places)
 
-    (a, _, on_a), (b, places, on_b) = indexed(forward), indexed((1 + backward) / 2)
+    (a, _, on_a), (b, places, on_b) = indexed(o.masks), indexed(o.half)
 
     def spread(found: Tensor) -> Tensor:
         return found.new_zeros(o.w.numel()).index_copy(0, places, found.flatten()).view_as(o.w)

@@ -20,7 +20,7 @@ Cases: TypeAlias = Mapping[str, Mapping[str, Parameters]]  # arms by name, by ca
 Tasks: TypeAlias = Mapping[str, tuple[Callable[[], Any], Callable[[Any], None]]]
 """What an arm is timed at: by name a call, and a check that raises if what it returns is wrong."""
 
-Numbers: TypeAlias = Mapping[str, float | str]  # by task a number, or why there is none
+Numbers: TypeAlias = Mapping[str, float]  # by task
 Work: TypeAlias = Callable[[Parameters], Any]
 """Makes the tasks of an arm or, where a number takes a process of its own, its numbers."""
 
@@ -64,15 +64,13 @@ def run(
             )
     for name, (answers, error) in found.items():
         for task in answers[0] if answers else [""]:
-            told = [answer[task] for answer in answers]
-            repeats = [number for number in told if isinstance(number, float)]
-            why = next((number for number in told if isinstance(number, str)), error)
             entry: dict[str, Any] = {"suite": suite.name, "case": case, "arm": name, "task": task}
             entry |= {"parameters": arms[name], "unit": suite.unit}
+            repeats = [answer[task] for answer in answers]
             if repeats:
                 entry[f"median_{suite.unit}"] = statistics.median(repeats)
             entry[f"repeats_{suite.unit}"] = repeats
-            yield entry | ({"error": why} if why else {})
+            yield entry | ({"error": error} if error else {})
 
 
 def rounds(
@@ -115,27 +113,21 @@ def _turn(own: ProcessPoolExecutor, work: Work, parameters: Parameters, plan: Pl
     return own.submit(_time, work, parameters, plan.sample_s).result()
 
 
-_samples: dict[str, Callable[[float], float | str]] = {}
-"""Of the process of an arm: what takes a sample of each task, or says why there is none."""
+_timers: dict[str, Timer] = {}
+"""Of the tasks of an arm, in its process."""
 
 
 def _time(work: Work, parameters: Parameters, sample_s: float) -> Numbers:
     """Return, in the process of an arm, the seconds of a call of each of its tasks."""
-    if not _samples:
+    if not _timers:
         tasks: Tasks = work(parameters)
-        _samples.update({name: _checked(*task) for name, task in tasks.items()})
-    return {name: sample(sample_s) for name, sample in _samples.items()}
-
-
-def _checked(
-    call: Callable[[], Any], check: Callable[[Any], None]
-) -> Callable[[float], float | str]:
-    try:
-        check(call())
-        for _ in range(WARM_UP_CALLS):
-            call()
-    except Exception as reason:  # the other tasks of the arm go on
-        why = told(reason)
-        return lambda sample_s: why
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return lambda sample_s: timer.blocked_autorange(min_run_time=sample_s).mean
+        for call, check in tasks.values():
+            check(call())
+            for _ in range(WARM_UP_CALLS):
+                call()
+        threads = torch.get_num_threads()
+        _timers.update({
+            name: Timer("call()", globals={"call": call}, num_threads=threads)
+            for name, (call, _) in tasks.items()
+        })
+    return {name: t.blocked_autorange(min_run_time=sample_s).mean for name, t in _timers.items()}

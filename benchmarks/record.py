@@ -17,15 +17,7 @@ import torch
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
-PACKAGES = [
-    "topkast_func",
-    "torch",
-    "numpy",
-    "llvmlite",
-    "torch_sparse",
-    "torch_scatter",
-    "sparselab",
-]
+USED = ("topkast_func", "torch", "numpy", "llvmlite", "torch_sparse", "torch_scatter", "sparselab")
 
 Entry: TypeAlias = Mapping[str, Any]
 """One arm at one task of one case, as JSON holds it: ``suite``, ``case``, ``arm``, ``task``, the
@@ -85,11 +77,11 @@ def load(folder: Path = RESULTS) -> Results:
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with one line for every key, and for every entry of a list one of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = {key: json.dumps(value) for key, value in content.items()}
-    for key in (key for key, value in content.items() if isinstance(value, list)):
-        text[key] = "[\n" + ",\n".join(map(json.dumps, content[key])) + "\n]"
-    lines = ",\n".join(f"{json.dumps(key)}: {value}" for key, value in text.items())
-    path.write_text("{\n" + lines + "\n}\n")
+    lines = []
+    for key, value in content.items():
+        rows = ",\n".join(map(json.dumps, value)) if isinstance(value, list) else ""
+        lines.append(f"{json.dumps(key)}: " + (f"[\n{rows}\n]" if rows else json.dumps(value)))
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def circumstances(threads: int) -> dict[str, Any]:
@@ -101,7 +93,7 @@ def circumstances(threads: int) -> dict[str, Any]:
         "commit": _commit(),
         "machine": {"system": platform.system(), "cpu": machine.pop("cpu_name", ""), **machine},
         "threads": threads,
-        "versions": {"python": platform.python_version(), **{p: found.get(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: found.get(p) for p in USED}},
     }
 
 

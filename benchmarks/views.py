@@ -88,9 +88,9 @@ def steps_figure(results: Results) -> Figure:
     return _figure(panels, "step, ms", results.where("steps"))
 
 
-def products_figure(results: Results, case: str = "1024x1024/256") -> Figure:
+def products_figure(results: Results) -> Figure:
     """Draw how many times as fast as torch's dense product each is, a panel for each product."""
-    panels: dict[str, Curves] = {kind: {} for kind in KINDS}
+    case, panels = "1024x1024/256", dict[str, Curves]((kind, {}) for kind in KINDS)
     for entry in results.of("products", case):
         kind, _, sparsity = entry["task"].rpartition(" ")
         ratio = results.ratio("products", case, entry["task"], ["dense"], entry["arm"])
@@ -99,14 +99,13 @@ def products_figure(results: Results, case: str = "1024x1024/256") -> Figure:
 
 
 def _figure(panels: dict[str, Curves], ylabel: str, title: str) -> Figure:
-    rows = 1 + (len(panels) == 4)
-    size = (4.2 * len(panels) / rows, 3.8 * rows + 1)
-    figure, axes = plt.subplots(rows, len(panels) // rows, figsize=size, layout="constrained")
+    size = (4.2 * len(panels), 4.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
     figure.suptitle(title)
     names = dict.fromkeys(name for curves in panels.values() for name in curves)
     colors = {name: plt.get_cmap("tab20")(place) for place, name in enumerate(names)}
     handles: dict[str, Any] = {}
-    for panel, (name, curves) in zip(axes.flat, panels.items(), strict=True):
+    for panel, (name, curves) in zip(axes, panels.items(), strict=True):
         for label, points in curves.items():
             xs, style = sorted(points), "--" if label.startswith("dense") else "o-"
             ys = [points[x] for x in xs]

@@ -66,15 +66,17 @@ def test_errors_are_told_without_the_folders_of_the_machine() -> None:
 
 def test_processes_take_turns_and_what_is_wrong_is_recorded() -> None:
     suite = Suite("copies", {}, stub_arms.timed)
-    case = {"good": {"way": "good"}, "dies": {"way": "dies"}}
-    entries = {(e["arm"], e["task"]): e for e in run(suite, "tiny", case, 1, SWIFT)}
-    assert next(iter(entries)) == ("good", "right")
-    assert len(entries["good", "right"]["repeats_s"]) == SWIFT.repeats
-    assert entries["good", "right"]["median_s"] > 0
-    assert entries["good", "wrong"]["error"] == "ArithmeticError: 0 is wrong"
-    assert entries["good", "wrong"]["repeats_s"] == []
-    assert entries["good", "failing"]["error"].startswith("TypeError: 'NoneType'")
-    assert "terminated abruptly" in entries["dies", ""]["error"]
+    case = {way: {"way": way} for way in ("right", "wrong", "fails", "dies")}
+    entries = {e["arm"]: e for e in run(suite, "tiny", case, 1, SWIFT)}
+    assert list(entries) == list(case)
+    assert entries["right"]["task"] == "task"
+    assert len(entries["right"]["repeats_s"]) == SWIFT.repeats
+    assert entries["right"]["median_s"] > 0
+    assert "error" not in entries["right"]
+    assert entries["wrong"]["error"] == "ArithmeticError: 0 is wrong"
+    assert entries["wrong"]["repeats_s"] == []
+    assert entries["fails"]["error"].startswith("TypeError: 'NoneType'")
+    assert "terminated abruptly" in entries["dies"]["error"]
 
 
 def test_where_a_number_takes_a_process_each_round_has_one() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.evidence import report, tasks, training
-from benchmarks.evidence.__main__ import Ledger
+from benchmarks.evidence.__main__ import keep
 from benchmarks.evidence.networks import cnn, decoder, mlp
 from benchmarks.evidence.settings import (
     METHODS,
@@ -129,28 +129,26 @@ def test_a_refresh_is_told_by_its_shock() -> None:
 
 
 def test_what_was_run_is_kept_and_found_again(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "evidence.json")
-    setting = trials("mlp")["rigl"][3]
-    ledger.add(setting, {"score": 88.0})
-    again = Ledger(tmp_path / "evidence.json")
-    found = again.runs[setting]
+    path, setting = tmp_path / "evidence.json", trials("mlp")["rigl"][3]
+    keep(path, setting, {"score": 88.0})
+    found = report.read(path)[setting]
     assert (found["setting"], found["score"]) == (setting.told(), 88.0)
     assert found["date"]
     assert "commit" in found
-    assert replace(setting, seed=7) not in again.runs
-    lines = (tmp_path / "evidence.json").read_text().splitlines()
+    assert replace(setting, seed=7) not in report.read(path)
+    lines = path.read_text().splitlines()
     assert len(lines) == 6
     assert json.loads("\n".join(lines))["about"]["machine"]
 
 
-def test_a_ledger_reads_any_layout_and_writes_a_run_on_every_line(tmp_path: Path) -> None:
-    settings = trials("mlp")["rigl"][:2]
+def test_runs_of_any_layout_are_kept_on_a_line_each(tmp_path: Path) -> None:
+    path, settings = tmp_path / "old.json", trials("mlp")["rigl"][:2]
     runs = [{"setting": s.told(), "score": 1.0} for s in settings]
-    (tmp_path / "old.json").write_text(json.dumps({"about": {}, "runs": runs}, indent=1))
-    ledger = Ledger(tmp_path / "old.json")
-    assert list(ledger.runs.items()) == list(zip(settings, runs, strict=True))
-    ledger.add(replace(settings[0], seed=7), {"score": 2.0})
-    assert len((tmp_path / "old.json").read_text().splitlines()) == 8
+    path.write_text(json.dumps({"about": {}, "runs": runs}, indent=1))
+    assert list(report.read(path).items()) == list(zip(settings, runs, strict=True))
+    keep(path, replace(settings[0], seed=7), {"score": 2.0})
+    assert len(path.read_text().splitlines()) == 8
+    assert list(report.read(path).values())[:2] == runs
 
 
 def runs_of(tuned: dict[str, Setting]) -> dict[Setting, dict[str, Any]]:

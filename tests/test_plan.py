@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import topkast_func as tk
 from benchmarks import record
 from benchmarks.networks import problem
-from benchmarks.plans import linear
+from benchmarks.page import linear
 from topkast_func.distributed.batches import rows
 from topkast_func.distributed.owners import Owners
 from topkast_func.distributed.ranks import Ranks
