@@ -71,11 +71,6 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def encoder() -> nn.Sequential:
-    """Build a transformer block of width 256 and a classifier on its mean token."""
-    return nn.Sequential(Block(256, 4, 1024), Mean(), nn.Linear(256, 10))
-
-
 def residual(channels: int) -> nn.Sequential:
     """Build a residual block and a classifier on the mean of its pixels."""
     end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
@@ -86,7 +81,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp-784": (lambda: mlp(784, 512, 512, 10), (784,), 128),
     "mlp-1024": (lambda: mlp(*[1024] * 5), (1024,), 256),
     "mlp-2048": (lambda: mlp(*[2048] * 4), (2048,), 512),
-    "encoder": (encoder, (64, 256), 16),
+    "encoder": (lambda: nn.Sequential(Block(256, 4, 1024), Mean(), *mlp(256, 10)), (64, 256), 16),
     "residual": (lambda: residual(128), (128, 16, 16), 32),
     "mlp-64": (lambda: mlp(*[64] * 4), (64,), 512),
 }

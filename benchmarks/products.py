@@ -42,40 +42,36 @@ class Operands(NamedTuple):
     block: tuple[int, int]  # shape of the blocks in A and B
     engine: str  # of this library
 
-
-def _arms(side: int, batch: int) -> dict[str, Parameters]:
-    ways: dict[str, Parameters] = {way: {"way": way} for way in ("dense", ONEDNN, "torch CSR")}
-    for block in BLOCKS:
-        ways[f"topkast {block[0]}×{block[1]}"] = {"way": "topkast", "block_shape": block}
-    told = {"side": side, "batch": batch, "sparsities": SPARSITIES}
-    return {name: {**told, **way} for name, way in ways.items()}
+    def factors(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return what is multiplied with the transpose of what, for each of `KINDS`."""
+        return (self.x, self.w), (self.g, self.w.t()), (self.g.t(), self.x.t())
 
 
-def prepare(parameters: Parameters) -> Tasks:
+def prepare(p: Parameters) -> Tasks:
     """Return the products of an arm at every sparsity; each checks itself against the dense one.
 
     Its parameters are ``side`` of a square weight, ``batch``, ``sparsities`` of A, ``way``, and
     where they are not the default ``block_shape``, ``b_over_a``: how many times as large B is, as
     far as there is room, ``engine``, ``device`` and ``dtype``.
     """
-    return {k: t for s in parameters["sparsities"] for k, t in _tasks(parameters, s).items()}
-
-
-def _tasks(p: Parameters, sparsity: float) -> Tasks:
-    torch.manual_seed(0)
-    x, g, theta = (
-        torch.randn(rows, p["side"], device=p.get("device"), dtype=p.get("dtype"))
-        for rows in (p["batch"], p["batch"], p["side"])
-    )
+    tasks = {}
     block: Any = tuple(p.get("block_shape", (1, 1)))
-    of_b = max(0.0, 1 - p.get("b_over_a", 1) * (1 - sparsity))
-    masks, half = (sets(theta, of_a, of_b, block) for of_a in (sparsity, (1 + of_b) / 2))
-    w = theta * masks.forward
-    o = Operands(x, g, theta, w, masks, half, block, p.get("engine", "numba"))
-    return {
-        f"{kind} {sparsity:.0%}": (run, partial(_check, o, kind, matrix))
-        for kind, (run, matrix) in zip(KINDS, WAYS[p["way"]](o), strict=True)
-    }
+    for sparsity in p["sparsities"]:
+        torch.manual_seed(0)
+        x, g, theta = (
+            torch.randn(rows, p["side"], device=p.get("device"), dtype=p.get("dtype"))
+            for rows in (p["batch"], p["batch"], p["side"])
+        )
+        of_b = max(0.0, 1 - p.get("b_over_a", 1) * (1 - sparsity))
+        masks, half = (sets(theta, of_a, of_b, block) for of_a in (sparsity, (1 + of_b) / 2))
+        w = theta * masks.forward
+        o = Operands(x, g, theta, w, masks, half, block, p.get("engine", "numba"))
+        places = torch.ones(()), torch.ones(()), masks.backward
+        found = zip(KINDS, WAYS[p["way"]](o), o.factors(), places, strict=True)
+        for kind, (run, matrix), factors, where in found:
+            check = partial(_check, factors, where.to(theta), matrix)
+            tasks[f"{kind} {sparsity:.0%}"] = run, check
+    return tasks
 
 
 def sets(
@@ -86,22 +82,18 @@ def sets(
     return tk.compute_masks({"weight": weight}, config)["weight"]
 
 
-def _check(o: Operands, kind: str, matrix: Callable[[Any], Tensor], output: Any) -> None:
-    doubles = o._replace(x=o.x.double(), g=o.g.double(), w=o.w.double())
-    exact = _dense(functional.linear, doubles)[KINDS.index(kind)][0]()
-    where = o.masks.backward if kind == "weight gradient" else torch.ones_like(exact)
-    error = ((matrix(output) - exact) * where).abs().max() / (exact * where).abs().max()
-    if not error < ROUNDING[o.x.dtype]:
-        raise ArithmeticError(f"the {kind} is wrong by {error:.1e} of its largest value")
+def _check(
+    factors: tuple[Tensor, Tensor], where: Tensor, matrix: Callable[[Any], Tensor], output: Any
+) -> None:
+    exact = functional.linear(*(factor.double() for factor in factors)) * where
+    error = (matrix(output) * where - exact).abs().max() / exact.abs().max()
+    if not error < ROUNDING[where.dtype]:
+        raise ArithmeticError(f"the product is wrong by {error:.1e} of its largest value")
 
 
 def _dense(product: Callable[[Tensor, Tensor], Tensor], o: Operands) -> Products:
     """Compute all three with what returns x·weightᵀ."""
-    return (
-        (lambda: product(o.x, o.w), torch.clone),
-        (lambda: product(o.g, o.w.t()), torch.clone),
-        (lambda: product(o.g.t(), o.x.t()), torch.clone),
-    )
+    return tuple((partial(product, *factors), torch.clone) for factors in o.factors())
 
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
@@ -169,12 +161,9 @@ def _topkast(o: Operands) -> Products:
     def spread(found: Tensor) -> Tensor:
         return found.new_zeros(o.w.numel()).index_copy(0, places, found.flatten()).view_as(o.w)
 
-    def unpacked(found: Tensor) -> Tensor:
-        return unpack(found, len(o.x))
-
     return (
-        (lambda: engine.forward(on_a, x, a, rows), unpacked),
-        (lambda: engine.input_gradient(on_a, g, a, columns), unpacked),
+        (lambda: engine.forward(on_a, x, a, rows), lambda y: unpack(y, len(o.x))),
+        (lambda: engine.input_gradient(on_a, g, a, columns), lambda y: unpack(y, len(o.x))),
         (lambda: engine.weight_gradient(g, x, b, on_b), spread),
     )
 
@@ -186,5 +175,15 @@ WAYS: dict[str, Callable[[Operands], Products]] = {
     "torch CSR": _torch_csr,
     "topkast": _topkast,
 }
-_CASES = {f"{side}x{side}/{batch}": _arms(side, batch) for side, batch in SHAPES}
+
+
+def _arms(**told: Any) -> dict[str, Parameters]:
+    arms: dict[str, Parameters]
+    arms = {way: {**told, "way": way} for way in ("dense", ONEDNN, "torch CSR")}
+    for r, c in BLOCKS:
+        arms[f"topkast {r}×{c}"] = {**told, "way": "topkast", "block_shape": (r, c)}
+    return arms
+
+
+_CASES = {f"{n}x{n}/{b}": _arms(side=n, batch=b, sparsities=SPARSITIES) for n, b in SHAPES}
 SUITE = Suite("products", _CASES, prepare)
