@@ -107,11 +107,10 @@ def check_training(device: str, storage: Any, block: int, dtype: torch.dtype) ->
             torch.cuda.set_sync_debug_mode("default")
             if number == 2:  # later, sets that are chosen from rounded numbers may differ
                 ends.append(tk.dense_params(state))
-    before = dict(model.named_parameters())
-    for name, (a, b) in {n: (ends[0][n].float(), ends[1][n].float()) for n in ends[0]}.items():
-        moved = (a - before[name].float()).abs().max()
+    for name, start in model.named_parameters():
+        before, a, b = (tensor.float() for tensor in (start, ends[0][name], ends[1][name]))
         rounding = 4 * torch.finfo(dtype).eps * a.abs().max()
-        if not moved > 2 * rounding or not (a - b).abs().max() <= rounding:
+        if not (a - before).abs().max() > 2 * rounding or not (a - b).abs().max() <= rounding:
             raise ArithmeticError(f"{name}: compiled and eager steps differ")
 
 
@@ -150,9 +149,8 @@ def step(device: str, network: str, block: int | None) -> Entry:
     build, shape = NETWORKS[network]
     model = build().to(device, torch.bfloat16)
     x = torch.randn(shape, device=device, dtype=torch.bfloat16)
-    method = tk.topkast() if block else tk.dense()
-    side = block or 1
-    config = tk.TopKastConfig(0.9, 0.8, block_shape=(side, side), refresh_every=None, method=method)
+    method, blocks = tk.topkast() if block else tk.dense(), (block or 1, block or 1)
+    config = tk.TopKastConfig(0.9, 0.8, block_shape=blocks, refresh_every=None, method=method)
     optimizer = tk.adamw(1e-4)
     run = tk.make_train_step(model, energy, config, optimizer)
     state = tk.init_state(model, config, optimizer, theta_device="cpu" if block else None)

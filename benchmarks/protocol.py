@@ -54,20 +54,16 @@ def run(
     with ExitStack() as running:
         if suite.fresh:
             turns = {n: partial(fresh, suite.work, p, threads) for n, p in arms.items()}
-            found = rounds(turns, plan.fresh_repeats)
         else:
             own = {name: running.enter_context(process(threads)) for name in arms}
             turns = {n: partial(_turn, own[n], suite.work, p, plan) for n, p in arms.items()}
-            built = rounds(turns, 1)  # and checked, and warmed up
-            found = built | rounds(
-                {n: t for n, t in turns.items() if not built[n][1]}, plan.repeats
-            )
+        untimed = 0 if suite.fresh else 1  # in which arms are built, checked and warmed up
+        found = rounds(turns, plan.fresh_repeats if suite.fresh else plan.repeats + untimed)
     for name, (answers, error) in found.items():
         for task in answers[0] if answers else [""]:
             entry: dict[str, Any] = {"suite": suite.name, "case": case, "arm": name, "task": task}
             entry |= {"parameters": arms[name], "unit": suite.unit}
-            repeats = [answer[task] for answer in answers]
-            if repeats:
+            if repeats := [answer[task] for answer in answers[untimed:]]:
                 entry[f"median_{suite.unit}"] = statistics.median(repeats)
             entry[f"repeats_{suite.unit}"] = repeats
             yield entry | ({"error": error} if error else {})

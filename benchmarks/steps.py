@@ -112,7 +112,7 @@ def training(on: Problem, p: Parameters, **options: Any) -> Training:
         penalty=p.get("penalty"),
         block_shape=(rows, columns),
     )
-    optimizer = OUR_OPTIMIZERS[p["optimizer"]](p.get("lr", 1e-3))
+    optimizer = OPTIMIZERS[p["optimizer"]][0](p.get("lr", 1e-3))
     state = tk.init_state(on.model, config, optimizer, storage=p.get("storage", "compact"))
     train_step = tk.make_train_step(on.model, loss_fn, config, optimizer, **options)
 
@@ -124,9 +124,8 @@ def training(on: Problem, p: Parameters, **options: Any) -> Training:
     return Training(step, lambda: state, config)
 
 
-def _prepare(parameters: Parameters) -> Tasks:
-    of_network = problem(parameters["network"], parameters.get("batch"))
-    return {"step": (WAYS[parameters["way"]](of_network, parameters), _check)}
+def _prepare(p: Parameters) -> Tasks:
+    return {"step": (WAYS[p["way"]](problem(p["network"], p.get("batch")), p), _check)}
 
 
 def _check(loss: Tensor) -> None:
@@ -138,7 +137,7 @@ def _conventional(
     of_network: Problem, p: Parameters, *compiled: str, penalty: Callable[[], Any] = float
 ) -> Callable[[], Tensor]:
     """Return a step of `torch.optim`; the model, or it and the optimiser, may be compiled."""
-    optimizer = OPTIMIZERS[p["optimizer"]](of_network.model.parameters(), lr=1e-3)
+    optimizer = OPTIMIZERS[p["optimizer"]][1](of_network.model.parameters(), lr=1e-3)
     forward = torch.compile(loss_fn) if "model" in compiled else loss_fn
     update = torch.compile(optimizer.step) if "optimizer" in compiled else optimizer.step
 
@@ -181,16 +180,11 @@ def _sparselab(of_network: Problem, p: Parameters) -> Callable[[], Tensor]:
     return _conventional(theirs, p)
 
 
-OUR_OPTIMIZERS: dict[str, Callable[..., tk.Optimizer]] = {
-    "sgd": partial(tk.sgd, momentum=0.9),
-    "adam": tk.adam,
-    "adamw": tk.adamw,
-}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": partial(torch.optim.SGD, momentum=0.9),
-    "adam": torch.optim.Adam,
-    "adamw": partial(torch.optim.AdamW, fused=True),
-}
+OPTIMIZERS: dict[str, tuple[Callable[..., tk.Optimizer], Callable[..., torch.optim.Optimizer]]] = {
+    "sgd": (partial(tk.sgd, momentum=0.9), partial(torch.optim.SGD, momentum=0.9)),
+    "adam": (tk.adam, torch.optim.Adam),
+    "adamw": (tk.adamw, partial(torch.optim.AdamW, fused=True)),
+}  # of this library, and of torch
 WAYS: dict[str, Callable[[Problem, Parameters], Callable[[], Tensor]]] = {
     "dense": _conventional,
     "dense compiled": lambda n, p: _conventional(n, p, "model"),

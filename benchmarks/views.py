@@ -76,10 +76,8 @@ def steps_figure(results: Results) -> Figure:
     """Draw the time of a step over forward sparsity, a panel for each network."""
     panels: dict[str, Curves] = {network: {} for network in NETWORKS}
     for network, curves in panels.items():
-        cases = (
-            results.of("steps", f"{network}, {kind}", "step") for kind in ("blocks", "sparsities")
-        )
-        for entry in chain(*cases):
+        kinds = (results.of("steps", f"{network}, {k}", "step") for k in ("blocks", "sparsities"))
+        for entry in chain(*kinds):
             told, number = entry["parameters"], 1e3 * median(entry)
             if "forward_sparsity" in told:
                 curves.setdefault(told["series"], {})[told["forward_sparsity"]] = number

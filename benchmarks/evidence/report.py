@@ -91,11 +91,8 @@ class Evidence(NamedTuple):
         for field, setting in ablations(self.tuned):
             if setting in self.runs:
                 found[field][getattr(setting, field)].append(self.runs[setting])
-        rows = [
-            (name(field), ", ".join(f"{value}: {cell(runs)}" for value, runs in values.items()))
-            for field, values in found.items()
-            if len(values) > 1
-        ]
+        told = {f: [f"{v}: {cell(runs)}" for v, runs in of.items()] for f, of in found.items()}
+        rows = [(name(field), ", ".join(cells)) for field, cells in told.items() if len(cells) > 1]
         return markdown(("what changes", "to what, and what that reaches"), rows)
 
     def margin(self, method: str, other: str, pair: Pair) -> float:
