@@ -13,13 +13,12 @@ from benchmarks.evidence import jumps, report
 from benchmarks.evidence.settings import METHODS, USUAL, ZERO
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import FIGURES, HERE, Results, load
-from benchmarks.steps import ENTRIES, Block
 from topkast_func.report.table import in_bytes
 
 TEMPLATE, PAGE, README = HERE / "page.md", HERE / "RESULTS.md", HERE.parent / "README.md"
 SHOWN = {"products": " 90%"}  # how the tasks end that are shown of a suite, if not all
 MODELS = {1: (4096, 8), 7: (16384, 8), 100: (32768, 64)}  # by 10⁹ parameters: width, and ranks
-BLOCK: Block = (16, 16)
+BLOCK = (16, 16)
 Evidence: TypeAlias = Mapping[str, report.Evidence]
 
 
@@ -53,7 +52,21 @@ def page(results: Results, evidence: Evidence) -> str:
 
 def plans() -> str:
     """Return what training large models would take by `tk.plan`; nothing is measured."""
-    return "\n\n".join(_plan(billions, *told) for billions, told in MODELS.items())
+    tables = []
+    for billions, (width, ranks) in MODELS.items():
+        model = linear(billions, width)
+        entries, blocks = (
+            tk.plan(model, tk.TopKastConfig(*USUAL, block_shape=block), ranks)
+            for block in ((1, 1), BLOCK)
+        )
+        names = {layout[:4]: layout.name for layout in entries.layouts}
+        for layout in blocks.layouts:  # which may be as large
+            names.setdefault(layout[:4], f"{layout.name}, {BLOCK[0]}×{BLOCK[1]} blocks")
+        title = f"{billions}·10⁹ parameters in layers of {width}×{width}, each of {ranks} ranks"
+        rows = [(name, *map(in_bytes, layout[1:])) for layout, name in names.items()]
+        tables.append(views.markdown((title, "device", "host", "sent in a step"), rows))
+        tables.append(f"Single entries: {entries.notes[0]}. Blocks: {blocks.notes[0]}.")
+    return "\n\n".join(tables)
 
 
 def linear(billions: float, width: int) -> nn.Sequential:
@@ -61,21 +74,6 @@ def linear(billions: float, width: int) -> nn.Sequential:
     count = round(billions * 1e9 / width**2)
     with torch.device("meta"):
         return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
-
-
-def _plan(billions: int, width: int, ranks: int) -> str:
-    model = linear(billions, width)
-    entries, blocks = (
-        tk.plan(model, tk.TopKastConfig(*USUAL, block_shape=block), ranks)
-        for block in (ENTRIES, BLOCK)
-    )
-    names = {layout[:4]: layout.name for layout in entries.layouts}
-    for layout in blocks.layouts:  # which may be as large
-        names.setdefault(layout[:4], f"{layout.name}, {BLOCK[0]}×{BLOCK[1]} blocks")
-    title = f"{billions}·10⁹ parameters in layers of {width}×{width}, each of {ranks} ranks"
-    rows = [(name, *map(in_bytes, layout[1:4])) for layout, name in names.items()]
-    notes = f"Single entries: {entries.notes[0]}. Blocks: {blocks.notes[0]}."
-    return f"{views.markdown((title, 'device', 'host', 'sent in a step'), rows)}\n\n{notes}"
 
 
 def readme(text: str, results: Results, evidence: Evidence) -> str:

@@ -47,7 +47,7 @@ class Results(NamedTuple):
 
     def of(self, suite: str, case: str, task: str | None = None) -> list[Entry]:
         """Return the entries of a case, or of one task of it."""
-        found = [e for e in self.entries if (e["suite"], e["case"]) == (suite, case)]
+        found = (e for e in self.entries if (e["suite"], e["case"]) == (suite, case))
         return [e for e in found if task in {None, e["task"]}]
 
     def cases(self, suite: str) -> list[str]:
@@ -88,17 +88,13 @@ def circumstances(threads: int) -> dict[str, Any]:
     """Tell where, when and with what a run measures with so many threads per process."""
     machine = {name: value for name, value in torch.cpu.get_capabilities().items() if value}
     found = {d.name.replace("-", "_"): d.version for d in distributions()}
+    git = partial(subprocess.run, capture_output=True, text=True, check=False, cwd=HERE)
+    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+    changed = git(["git", "status", "--porcelain", "-uno", "--", ":/topkast_func"]).stdout
     return {
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": f"{commit}, topkast_func modified" if changed else commit,
         "machine": {"system": platform.system(), "cpu": machine.pop("cpu_name", ""), **machine},
         "threads": threads,
         "versions": {"python": platform.python_version(), **{p: found.get(p) for p in USED}},
     }
-
-
-def _commit() -> str:
-    git = partial(subprocess.run, capture_output=True, text=True, check=False, cwd=HERE)
-    changed = git(["git", "status", "--porcelain", "-uno", "--", ":/topkast_func"]).stdout
-    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-    return f"{commit}, topkast_func modified" if changed else commit

@@ -83,11 +83,6 @@ def _cases() -> Iterator[tuple[str, dict[str, Parameters]]]:
         yield f"{SMALLEST}, batch {size}", of(DENSE) | ours | of([PEER], [FIXED])
 
 
-def _loops(network: str) -> dict[str, Parameters]:
-    of = partial(arms, network=network, optimizer="adamw")
-    return of(DENSE[:2]) | of([LOOP], PAIRS[1:4])
-
-
 class Training(NamedTuple):
     """A training under way: one step, which returns its loss; the state; the configuration."""
 
@@ -195,4 +190,6 @@ WAYS: dict[str, Callable[[Problem, Parameters], Callable[[], Tensor]]] = {
     LOOP: _ordinary,
 }  # each makes what trains one step and returns the loss
 SUITE = Suite("steps", dict(_cases()), _prepare)
-LOOPS = Suite("loops", {network: _loops(network) for network in NETWORKS}, _prepare)
+_fused = partial(arms, optimizer="adamw")
+_LOOPS = {n: _fused(DENSE[:2], network=n) | _fused([LOOP], PAIRS[1:4], network=n) for n in NETWORKS}
+LOOPS = Suite("loops", _LOOPS, _prepare)
