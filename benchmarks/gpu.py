@@ -65,7 +65,7 @@ def measurements(device: str) -> Cases:
 
 
 def tasks(
-    device: str, side: int, batch: int, block: int, sparsity: float, dtype: torch.dtype, way: str
+    device: str, side: int, batch: int, block: int, dtype: torch.dtype, sparsity: float, way: str
 ) -> Tasks:
     """Return the products of a layer, with a B that is twice as large as A."""
     shape = {"side": side, "batch": batch, "block_shape": (block, block)}
@@ -75,7 +75,7 @@ def tasks(
 
 def check_products(device: str, dtype: torch.dtype, block: int, batch: int) -> None:
     """Raise where a product is wrong."""
-    for call, check in tasks(device, 6 * block, batch, block, 0.7, dtype, "topkast").values():
+    for call, check in tasks(device, 6 * block, batch, block, dtype, 0.7, "topkast").values():
         check(call())
 
 
@@ -132,8 +132,8 @@ def layers(device: str, side: int, batch: int, block: int) -> Entry:
     arms = {way: (SPARSITIES[0], way) for way in ("dense", "masked")}
     arms |= {f"blocks {sparsity}": (sparsity, "topkast") for sparsity in SPARSITIES}
     found = {}
-    for name, (sparsity, way) in arms.items():
-        made = tasks(device, side, batch, block, sparsity, torch.bfloat16, way)
+    for name, arm in arms.items():
+        made = tasks(device, side, batch, block, torch.bfloat16, *arm)
         found[name] = [milliseconds(call) for call, _ in made.values()]
     sums = {name: sum(times) for name, times in found.items()}
     low, high = (sums[f"blocks {sparsity}"] for sparsity in (SPARSITIES[0], SPARSITIES[-1]))
@@ -167,14 +167,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "there is no GPU that torch can use\n")
-    started, entries = time.monotonic(), []
+    begun, entries = time.monotonic(), []
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     about |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
     for name, call in (*checks("cuda"), *measurements("cuda")):
-        if time.monotonic() - started > arguments.seconds:
+        start, entry = time.monotonic(), Entry(name=name)
+        if start - begun > arguments.seconds:
             break
-        entry: Entry = {"name": name}
-        begun = time.monotonic()
         try:
             entry |= call() or {"right": True}
         except Exception as reason:  # of a kernel, a compiler or the device: the others go on
@@ -182,7 +181,7 @@ def main() -> None:
         torch.cuda.set_sync_debug_mode("default")
         torch.compiler.reset()
         torch.cuda.empty_cache()
-        entries.append(entry | {"seconds": round(time.monotonic() - begun, 1)})
+        entries.append(entry | {"seconds": round(time.monotonic() - start, 1)})
         print(json.dumps(entries[-1]), flush=True)
         record.write(arguments.out, {**about, "entries": entries})
 

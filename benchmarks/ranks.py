@@ -164,7 +164,7 @@ def _seconds(own: Rank, folder: str) -> Numbers:
     spent: dict[str, float] = {}
     for part, owner, name in PARTS:  # of a process that does nothing else
         setattr(owner, name, _timing(spent, part, getattr(owner, name)))
-    took: dict[str, list[float]] = {"step": []}
+    took: dict[str, list[float]] = {"step": [], "refresh": []}
     for _ in range(STEPS):
         dist.barrier()
         spent.clear()
@@ -173,7 +173,7 @@ def _seconds(own: Rank, folder: str) -> Numbers:
         spent["refresh" if "choosing" in spent else "step"] = time.perf_counter() - start
         for part, seconds in spent.items():
             took.setdefault(part, []).append(seconds)
-    found = {part: statistics.median(seconds) for part, seconds in took.items()}
+    found = {part: statistics.median(seconds) for part, seconds in took.items() if seconds}
     if "refresh" in found:
         found["refresh"] -= found["step"]
     return found | own.save(folder)

@@ -25,9 +25,7 @@ BASELINES = {  # over which arms there are ratios, by suite
     **dict.fromkeys(("ranks", "ranks_seconds"), (["DDP"], ["FSDP2"])),
 }
 COLUMNS = {  # of the short table of steps: cases of a network, and arms
-    "80/50": ("sparsities", "topkast 1×1 80/50"),
-    "90/80": ("sparsities", "topkast 1×1 90/80"),
-    "95/90": ("sparsities", "topkast 1×1 95/90"),
+    **{pair: ("sparsities", f"topkast 1×1 {pair}") for pair in ("80/50", "90/80", "95/90")},
     "90/80 in 4×4 blocks": ("blocks", "topkast 4×4 90/80"),
 }
 
