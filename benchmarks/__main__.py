@@ -18,7 +18,6 @@ _COSTS = (costs.REFRESH, costs.MEMORY, costs.COMPILATION)
 _ALL = (products.SUITE, steps.SUITE, steps.LOOPS, *_COSTS, ranks.BYTES, ranks.SECONDS)
 SUITES = {suite.name: suite for suite in _ALL}
 SCRATCH = Path("runs") / "benchmarks"
-QUIET = 5.0  # per cent of the processors that may be at work before a suite starts
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -36,17 +35,15 @@ def main() -> None:
     os.environ |= dict.fromkeys(THREADS, str(arguments.threads))
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     for suite in arguments.suite:
-        busy = psutil.cpu_percent(1.0)
-        if busy > QUIET:
-            print(f"{suite}: the machine is {busy:.0f} % busy with something else")
+        busy = psutil.cpu_percent(1.0) / 100  # with something else
         about = record.circumstances(arguments.threads)
-        about |= {"busy_before": busy / 100, "protocol": plan._asdict()}
+        about |= {"busy_before": busy, "protocol": plan._asdict()}
         entries: list[record.Entry] = []
         for case, arms in SUITES[suite].cases.items():
             if arguments.case in case:
                 start = time.perf_counter()
                 entries += run(SUITES[suite], case, arms, arguments.threads, plan)
-                print(f"{suite}, {time.perf_counter() - start:.0f} s")
+                print(f"{suite}, {time.perf_counter() - start:.0f} s; busy before: {busy:.0%}")
                 print(views.case(record.Results({}, entries), suite, case), flush=True)
                 record.write(folder / f"{suite}.json", {**about, "cases": entries})
 

@@ -9,19 +9,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import topkast_func as tk
-from benchmarks import arms
+from benchmarks import steps
 from benchmarks.networks import problem
-from benchmarks.protocol import Parameters, Suite, Tasks, process
-from benchmarks.steps import DENSE, USUAL, WAYS, Block, arm
-
-Start: TypeAlias = Callable[[], Callable[[], Any]]
+from benchmarks.products import sets
+from benchmarks.protocol import Parameters, Suite, Tasks, fresh
 
 SIDE, KTH = 4096, int(0.9 * 4096**2)
 LARGE, REHEARSAL, STEPS = "mlp-2048", "mlp-64", 3
@@ -33,34 +31,36 @@ def _tensor() -> Tensor:
     return torch.randn(SIDE, SIDE)
 
 
-def _training(block: Block, lr: float = 1e-3) -> arms.Training:
-    told = {"optimizer": "sgd", "forward_sparsity": 0.9, "backward_sparsity": 0.8}
-    return arms.training(problem(LARGE), {**told, "block_shape": block, "lr": lr})
+def _training(block: steps.Block, lr: float) -> steps.Training:
+    arm, *_ = steps.arms([steps.OURS], [steps.USUAL], [block], lr=lr).values()
+    return steps.training(problem(LARGE), arm)
 
 
-def _refresh(block: Block) -> Callable[[], Any]:
-    training = _training(block, CHURN_LR)
+def _refresh(block: steps.Block) -> Callable[[], Any]:
+    step, state, config = _training(block, CHURN_LR)
     for _ in range(CHURN_STEPS):
-        training.step()
-    return partial(tk.refresh, training.state(), training.config)
+        step()
+    return partial(tk.refresh, state(), config)
 
 
-SELECTIONS: dict[str, Start] = {
-    "copy": lambda: _tensor().clone,
-    "copy into place": lambda: partial(torch.empty(SIDE, SIDE).copy_, _tensor()),
-    "numpy.partition": lambda: partial(np.partition, _tensor().abs().ravel().numpy(), KTH),
-    "masks 1×1": lambda: partial(arms.sets, _tensor(), 0.9, 0.8),
-    "masks 4×4": lambda: partial(arms.sets, _tensor(), 0.9, 0.8, (4, 4)),
-}
-REFRESHES: dict[str, Start] = {
-    "step": lambda: _training((1, 1)).step,
-    "refresh 1×1": lambda: _refresh((1, 1)),
-    "refresh 4×4": lambda: _refresh((4, 4)),
+STARTS: dict[str, dict[str, Callable[[], Callable[[], Any]]]] = {  # by case and way
+    f"{SIDE**2 / 1e6:.1f} M entries": {
+        "copy": lambda: _tensor().clone,
+        "copy into place": lambda: partial(torch.empty(SIDE, SIDE).copy_, _tensor()),
+        "numpy.partition": lambda: partial(np.partition, _tensor().abs().ravel().numpy(), KTH),
+        "masks 1×1": lambda: partial(sets, _tensor(), *steps.USUAL),
+        "masks 4×4": lambda: partial(sets, _tensor(), *steps.USUAL, steps.SQUARE),
+    },
+    LARGE: {
+        "step": lambda: _training(steps.ENTRIES, 1e-3).step,
+        "refresh 1×1": lambda: _refresh(steps.ENTRIES),
+        "refresh 4×4": lambda: _refresh(steps.SQUARE),
+    },
 }
 
 
 def _refresh_tasks(p: Parameters) -> Tasks:
-    return {"call": ((SELECTIONS | REFRESHES)[p["way"]](), lambda output: None)}
+    return {"call": (STARTS[p["case"]][p["way"]](), lambda output: None)}
 
 
 def _memory(p: Parameters) -> dict[str, float]:
@@ -77,12 +77,12 @@ def _memory(p: Parameters) -> dict[str, float]:
     _start_counting()
     for _ in range(STEPS):
         step()
-    peaks = {"peak, start included": from_start, "peak of steps": _bytes("VmHWM") - before}
-    return peaks | exact(p)
+    of_steps = _bytes("VmHWM") - before
+    return {"peak, start included": from_start, "peak of steps": of_steps, **exact(p)}
 
 
 def _steps(network: str, p: Parameters) -> Callable[[], Tensor]:
-    step = WAYS[p["way"]](problem(network), p)
+    step = steps.WAYS[p["way"]](problem(network), p)
     for _ in range(STEPS):
         step()
     return step
@@ -94,7 +94,7 @@ def exact(p: Parameters) -> dict[str, float]:
     dense = float(sum(weight.nbytes for weight in network.model.parameters()))
     if p["way"] != "topkast":  # a weight, its gradient and two slots of Adam
         return {"dense weights": dense, "trained state": 4 * dense}
-    rows = tk.summary(arms.training(network, p).state()).rows
+    rows = tk.summary(steps.training(network, p).state()).rows
     trained = float(sum(row.bytes + 4 * row.backward for row in rows))
     theta = float(sum(4 * math.prod(row.shape) for row in rows if row.backward_density < 1))
     return {"dense weights": dense, "trained state": trained, "theta": theta}
@@ -117,32 +117,26 @@ def _bytes(field: str) -> float:
 def _compilation(p: Parameters) -> dict[str, float]:
     """Start an arm twice, in processes of their own, with caches that no other uses."""
     os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)  # compiling is what is measured
-    seconds = {}
     with tempfile.TemporaryDirectory() as caches:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{caches}/inductor"
-        for name in ("cold", "warm"):
-            with process(torch.get_num_threads()) as fresh:
-                seconds[name] = fresh.submit(_first_step, p).result()
-    return seconds
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches
+        return {name: fresh(_first_step, p, torch.get_num_threads()) for name in ("cold", "warm")}
 
 
 def _first_step(p: Parameters) -> float:
     """Return the seconds from the network to the loss of its first step, imports apart."""
     of_network = problem(p["network"])
     start = time.perf_counter()
-    float(WAYS[p["way"]](of_network, p)())
+    float(steps.WAYS[p["way"]](of_network, p)())
     return time.perf_counter() - start
 
 
 def _arms(**told: Any) -> dict[str, Parameters]:
-    dense = (arm(way, **told) for way in DENSE)
-    return dict([*dense, *(arm("topkast", USUAL, block, **told) for block in ((1, 1), (4, 4)))])
+    return steps.arms(steps.DENSE, **told) | steps.arms(
+        [steps.OURS], [steps.USUAL], [steps.ENTRIES, steps.SQUARE], **told
+    )
 
 
-_CASES = {
-    f"{SIDE**2 / 1e6:.1f} M entries": {way: {"way": way} for way in SELECTIONS},
-    LARGE: {way: {"way": way} for way in REFRESHES},
-}
+_CASES = {case: {way: {"case": case, "way": way} for way in ways} for case, ways in STARTS.items()}
 REFRESH = Suite("refresh", _CASES, _refresh_tasks)
 _LARGE = {LARGE: _arms(network=LARGE, optimizer="adam")}
 MEMORY = Suite("memory", _LARGE, _memory, fresh=True, unit="bytes")

@@ -13,8 +13,12 @@ class Problem(NamedTuple):
     """A network at its initial weights, and the batch that every step sees."""
 
     model: nn.Module
-    inputs: Tensor
-    targets: Tensor
+    batch: tuple[Tensor, Tensor]  # inputs, and their classes
+
+
+def loss_fn(apply: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the mean cross entropy of a batch."""
+    return functional.cross_entropy(apply(batch[0]), batch[1])
 
 
 class Block(nn.Module):
@@ -67,11 +71,6 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def encoder() -> nn.Sequential:
-    """Build a transformer block of width 256 and a classifier on its mean token."""
-    return nn.Sequential(Block(256, 4, 1024), Mean(), nn.Linear(256, 10))
-
-
 def residual(channels: int) -> nn.Sequential:
     """Build a residual block and a classifier on the mean of its pixels."""
     end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
@@ -82,7 +81,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp-784": (lambda: mlp(784, 512, 512, 10), (784,), 128),
     "mlp-1024": (lambda: mlp(*[1024] * 5), (1024,), 256),
     "mlp-2048": (lambda: mlp(*[2048] * 4), (2048,), 512),
-    "encoder": (encoder, (64, 256), 16),
+    "encoder": (lambda: nn.Sequential(Block(256, 4, 1024), Mean(), *mlp(256, 10)), (64, 256), 16),
     "residual": (lambda: residual(128), (128, 16, 16), 32),
     "mlp-64": (lambda: mlp(*[64] * 4), (64,), 512),
 }
@@ -94,4 +93,4 @@ def problem(name: str, batch: int | None = None) -> Problem:
     build, inputs, usual = NETWORKS[name]
     torch.manual_seed(0)
     model, size = build(), batch or usual
-    return Problem(model, torch.randn(size, *inputs), torch.randint(0, 10, (size,)))
+    return Problem(model, (torch.randn(size, *inputs), torch.randint(0, 10, (size,))))

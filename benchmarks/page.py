@@ -4,17 +4,21 @@ import re
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from benchmarks import plans, views
+import torch
+from torch import nn
+
+import topkast_func as tk
+from benchmarks import views
 from benchmarks.evidence import jumps, report
 from benchmarks.evidence.settings import METHODS, USUAL, ZERO
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import FIGURES, HERE, Results, load
+from topkast_func.report.table import in_bytes
 
 TEMPLATE, PAGE, README = HERE / "page.md", HERE / "RESULTS.md", HERE.parent / "README.md"
-SUITES = dict.fromkeys(
-    ("steps", "loops", "refresh", "memory", "compilation", "ranks", "ranks_seconds"), ""
-)
-SUITES["products"] = " 90%"
+SHOWN = {"products": " 90%"}  # how the tasks end that are shown of a suite, if not all
+MODELS = {1: (4096, 8), 7: (16384, 8), 100: (32768, 64)}  # by 10⁹ parameters: width, and ranks
+BLOCK = (16, 16)
 Evidence: TypeAlias = Mapping[str, report.Evidence]
 
 
@@ -32,8 +36,9 @@ def main() -> None:
 
 def page(results: Results, evidence: Evidence) -> str:
     """Return the page: the template, with the tables in it."""
-    told = {"plans": plans.tables()}
-    for suite, only in SUITES.items():  # the tasks that end with that
+    told = {"plans": plans()}
+    for suite in results.about:
+        only = SHOWN.get(suite, "")
         tables = (views.case(results, suite, case, only) for case in results.cases(suite))
         told |= {suite: "\n\n".join(tables), f"{suite}_where": results.where(suite)}
     for task, found in evidence.items():
@@ -43,6 +48,32 @@ def page(results: Results, evidence: Evidence) -> str:
             f"{task}_ablations": found.ablation_table(),
         }
     return TEMPLATE.read_text().format_map(told)
+
+
+def plans() -> str:
+    """Return what training large models would take by `tk.plan`; nothing is measured."""
+    tables = []
+    for billions, (width, ranks) in MODELS.items():
+        model = linear(billions, width)
+        entries, blocks = (
+            tk.plan(model, tk.TopKastConfig(*USUAL, block_shape=block), ranks)
+            for block in ((1, 1), BLOCK)
+        )
+        names = {layout[:4]: layout.name for layout in entries.layouts}
+        for layout in blocks.layouts:  # which may be as large
+            names.setdefault(layout[:4], f"{layout.name}, {BLOCK[0]}×{BLOCK[1]} blocks")
+        title = f"{billions}·10⁹ parameters in layers of {width}×{width}, each of {ranks} ranks"
+        rows = [(name, *map(in_bytes, layout[1:])) for layout, name in names.items()]
+        tables.append(views.markdown((title, "device", "host", "sent in a step"), rows))
+        tables.append(f"Single entries: {entries.notes[0]}. Blocks: {blocks.notes[0]}.")
+    return "\n\n".join(tables)
+
+
+def linear(billions: float, width: int) -> nn.Sequential:
+    """Return square layers on the meta device, of about so many parameters together."""
+    count = round(billions * 1e9 / width**2)
+    with torch.device("meta"):
+        return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(count)))
 
 
 def readme(text: str, results: Results, evidence: Evidence) -> str:

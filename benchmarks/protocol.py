@@ -20,7 +20,7 @@ Cases: TypeAlias = Mapping[str, Mapping[str, Parameters]]  # arms by name, by ca
 Tasks: TypeAlias = Mapping[str, tuple[Callable[[], Any], Callable[[Any], None]]]
 """What an arm is timed at: by name a call, and a check that raises if what it returns is wrong."""
 
-Numbers: TypeAlias = Mapping[str, float | str]  # by task a number, or why there is none
+Numbers: TypeAlias = Mapping[str, float]  # by task
 Work: TypeAlias = Callable[[Parameters], Any]
 """Makes the tasks of an arm or, where a number takes a process of its own, its numbers."""
 
@@ -32,8 +32,6 @@ class Plan(NamedTuple):
     """How much is measured."""
 
     repeats: int = 9  # rounds through the arms of a case
-    at_least: int = 5  # rounds that even a slow arm takes part in
-    budget_s: float = 15.0  # after which an arm sits the remaining rounds out
     sample_s: float = 0.005  # least duration of one sample
     settle_s: float = 0.01  # pause before a turn, until the threads of the last process sleep
     fresh_repeats: int = 3  # rounds where a number takes a process
@@ -55,48 +53,38 @@ def run(
     """Measure a case; an arm that fails leaves an entry with its error."""
     with ExitStack() as running:
         if suite.fresh:
-            turns = {n: partial(_fresh, suite.work, p, threads) for n, p in arms.items()}
-            found = rounds(turns, plan._replace(repeats=plan.fresh_repeats))
+            turns = {n: partial(fresh, suite.work, p, threads) for n, p in arms.items()}
         else:
             own = {name: running.enter_context(process(threads)) for name in arms}
             turns = {n: partial(_turn, own[n], suite.work, p, plan) for n, p in arms.items()}
-            built = rounds(turns, plan._replace(repeats=1))  # and checked, and warmed up
-            found = built | rounds({n: t for n, t in turns.items() if not built[n][1]}, plan)
+        untimed = 0 if suite.fresh else 1  # in which arms are built, checked and warmed up
+        found = rounds(turns, plan.fresh_repeats if suite.fresh else plan.repeats + untimed)
     for name, (answers, error) in found.items():
         for task in answers[0] if answers else [""]:
-            told = [answer[task] for answer in answers]
-            repeats = [number for number in told if isinstance(number, float)]
-            why = next((number for number in told if isinstance(number, str)), error)
-            where = {"suite": suite.name, "case": case, "arm": name, "task": task}
-            yield {
-                **where,
-                "parameters": arms[name],
-                "unit": suite.unit,
-                **({f"median_{suite.unit}": statistics.median(repeats)} if repeats else {}),
-                f"repeats_{suite.unit}": repeats,
-                **({"error": why} if why else {}),
-            }
+            entry: dict[str, Any] = {"suite": suite.name, "case": case, "arm": name, "task": task}
+            entry |= {"parameters": arms[name], "unit": suite.unit}
+            if repeats := [answer[task] for answer in answers[untimed:]]:
+                entry[f"median_{suite.unit}"] = statistics.median(repeats)
+            entry[f"repeats_{suite.unit}"] = repeats
+            yield entry | ({"error": error} if error else {})
 
 
 def rounds(
-    turns: Mapping[str, Callable[[], Numbers]], plan: Plan
+    turns: Mapping[str, Callable[[], Numbers]], repeats: int
 ) -> dict[str, tuple[list[Numbers], str | None]]:
     """Give every arm its turn, round by round, forwards and backwards alternately.
 
     One that raises takes no further part. Returned is what each has answered, and why no more.
     """
     answers: dict[str, list[Numbers]] = {name: [] for name in turns}
-    spent, errors = dict.fromkeys(turns, 0.0), dict[str, str]()
-    for repeat in range(plan.repeats):
-        for name in list(turns)[:: 1 if repeat % 2 == 0 else -1]:
-            if name in errors or (repeat >= plan.at_least and spent[name] >= plan.budget_s):
-                continue
-            start = time.perf_counter()
+    errors: dict[str, str] = {}
+    for repeat in range(repeats):
+        order = [name for name in turns if name not in errors]
+        for name in order[:: 1 if repeat % 2 == 0 else -1]:
             try:
                 answers[name].append(turns[name]())
             except Exception as reason:  # of any library, or the end of a process
                 errors[name] = told(reason)
-            spent[name] += time.perf_counter() - start
     return {name: (answers[name], errors.get(name)) for name in turns}
 
 
@@ -110,9 +98,10 @@ def process(threads: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,))
 
 
-def _fresh(work: Work, parameters: Parameters, threads: int) -> Numbers:
+def fresh(work: Callable[[Parameters], Any], parameters: Parameters, threads: int) -> Any:
+    """Return what work comes to in a process of its own."""
     with process(threads) as own:
-        return dict(own.submit(work, parameters).result())
+        return own.submit(work, parameters).result()
 
 
 def _turn(own: ProcessPoolExecutor, work: Work, parameters: Parameters, plan: Plan) -> Numbers:
@@ -120,27 +109,21 @@ def _turn(own: ProcessPoolExecutor, work: Work, parameters: Parameters, plan: Pl
     return own.submit(_time, work, parameters, plan.sample_s).result()
 
 
-_timers: dict[str, Timer | str] = {}
-"""Of the process of an arm: how its tasks are timed, or why not."""
+_timers: dict[str, Timer] = {}
+"""Of the tasks of an arm, in its process."""
 
 
 def _time(work: Work, parameters: Parameters, sample_s: float) -> Numbers:
     """Return, in the process of an arm, the seconds of a call of each of its tasks."""
     if not _timers:
         tasks: Tasks = work(parameters)
-        _timers.update({name: _checked(*task) for name, task in tasks.items()})
-    return {name: _sample(timer, sample_s) for name, timer in _timers.items()}
-
-
-def _sample(timer: Timer | str, sample_s: float) -> float | str:
-    return timer if isinstance(timer, str) else timer.blocked_autorange(min_run_time=sample_s).mean
-
-
-def _checked(call: Callable[[], Any], check: Callable[[Any], None]) -> Timer | str:
-    try:
-        check(call())
-        for _ in range(WARM_UP_CALLS):
-            call()
-    except Exception as reason:  # the other tasks of the arm go on
-        return told(reason)
-    return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        for call, check in tasks.values():
+            check(call())
+            for _ in range(WARM_UP_CALLS):
+                call()
+        threads = torch.get_num_threads()
+        _timers.update({
+            name: Timer("call()", globals={"call": call}, num_threads=threads)
+            for name, (call, _) in tasks.items()
+        })
+    return {name: t.blocked_autorange(min_run_time=sample_s).mean for name, t in _timers.items()}

@@ -1,6 +1,7 @@
 """What is kept of a run: entries, one on a line, and where and with what they were measured."""
 
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -11,19 +12,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES = HERE / "results", HERE / "figures"
-PACKAGES = (
-    "topkast_func",
-    "torch",
-    "numpy",
-    "llvmlite",
-    "torch_sparse",
-    "torch_scatter",
-    "sparselab",
-)
+USED = ("topkast_func", "torch", "numpy", "llvmlite", "torch_sparse", "torch_scatter", "sparselab")
 
 Entry: TypeAlias = Mapping[str, Any]
 """One arm at one task of one case, as JSON holds it: ``suite``, ``case``, ``arm``, ``task``, the
@@ -31,10 +25,9 @@ Entry: TypeAlias = Mapping[str, Any]
 number for each round, their ``median_s``, and ``error`` where there are none, or no more."""
 
 
-def median(entry: Entry) -> float | None:
-    """Return the median of the numbers; None without any."""
-    number: float | None = entry.get(f"median_{entry['unit']}")
-    return number
+def median(entry: Entry) -> float:
+    """Return the median of the numbers; NaN without any."""
+    return float(entry.get(f"median_{entry['unit']}", math.nan))
 
 
 def spread(entry: Entry) -> float | None:
@@ -54,24 +47,18 @@ class Results(NamedTuple):
 
     def of(self, suite: str, case: str, task: str | None = None) -> list[Entry]:
         """Return the entries of a case, or of one task of it."""
-        found = [e for e in self.entries if (e["suite"], e["case"]) == (suite, case)]
+        found = (e for e in self.entries if (e["suite"], e["case"]) == (suite, case))
         return [e for e in found if task in {None, e["task"]}]
 
     def cases(self, suite: str) -> list[str]:
         """Name the cases of a suite."""
         return list(dict.fromkeys(e["case"] for e in self.entries if e["suite"] == suite))
 
-    def best(self, suite: str, case: str, task: str, arms: Iterable[str]) -> float | None:
-        """Return the smallest median among arms; None where none of them has any."""
-        medians = [median(e) for e in self.of(suite, case, task) if e["arm"] in set(arms)]
-        return min((number for number in medians if number is not None), default=None)
-
-    def ratio(
-        self, suite: str, case: str, task: str, over: Iterable[str], arm: str
-    ) -> float | None:
-        """Return how many times an arm the best of ``over`` is; None without both."""
-        above, below = (self.best(suite, case, task, arms) for arms in (over, [arm]))
-        return above / below if above is not None and below else None
+    def ratio(self, suite: str, case: str, task: str, over: Iterable[str], arm: str) -> float:
+        """Return how many times an arm the best of ``over`` is; NaN without both."""
+        numbers = {entry["arm"]: median(entry) for entry in self.of(suite, case, task)}
+        best = np.fmin.reduce([numbers.get(name, math.nan) for name in over])
+        return float(best / numbers.get(arm, math.nan))
 
     def where(self, suite: str) -> str:
         """Say on what and when a suite ran."""
@@ -90,31 +77,24 @@ def load(folder: Path = RESULTS) -> Results:
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON with one line for every key, and for every entry of a list one of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (f"{json.dumps(key)}: {_lines(value)}" for key, value in content.items())
+    lines = []
+    for key, value in content.items():
+        rows = ",\n".join(map(json.dumps, value)) if isinstance(value, list) else ""
+        lines.append(f"{json.dumps(key)}: " + (f"[\n{rows}\n]" if rows else json.dumps(value)))
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def _lines(value: Any) -> str:
-    if not isinstance(value, list):
-        return json.dumps(value)
-    return "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
 
 
 def circumstances(threads: int) -> dict[str, Any]:
     """Tell where, when and with what a run measures with so many threads per process."""
     machine = {name: value for name, value in torch.cpu.get_capabilities().items() if value}
     found = {d.name.replace("-", "_"): d.version for d in distributions()}
+    git = partial(subprocess.run, capture_output=True, text=True, check=False, cwd=HERE)
+    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+    changed = git(["git", "status", "--porcelain", "-uno", "--", ":/topkast_func"]).stdout
     return {
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": f"{commit}, topkast_func modified" if changed else commit,
         "machine": {"system": platform.system(), "cpu": machine.pop("cpu_name", ""), **machine},
         "threads": threads,
-        "versions": {"python": platform.python_version(), **{p: found.get(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: found.get(p) for p in USED}},
     }
-
-
-def _commit() -> str:
-    git = partial(subprocess.run, capture_output=True, text=True, check=False, cwd=HERE)
-    changed = git(["git", "status", "--porcelain", "-uno", "--", ":/topkast_func"]).stdout
-    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
-    return f"{commit}, topkast_func modified" if changed else commit

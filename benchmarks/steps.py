@@ -1,28 +1,30 @@
 """Whole training steps: forward, backward, optimiser, on one batch again and again."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, TypeAlias
+from importlib import import_module
+from itertools import product
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import topkast_func as tk
-from benchmarks import arms
-from benchmarks.networks import Problem, problem
+from benchmarks.networks import Problem, loss_fn, problem
+from benchmarks.products import ONEDNN, OneDNNLinear
 from benchmarks.protocol import Parameters, Suite, Tasks
 
 Pair: TypeAlias = tuple[float, float]  # forward and backward sparsity
 Block: TypeAlias = tuple[int, int]
-Arm: TypeAlias = tuple[str, dict[str, Any]]  # a name, and the parameters
 
 PAIRS: tuple[Pair, ...] = ((0.5, 0.2), (0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95))
 USUAL: Pair = (0.9, 0.8)
 FIXED: Pair = (0.9, 0.9)  # B is A, as SparseLab trains
-BLOCKS: tuple[Block, ...] = ((4, 1), (1, 4), (4, 4))
-SPARSELAB = (0.8, 0.9, 0.95)
+ENTRIES: Block = (1, 1)
+SQUARE: Block = (4, 4)
+BLOCKS: tuple[Block, ...] = ((4, 1), (1, 4), SQUARE)
+SPARSELAB = ((0.8, 0.8), FIXED, (0.95, 0.95))
 ENGINES = ("numba", "dense", "reference", "torch_sparse")
 NETWORKS = {
     "mlp-784": "784-512-512-10, batch 128",
@@ -34,65 +36,91 @@ NETWORKS = {
 SMALLEST, IMAGES, BATCHES = "mlp-784", "residual", (32, 512)
 
 DENSE = ("dense", "dense compiled", "dense compiled, optimiser too")
-ONEDNN, OURS, PEER, LOOP = "dense oneDNN", "topkast", "SparseLab", "sparsify"
+OURS, PEER, LOOP = "topkast", "SparseLab", "sparsify"
 
 
-def _sparsities(network: str) -> Iterator[Arm]:
-    yield from (arm(way, network=network) for way in (*DENSE, ONEDNN))
-    yield from (arm(OURS, pair, (1, 1), network=network) for pair in (*PAIRS, FIXED))
-    if network == IMAGES:  # SparseLab has no convolutions
-        return
-    yield from (arm(PEER, (sparsity, sparsity), network=network) for sparsity in SPARSELAB)
+def arms(
+    ways: Iterable[str],
+    pairs: Iterable[tuple[float, ...]] = ((),),
+    blocks: Iterable[tuple[int, ...]] = ((),),
+    **more: Any,
+) -> dict[str, Parameters]:
+    """Return an arm for every way, every pair of sparsities and every shape of blocks.
 
-
-def _blocks(network: str) -> Iterator[Arm]:
-    yield from (arm(way, network=network) for way in (*DENSE, ONEDNN))
-    yield from (arm(OURS, USUAL, block, network=network) for block in BLOCKS)
-    yield from (arm(OURS, p, (4, 4), network=network) for p in PAIRS if p != USUAL)
-
-
-def _engines() -> Iterator[Arm]:
-    yield from map(arm, DENSE)
-    for more in ({}, *({"engine": e} for e in ENGINES), {"penalty": "l2"}, {"storage": "dense"}):
-        yield arm(OURS, USUAL, (1, 1), **more)
-
-
-def _batch(size: int) -> Iterator[Arm]:
-    yield from (arm(way, batch=size) for way in DENSE)
-    for pair, block in ((USUAL, (1, 1)), (FIXED, (1, 1)), (USUAL, (4, 4))):
-        yield arm(OURS, pair, block, batch=size)
-    yield arm(PEER, FIXED, batch=size)
-
-
-def _loops(network: str) -> Iterator[Arm]:
-    for way in DENSE[:2]:
-        yield arm(way, network=network, optimizer="adamw")
-    for pair in PAIRS[1:4]:
-        yield arm(LOOP, pair, network=network, optimizer="adamw")
-
-
-def arm(way: str, pair: Pair | None = None, block: Block | None = None, **more: Any) -> Arm:
-    """Return an arm, named after its way, its blocks, what is not the default, and its sparsities.
-
-    The sparsities are those of forward and backward pass; what else it has is as `arms.training`
-    takes it, and the ``network``.
+    It is named after its way, its blocks, what is not the default, and its sparsities, those of
+    forward and backward pass; what else it has is as `training` takes it, and the ``network``.
     """
     unusual = [f"{key} {more[key]}" for key in ("engine", "penalty", "storage") if key in more]
-    name = " ".join([way, *([f"{block[0]}×{block[1]}"] if block else []), *unusual])
-    told = {"series": name, "network": SMALLEST, "way": way, "optimizer": "sgd", **more}
-    if block:
-        told["block_shape"] = block
-    if pair is None:
-        return name, told
-    if way == OURS and pair[0] == pair[1]:
-        told["series"] += ", B = A"
-    told |= {"forward_sparsity": pair[0], "backward_sparsity": pair[1]}
-    return f"{name} {100 * pair[0]:.0f}/{100 * pair[1]:.0f}", told
+    found: dict[str, Parameters] = {}
+    for way, pair, block in product(ways, pairs, blocks):
+        name = " ".join([way, *(["×".join(map(str, block))] if block else []), *unusual])
+        series = f"{name}, B = A" if way == OURS and len({*pair}) == 1 else name
+        told = {"series": series, "network": SMALLEST, "way": way, "optimizer": "sgd", **more}
+        told |= {"block_shape": block} if block else {}
+        told |= zip(("forward_sparsity", "backward_sparsity"), pair, strict=False)
+        shown = "/".join(f"{100 * sparsity:.0f}" for sparsity in pair)
+        found[f"{name} {shown}".strip()] = told
+    return found
 
 
-def _prepare(parameters: Parameters) -> Tasks:
-    of_network = problem(parameters["network"], parameters.get("batch"))
-    return {"step": (WAYS[parameters["way"]](of_network, parameters), _check)}
+def _cases() -> Iterator[tuple[str, dict[str, Parameters]]]:
+    """Yield the arms of each case; it has dense ones of its own."""
+    for network in NETWORKS:
+        of = partial(arms, network=network)
+        dense, entries = of((*DENSE, ONEDNN)), of([OURS], (*PAIRS, FIXED), [ENTRIES])
+        theirs = [] if network == IMAGES else SPARSELAB  # it has no convolutions
+        yield f"{network}, sparsities", dense | entries | of([PEER], theirs)
+        if network != IMAGES:
+            blocks = of([OURS], [USUAL], BLOCKS) | of([OURS], PAIRS, [SQUARE])
+            yield f"{network}, blocks", dense | blocks
+    engines = arms(DENSE)
+    for more in ({}, *({"engine": e} for e in ENGINES), {"penalty": "l2"}, {"storage": "dense"}):
+        engines |= arms([OURS], [USUAL], [ENTRIES], **more)
+    yield f"{SMALLEST}, engines", engines
+    for size in BATCHES:
+        of = partial(arms, batch=size)
+        ours = of([OURS], [USUAL, FIXED], [ENTRIES]) | of([OURS], [USUAL], [SQUARE])
+        yield f"{SMALLEST}, batch {size}", of(DENSE) | ours | of([PEER], [FIXED])
+
+
+class Training(NamedTuple):
+    """A training under way: one step, which returns its loss; the state; the configuration."""
+
+    step: Callable[[], Tensor]
+    state: Callable[[], tk.TrainState]
+    config: tk.TopKastConfig
+
+
+def training(on: Problem, p: Parameters, **options: Any) -> Training:
+    """Start a training of a network; options are those of `tk.make_train_step`.
+
+    Its parameters are ``forward_sparsity``, ``backward_sparsity``, ``optimizer``, and where they
+    are not the default ``block_shape``, ``penalty``, ``storage``, ``lr``, and ``refresh_every``.
+    Weights that the blocks do not divide stay dense.
+    """
+    rows, columns = p.get("block_shape", (1, 1))
+    config = tk.TopKastConfig(
+        p["forward_sparsity"],
+        p["backward_sparsity"],
+        sparse=lambda _, w: w.ndim > 1 and w.shape[0] % rows == 0 == w.shape[1] % columns,
+        refresh_every=p.get("refresh_every"),
+        penalty=p.get("penalty"),
+        block_shape=(rows, columns),
+    )
+    optimizer = OPTIMIZERS[p["optimizer"]][0](p.get("lr", 1e-3))
+    state = tk.init_state(on.model, config, optimizer, storage=p.get("storage", "compact"))
+    train_step = tk.make_train_step(on.model, loss_fn, config, optimizer, **options)
+
+    def step() -> Tensor:
+        nonlocal state
+        state, metrics = train_step(state, on.batch)
+        return metrics.loss
+
+    return Training(step, lambda: state, config)
+
+
+def _prepare(p: Parameters) -> Tasks:
+    return {"step": (WAYS[p["way"]](problem(p["network"], p.get("batch")), p), _check)}
 
 
 def _check(loss: Tensor) -> None:
@@ -104,18 +132,13 @@ def _conventional(
     of_network: Problem, p: Parameters, *compiled: str, penalty: Callable[[], Any] = float
 ) -> Callable[[], Tensor]:
     """Return a step of `torch.optim`; the model, or it and the optimiser, may be compiled."""
-    module = of_network.model
-    optimizer = OPTIMIZERS[p["optimizer"]](module.parameters(), lr=1e-3)
-
-    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        return functional.cross_entropy(module(inputs), targets)
-
-    forward = torch.compile(loss_of) if "model" in compiled else loss_of
+    optimizer = OPTIMIZERS[p["optimizer"]][1](of_network.model.parameters(), lr=1e-3)
+    forward = torch.compile(loss_fn) if "model" in compiled else loss_fn
     update = torch.compile(optimizer.step) if "optimizer" in compiled else optimizer.step
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss: Tensor = forward(of_network.inputs, of_network.targets) + penalty()
+        loss: Tensor = forward(of_network.model, of_network.batch) + penalty()
         loss.backward()  # type: ignore[no-untyped-call]
         update()
         return loss.detach()
@@ -145,27 +168,28 @@ def replaced(of_network: Problem, layer: Callable[[nn.Linear], nn.Module]) -> Pr
     return of_network
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": partial(torch.optim.SGD, momentum=0.9),
-    "adam": torch.optim.Adam,
-    "adamw": partial(torch.optim.AdamW, fused=True),
-}
+def _sparselab(of_network: Problem, p: Parameters) -> Callable[[], Tensor]:
+    """Return a step through SparseLab's layers, with weights that they draw; A is their B."""
+    layer = partial(import_module("sparselab").SparseLinear, sparsity=p["forward_sparsity"])
+    theirs = replaced(of_network, lambda own: layer(own.in_features, own.out_features))
+    return _conventional(theirs, p)
+
+
+OPTIMIZERS: dict[str, tuple[Callable[..., tk.Optimizer], Callable[..., torch.optim.Optimizer]]] = {
+    "sgd": (partial(tk.sgd, momentum=0.9), partial(torch.optim.SGD, momentum=0.9)),
+    "adam": (tk.adam, torch.optim.Adam),
+    "adamw": (tk.adamw, partial(torch.optim.AdamW, fused=True)),
+}  # of this library, and of torch
 WAYS: dict[str, Callable[[Problem, Parameters], Callable[[], Tensor]]] = {
     "dense": _conventional,
     "dense compiled": lambda n, p: _conventional(n, p, "model"),
     "dense compiled, optimiser too": lambda n, p: _conventional(n, p, "model", "optimizer"),
-    ONEDNN: lambda n, p: _conventional(replaced(n, arms.OneDNNLinear), p),
-    PEER: lambda n, p: _conventional(
-        replaced(n, partial(arms.sparselab, sparsity=p["forward_sparsity"])), p
-    ),
-    OURS: lambda n, p: arms.training(n, p).step,
+    ONEDNN: lambda n, p: _conventional(replaced(n, OneDNNLinear), p),
+    PEER: _sparselab,
+    OURS: lambda n, p: training(n, p, engine=p.get("engine", "auto")).step,
     LOOP: _ordinary,
 }  # each makes what trains one step and returns the loss
-CASES = {
-    **{f"{network}, sparsities": dict(_sparsities(network)) for network in NETWORKS},
-    **{f"{network}, blocks": dict(_blocks(network)) for network in NETWORKS if network != IMAGES},
-    f"{SMALLEST}, engines": dict(_engines()),
-    **{f"{SMALLEST}, batch {size}": dict(_batch(size)) for size in BATCHES},
-}  # each has dense arms of its own
-SUITE = Suite("steps", CASES, _prepare)
-LOOPS = Suite("loops", {network: dict(_loops(network)) for network in NETWORKS}, _prepare)
+SUITE = Suite("steps", dict(_cases()), _prepare)
+_fused = partial(arms, optimizer="adamw")
+_LOOPS = {n: _fused(DENSE[:2], network=n) | _fused([LOOP], PAIRS[1:4], network=n) for n in NETWORKS}
+LOOPS = Suite("loops", _LOOPS, _prepare)

@@ -1,15 +1,17 @@
 """Results as tables in Markdown and as figures."""
 
+import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from benchmarks.products import KINDS
+from benchmarks.products import KINDS, ONEDNN
 from benchmarks.record import Entry, Results, median, spread
-from benchmarks.steps import DENSE, NETWORKS, ONEDNN, PAIRS
+from benchmarks.steps import DENSE, NETWORKS, PAIRS
 
 Curves: TypeAlias = dict[str, dict[float, float]]  # by name a number at each sparsity
 
@@ -23,9 +25,7 @@ BASELINES = {  # over which arms there are ratios, by suite
     **dict.fromkeys(("ranks", "ranks_seconds"), (["DDP"], ["FSDP2"])),
 }
 COLUMNS = {  # of the short table of steps: cases of a network, and arms
-    "80/50": ("sparsities", "topkast 1×1 80/50"),
-    "90/80": ("sparsities", "topkast 1×1 90/80"),
-    "95/90": ("sparsities", "topkast 1×1 95/90"),
+    **{pair: ("sparsities", f"topkast 1×1 {pair}") for pair in ("80/50", "90/80", "95/90")},
     "90/80 in 4×4 blocks": ("blocks", "topkast 4×4 90/80"),
 }
 
@@ -36,35 +36,30 @@ def steps(results: Results) -> str:
     for network, title in NETWORKS.items():
         named = [(f"{network}, {case}", "step", DENSE, arm) for case, arm in COLUMNS.values()]
         ratios = [results.ratio("steps", *where) for where in named]
-        rows.append((title, *("" if ratio is None else f"{ratio:.1f}×" for ratio in ratios)))
+        rows.append((title, *("" if math.isnan(ratio) else f"{ratio:.1f}×" for ratio in ratios)))
     return markdown(("network", *COLUMNS), rows)
 
 
 def case(results: Results, suite: str, name: str, only: str = "") -> str:
     """Return a case: arms down, across the tasks whose name ends as asked."""
-    arms: dict[str, dict[str, str]] = {}
-    for entry in results.of(suite, name):
-        arms.setdefault(entry["arm"], {})[entry["task"]] = _cell(results, entry)
-    tasks = dict.fromkeys(task for cells in arms.values() for task in cells if task.endswith(only))
-    tasks.pop("", None)  # of an arm that failed at once
-    rows = [
-        (arm, *(cells.get(task, cells.get("", "")) for task in tasks))
-        for arm, cells in arms.items()
-    ]
-    return markdown((name, *tasks), rows)
+    cells = {(e["arm"], e["task"]): _cell(results, e) for e in results.of(suite, name)}
+    arms, tasks = (dict.fromkeys(names) for names in zip(*cells, strict=True))
+    told = [task for task in tasks if task and task.endswith(only)]  # an arm that failed has none
+    rows = [(a, *(cells.get((a, t), cells.get((a, ""), "")) for t in told)) for a in arms]
+    return markdown((name, *told), rows)
 
 
 def _cell(results: Results, entry: Entry) -> str:
     """Write a median, its spread, and how many times faster (or smaller) than baselines it is."""
     number, apart = median(entry), spread(entry)
-    if number is None:
+    if math.isnan(number):
         return f"failed: {entry['error']}".replace("|", "/")
     scales = UNITS[entry["unit"]]
     scale, unit = next((s for s in scales if number >= s[0]), scales[-1])
     where, over = (entry["suite"], entry["case"], entry["task"]), BASELINES.get(entry["suite"], ())
     known = any(entry["arm"] in arms for arms in over)
     ratios = [] if known else [results.ratio(*where, arms, entry["arm"]) for arms in over]
-    told = ", ".join(f"{ratio:.2f}×" for ratio in ratios if ratio is not None)
+    told = ", ".join(f"{ratio:.2f}×" for ratio in ratios if not math.isnan(ratio))
     shown = f"{number / scale:.3g} {unit}" + (f" ± {apart:.0%}" if apart else "")
     return f"{shown} ({told})" if told else shown
 
@@ -79,39 +74,34 @@ def steps_figure(results: Results) -> Figure:
     """Draw the time of a step over forward sparsity, a panel for each network."""
     panels: dict[str, Curves] = {network: {} for network in NETWORKS}
     for network, curves in panels.items():
-        for case in (f"{network}, sparsities", f"{network}, blocks"):
-            for entry in results.of("steps", case, "step"):
-                told, number = entry["parameters"], median(entry)
-                if "forward_sparsity" in told and number is not None:
-                    points = curves.setdefault(told["series"], {})
-                    points[told["forward_sparsity"]] = 1e3 * number
-        for way in (*DENSE, ONEDNN):
-            number = results.best("steps", f"{network}, sparsities", "step", [way])
-            if number is not None:
-                curves[way] = {forward: 1e3 * number for forward, _ in PAIRS}
+        kinds = (results.of("steps", f"{network}, {k}", "step") for k in ("blocks", "sparsities"))
+        for entry in chain(*kinds):
+            told, number = entry["parameters"], 1e3 * median(entry)
+            if "forward_sparsity" in told:
+                curves.setdefault(told["series"], {})[told["forward_sparsity"]] = number
+            else:
+                curves[entry["arm"]] = {forward: number for forward, _ in PAIRS}
     return _figure(panels, "step, ms", results.where("steps"))
 
 
-def products_figure(results: Results, case: str = "1024x1024/256") -> Figure:
+def products_figure(results: Results) -> Figure:
     """Draw how many times as fast as torch's dense product each is, a panel for each product."""
-    panels: dict[str, Curves] = {kind: {} for kind in KINDS}
+    case, panels = "1024x1024/256", dict[str, Curves]((kind, {}) for kind in KINDS)
     for entry in results.of("products", case):
         kind, _, sparsity = entry["task"].rpartition(" ")
         ratio = results.ratio("products", case, entry["task"], ["dense"], entry["arm"])
-        if ratio is not None:
-            panels[kind].setdefault(entry["arm"], {})[int(sparsity[:-1]) / 100] = ratio
+        panels[kind].setdefault(entry["arm"], {})[int(sparsity[:-1]) / 100] = ratio
     return _figure(panels, "times as fast as dense", f"{case}, {results.where('products')}")
 
 
 def _figure(panels: dict[str, Curves], ylabel: str, title: str) -> Figure:
-    rows = 1 + (len(panels) == 4)
-    size = (4.2 * len(panels) / rows, 3.8 * rows + 1)
-    figure, axes = plt.subplots(rows, len(panels) // rows, figsize=size, layout="constrained")
+    size = (4.2 * len(panels), 4.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
     figure.suptitle(title)
     names = dict.fromkeys(name for curves in panels.values() for name in curves)
     colors = {name: plt.get_cmap("tab20")(place) for place, name in enumerate(names)}
     handles: dict[str, Any] = {}
-    for panel, (name, curves) in zip(axes.flat, panels.items(), strict=True):
+    for panel, (name, curves) in zip(axes, panels.items(), strict=True):
         for label, points in curves.items():
             xs, style = sorted(points), "--" if label.startswith("dense") else "o-"
             ys = [points[x] for x in xs]

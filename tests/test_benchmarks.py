@@ -1,6 +1,7 @@
 """The protocol of the benchmarks, its records and its pictures; no time is judged."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import arms, costs, products, record, steps, views
+from benchmarks import costs, products, record, steps, views
 from benchmarks.__main__ import SUITES
 from benchmarks.networks import NETWORKS, problem
+from benchmarks.products import OneDNNLinear
 from benchmarks.protocol import Plan, Suite, rounds, run, told
 from benchmarks.record import Entry
 from tests import stub_arms
@@ -27,7 +29,7 @@ ABOUT = {
     "threads": 2,
     "versions": {"torch": "2.13.0"},
 }
-SWIFT = Plan(repeats=3, at_least=2, sample_s=0.0, settle_s=0.0, fresh_repeats=2)
+SWIFT = Plan(repeats=3, sample_s=0.0, settle_s=0.0, fresh_repeats=2)
 
 
 def stubs(names: str, asked: list[str], **dies_at: int) -> dict[str, Callable[[], dict[str, int]]]:
@@ -44,23 +46,17 @@ def stubs(names: str, asked: list[str], **dies_at: int) -> dict[str, Callable[[]
 
 def test_rounds_go_forwards_and_backwards() -> None:
     asked: list[str] = []
-    found = rounds(stubs("abc", asked), SWIFT)
+    found = rounds(stubs("abc", asked), SWIFT.repeats)
     assert "".join(asked) == "abccbaabc"
     assert found["a"] == ([{"task": 1}, {"task": 6}, {"task": 7}], None)
 
 
 def test_an_arm_that_dies_keeps_its_samples_and_leaves_the_rounds() -> None:
     asked: list[str] = []
-    found = rounds(stubs("abc", asked, b=1), SWIFT)
+    found = rounds(stubs("abc", asked, b=1), SWIFT.repeats)
     assert "".join(asked) == "abccaac"
     assert found["b"] == ([{"task": 2}], "RuntimeError: it died")
     assert found["a"][1] is None
-
-
-def test_an_arm_over_its_budget_leaves_after_the_least_number_of_rounds() -> None:
-    asked: list[str] = []
-    rounds(stubs("ab", asked), SWIFT._replace(budget_s=0.0))
-    assert "".join(asked) == "abba"
 
 
 def test_errors_are_told_without_the_folders_of_the_machine() -> None:
@@ -70,15 +66,17 @@ def test_errors_are_told_without_the_folders_of_the_machine() -> None:
 
 def test_processes_take_turns_and_what_is_wrong_is_recorded() -> None:
     suite = Suite("copies", {}, stub_arms.timed)
-    case = {"good": {"way": "good"}, "dies": {"way": "dies"}}
-    entries = {(e["arm"], e["task"]): e for e in run(suite, "tiny", case, 1, SWIFT)}
-    assert next(iter(entries)) == ("good", "right")
-    assert len(entries["good", "right"]["repeats_s"]) == SWIFT.repeats
-    assert entries["good", "right"]["median_s"] > 0
-    assert entries["good", "wrong"]["error"] == "ArithmeticError: 0 is wrong"
-    assert entries["good", "wrong"]["repeats_s"] == []
-    assert entries["good", "failing"]["error"].startswith("TypeError: 'NoneType'")
-    assert "terminated abruptly" in entries["dies", ""]["error"]
+    case = {way: {"way": way} for way in ("right", "wrong", "fails", "dies")}
+    entries = {e["arm"]: e for e in run(suite, "tiny", case, 1, SWIFT)}
+    assert list(entries) == list(case)
+    assert entries["right"]["task"] == "task"
+    assert len(entries["right"]["repeats_s"]) == SWIFT.repeats
+    assert entries["right"]["median_s"] > 0
+    assert "error" not in entries["right"]
+    assert entries["wrong"]["error"] == "ArithmeticError: 0 is wrong"
+    assert entries["wrong"]["repeats_s"] == []
+    assert entries["fails"]["error"].startswith("TypeError: 'NoneType'")
+    assert "terminated abruptly" in entries["dies"]["error"]
 
 
 def test_where_a_number_takes_a_process_each_round_has_one() -> None:
@@ -130,7 +128,7 @@ def test_medians_have_a_spread_of_at_least_two_numbers() -> None:
     assert record.median(entry) == 3.0
     assert record.spread(entry) == pytest.approx(1 / 3)
     assert record.spread({"unit": "s", "repeats_s": [1.0]}) is None
-    assert record.median({"unit": "bytes", "repeats_bytes": []}) is None
+    assert math.isnan(record.median({"unit": "bytes", "repeats_bytes": []}))
 
 
 def test_circumstances_tell_machine_versions_and_commit() -> None:
@@ -145,14 +143,14 @@ def test_circumstances_tell_machine_versions_and_commit() -> None:
 def test_networks_take_their_batch_and_are_the_same_each_time(network: str) -> None:
     first, second = problem(network, 2), problem(network, 2)
     with torch.no_grad():
-        assert torch.equal(first.model(first.inputs), second.model(second.inputs))
-    assert first.targets.shape == (2,)
+        assert torch.equal(first.model(first.batch[0]), second.model(second.batch[0]))
+    assert first.batch[1].shape == (2,)
 
 
 def test_a_layer_of_a_peer_computes_what_the_layer_it_replaces_does() -> None:
-    own, theirs = problem("mlp-64", 4), steps.replaced(problem("mlp-64", 4), arms.OneDNNLinear)
-    assert isinstance(theirs.model.get_submodule("2"), arms.OneDNNLinear)
-    x, y = own.inputs.clone().requires_grad_(), own.inputs.clone().requires_grad_()
+    own, theirs = problem("mlp-64", 4), steps.replaced(problem("mlp-64", 4), OneDNNLinear)
+    assert isinstance(theirs.model.get_submodule("2"), OneDNNLinear)
+    x, y = (own.batch[0].clone().requires_grad_() for _ in range(2))
     expected, found = own.model(x), theirs.model(y)
     torch.testing.assert_close(found, expected)
     for out in (expected, found):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.evidence import report, tasks, training
-from benchmarks.evidence.__main__ import Ledger
+from benchmarks.evidence.__main__ import keep
 from benchmarks.evidence.networks import cnn, decoder, mlp
 from benchmarks.evidence.settings import (
     METHODS,
@@ -129,41 +129,34 @@ def test_a_refresh_is_told_by_its_shock() -> None:
 
 
 def test_what_was_run_is_kept_and_found_again(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "evidence.json")
-    setting = trials("mlp")["rigl"][3]
-    ledger.add(setting, {"score": 88.0})
-    again = Ledger(tmp_path / "evidence.json")
-    found = report.find(again.runs, setting)
-    assert found is not None
+    path, setting = tmp_path / "evidence.json", trials("mlp")["rigl"][3]
+    keep(path, setting, {"score": 88.0})
+    found = report.read(path)[setting]
     assert (found["setting"], found["score"]) == (setting.told(), 88.0)
     assert found["date"]
     assert "commit" in found
-    assert report.find(again.runs, replace(setting, seed=7)) is None
-    lines = (tmp_path / "evidence.json").read_text().splitlines()
+    assert replace(setting, seed=7) not in report.read(path)
+    lines = path.read_text().splitlines()
     assert len(lines) == 6
     assert json.loads("\n".join(lines))["about"]["machine"]
 
 
-def test_a_ledger_reads_any_layout_and_writes_a_run_on_every_line(tmp_path: Path) -> None:
-    settings = trials("mlp")["rigl"][:2]
+def test_runs_of_any_layout_are_kept_on_a_line_each(tmp_path: Path) -> None:
+    path, settings = tmp_path / "old.json", trials("mlp")["rigl"][:2]
     runs = [{"setting": s.told(), "score": 1.0} for s in settings]
-    (tmp_path / "old.json").write_text(json.dumps({"about": {}, "runs": runs}, indent=1))
-    ledger = Ledger(tmp_path / "old.json")
-    assert ledger.runs == runs
-    ledger.add(replace(settings[0], seed=7), {"score": 2.0})
-    assert len((tmp_path / "old.json").read_text().splitlines()) == 8
+    path.write_text(json.dumps({"about": {}, "runs": runs}, indent=1))
+    assert list(report.read(path).items()) == list(zip(settings, runs, strict=True))
+    keep(path, replace(settings[0], seed=7), {"score": 2.0})
+    assert len(path.read_text().splitlines()) == 8
+    assert list(report.read(path).values())[:2] == runs
 
 
-def runs_of(tuned: dict[str, Setting]) -> list[dict[str, Any]]:
+def runs_of(tuned: dict[str, Setting]) -> dict[Setting, dict[str, Any]]:
     score = {"dense": 90.0, SMALL: 85.0, "ste": 88.5}
-    return [
-        {
-            "setting": s.told(),
-            "score": score.get(s.method, 88.0) + s.seed - s.forward,
-            "flops": 0.25,
-        }
+    return {
+        s: {"score": score.get(s.method, 88.0) + s.seed - s.forward, "flops": 0.25}
         for s in comparison(tuned)
-    ]
+    }
 
 
 @pytest.mark.parametrize(("task", "carried", "best"), [("mlp", None, -1), ("text", TUNED, 0)])
@@ -171,13 +164,12 @@ def test_the_best_trial_is_chosen_in_the_direction_of_the_score(
     task: str, carried: Any, best: int
 ) -> None:
     found = trials(task, carried)
-    runs = [
-        {"setting": s.told(), "score": float(i)} for f in found.values() for i, s in enumerate(f)
-    ]
+    runs = {s: {"score": float(i)} for f in found.values() for i, s in enumerate(f)}
     expected = {m: replace(f[best], validate=False, steps=1.0) for m, f in found.items()}
     assert report.tuned(runs, task, carried) == expected
-    with pytest.raises(ValueError, match="was not run"):
-        report.tuned(runs[1:], task, carried)
+    del runs[found["ste"][0]]
+    with pytest.raises(ValueError, match=r"method='ste'.* was not run"):
+        report.tuned(runs, task, carried)
 
 
 def test_tables_and_figure_show_means_and_spread() -> None:
@@ -187,7 +179,7 @@ def test_tables_and_figure_show_means_and_spread() -> None:
         "| method | 80 / 50 % | 90 / 80 % | 95 / 90 % | 98 / 95 % | shock at 90 / 80 % |"
         in found.table()
     )
-    told = [{**run, "shock": (1.0 + run["setting"]["seed"], 9.0)} for run in found.runs]
+    told = {s: {**run, "shock": (1.0 + s.seed, 9.0)} for s, run in found.runs.items()}
     table = found._replace(runs=told).table()
     assert "(0.25×) | 2.00 (9.00) |" in table
     assert table.count("| no sets |") == 2
@@ -198,12 +190,12 @@ def test_tables_and_figure_show_means_and_spread() -> None:
     assert "| dense | 90.20 ± 1.00 (0.25×) | 90.20 ± 1.00 (0.25×) |" in found.table()
     labels = found.figure().axes[0].get_legend_handles_labels()[1]
     assert {"topkast", "random backward", "dense"} <= set(labels)
-    ablated = [
-        {"setting": s.told(), "score": 1.0 * s.refresh_every, "flops": 0.1}
+    ablated = {
+        s: {"score": 1.0 * s.refresh_every, "flops": 0.1}
         for name, s in ablations(TUNED)
         if name == "refresh_every"
-    ]
-    table = found._replace(runs=[*ablated, *found.runs]).ablation_table()
+    }
+    table = found._replace(runs={**found.runs, **ablated}).ablation_table()
     assert "| refresh every | 10: 10.00 ± 0.00 (0.10×), 30: 30.00 ± 0.00 (0.10×), " in table
 
 
@@ -224,7 +216,7 @@ def test_behind_and_ahead_is_what_differs_by_more_than_the_seeds_spread(
 
 
 def test_what_was_not_run_is_behind_nobody() -> None:
-    runs = [run for run in runs_of(TUNED) if run["setting"]["method"] != "ste"]
+    runs = {s: run for s, run in runs_of(TUNED).items() if s.method != "ste"}
     found = report.Evidence("mlp", runs, TUNED)
     assert found.margin("ste", "dense", PAIRS[0]) == 0.0
     assert "| ste |  |  |  |  |  |" in found.table()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, gpu_checks
+from benchmarks import gpu, products
+from topkast_func.kernels import engines
 
 
 @pytest.fixture(autouse=True)
@@ -18,22 +19,24 @@ def _without(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("set_sync_debug_mode", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
-    monkeypatch.setattr(gpu_checks, "COMPILE", {"backend": "aot_eager"})
+    monkeypatch.setattr(gpu, "COMPILE", {"backend": "aot_eager"})
 
 
 def test_what_is_checked_is_right_here() -> None:
-    for dtype in gpu_checks.ROUNDING:
-        gpu_checks.check_products("cpu", dtype, 16, 5)
-    gpu_checks.check_sets("cpu")
-    gpu_checks.check_training("cpu", "compact", 32, torch.float32)
-    names = [name for name, _ in gpu_checks.checks("cpu")]
+    for dtype in products.ROUNDING:
+        gpu.check_products("cpu", dtype, 16, 5)
+    gpu.check_sets("cpu")
+    gpu.check_training("cpu", "compact", 32, torch.float32)
+    names = [name for name, _ in gpu.checks("cpu")]
     assert len(names) == len({*names}) == 12
 
 
 def test_a_wrong_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_checks, "errors", lambda made: [0.0, float("nan")])
-    with pytest.raises(ArithmeticError, match=r"wrong by \[0.0, nan\]"):
-        gpu_checks.check_products("cpu", torch.float32, 16, 5)
+    right = engines.engine("reference")
+    wrong = right._replace(weight_gradient=lambda *given: 1.01 * right.weight_gradient(*given))
+    monkeypatch.setattr(engines, "engine", {"reference": wrong}.get)
+    with pytest.raises(ArithmeticError, match=r"wrong by 1.0e-02"):
+        gpu.check_products("cpu", torch.float32, 16, 5)
 
 
 def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,12 +86,12 @@ import sys
 for name in "matplotlib rich psutil pytest hypothesis scipy torch_sparse sparselab".split():
     sys.modules[name] = None
 import torch
-from benchmarks import gpu, gpu_checks
+from benchmarks import gpu
 import topkast_func as tk
-gpu_checks.check_products("cpu", torch.float32, 16, 5)
+gpu.check_products("cpu", torch.float32, 16, 5)
 model, config, optimizer = torch.nn.Linear(8, 8), tk.TopKastConfig(), tk.adamw()
 state = tk.init_state(model, config, optimizer)
-step = tk.make_train_step(model, gpu_checks.energy, config, optimizer, compile=False)
+step = tk.make_train_step(model, gpu.energy, config, optimizer, compile=False)
 print(int(step(state, torch.ones(2, 8))[0].step))
 """
     done = subprocess.run(

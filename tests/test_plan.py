@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import topkast_func as tk
 from benchmarks import record
 from benchmarks.networks import problem
-from benchmarks.plans import linear
+from benchmarks.page import linear
 from topkast_func.distributed.batches import rows
 from topkast_func.distributed.owners import Owners
 from topkast_func.distributed.ranks import Ranks
@@ -107,7 +107,6 @@ def _measured() -> dict[tuple[str, int, tuple[int, int]], dict[str, float]]:
     found: dict[tuple[str, int, tuple[int, int]], dict[str, float]] = {}
     for entry in (e for e in record.load().entries if e["suite"] == "ranks"):
         told, number = entry["parameters"], record.median(entry)
-        assert number is not None
         block: Any = tuple(told.get("block_shape", (1, 1)))
         found.setdefault((told["way"], told["ranks"], block), {})[entry["task"]] = number
     return found

@@ -1,8 +1,9 @@
 """Tune, compare, ablate: ``python -m benchmarks.evidence TASK``; what is done is not done again."""
 
-import argparse
+from argparse import ArgumentParser
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,43 +16,39 @@ from benchmarks.evidence.training import run
 from benchmarks.record import circumstances, write
 
 
-class Ledger:
-    """What has been run, in a JSON file that grows."""
+def keep(path: Path, setting: Setting, result: dict[str, Any]) -> None:
+    """Add to a file what a setting came to, when and at which commit."""
+    now = circumstances(threads=1)
+    when = {key: now.pop(key) for key in ("date", "commit")}
+    runs = {**report.read(path), setting: {"setting": setting.told(), **result, **when}}
+    write(path, {"about": now, "runs": [*runs.values()]})
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.runs = path, report.read(path)
 
-    def add(self, setting: Setting, result: dict[str, Any]) -> None:
-        """Keep what a setting came to, when and at which commit, and write the file."""
-        now = circumstances(threads=1)
-        when = {key: now.pop(key) for key in ("date", "commit")}
-        self.runs.append({"setting": setting.told(), **result, **when})
-        write(self.path, {"about": now, "runs": self.runs})
-
-    def run(self, settings: Iterable[Setting]) -> None:
-        """Run what has no result yet, one process with one thread on each core."""
-        missing = [s for s in dict.fromkeys(settings) if report.find(self.runs, s) is None]
-        cores, spawn = torch.cpu.get_capabilities()["num_physical_cores"], get_context("spawn")
-        with ProcessPoolExecutor(cores, spawn, torch.set_num_threads, (1,)) as pool:
-            jobs = {pool.submit(run, setting): setting for setting in missing}
-            for done, job in enumerate(as_completed(jobs), 1):
-                self.add(jobs[job], job.result())
-                print(f"{done}/{len(missing)} {self.runs[-1]}", flush=True)
+def complete(path: Path, settings: Iterable[Setting]) -> None:
+    """Run what has no result in a file yet, one process with one thread on each core."""
+    known = report.read(path)
+    missing = [setting for setting in dict.fromkeys(settings) if setting not in known]
+    cores, spawn = torch.cpu.get_capabilities()["num_physical_cores"], get_context("spawn")
+    with ProcessPoolExecutor(cores, spawn, torch.set_num_threads, (1,)) as pool:
+        jobs = {pool.submit(run, setting): setting for setting in missing}
+        for done, job in enumerate(as_completed(jobs), 1):
+            keep(path, jobs[job], job.result())
+            print(f"{done}/{len(missing)} {jobs[job].told()} {job.result()}", flush=True)
 
 
 def main() -> None:
     """Do what is not yet done of one task."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser = ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("task", choices=PLANS)
     parser.add_argument("--ablations", action="store_true", help="run these too")
     arguments = parser.parse_args()
-    ledger = Ledger(report.path(arguments.task))
+    path = report.path(arguments.task)
     tried = trials(arguments.task, report.carried(arguments.task))
-    ledger.run(setting for several in tried.values() for setting in several)
+    complete(path, chain(*tried.values()))
     tuned = report.load(arguments.task).tuned
-    ledger.run(comparison(tuned))
+    complete(path, comparison(tuned))
     if arguments.ablations:
-        ledger.run(setting for _, setting in ablations(tuned))
+        complete(path, (setting for _, setting in ablations(tuned)))
         print(report.load(arguments.task).ablation_table())
     print(report.load(arguments.task).table())
 

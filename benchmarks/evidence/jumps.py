@@ -6,6 +6,7 @@ Both train the network of the first task as tuned, on the same batches.
 import json
 from itertools import islice
 
+import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 
@@ -28,19 +29,15 @@ def main() -> None:
         torch.manual_seed(0)
         steps = steps_of(tuned[method], task, task.network(None))
         told = islice(steps, FIRST_STEP, FIRST_STEP + REFRESHES * EVERY)
-        losses = torch.stack([step.metrics.data_loss for step in told])
-        means = losses.view(REFRESHES, EVERY).mean(0)
-        runs.append({
-            "setting": tuned[method].told(),
-            "losses": [round(x, 4) for x in means.tolist()],
-        })
+        losses = torch.stack([step.metrics.data_loss for step in told]).view(REFRESHES, EVERY)
+        means = [round(loss, 4) for loss in losses.mean(0).tolist()]
+        runs.append({"setting": tuned[method].told(), "losses": means})
     write(PATH, {"about": circumstances(threads=1), "runs": runs})
 
 
 def figure() -> Figure:
     """Draw the losses that were written."""
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
     for method, run in zip(METHODS, json.loads(PATH.read_text())["runs"], strict=True):
         axes.plot(range(-EVERY // 2, EVERY // 2), run["losses"], label=report.name(method))
     axes.set(xlabel="steps after a refresh", ylabel=f"loss, mean over {REFRESHES} refreshes")

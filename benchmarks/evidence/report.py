@@ -2,85 +2,62 @@
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.settings import (
-    FIRST,
-    PAIRS,
-    PLANS,
-    SEEDS,
-    SMALL,
-    USUAL,
-    Setting,
-    ablations,
-    trials,
-)
+from benchmarks.evidence.settings import FIRST, PLANS, SEEDS, USUAL, Setting, ablations, trials
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import RESULTS
 from benchmarks.views import markdown
 from topkast_func.report import plots
 
-Runs: TypeAlias = Sequence[Mapping[str, Any]]
-Tuned: TypeAlias = Mapping[str, Setting]
+Run: TypeAlias = Mapping[str, Any]  # what a setting came to, and when
+Runs: TypeAlias = Mapping[Setting, Run]
+Tuned: TypeAlias = Mapping[str, Setting]  # the setting of each method
 Pair: TypeAlias = tuple[float, float]
 
 
-def path(task: str, folder: Path = RESULTS) -> Path:
+def path(task: str) -> Path:
     """Return where the runs of a task are kept."""
-    return folder / f"evidence_{task}.json"
+    return RESULTS / f"evidence_{task}.json"
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> dict[Setting, Run]:
     """Read the runs in a file; none if it is not there."""
-    return list(json.loads(path.read_text())["runs"]) if path.exists() else []
+    runs = json.loads(path.read_text())["runs"] if path.exists() else ()
+    return {Setting(**run["setting"]): run for run in runs}
 
 
-def load(task: str, folder: Path = RESULTS) -> "Evidence":
+def load(task: str) -> "Evidence":
     """Read the runs of a task; its trials must be among them."""
-    runs = read(path(task, folder))
-    return Evidence(task, runs, tuned(runs, task, carried(task, folder)))
+    runs = read(path(task))
+    return Evidence(task, runs, tuned(runs, task, carried(task)))
 
 
-def ready(folder: Path = RESULTS) -> dict[str, "Evidence"]:
+def ready() -> dict[str, "Evidence"]:
     """Read every task whose trials are done; the others are still to be run."""
-    found = {}
-    for task in PLANS:
-        runs = read(path(task, folder))
-        tried = trials(task, carried(task, folder))
-        if all(find(runs, setting) for several in tried.values() for setting in several):
-            found[task] = load(task, folder)
-    return found
+    tried = {task: chain(*trials(task, carried(task)).values()) for task in PLANS}
+    return {task: load(task) for task in PLANS if read(path(task)).keys() >= {*tried[task]}}
 
 
-def carried(task: str, folder: Path = RESULTS) -> Tuned | None:
+def carried(task: str) -> Tuned | None:
     """Return what was chosen on the first task, by method; None for that task itself."""
-    return None if task == FIRST else load(FIRST, folder).tuned
+    return None if task == FIRST else load(FIRST).tuned
 
 
 def tuned(runs: Runs, task: str, carried: Tuned | None = None) -> Tuned:
     """Return the best trial of every method, the first of equals, to be run whole and tested."""
     sign, found = TASKS[task].sign, trials(task, carried)
-    best = {m: max(several, key=lambda s: sign * score(runs, s)) for m, several in found.items()}
+    if missing := {*chain(*found.values())} - runs.keys():
+        raise ValueError(f"{missing} was not run")
+    best = {m: max(several, key=lambda s: sign * runs[s]["score"]) for m, several in found.items()}
     return {m: replace(setting, validate=False, steps=1.0) for m, setting in best.items()}
-
-
-def find(runs: Runs, setting: Setting) -> Mapping[str, Any] | None:
-    """Return what a setting came to, if it was run."""
-    told = setting.told()
-    return next((run for run in runs if run["setting"] == told), None)
-
-
-def score(runs: Runs, setting: Setting) -> float:
-    """Return the score of a setting that was run."""
-    run = find(runs, setting)
-    if run is None:
-        raise ValueError(f"{setting} was not run")
-    return float(run["score"])
 
 
 class Evidence(NamedTuple):
@@ -90,40 +67,32 @@ class Evidence(NamedTuple):
     runs: Runs
     tuned: Tuned
 
-    def of(self, method: str, pair: Pair) -> Runs:
+    def of(self, method: str, pair: Pair) -> list[Run]:
         """Return the runs of a method at a pair of sparsities, one for each seed, or of none."""
         if method not in self.tuned:
             return []
-        pairs = PAIRS[:2] if method == "dense" else (pair,)  # which of them does not matter to it
-        tuned = [replace(self.tuned[method], forward=f, backward=b) for f, b in pairs]
-        runs = ([find(self.runs, replace(base, seed=seed)) for base in tuned] for seed in SEEDS)
-        return [next(filter(None, found)) for found in runs if any(found)]
+        pair = PLANS[self.task].pairs[0] if method == "dense" else pair  # it has no others
+        base = replace(self.tuned[method], forward=pair[0], backward=pair[1])
+        settings = (replace(base, seed=seed) for seed in SEEDS)
+        return [self.runs[setting] for setting in settings if setting in self.runs]
 
     def table(self) -> str:
         """Return every method: scores at every sparsity and, in parentheses, operations; shock."""
         pairs = PLANS[self.task].pairs
-        rows = [
-            (
-                name(m),
-                *(cell(self.of(m, pair)) for pair in pairs),
-                shock(self.tuned[m], self.of(m, USUAL)),
-            )
-            for m in self.tuned
-        ]
+        rows = []
+        for method, setting in self.tuned.items():
+            cells = [cell(self.of(method, pair)) for pair in pairs]
+            rows.append((name(method), *cells, shock(setting, self.of(method, USUAL))))
         return markdown(("method", *map(shown, pairs), f"shock at {shown(USUAL)}"), rows)
 
     def ablation_table(self) -> str:
         """Return what Top-KAST reaches when one thing at a time changes: a row for what was run."""
-        found: dict[str, dict[Any, list[Mapping[str, Any]]]] = {}
+        found: dict[str, dict[Any, list[Run]]] = defaultdict(lambda: defaultdict(list))
         for field, setting in ablations(self.tuned):
-            if run := find(self.runs, setting):
-                value = getattr(setting, field)
-                found.setdefault(field, {}).setdefault(value, []).append(run)
-        rows = [
-            (name(field), ", ".join(f"{value}: {cell(runs)}" for value, runs in values.items()))
-            for field, values in found.items()
-            if len(values) > 1
-        ]
+            if setting in self.runs:
+                found[field][getattr(setting, field)].append(self.runs[setting])
+        told = {f: [f"{v}: {cell(runs)}" for v, runs in of.items()] for f, of in found.items()}
+        rows = [(name(field), ", ".join(cells)) for field, cells in told.items() if len(cells) > 1]
         return markdown(("what changes", "to what, and what that reaches"), rows)
 
     def margin(self, method: str, other: str, pair: Pair) -> float:
@@ -134,8 +103,9 @@ class Evidence(NamedTuple):
         own, theirs = self.of(method, pair), self.of(other, pair)
         if not own or not theirs:
             return 0.0
-        margin = TASKS[self.task].sign * (_mean(own) - _mean(theirs))
-        return margin if abs(margin) > max(_deviation(own), _deviation(theirs)) else 0.0
+        (mean, deviation), (other_mean, other_deviation) = _spread(own), _spread(theirs)
+        margin = TASKS[self.task].sign * (mean - other_mean)
+        return margin if abs(margin) > max(deviation, other_deviation) else 0.0
 
     def standing(self, method: str) -> str:
         """Return whom a method is behind and ahead of at every sparsity, and by how much."""
@@ -148,39 +118,38 @@ class Evidence(NamedTuple):
 
     def figure(self) -> Figure:
         """Draw the scores over forward sparsity."""
+        pairs = PLANS[FIRST].pairs  # all that there are
         scores = {
-            name(m): {pair[0]: [run["score"] for run in self.of(m, pair)] for pair in PAIRS}
+            name(m): {pair[0]: [run["score"] for run in self.of(m, pair)] for pair in pairs}
             for m in self.tuned
         }
-        dense = scores.pop("dense")[PAIRS[0][0]]
+        dense = scores.pop("dense")[pairs[0][0]]
         return plots.accuracy(scores, dense, TASKS[self.task].unit)
 
 
-def cell(several: Runs) -> str:
+def cell(several: Sequence[Run]) -> str:
     """Return the mean score of runs, its deviation if they are several, and the operations."""
     if not several:
         return ""
-    deviation = f" ± {_deviation(several):.2f}" if len(several) > 1 else ""
-    flops = statistics.mean(run["flops"] for run in several)
-    return f"{_mean(several):.2f}{deviation} ({flops:.2f}×)"
+    mean, deviation = _spread(several)
+    told = f"{mean:.2f} ± {deviation:.2f}" if len(several) > 1 else f"{mean:.2f}"
+    return f"{told} ({statistics.mean(run['flops'] for run in several):.2f}×)"
 
 
-def shock(setting: Setting, several: Runs) -> str:
+def _spread(several: Sequence[Run]) -> tuple[float, float]:
+    """Return mean and standard deviation of the scores of runs; of one it is 0."""
+    scores = [run["score"] for run in several]
+    return statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
+
+
+def shock(setting: Setting, several: Sequence[Run]) -> str:
     """Return the median over runs and refreshes of the shock, and the largest in parentheses."""
-    if setting.method in {"dense", SMALL}:
+    if setting.method.endswith("dense"):
         return "no sets"
     shocks = [run["shock"] for run in several if run.get("shock")]
     if not shocks:
         return "sets of each step" if setting.often else ""
     return f"{statistics.median(s[0] for s in shocks):.2f} ({max(s[1] for s in shocks):.2f})"
-
-
-def _mean(several: Runs) -> float:
-    return float(statistics.mean(run["score"] for run in several))
-
-
-def _deviation(several: Runs) -> float:
-    return statistics.stdev(run["score"] for run in several) if len(several) > 1 else 0.0
 
 
 def shown(pair: Pair) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ranks
-from benchmarks.links import python_behind
 from benchmarks.protocol import Suite
+from benchmarks.steps import OURS
 
 SMALL = {"network": "mlp-64", "forward_sparsity": 0.9, "backward_sparsity": 0.8, "compile": False}
 DENSE = 4 * 3 * (64 * 64 + 64)
@@ -42,7 +42,7 @@ def test_steps_refreshes_checks_and_checkpoints_of_ranks_are_timed() -> None:
 def test_a_loopback_has_the_speed_that_it_is_to_have(tmp_path: Path) -> None:
     if missing := [tool for tool in ("unshare", "ip", "tc") if shutil.which(tool) is None]:
         pytest.skip(f"a loopback interface of one's own needs {missing}")
-    program = python_behind(20, tmp_path)
+    program = ranks.python_behind(20, str(tmp_path))
     tried = subprocess.run([program, "-c", SENDS], capture_output=True, text=True, check=False)
     if "unshare failed" in tried.stderr:
         pytest.skip(f"this system allows no loopback interface of one's own: {tried.stderr}")
@@ -60,5 +60,5 @@ def test_bytes_of_ranks_are_counted() -> None:
 def test_every_case_has_ddp_beside_ours(suite: Suite) -> None:
     for case, arms in suite.cases.items():
         ways = {p["way"] for p in arms.values()}
-        assert ways in ({*ranks.WAYS}, {ranks.DDP, ranks.OURS})
+        assert ways in ({*ranks.WAYS}, {ranks.DDP, OURS})
         assert {f"{p['ranks']}" for p in arms.values()} == {case.split()[1]}
