@@ -88,6 +88,34 @@ def test_a_parameter_that_is_written_to_after_the_first_step_is_named(
         train_step(state, BATCH)
 
 
+def _clamp(model: Late, x: Tensor) -> None:
+    with torch.no_grad():
+        model.first.weight.clamp_(-100.0, 100.0)
+
+
+def _put_anew(model: Any, x: Tensor) -> None:
+    model.first._parameters["weight"] = model.first.weight.clone()
+
+
+def _clamp_input(model: Late, x: Tensor) -> None:
+    x.clamp_(-100.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("late", "told"),
+    [
+        (_clamp, r"\['first.weight'\]"),
+        (_put_anew, r"\['first.weight'\]"),
+        (_clamp_input, "changes its inputs in place"),
+    ],
+)
+def test_a_write_that_has_no_effect_as_yet_is_refused_at_once(late: Any, told: str) -> None:
+    model = Late()
+    model.late = late
+    with pytest.raises(ValueError, match=told):
+        begun(model)
+
+
 def test_a_write_that_torch_itself_refuses_leaves_the_state_whole() -> None:
     model = Late()
     state, train_step = begun(model)
