@@ -135,8 +135,8 @@ def topkast(entry: Entry = "zero", exchange: float | None = 0.05) -> Method:
     ``topkast("value", exchange=None)`` is the method of the paper. The defaults are this
     library's own: Adam moves a weight of B∖A by about the learning rate a step whatever its
     gradient, many such weights then enter A at once, each much too large, and the loss jumps.
-    Under SGD, which moves a weight as far as its gradient says, the paper's form reached more in
-    this library's measurements (``benchmarks/RESULTS.md``): use it there.
+    On images the paper's form reached more in some measurements, on text less
+    (``benchmarks/RESULTS.md``).
 
     What an entry i that newly enters A starts with:
 
