@@ -13,7 +13,7 @@ from topkast_func.config.selection import warn_of_other_names
 from topkast_func.facade.classes import sparse_class
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watched
-from topkast_func.facade.owners import first_owners
+from topkast_func.facade.owners import first, owners_in
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
 from topkast_func.facade.sparsifier import Sparsifier
@@ -123,7 +123,7 @@ def sparsify(
             changed.append(module)
             for key, rule in own.items():
                 make_sparse(module, key, rule, masks[rule.name] if masks else None)
-        for layer, weight in first_owners(model).values():
+        for layer, weight in first(owners_in(model)).values():
             weight.begin(layer)
         return Sparsifier(model, config, seed)
     except BaseException:
