@@ -68,7 +68,7 @@ def watched() -> dict[int, tuple[nn.Module, SparseWeight]]:
         id(weight.raw(layer)): (layer, weight)
         for layer in layers
         for key, weight in weights_of(layer).items()
-        if key in layer._parameters
+        if layer._parameters.get(key) is not None
     }
 
 

@@ -198,6 +198,7 @@ class Sparsifier:
                     allocation=allocation, step=self.steps, seed=self.seed
                 )
 
+    @torch.inference_mode(False)
     def _ask_for_gradients(self) -> None:
         """Let the next step leave the gradient of every entry, if a refresh then reads it."""
         method, by_hand = self.config.method, self.config.refresh_every is None

@@ -37,6 +37,7 @@ WRAPPERS = (
 """Modules made of others, which are to be sparsified before."""
 
 
+@torch.inference_mode(False)
 def sparsify(
     model: nn.Module,
     config: TopKastConfig,

@@ -56,6 +56,7 @@ class TopKastLayer(SparseLayer):
     weight = sparse_attribute("weight")
     weight_sets: Tensor
 
+    @torch.inference_mode(False)
     def _start(self, p_forward: float, p_backward: float, engine: EngineName = "auto") -> None:
         self.p_forward, self.p_backward, self.engine = p_forward, p_backward, engine
         self._parameters["weight"].__class__ = Theta
@@ -113,7 +114,8 @@ class TopKastLayer(SparseLayer):
             del hooks[number]
         for name in ("p_forward", "p_backward", "engine"):
             delattr(self, name)
-        self._parameters["weight"].__class__ = nn.Parameter
+        if (theta := self._parameters["weight"]) is not None:
+            theta.__class__ = nn.Parameter
         super()._make_plain()
 
     @staticmethod
