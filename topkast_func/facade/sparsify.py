@@ -52,8 +52,8 @@ def sparsify(
     (``isinstance``). A sparse weight is still the parameter that holds θ, dense; beside it stands
     a buffer ``<name>_sets`` of the bits of A and B, [2, ⌈n/8⌉]. The forward pass computes with
     α = θ·1_A, the gradient is that at α, kept on B, and a step of any optimiser of `torch.optim`,
-    made before or after, leaves what is outside B as it was, bit for bit, with slots of zero. θ,
-    gradient and slots take the memory of a dense module, and a step that of a copy of θ, which
+    made before or after, leaves what is outside B as it was, bit for bit, with slots as they begin.
+    θ, gradient and slots take the memory of a dense module, and a step that of a copy of θ, which
     stays there on a CPU; `train_step` needs less. Linear layers, and the projections of attention
     where a batch attends to itself, are computed by the sparse kernels where these are faster, all
     others with α at the price of the dense layer. `topkast_func.integrations` has callbacks for

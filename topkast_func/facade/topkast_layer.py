@@ -95,7 +95,7 @@ class TopKastLayer(SparseLayer):
         """Choose A and B anew from θ.
 
         In every optimiser a slot (momentum, Adam) stays with its weight, and a weight that newly
-        enters B starts with zero slots.
+        enters B starts with the slots of a parameter that is new: zero in most optimisers.
 
         Raises:
             NaNParameterError: θ holds NaN; nothing has changed.
