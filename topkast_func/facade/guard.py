@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
 from topkast_func.bits import unpacked
 from topkast_func.checks import dispatches
 from topkast_func.config import TopKastConfig
+from topkast_func.facade.leaks import say_what_leaks
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.methods.exchange import Static
 from topkast_func.warn import warn_caller
@@ -99,6 +100,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for layer, weight, theta, group in _sparse_weights_of(optimizer)
     ]
     _HELD[optimizer] = held
+    say_what_leaks((h.layer, h.weight) for h in held if not h.weight.steps)
     if isinstance(optimizer, LBFGS):
         _start_anew_after_a_refresh(optimizer, held)
 
