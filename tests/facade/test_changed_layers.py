@@ -265,12 +265,12 @@ def test_a_weight_is_sparse_in_one_model_at_a_time() -> None:
 
 @pytest.mark.parametrize("seeds", [False, True])
 def test_a_weight_that_is_given_up_stops_nothing_else(seeds: bool) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     if seeds:
         model = nn.Sequential(tk.TopKastLinear(8, 8, 0.8, 0.6), tk.TopKastLinear(8, 8, 0.8, 0.6))
     else:
         tk.sparsify(model, CONFIG)
-    model[0].weight = None  # type: ignore[assignment]
+    model[0].weight = None
     plain: Any = nn.Linear(8, 8)
     for trained in (plain, model[1]):
         before = trained.weight.detach().clone()

@@ -60,7 +60,8 @@ class Sparsifier:
         Raises:
             RuntimeError: No backward pass has reached the sparse weights since the last call, the
                 optimiser that made a step has none of them, the model is dense again, or its
-                sparse weights are not those that were made sparse; nothing has changed.
+                sparse weights are not those that were made sparse; nothing has changed. Or see
+                `refresh`.
         """
         owners = self._owners()
         if not owners and self.config.method.sparsifies:
