@@ -261,3 +261,24 @@ def test_a_weight_is_sparse_in_one_model_at_a_time() -> None:
     assert type(second) is nn.Linear
     tk.densify(first)
     tk.sparsify(second, CONFIG)
+
+
+@pytest.mark.parametrize("seeds", [False, True])
+def test_a_weight_that_is_given_up_stops_nothing_else(seeds: bool) -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if seeds:
+        model = nn.Sequential(tk.TopKastLinear(8, 8, 0.8, 0.6), tk.TopKastLinear(8, 8, 0.8, 0.6))
+    else:
+        tk.sparsify(model, CONFIG)
+    model[0].weight = None
+    plain: Any = nn.Linear(8, 8)
+    for trained in (plain, model[1]):
+        before = trained.weight.detach().clone()
+        trained(torch.ones(2, 8)).sum().backward()
+        torch.optim.SGD(trained.parameters(), 0.1).step()
+        assert not torch.equal(trained.weight, before)
+    tk.sparsify(plain, CONFIG)
+    assert isinstance(tk.densify(model)[1], nn.Linear)
+    assert [type(part) for part in model] == [nn.Linear, nn.Linear]
+    assert model[0].weight is None
+    assert (model[1].weight == 0).sum() == round(0.8 * 64)

@@ -37,6 +37,7 @@ OPTIMIZERS: dict[str, Make] = {
     "adamw_fused": partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1, fused=True),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.05, momentum=0.5, centered=True),
     "adagrad": partial(torch.optim.Adagrad, lr=0.1),
+    "adagrad_begun": partial(torch.optim.Adagrad, lr=0.3, initial_accumulator_value=0.5),
     "adagrad_fused": partial(torch.optim.Adagrad, lr=0.1, fused=True),
     "adadelta": partial(torch.optim.Adadelta, lr=30.0),
     "adamax": partial(torch.optim.Adamax, lr=0.05),
@@ -95,9 +96,17 @@ def _oracle_masks(theta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _clear(optimizer: Optimizer, theta: Tensor, rest: Tensor) -> None:
-    for slot in optimizer.state[theta].values():
+    for name, slot in optimizer.state[theta].items():
         if isinstance(slot, Tensor) and slot.shape == theta.shape:
-            slot[rest] = 0.0
+            slot[rest] = _fresh(optimizer, name)
+
+
+def _fresh(optimizer: Optimizer, name: str) -> float:
+    """Return what the slot of a parameter that is given to the optimiser anew holds."""
+    kind, group = type(optimizer), optimizer.param_groups[0]
+    if kind is torch.optim.Rprop:
+        return float(group["lr"]) if name == "step_size" else 0.0
+    return float(group.get("initial_accumulator_value", 0.0)) if name == "sum" else 0.0
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
@@ -410,3 +419,17 @@ def test_where_no_refresh_is_overdue_nothing_is_said(options: Any) -> None:
 
 def test_whoever_counts_now_and_then_hears_nothing() -> None:
     forgetful(TopKastConfig(0.5, refresh_every=10), 50, count=True)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_slots_outside_b_are_those_of_a_parameter_that_is_new(make: Make) -> None:
+    layer, fresh = _layer(bias=False), nn.Parameter(torch.zeros(5, 6))
+    optimizer, other = make(layer.parameters()), make([fresh])
+    for batch in _batches(3):
+        _step(layer, optimizer, batch)
+    fresh.grad = torch.zeros(5, 6)
+    other.step()
+    outside = ~layer.masks.backward
+    for name, slot in optimizer.state[layer.weight].items():
+        if isinstance(slot, Tensor) and slot.shape == fresh.shape:
+            torch.testing.assert_close(slot[outside], other.state[fresh][name][outside])

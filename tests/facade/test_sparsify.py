@@ -638,3 +638,19 @@ def test_what_was_sparse_can_be_trained_by_a_step_and_keeps_no_sparsifier() -> N
     step = tk.make_train_step(model, loss, config, tk.sgd(0.1), compile=False)
     assert step(state, torch.ones(3, 6))[1].loss > 0
     tk.sparsify(model, config)
+
+
+def test_what_is_made_sparse_in_inference_mode_can_be_trained() -> None:
+    model = perceptron()
+    config = tk.TopKastConfig(0.75, refresh_every=1, method=tk.rigl())
+    with torch.inference_mode():
+        handle = tk.sparsify(model, config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        _step(model, handle, optimizer, (torch.randn(4, 16), torch.randn(4, 5)))
+    with torch.inference_mode():
+        handle.load_state_dict(handle.state_dict())
+        layer = tk.TopKastLinear(8, 8, 0.5, 0.25)
+    _step(model, handle, optimizer, (torch.randn(4, 16), torch.randn(4, 5)))
+    layer.update_active_param_set()
+    assert not layer.weight_sets.is_inference()

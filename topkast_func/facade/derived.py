@@ -25,14 +25,14 @@ class Derived(NamedTuple):
         sets: The buffer of the bits.
         version: How often it had been written to; None where that is not counted.
         content: A copy of what it held.
-        whole: Whether it held sets of a size that the rule knows.
+        counts: |A| and |B|; None where it held no sets of a size that the rule knows.
         indexed: The sets for the kernels, where these compute the layer.
     """
 
     sets: Tensor
     version: int | None
     content: Tensor
-    whole: bool
+    counts: tuple[int, int] | None
     indexed: Indexed | None = None
 
     @property
@@ -57,18 +57,18 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
         What is derived from these bits.
     """
     if not readable(sets):
-        return Derived(sets, None, sets, whole=False)
+        return Derived(sets, None, sets, None)
     if known is not None and same(known.content, sets):
         return known._replace(sets=sets, version=_version(sets))
     masks = masks_in(sets, theta.shape)
     counts = counts_of(masks, rule.config)
-    whole = counts is not None and counts in rule.counts
+    counts = counts if counts in rule.counts else None
     indexed = None
-    if counts is not None and whole and rule.choice(theta, *counts).engine != "dense":
+    if counts is not None and rule.choice(theta, *counts).engine != "dense":
         block = rule.config.block_shape
         pattern = pattern_of(*masks, block, sizes=counts)
         indexed = Indexed(pattern, theta.shape, places_in(pattern, block, theta.shape))
-    return Derived(sets, _version(sets), sets.clone(), whole, indexed)
+    return Derived(sets, _version(sets), sets.clone(), counts, indexed)
 
 
 def counts_of(masks: Masks, config: TopKastConfig) -> tuple[int, int] | None:

@@ -1,14 +1,14 @@
 """What a step of any `torch.optim` optimiser may move: nothing outside B."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
 from topkast_func.bits import unpacked
 from topkast_func.checks import dispatches
 from topkast_func.config import TopKastConfig
+from topkast_func.facade.leaks import say_what_leaks
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.methods.exchange import Static
 from topkast_func.warn import warn_caller
@@ -30,13 +31,18 @@ class Held(NamedTuple):
         weight: What the layer keeps for it.
         theta: θ.
         before: A copy of θ.
+        group: The group of the optimiser that it is in.
     """
 
     layer: nn.Module
     weight: SparseWeight
     theta: nn.Parameter
     before: Tensor
+    group: Mapping[str, Any]
 
+
+FIRST_VALUES = {(Adagrad, "sum"): "initial_accumulator_value", (Rprop, "step_size"): "lr"}
+"""What a slot of a fresh parameter holds, of optimisers whose slots do not all begin at 0."""
 
 _LAYERS: "WeakValueDictionary[int, nn.Module]" = WeakValueDictionary()
 _HELD: "WeakKeyDictionary[Optimizer, list[Held]]" = WeakKeyDictionary()
@@ -68,7 +74,7 @@ def watched() -> dict[int, tuple[nn.Module, SparseWeight]]:
         id(weight.raw(layer)): (layer, weight)
         for layer in layers
         for key, weight in weights_of(layer).items()
-        if key in layer._parameters
+        if layer._parameters.get(key) is not None
     }
 
 
@@ -90,29 +96,30 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Keep θ of the sparse weights for the time of the step."""
     known = _COPIES.pop(optimizer, {})
     held = [
-        Held(layer, weight, theta, _copied(theta.detach(), known.get(id(theta))))
-        for layer, weight, theta in _sparse_weights_of(optimizer)
+        Held(layer, weight, theta, _copied(theta.detach(), known.get(id(theta))), group)
+        for layer, weight, theta, group in _sparse_weights_of(optimizer)
     ]
     _HELD[optimizer] = held
+    say_what_leaks((h.layer, h.weight) for h in held if not h.weight.steps)
     if isinstance(optimizer, LBFGS):
         _start_anew_after_a_refresh(optimizer, held)
 
 
 @torch.no_grad()
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Put back what lies outside B, bit for bit, and leave no slot there."""
+    """Put back what lies outside B, bit for bit, and let slots there be as they begin."""
     global _steps_made
     _steps_made += 1
     held = _HELD.pop(optimizer, [])
-    for layer, weight, theta, before in held:
+    for layer, weight, theta, before, group in held:
         weight.steps += theta.grad is not None
         inside = weight.backward_bits(layer)
         _keep_within(inside, theta, before)
-        for slot in optimizer.state.get(theta, {}).values():
+        for name, slot in optimizer.state.get(theta, {}).items():
             if isinstance(slot, Tensor) and slot.shape == theta.shape and slot.is_floating_point():
-                _keep_within(inside, slot, None)
+                _keep_within(inside, slot, _as_it_begins(slot, optimizer, group, name))
     _COPIES[optimizer] = {id(h.theta): h.before for h in held if h.before.device.type == "cpu"}
-    if late := [weight for _, weight, _, _ in held if weight.steps > weight.overdue]:
+    if late := [h.weight for h in held if h.weight.steps > h.weight.overdue]:
         _say_that_it_is_forgotten(late)
 
 
@@ -125,6 +132,19 @@ def _copied(theta: Tensor, known: Tensor | None) -> Tensor:
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _as_it_begins(
+    slot: Tensor, optimizer: Optimizer, group: Mapping[str, Any], name: str
+) -> Tensor | None:
+    """Return the slot of a parameter that has made no step yet; None for 0."""
+    keys = [
+        key
+        for (kind, slot_name), key in FIRST_VALUES.items()
+        if slot_name == name and isinstance(optimizer, kind)
+    ]
+    first = float(group[keys[0]]) if keys else 0.0
+    return torch.full_like(slot, first) if first else None
 
 
 def _keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None:
@@ -162,21 +182,22 @@ def _say_that_it_is_forgotten(late: list[SparseWeight]) -> None:
 
 def _sparse_weights_of(
     optimizer: Optimizer,
-) -> Iterator[tuple[nn.Module, SparseWeight, nn.Parameter]]:
+) -> Iterator[tuple[nn.Module, SparseWeight, nn.Parameter, Mapping[str, Any]]]:
     """Find the sparse weights among the parameters of an optimiser, each once."""
     found = watched()
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        if id(parameter) in found:
-            yield *found[id(parameter)], parameter
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in found:
+                yield *found[id(parameter)], parameter, group
 
 
 def _start_anew_after_a_refresh(optimizer: LBFGS, held: list[Held]) -> None:
     """Forget the history of L-BFGS, one vector over all parameters, once a B has changed."""
-    for layer, weight, theta, _ in held:
+    for layer, weight, theta, *_ in held:
         inside = weight.masks(layer).backward
         last = optimizer.state[theta].get("backward_mask", inside)
         if not torch.equal(last.bool(), inside):
             optimizer.state.clear()
             break
-    for layer, weight, theta, _ in held:
+    for layer, weight, theta, *_ in held:
         optimizer.state[theta]["backward_mask"] = weight.masks(layer).backward

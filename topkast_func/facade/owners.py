@@ -1,6 +1,8 @@
 """The sparse weights of a sparsified module, the layers that have them, and its summary."""
 
+from collections import Counter
 from typing import TypeAlias
+from uuid import uuid4
 
 from torch import nn
 
@@ -18,8 +20,8 @@ BYTES = "bytes: parameters and sets; gradients and slots of the optimiser are no
 """What the last column of a summary counts of a module."""
 
 
-def owners_of(model: nn.Module) -> Owners:
-    """Return the sparse weights of a module and the layers that have them."""
+def owners_in(model: nn.Module) -> Owners:
+    """Return the sparse weights of a module, whoever made them, and the layers that have them."""
     found: Owners = {}
     for module in model.modules():
         for weight in weights_of(module).values():
@@ -27,22 +29,93 @@ def owners_of(model: nn.Module) -> Owners:
     return found
 
 
-def first_owners(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:
-    """Return the sparse weights of a module, each with the first layer that has it, by name."""
-    return {name: owners[0] for name, owners in owners_of(model).items()}
+def first(owners: Owners) -> dict[str, tuple[nn.Module, SparseWeight]]:
+    """Return the sparse weights, each with the first layer that has it, by name."""
+    return {name: several[0] for name, several in owners.items()}
 
 
-def summary_of(model: nn.Module, config: TopKastConfig) -> Summary:
+def claimed(model: nn.Module) -> str:
+    """Give the sparse weights of a module to a new sparsifier; return the mark that they bear."""
+    mark = uuid4().hex
+    for several in owners_in(model).values():
+        for _, weight in several:
+            weight.rule = weight.rule._replace(mark=mark)
+    return mark
+
+
+def owners_of(model: nn.Module, mark: str) -> Owners:
+    """Return the sparse weights of a sparsifier, whose names and parameters are one to one.
+
+    Args:
+        model: The module.
+        mark: The mark of the sparsifier.
+
+    Returns:
+        The weights and the layers that have them.
+
+    Raises:
+        RuntimeError: A weight is of another sparsifier or no parameter any more, two parameters go
+            by one name, as those of a copied layer do, or two names by one parameter.
+    """
+    found = owners_in(model)
+    placed = [(name, m, weight) for name, several in found.items() for m, weight in several]
+    if any(weight.rule.mark != mark for _, _, weight in placed):
+        raise RuntimeError(
+            f"{_places(model, [(m, w) for _, m, w in placed if w.rule.mark != mark])} were made "
+            "sparse by another call of tk.sparsify than the one this sparsifier is of: if the "
+            "model was densified, and made sparse anew since, use the sparsifier of that call; if "
+            "they came from another model, tk.densify this one and sparsify it again"
+        )
+    pairs = {(name, id(weight.raw(m))) for name, m, weight in placed}
+    names, parameters = (Counter(pair[i] for pair in pairs) for i in (0, 1))
+    if not len(pairs) == len(names) == len(parameters):
+        twofold = [(m, w) for n, m, w in placed if max(names[n], parameters[id(w.raw(m))]) > 1]
+        raise RuntimeError(
+            f"{_places(model, twofold)} were copied, tied or given other parameters after "
+            "tk.sparsify, which then has no sets of their own for them: put back what was there, "
+            "or tk.densify the model, change it then, and sparsify it again"
+        )
+    return found
+
+
+def check_stage(owners: Owners) -> None:
+    """Check that the sets are of the sizes that their sparsifier knows them to be of.
+
+    Args:
+        owners: The sparse weights.
+
+    Raises:
+        RuntimeError: They were loaded, and are of another stage of the schedule.
+    """
+    for name, (layer, weight) in first(owners).items():
+        derived = weight.derived(layer)
+        if weight.given is None or derived is None or derived.counts in (None, weight.given):
+            continue
+        raise RuntimeError(
+            f"the sets of {name!r} have |A|, |B| = {derived.counts}, those that were chosen last "
+            f"{weight.given}: they were loaded from a later or earlier stage of the schedule, and "
+            "a refresh would take them back to this one. Load the sparsifier's state dict too: "
+            "sparsifier.load_state_dict(…)"
+        )
+
+
+def _places(model: nn.Module, owners: list[tuple[nn.Module, SparseWeight]]) -> list[str]:
+    """Name sparse weights by where they are, whatever they were called when made sparse."""
+    paths = {id(module): f"{path}." if path else "" for path, module in model.named_modules()}
+    return [paths[id(layer)] + weight.key for layer, weight in owners]
+
+
+def summary_of(model: nn.Module, config: TopKastConfig, found: Owners) -> Summary:
     """Describe what a module consists of, one row for each parameter.
 
     Args:
         model: The module.
         config: What it was made sparse by.
+        found: Its sparse weights.
 
     Returns:
         The table.
     """
-    found = owners_of(model)
     owners = {id(weight.raw(m)): (m, weight) for several in found.values() for m, weight in several}
     axes = axes_by_name(model)
     rows = [

@@ -28,6 +28,7 @@ class Rule(NamedTuple):
         seed: Seed of the methods that draw.
         matrix: Whether it is a weight that kernels can compute with.
         engine: The engine that is asked for.
+        mark: That of the sparsifier that chooses its sets.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Rule(NamedTuple):
     seed: int = 0
     matrix: bool = False
     engine: EngineName = "auto"
+    mark: str = ""
 
     def choice(self, theta: Tensor, forward: int, backward: int) -> Choice:
         """Return who computes with the weight, and why.

@@ -88,8 +88,9 @@ class SparseLayer(nn.Module):
     def _make_plain(self) -> None:
         """Become a module of the plain class, whose weights are α."""
         for weight in weights_of(self).values():
-            theta = torch.where(weight.masks(self).forward, weight.theta(self), 0.0)
-            weight.raw(self).copy_(theta)
+            if self._parameters.get(weight.key, weight) is not None:  # it may be set to None
+                theta = torch.where(weight.masks(self).forward, weight.theta(self), 0.0)
+                weight.raw(self).copy_(theta)
         self._leave()
 
     def _leave(self) -> None:

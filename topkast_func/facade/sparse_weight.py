@@ -37,15 +37,16 @@ class SparseWeight:
         gathering: Reads θ on B.
         steps: Optimiser steps in which it had a gradient.
         overdue: Number of these at which whoever is to count them has clearly forgotten to.
+        given: |A| and |B| when sets were last chosen; None where others are as good.
         hook: Tells a sparsifier of backward passes that reach it, as long as it is sparse.
     """
 
     overdue = math.inf
+    given: tuple[int, int] | None = None
 
     def __init__(self, key: str, rule: Rule) -> None:
-        self.key, self.rule = key, rule
+        self.key, self.rule, self.steps = key, rule, 0
         self.probe: Tensor | None = None
-        self.steps = 0
         self._derived: Derived | None = None
         self.gathering = Gathering()
         self.hook: RemovableHandle | None = None
@@ -161,7 +162,7 @@ class SparseWeight:
     def hold(self, layer: nn.Module, masks: Masks) -> None:
         """Take over new sets, in the buffer that is there."""
         self.sets(layer).copy_(torch.stack([packed(mask) for mask in masks]))
-        self.look(layer)
+        self.given = self.look(layer).counts
 
     @torch.no_grad()
     def choose(self, layer: nn.Module) -> None:
@@ -197,15 +198,14 @@ class SparseWeight:
             known = self.look(layer)
         elif not torch.compiler.is_compiling() and known.outdated:
             known = self.look(layer)
-        if not known.whole and not sets.is_meta:
+        if known.counts is None and not sets.is_meta:
             self._mend(layer, known)
         return self._derived
 
     def look(self, layer: nn.Module) -> Derived:
         """Look at the bits, and make anew what depends on them."""
-        found = derive(self.sets(layer), self.raw(layer), self.rule, self._derived)
-        self._derived = found
-        return found
+        self._derived = derive(self.sets(layer), self.raw(layer), self.rule, self._derived)
+        return self._derived
 
     def move(self, layer: nn.Module, before: Tensor) -> None:
         """Follow θ to another device, and let nothing else happen to the bits.

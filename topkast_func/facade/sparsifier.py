@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
-from topkast_func.facade.guard import patience, steps_made
-from topkast_func.facade.owners import first_owners, owners_of, summary_of
+from topkast_func.facade.guard import patience
+from topkast_func.facade.owners import Owners, check_stage, claimed, first, owners_of, summary_of
+from topkast_func.facade.progress import Progress
 from topkast_func.penalty import summed_penalty
 from topkast_func.ranking import NaNParameterError
 from topkast_func.report.summary import Summary
@@ -41,11 +42,8 @@ class Sparsifier:
 
     def __init__(self, model: nn.Module, config: TopKastConfig, seed: int = 0) -> None:
         self.model, self.config, self.seed, self.steps = model, config, seed, 0
-        self._reached, self._optimized, self._others = False, 0, steps_made()
-        self._patience = patience(config, 0)
-        for layer, weight in first_owners(model).values():
-            raw: Any = weight.raw(layer)
-            weight.hook = raw.register_post_accumulate_grad_hook(self._note_backward)
+        self._patience, self._mark = patience(config, 0), claimed(model)
+        self._progress = Progress(self._owners())
         if config.schedule.refreshes_at(0):
             self.refresh()
         self._ask_for_gradients()
@@ -61,10 +59,14 @@ class Sparsifier:
 
         Raises:
             RuntimeError: No backward pass has reached the sparse weights since the last call, the
-                optimiser that made a step has none of them, or the model is dense again; nothing
-                has changed.
+                optimiser that made a step has none of them, the model is dense again, or its
+                sparse weights are not those that were made sparse; nothing has changed. Or see
+                `refresh`.
         """
-        self._check_stepped()
+        owners = self._owners()
+        if not owners and self.config.method.sparsifies:
+            raise RuntimeError("model has no sparse weights any more: it was densified")
+        self._progress.check(owners)
         self._patience = math.inf
         self.steps += 1
         due = self.config.schedule.refreshes_at(self.steps)
@@ -83,9 +85,12 @@ class Sparsifier:
         A weight that requires no gradient (any more) keeps its A, and all of θ.
 
         Raises:
-            RuntimeError: The method reads the gradient at α of all entries, and there is none.
+            RuntimeError: The method reads the gradient at α of all entries, and there is none;
+                the sparse weights are not those that were made sparse; their sets were loaded
+                from another stage of the schedule without `load_state_dict`. Nothing has changed.
             NaNParameterError: A sparse weight holds NaN; nothing has changed.
         """
+        check_stage(self._owners())
         trained = self._raw()
         raw = {name: parameter.detach() for name, parameter in trained.items()}
         exponent = torch.tensor(self.config.powerprop, dtype=torch.float64, device="cpu")
@@ -101,7 +106,7 @@ class Sparsifier:
         )
         self._follow_schedule()
         settled = self.config.schedule.settled(self.steps)
-        for name, owners in owners_of(self.model).items():
+        for name, owners in self._owners().items():
             if not (trained[name].requires_grad or settled):
                 continue
             if chosen[name] is not raw[name]:
@@ -114,7 +119,7 @@ class Sparsifier:
 
         (``metrics.penalty`` of a step of `make_train_step` is without λ.)
         """
-        owners = first_owners(self.model)
+        owners = first(self._owners())
         if not owners:
             return torch.zeros((), dtype=torch.float32, device="cpu")
         raw = self._raw()
@@ -143,12 +148,12 @@ class Sparsifier:
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B of the sparse weights by name."""
-        owners = first_owners(self.model)
+        owners = first(self._owners())
         return {name: weight.masks(layer) for name, (layer, weight) in owners.items()}
 
     def summary(self) -> Summary:
         """Describe what the module consists of, one row for each parameter."""
-        return summary_of(self.model, self.config)
+        return summary_of(self.model, self.config, self._owners())
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of the step and the seed; the rest is in the module's state dict."""
@@ -167,18 +172,24 @@ class Sparsifier:
         if state.keys() != {"steps", "seed"}:
             raise ValueError(f"state must have the keys 'steps' and 'seed', got {sorted(state)}")
         steps, seed = (check_count(name, state[name], 0) for name in ("steps", "seed"))
+        for owners in self._owners().values():
+            for _, weight in owners:
+                weight.given = None
         self.steps, self.seed = steps, seed
         self._patience = patience(self.config, steps)
         self._follow_schedule()
         self._ask_for_gradients()
 
+    def _owners(self) -> Owners:
+        return owners_of(self.model, self._mark)
+
     def _raw(self) -> dict[str, nn.Parameter]:
-        owners = first_owners(self.model)
+        owners = first(self._owners())
         return {name: weight.raw(layer) for name, (layer, weight) in owners.items()}
 
     def _follow_schedule(self) -> None:
         """Tell each weight at which step it is, for sets that are chosen from a loaded θ."""
-        owners = owners_of(self.model)
+        owners = self._owners()
         shapes = {name: raw.shape for name, raw in self._raw().items()}
         for name, allocation in shared_among_all(shapes, self.config, self.steps).items():
             if self.config.schedule.settled(self.steps):
@@ -188,13 +199,14 @@ class Sparsifier:
                     allocation=allocation, step=self.steps, seed=self.seed
                 )
 
+    @torch.inference_mode(False)
     def _ask_for_gradients(self) -> None:
         """Let the next step leave the gradient of every entry, if a refresh then reads it."""
         method, by_hand = self.config.method, self.config.refresh_every is None
         asked = method.reads_gradient and (
             by_hand or self.config.schedule.refreshes_at(self.steps + 1)
         )
-        for owners in owners_of(self.model).values():
+        for owners in self._owners().values():
             raw = owners[0][1].raw(owners[0][0])
             probe = torch.zeros_like(raw, requires_grad=True) if asked else None
             for _, weight in owners:
@@ -205,7 +217,7 @@ class Sparsifier:
         """Return the gradients that the method reads, summed over the processes."""
         if not self.config.method.reads_gradient or self.config.schedule.settled(self.steps):
             return None
-        probes = {name: weight.probe for name, (_, weight) in first_owners(self.model).items()}
+        probes = {name: weight.probe for name, (_, weight) in first(self._owners()).items()}
         if all(probe is None or probe.grad is None for probe in probes.values()):
             raise RuntimeError(
                 f"{self.config.method} chooses by the gradient at α, and there is none: a backward "
@@ -218,30 +230,3 @@ class Sparsifier:
                 if distributed.is_available() and distributed.is_initialized():
                     distributed.all_reduce(found[name])
         return found
-
-    def _note_backward(self, parameter: Tensor) -> None:
-        self._reached = True
-
-    def _check_stepped(self) -> None:
-        held = self._raw()
-        if not held and self.config.method.sparsifies:
-            raise RuntimeError("model has no sparse weights any more: it was densified")
-        trained = [p for p in held.values() if p.requires_grad]
-        optimized = sum(w.steps for owners in owners_of(self.model).values() for _, w in owners)
-        if trained and not self._reached and optimized == self._optimized:
-            raise RuntimeError(
-                "no backward pass has reached a sparse weight since the last step(): call "
-                "loss.backward() and optimizer.step() first"
-            )
-        others_only = not optimized and steps_made() > self._others
-        if trained and others_only and not _overflown(trained):
-            raise RuntimeError(
-                "the optimizer that has made a step holds none of the sparse weights: build it "
-                "from model.parameters()"
-            )
-        self._reached, self._optimized = False, optimized
-
-
-def _overflown(trained: list[nn.Parameter]) -> bool:
-    """Return whether a gradient is not finite, for which a scaler leaves the step out."""
-    return any(p.grad is not None and not p.grad.isfinite().all() for p in trained)

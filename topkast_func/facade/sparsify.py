@@ -13,7 +13,7 @@ from topkast_func.config.selection import warn_of_other_names
 from topkast_func.facade.classes import sparse_class
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watched
-from topkast_func.facade.owners import first_owners
+from topkast_func.facade.owners import first, owners_in
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
 from topkast_func.facade.sparsifier import Sparsifier
@@ -37,6 +37,7 @@ WRAPPERS = (
 """Modules made of others, which are to be sparsified before."""
 
 
+@torch.inference_mode(False)
 def sparsify(
     model: nn.Module,
     config: TopKastConfig,
@@ -51,8 +52,8 @@ def sparsify(
     (``isinstance``). A sparse weight is still the parameter that holds θ, dense; beside it stands
     a buffer ``<name>_sets`` of the bits of A and B, [2, ⌈n/8⌉]. The forward pass computes with
     α = θ·1_A, the gradient is that at α, kept on B, and a step of any optimiser of `torch.optim`,
-    made before or after, leaves what is outside B as it was, bit for bit, with slots of zero. θ,
-    gradient and slots take the memory of a dense module, and a step that of a copy of θ, which
+    made before or after, leaves what is outside B as it was, bit for bit, with slots as they begin.
+    θ, gradient and slots take the memory of a dense module, and a step that of a copy of θ, which
     stays there on a CPU; `train_step` needs less. Linear layers, and the projections of attention
     where a batch attends to itself, are computed by the sparse kernels where these are faster, all
     others with α at the price of the dense layer. `topkast_func.integrations` has callbacks for
@@ -123,7 +124,7 @@ def sparsify(
             changed.append(module)
             for key, rule in own.items():
                 make_sparse(module, key, rule, masks[rule.name] if masks else None)
-        for layer, weight in first_owners(model).values():
+        for layer, weight in first(owners_in(model)).values():
             weight.begin(layer)
         return Sparsifier(model, config, seed)
     except BaseException:

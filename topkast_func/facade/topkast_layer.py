@@ -56,6 +56,7 @@ class TopKastLayer(SparseLayer):
     weight = sparse_attribute("weight")
     weight_sets: Tensor
 
+    @torch.inference_mode(False)
     def _start(self, p_forward: float, p_backward: float, engine: EngineName = "auto") -> None:
         self.p_forward, self.p_backward, self.engine = p_forward, p_backward, engine
         self._parameters["weight"].__class__ = Theta
@@ -94,7 +95,7 @@ class TopKastLayer(SparseLayer):
         """Choose A and B anew from θ.
 
         In every optimiser a slot (momentum, Adam) stays with its weight, and a weight that newly
-        enters B starts with zero slots.
+        enters B starts with the slots of a parameter that is new: zero in most optimisers.
 
         Raises:
             NaNParameterError: θ holds NaN; nothing has changed.
@@ -113,7 +114,8 @@ class TopKastLayer(SparseLayer):
             del hooks[number]
         for name in ("p_forward", "p_backward", "engine"):
             delattr(self, name)
-        self._parameters["weight"].__class__ = nn.Parameter
+        if (theta := self._parameters["weight"]) is not None:
+            theta.__class__ = nn.Parameter
         super()._make_plain()
 
     @staticmethod
