@@ -45,3 +45,22 @@ def _train(rank: int, method: tk.Method) -> None:
 @pytest.mark.parametrize("method", [tk.topkast(), tk.rigl()], ids=str)
 def test_two_processes_train_the_network_of_one(method: tk.Method) -> None:
     results(_train, method)
+
+
+def _compiled(rank: int) -> list[float]:
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    tk.sparsify(model, tk.TopKastConfig(0.75, 0.5), engine="reference")
+    run = torch.compile(nn.parallel.DistributedDataParallel(model), backend="aot_eager")
+    x = torch.ones(2, 16)
+    run(x).sum().backward()
+    found = [run(x)[0].tolist(), model[0].weight.grad]
+    model.zero_grad()
+    model(x).sum().backward()
+    torch.testing.assert_close(found, [model(x)[0].tolist(), model[0].weight.grad])
+    return found[0]
+
+
+def test_a_network_that_is_compiled_before_it_is_broadcast_is_that_of_rank_0() -> None:
+    one, other = results(_compiled)
+    assert one == other

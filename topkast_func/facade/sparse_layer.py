@@ -204,9 +204,9 @@ def multiplied_by(layer: nn.Module, key: str) -> tuple[Tensor, Pattern, EngineNa
     """
     weight = weights_of(layer).get(key)
     derived = None if weight is None else weight.derived(layer)
-    if weight is None or derived is None or derived.indexed is None or weight.probe is not None:
+    sets = None if derived is None else derived.indices()
+    if weight is None or sets is None or weight.probe is not None:
         return None
-    sets = derived.indexed
     values = weight.gathering.values(weight.theta(layer), sets)
     return values, sets.pattern, weight.rule.engine
 
