@@ -776,7 +776,7 @@ def test_a_compiled_module_never_computes_with_the_sets_of_other_bits(
         (made := perceptron(), tk.sparsify(made, CONFIG, engine=engine)) for _ in range(2)
     )
     inputs, counter = torch.randn(6, 16), CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    compiled: Any = torch.compile(model, fullgraph=True, backend=counter)
     _copied_from(other, model)  # before it is traced
     expected = _gradients(other, other.parameters(), inputs)
     forward, backward = sparsifier.masks()["0.weight"]

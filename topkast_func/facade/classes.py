@@ -35,6 +35,12 @@ def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
     """
     mixed = _mixed_into(plain)
 
+    @wraps(plain.__init__)
+    def init(self: Any, *inputs: Any, **options: Any) -> None:
+        if type(self) is made:
+            self.__class__ = plain  # of a new module no weight is sparse
+        plain.__init__(self, *inputs, **options)
+
     @wraps(plain.forward)
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         runs = mixed if isinstance(self, mixed) else plain  # bound before the module was densified
@@ -46,11 +52,13 @@ def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
             raise TypeError(f"{plain.__name__} copies itself in its own way: densify it first")
         return _blank, (plain, keys), *state
 
-    members = {key: sparse_attribute(key) for key in keys}
+    members: dict[str, Any] = {key: sparse_attribute(key) for key in keys}
     named = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "_plain": plain}
     transposed = TransposedStandIn.is_of(plain)
-    own = {"forward": forward, "__reduce_ex__": reduce, "_transposed": transposed}
-    return type(plain.__name__, (mixed, plain), {**members, **named, **own})
+    own = {"__init__": init, "forward": forward, "__reduce_ex__": reduce}
+    members |= {**named, **own, "_transposed": transposed}
+    made = type(plain.__name__, (mixed, plain), members)
+    return made
 
 
 def _mixed_into(plain: Any) -> Any:

@@ -121,6 +121,25 @@ def misfit(bits: object, rule: Rule, name: str) -> str | None:
     )
 
 
+def check_whole(theta: Tensor, name: str) -> None:
+    """Check that a weight is not sharded.
+
+    Args:
+        theta: θ.
+        name: Its name.
+
+    Raises:
+        TypeError: It is.
+    """
+    if not torch.compiler.is_compiling() and hasattr(theta, "device_mesh"):
+        raise TypeError(
+            f"{name!r} is sparse and has been sharded, as fully_shard does, which is not "
+            'supported: tk.make_train_step(process_group=…, shard="owners") shares a sparse model '
+            "among processes, DistributedDataParallel takes one whole, and tk.densify, before it "
+            "is sharded, makes it a plain one"
+        )
+
+
 def readable(tensor: Tensor) -> bool:
     """Return whether the host can read the numbers of a tensor."""
     return (

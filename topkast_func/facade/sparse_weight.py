@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from topkast_func.bits import packed
 from topkast_func.facade.alpha import alpha, masks_in
-from topkast_func.facade.derived import Derived, derive, readable
+from topkast_func.facade.derived import Derived, check_whole, derive, readable
 from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
 from topkast_func.masks import masks_at
@@ -95,9 +95,11 @@ class SparseWeight:
         """Return the bits, a buffer of the layer.
 
         Raises:
+            TypeError: θ is sharded.
             ValueError: θ has another shape than the weight that was made sparse.
         """
-        if (shape := self.raw(layer).shape) != self.rule.shape:
+        check_whole(raw := self.raw(layer), self.rule.name)
+        if (shape := raw.shape) != self.rule.shape:
             raise ValueError(
                 f"{self.rule.name!r} has become of shape {tuple(shape)}, its sets are of shape "
                 f"{self.rule.shape}: put a parameter of that shape back, or tk.densify the model "
