@@ -80,7 +80,7 @@ def test_a_parametrization_that_came_later_is_to_be_removed_before_densify(befor
     parametrize.register_parametrization(layer, "bias", Double())
     held, expected = copy.deepcopy(model.state_dict()), model(x)
     for use in (tk.densify, tk.sparse_module):
-        with pytest.raises(ValueError, match=r"the layers \['2'\] got a parametrization after"):
+        with pytest.raises(ValueError, match=r"'2' got a parametrization after"):
             use(model)
     torch.testing.assert_close(model.state_dict(), held, rtol=0, atol=0)
     assert torch.equal(model(x), expected)
@@ -95,7 +95,7 @@ def test_a_layer_that_is_parametrized_before_and_after_is_named() -> None:
     layer.register_parameter("scale", nn.Parameter(torch.ones(3)))
     tk.sparsify(layer, tk.TopKastConfig(0.75, 0.5, sparse="weight"))
     parametrize.register_parametrization(layer, "scale", Double())
-    with pytest.raises(ValueError, match=r"the layers \['model'\] got a parametrization after"):
+    with pytest.raises(ValueError, match=r"'model' got a parametrization after"):
         tk.densify(layer)
 
 

@@ -6,12 +6,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig, allocate
 from topkast_func.config.selection import warn_of_other_names
-from topkast_func.facade.classes import sparse_class
+from topkast_func.facade.classes import check_replaceable, sparse_class
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watched
 from topkast_func.facade.owners import first_owners
@@ -146,31 +145,21 @@ def densify(model: Module) -> Module:
 
     Raises:
         TypeError: It is no module.
-        ValueError: It has no sparse weights, or none any more, or a layer got a parametrization
-            after it was made sparse; nothing has changed.
+        ValueError: It has no sparse weights any more, or a layer got a parametrization after it
+            was made sparse; nothing has changed.
     """
     check_type("model", model, nn.Module)
-    named = {path: m for path, m in model.named_modules() if isinstance(m, SparseLayer)}
-    layers = list(named.values())
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLayer)}
     if not layers:
         raise ValueError(
             "model has no sparse weights: sparsify was never called on it, or it is plain again, "
             "as a TopKastCallback leaves it after training (densify_at_end=False keeps it sparse)"
         )
-    if later := [path or "model" for path, layer in named.items() if _parametrized_since(layer)]:
-        raise ValueError(
-            f"the layers {later} got a parametrization after tk.sparsify: remove it first, by "
-            "torch.nn.utils.parametrize.remove_parametrizations, and register it again later"
-        )
-    for layer in layers:
+    for path, layer in layers.items():
+        check_replaceable(path, layer)
+    for layer in layers.values():
         layer._make_plain()
     return model
-
-
-def _parametrized_since(layer: SparseLayer) -> bool:
-    """Return whether torch has put a parametrization into a sparse class, not into a plain one."""
-    found: Any = layer.parametrizations if is_parametrized(layer) else ()
-    return not vars(layer._plain).keys() >= set(found)
 
 
 def _checked(model: nn.Module, config: TopKastConfig) -> Params:
