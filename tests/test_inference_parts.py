@@ -338,3 +338,81 @@ def test_the_blocks_of_a_weight_that_is_transposed_are_transposed() -> None:
     assert layer is not None
     assert layer.values.shape == (2, 4, 2)
     assert torch.equal(layer.weight, alpha.t())
+
+
+class Centred(nn.Module):
+    """A layer of what differs from a running mean that is not saved."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.register_buffer("mean", torch.zeros(8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        out: Tensor = self.layer(x - self.mean)
+        return out
+
+
+def test_buffers_that_are_not_saved_are_those_of_the_state() -> None:
+    model, config, optimizer = Centred(), tk.TopKastConfig(0.8), tk.sgd(0.1)
+    step = tk.make_train_step(model, lambda f, x: f(x).mean(), config, optimizer, compile=False)
+    x = torch.randn(16, 8) + 3.0
+    state, _ = step(tk.init_state(model, config, optimizer), x)
+    assert state.buffers["mean"].all()
+    module = tk.sparse_module(state, model)
+    assert torch.equal(module.get_buffer("mean"), state.buffers["mean"])
+    expected = torch.func.functional_call(model.eval(), tk.forward_params(state), (x,))
+    assert_close(module(x), expected)
+    module.get_buffer("mean").zero_()
+    assert state.buffers["mean"].all()
+
+
+AXES: dict[Any, int] = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
+
+@small
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", AXES)
+def test_a_convolution_leaves_memory_in_the_order_in_which_torch_does(
+    kind: Any, stride: int
+) -> None:
+    module, plain, _ = made(nn.Sequential(kind(8, 16, 1, stride)))
+    x = torch.randn(3, 8, *[5] * AXES[kind])
+    last = torch.channels_last if kind is nn.Conv2d else torch.contiguous_format
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
+    for given in (x, x.to(memory_format=last), x[0], x.to(memory_format=last)[0], turned):
+        with torch.no_grad():
+            found, expected = module(given), plain(given)
+        assert_close(found, expected, check_stride=True)
+    if kind is nn.Conv3d:  # torch itself keeps the order with strides alone
+        found = module(x.to(memory_format=torch.channels_last_3d))
+        assert found.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@small
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (Language(), ["words", "middle", "head"]),
+        (nn.Sequential(nn.Conv2d(8, 16, 1, 2)), ["0"]),
+        (Attention({}), ["attention"]),
+    ],
+    ids=["language", "convolution", "attention"],
+)
+def test_what_stands_for_a_layer_has_its_attributes(model: nn.Module, names: list[str]) -> None:
+    for name in names:
+        model.get_submodule(name).told = "by its owner"  # type: ignore[assignment]
+    module, plain, _ = made(model)
+    for name in names:
+        layer, by = plain.get_submodule(name), module.get_submodule(name)
+        assert type(by) is not type(layer)
+        for key, value in vars(layer).items():
+            if not key.startswith("_"):
+                assert getattr(by, key) == value
+        for key in ("weight", "bias", "in_proj_weight"):
+            if isinstance(value := getattr(layer, key, None), Tensor) and name != "middle":
+                assert torch.equal(getattr(by, key), value)

@@ -375,3 +375,30 @@ def test_a_module_that_runs_with_no_other_weights_is_named(wrap: Any) -> None:
         tk.init_state(model, CONFIG, OPTIMIZER)
     with pytest.raises(TypeError, match=r"model is a .*: give the module that is in it"):
         tk.make_train_step(model, mse, CONFIG, OPTIMIZER)
+
+
+@compiled_or_not
+def test_cached_parametrizations_are_refused_around_a_step_and_right_within_the_loss(
+    compile: Any,
+) -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.Linear(8, 3))
+    config = tk.TopKastConfig(0.7, 0.4, sparse=["*original1"])
+    state = tk.init_state(model, config, OPTIMIZER)
+
+    def loss_within(apply: Any, batch: Any) -> Tensor:
+        with nn.utils.parametrize.cached():
+            return mse(apply, batch)
+
+    step = tk.make_train_step(model, mse, config, OPTIMIZER, compile=compile)
+    with nn.utils.parametrize.cached(), pytest.raises(RuntimeError, match=r"within .*cached\(\) a"):
+        step(state, BATCH)
+    expected, _ = step(state, BATCH)
+    with nn.utils.parametrize.cached(), pytest.raises(RuntimeError, match=r"within .*cached\(\) a"):
+        step(expected, BATCH)
+    if compile is False:
+        within = tk.make_train_step(model, loss_within, config, OPTIMIZER, compile=False)
+        torch.testing.assert_close(within(state, BATCH)[0], expected)
+    plain = nn.Linear(6, 3)
+    state = tk.init_state(plain, CONFIG, OPTIMIZER)
+    with nn.utils.parametrize.cached():
+        tk.make_train_step(plain, mse, CONFIG, OPTIMIZER, compile=False)(state, BATCH)

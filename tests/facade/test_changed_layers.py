@@ -207,14 +207,21 @@ class Buffered(nn.Linear):
         self.register_buffer("weight_sets", torch.arange(3.0))
 
 
-class Tagged(nn.Linear):
-    """A layer whose class can be derived from with a tag alone."""
+class Tag(type):
+    """A class of classes that are made with a tag alone."""
+
+    def __new__(cls, name: str, bases: Any, members: Any, *, tag: int) -> Any:
+        return super().__new__(cls, name, bases, members)
+
+    def __init__(cls, name: str, bases: Any, members: Any, *, tag: int) -> None:
+        super().__init__(name, bases, members)
+
+
+class Tagged(nn.Linear, metaclass=Tag, tag=1):
+    """A layer of such a class."""
 
     def __init__(self) -> None:
         super().__init__(8, 8)
-
-    def __init_subclass__(cls, tag: int, **options: Any) -> None:
-        super().__init_subclass__(**options)
 
 
 @pytest.mark.parametrize(

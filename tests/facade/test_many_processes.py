@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import topkast_func as tk
 from tests.distributed.processes import results
@@ -45,3 +47,41 @@ def _train(rank: int, method: tk.Method) -> None:
 @pytest.mark.parametrize("method", [tk.topkast(), tk.rigl()], ids=str)
 def test_two_processes_train_the_network_of_one(method: tk.Method) -> None:
     results(_train, method)
+
+
+def _compiled(rank: int) -> list[float]:
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    tk.sparsify(model, tk.TopKastConfig(0.75, 0.5), engine="reference")
+    run = torch.compile(nn.parallel.DistributedDataParallel(model), backend="aot_eager")
+    x = torch.ones(2, 16)
+    run(x).sum().backward()
+    found = [run(x)[0].tolist(), model[0].weight.grad]
+    model.zero_grad()
+    model(x).sum().backward()
+    torch.testing.assert_close(found, [model(x)[0].tolist(), model[0].weight.grad])
+    return found[0]
+
+
+def test_a_network_that_is_compiled_before_it_is_broadcast_is_that_of_rank_0() -> None:
+    one, other = results(_compiled)
+    assert one == other
+
+
+def _sharded(rank: int) -> None:
+    model, other = nn.Sequential(nn.Linear(16, 12)), nn.Sequential(nn.Linear(16, 12))
+    handle = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5))
+    tk.sparsify(other, handle.config)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
+    for network in (model, other):
+        network(torch.ones(2, 16)).sum().backward()
+    told = r"'0\.weight' is sparse and has been sharded, .*shard=\"owners\""
+    for use in (optimizers[0].step, lambda: tk.densify(model)):
+        with pytest.raises(TypeError, match=told):
+            use()
+    optimizers[1].step()
+
+
+def test_a_sparse_module_that_is_sharded_is_told_what_does_it() -> None:
+    results(_sharded, ranks=1)

@@ -753,6 +753,76 @@ def test_a_compiled_module_equals_the_eager_one_through_refreshes_in_one_graph(
     assert counter.frame_count == 1
 
 
+def _copied_from(other: nn.Module, model: nn.Module) -> None:
+    """Write to a module what another holds, as a broadcast or an average does."""
+    with torch.no_grad():
+        for own, its in zip(
+            itertools.chain(model.parameters(), model.buffers()),
+            itertools.chain(other.parameters(), other.buffers()),
+            strict=True,
+        ):
+            own.copy_(its)
+
+
+@pytest.mark.parametrize(
+    ("engine", "backend"),
+    [("reference", "aot_eager"), ("reference", "inductor"), ("dense", "aot_eager")],
+)
+def test_a_compiled_module_never_computes_with_the_sets_of_other_bits(
+    engine: Any, backend: str
+) -> None:
+    torch.compiler.reset()
+    (model, sparsifier), (other, _) = (
+        (made := perceptron(), tk.sparsify(made, CONFIG, engine=engine)) for _ in range(2)
+    )
+    inputs, counter = torch.randn(6, 16), CompileCounterWithBackend(backend)
+    compiled: Any = torch.compile(model, fullgraph=True, backend=counter)
+    _copied_from(other, model)  # before it is traced
+    expected = _gradients(other, other.parameters(), inputs)
+    forward, backward = sparsifier.masks()["0.weight"]
+    assert expected[0][backward & ~forward].any()
+    torch.testing.assert_close(_gradients(compiled, model.parameters(), inputs), expected)
+    third = perceptron()
+    tk.sparsify(third, CONFIG, engine=engine)
+    _copied_from(third, model)
+    expected = _gradients(third, third.parameters(), inputs)
+    if engine != "dense":
+        told = r"<name>_sets, of shape \(2, 24\), has been written to .* run the module itself once"
+        with pytest.raises(RuntimeError, match=told):
+            compiled(inputs)
+        model(inputs)
+    torch.testing.assert_close(_gradients(compiled, model.parameters(), inputs), expected)
+    assert counter.frame_count == 1
+    model[0].weight_sets.random_(0, 256)
+    with pytest.raises(RuntimeError, match="has been written to since"):
+        compiled(inputs)
+
+
+def test_a_compiled_penalty_is_not_that_of_other_bits() -> None:
+    torch.compiler.reset()
+    model, other = perceptron(), perceptron()
+    sparsifier, its = (tk.sparsify(m, CONFIG, engine="reference") for m in (model, other))
+    penalty = torch.compile(sparsifier.penalty, backend="aot_eager")
+    torch.testing.assert_close(penalty(), sparsifier.penalty())
+    _copied_from(other, model)
+    with pytest.raises(RuntimeError, match="has been written to since"):
+        penalty()
+    model(torch.ones(1, 16))
+    torch.testing.assert_close(penalty(), its.penalty())
+
+
+def test_blocks_that_are_compiled_one_by_one_share_a_graph() -> None:
+    torch.compiler.reset()
+    blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+    tk.sparsify(blocks, CONFIG, engine="reference")
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in blocks:
+        x = torch.randn(2, 16)
+        found = torch.compile(block, fullgraph=True, backend=counter)(x)
+        torch.testing.assert_close(found, block(x))
+    assert counter.frame_count == 1
+
+
 def test_a_compiled_functional_gradient_equals_the_eager_one() -> None:
     torch.compiler.reset()
     model, sparsifier = _sparse(CASES["convolutional"])

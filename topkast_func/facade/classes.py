@@ -5,10 +5,12 @@ from functools import cache, wraps
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from topkast_func.facade.sparse_attention import SparseAttention
 from topkast_func.facade.sparse_convolution import SparseConvolution
 from topkast_func.facade.sparse_layer import SparseLayer, SparseLinear, sparse_attribute
+from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.convolution import ConvolutionStandIn
 from topkast_func.model.stand_in import StandIn, TransposedStandIn
@@ -35,6 +37,12 @@ def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
     """
     mixed = _mixed_into(plain)
 
+    @wraps(plain.__init__)
+    def init(self: Any, *inputs: Any, **options: Any) -> None:
+        if type(self) is made:
+            self.__class__ = plain  # of a new module no weight is sparse
+        plain.__init__(self, *inputs, **options)
+
     @wraps(plain.forward)
     def forward(self: Any, *inputs: Any, **options: Any) -> Any:
         runs = mixed if isinstance(self, mixed) else plain  # bound before the module was densified
@@ -46,11 +54,33 @@ def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
             raise TypeError(f"{plain.__name__} copies itself in its own way: densify it first")
         return _blank, (plain, keys), *state
 
-    members = {key: sparse_attribute(key) for key in keys}
+    members: dict[str, Any] = {key: sparse_attribute(key) for key in keys}
     named = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "_plain": plain}
     transposed = TransposedStandIn.is_of(plain)
-    own = {"forward": forward, "__reduce_ex__": reduce, "_transposed": transposed}
-    return type(plain.__name__, (mixed, plain), {**members, **named, **own})
+    own = {"__init__": init, "forward": forward, "__reduce_ex__": reduce}
+    members |= {**named, **own, "_transposed": transposed}
+    made = type(plain.__name__, (mixed, plain), members)
+    return made
+
+
+def check_replaceable(path: str, layer: SparseLayer) -> None:
+    """Check that a layer has its weights, and its plain class what torch has put into classes.
+
+    Args:
+        path: Where the layer is in its model.
+        layer: The layer.
+
+    Raises:
+        ValueError: torch has put a parametrization into its sparse class.
+    """
+    for weight in weights_of(layer).values():
+        weight.raw(layer)
+    found: Any = layer.parametrizations if is_parametrized(layer) else ()
+    if not vars(layer._plain).keys() >= set(found):
+        raise ValueError(
+            f"{path or 'model'!r} got a parametrization after tk.sparsify: remove it first, by "
+            "torch.nn.utils.parametrize.remove_parametrizations, and register it again later"
+        )
 
 
 def _mixed_into(plain: Any) -> Any:

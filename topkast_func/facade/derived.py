@@ -11,6 +11,7 @@ from topkast_func.checks import dispatches
 from topkast_func.config import TopKastConfig
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
+from topkast_func.kernels.agreed import agreed, in_a_graph
 from topkast_func.kernels.pattern import pattern_of, places_in
 from topkast_func.masks import telling
 from topkast_func.model.indexed import Indexed
@@ -41,6 +42,19 @@ class Derived(NamedTuple):
         if self.sets.device.type == "cpu":
             return not same(self.content, self.sets)
         return self.version is None or self.version != _version(self.sets)
+
+    def bits(self) -> Tensor:
+        """Return the bits; in a graph, which would go on with any, no others than sets."""
+        if not in_a_graph():
+            return self.sets
+        return self.sets + agreed(self.sets, self.content, exact=False)
+
+    def indices(self) -> Indexed | None:
+        """Return the index; in a graph, which keeps it, for no other bits than it was made of."""
+        if self.indexed is None or not in_a_graph():
+            return self.indexed
+        same = agreed(self.sets, self.content, exact=True)
+        return self.indexed._replace(places=self.indexed.places + same)
 
 
 @torch.inference_mode(False)
@@ -105,6 +119,25 @@ def misfit(bits: object, rule: Rule, name: str) -> str | None:
         f"{name} has |A|, |B| = {counts or torn}, this layer {known}: the checkpoint is of another "
         "sparsity; without that key the sets are chosen from its weight"
     )
+
+
+def check_whole(theta: Tensor, name: str) -> None:
+    """Check that a weight is not sharded.
+
+    Args:
+        theta: θ.
+        name: Its name.
+
+    Raises:
+        TypeError: It is.
+    """
+    if not torch.compiler.is_compiling() and hasattr(theta, "device_mesh"):
+        raise TypeError(
+            f"{name!r} is sparse and has been sharded, as fully_shard does, which is not "
+            'supported: tk.make_train_step(process_group=…, shard="owners") shares a sparse model '
+            "among processes, DistributedDataParallel takes one whole, and tk.densify, before it "
+            "is sharded, makes it a plain one"
+        )
 
 
 def readable(tensor: Tensor) -> bool:

@@ -79,6 +79,11 @@ class SparseLayer(nn.Module):
     _plain: ClassVar[Any]
     """The class of the module without sparse weights."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Call on, but for a class in place of another, which has been told of already."""
+        if "_plain" not in vars(cls):
+            super().__init_subclass__(**options)
+
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Compute with α."""
         with ForwardPass():
@@ -205,9 +210,9 @@ def multiplied_by(layer: nn.Module, key: str) -> tuple[Tensor, Pattern, EngineNa
     """
     weight = weights_of(layer).get(key)
     derived = None if weight is None else weight.derived(layer)
-    if weight is None or derived is None or derived.indexed is None or weight.probe is not None:
+    sets = None if derived is None else derived.indices()
+    if weight is None or sets is None or weight.probe is not None:
         return None
-    sets = derived.indexed
     values = weight.gathering.values(weight.theta(layer), sets)
     return values, sets.pattern, weight.rule.engine
 
@@ -240,11 +245,3 @@ def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = No
     vars(layer)[KEPT] = {**weights_of(layer), key: weight}
     weight.start(layer, masks)
     watch(layer)
-
-
-def plain_twin(layer: SparseLayer) -> nn.Module:
-    """Return a layer of the plain class that computes with all of θ, without a gradient for it."""
-    twin: nn.Module = layer._plain.__new__(layer._plain)
-    detached = {n: None if p is None else p.detach() for n, p in layer._parameters.items()}
-    vars(twin).update(vars(layer), _parameters=detached)
-    return twin

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from topkast_func.bits import packed
 from topkast_func.facade.alpha import alpha, masks_in
-from topkast_func.facade.derived import Derived, derive, readable
+from topkast_func.facade.derived import Derived, check_whole, derive, readable
 from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
 from topkast_func.masks import masks_at
@@ -61,13 +61,7 @@ class SparseWeight:
         return f"{self.key}_sets"
 
     def raw(self, layer: nn.Module) -> nn.Parameter:
-        """Return what is trained.
-
-        Args:
-            layer: The layer.
-
-        Returns:
-            The parameter: θ, or φ of powerpropagation.
+        """Return the parameter that is trained: θ, or φ of powerpropagation.
 
         Raises:
             RuntimeError: The layer has it no more.
@@ -90,9 +84,6 @@ class SparseWeight:
     def begin(self, layer: nn.Module) -> None:
         """Turn the parameter from θ, as initialised or loaded, into what is trained.
 
-        Args:
-            layer: The layer.
-
         Raises:
             ValueError: Under powerpropagation it is 0 everywhere.
         """
@@ -102,18 +93,14 @@ class SparseWeight:
             raw.copy_(phi_of(raw, exponent))
 
     def sets(self, layer: nn.Module) -> Tensor:
-        """Return the bits.
-
-        Args:
-            layer: The layer.
-
-        Returns:
-            The buffer.
+        """Return the bits, a buffer of the layer.
 
         Raises:
+            TypeError: θ is sharded.
             ValueError: θ has another shape than the weight that was made sparse.
         """
-        if (shape := self.raw(layer).shape) != self.rule.shape:
+        check_whole(raw := self.raw(layer), self.rule.name)
+        if (shape := raw.shape) != self.rule.shape:
             raise ValueError(
                 f"{self.rule.name!r} has become of shape {tuple(shape)}, its sets are of shape "
                 f"{self.rule.shape}: put a parameter of that shape back, or tk.densify the model "
@@ -123,13 +110,12 @@ class SparseWeight:
 
     def masks(self, layer: nn.Module) -> Masks:
         """Return the sets; they are chosen if there are none yet."""
-        self.derived(layer)
-        return masks_in(self.sets(layer), self.raw(layer).shape)
+        return masks_in(self._bits(layer), self.raw(layer).shape)
 
     def indexed(self, layer: nn.Module) -> AnySets:
         """Return the sets as the kernels read them, where these compute the layer; else masks."""
         derived = self.derived(layer)
-        return (derived and derived.indexed) or self.masks(layer)
+        return (derived and derived.indices()) or self.masks(layer)
 
     def parts(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """Return θ on A and on B∖A, zero or absent elsewhere."""
@@ -137,13 +123,11 @@ class SparseWeight:
 
     def backward_bits(self, layer: nn.Module) -> Tensor:
         """Return B in bits; it is chosen if there is none yet."""
-        self.derived(layer)
-        return self.sets(layer)[1]
+        return self._bits(layer)[1]
 
     def alpha(self, layer: nn.Module) -> Tensor:
         """Return α, with a gradient that reaches B."""
-        self.derived(layer)
-        found: Tensor = alpha(self.theta(layer), self.sets(layer))
+        found: Tensor = alpha(self.theta(layer), self._bits(layer))
         return found if self.probe is None else found + self.probe
 
     def start(self, layer: nn.Module, masks: Masks | None) -> None:
@@ -191,6 +175,8 @@ class SparseWeight:
         Raises:
             RuntimeError: The bits are no sets of this weight, and none follow from θ.
         """
+        if torch.compiler.is_dynamo_compiling():
+            self._catch_up(self.raw(layer).dtype)
         sets, known = self.sets(layer), self._derived
         if known is None or known.sets is not sets:
             if torch.compiler.is_compiling() or not readable(sets):
@@ -201,6 +187,19 @@ class SparseWeight:
         if known.counts is None and not sets.is_meta:
             self._mend(layer, known)
         return self._derived
+
+    def _bits(self, layer: nn.Module) -> Tensor:
+        derived = self.derived(layer)
+        return self.sets(layer) if derived is None else derived.bits()
+
+    def _catch_up(self, dtype: torch.dtype) -> None:
+        """Look at bits that have been written to, while Dynamo traces what reads them."""
+        known = self._derived
+        if known is not None and known.outdated:
+            like = known.sets.new_empty((), dtype=dtype).expand(self.rule.shape)
+            self._derived = derive(known.sets, like, self.rule, known)
+
+    vars(_catch_up)["_dynamo_marked_constant"] = True  # torch.compiler's way loads Dynamo
 
     def look(self, layer: nn.Module) -> Derived:
         """Look at the bits, and make anew what depends on them."""

@@ -10,7 +10,7 @@ from torch import nn
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig, allocate
 from topkast_func.config.selection import warn_of_other_names
-from topkast_func.facade.classes import sparse_class
+from topkast_func.facade.classes import check_replaceable, sparse_class
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watched
 from topkast_func.facade.owners import first, owners_in
@@ -146,16 +146,19 @@ def densify(model: Module) -> Module:
 
     Raises:
         TypeError: It is no module.
-        ValueError: It has no sparse weights, or none any more.
+        ValueError: It has no sparse weights any more, or a layer got a parametrization after it
+            was made sparse; nothing has changed.
     """
     check_type("model", model, nn.Module)
-    layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLayer)}
     if not layers:
         raise ValueError(
             "model has no sparse weights: sparsify was never called on it, or it is plain again, "
             "as a TopKastCallback leaves it after training (densify_at_end=False keeps it sparse)"
         )
-    for layer in layers:
+    for path, layer in layers.items():
+        check_replaceable(path, layer)
+    for layer in layers.values():
         layer._make_plain()
     return model
 

@@ -14,7 +14,6 @@ from topkast_func.facade.sparse_layer import (
     SparseLayer,
     SparseLinear,
     make_sparse,
-    plain_twin,
     sparse_attribute,
 )
 from topkast_func.facade.sparse_weight import weights_of
@@ -83,7 +82,7 @@ class TopKastLayer(SparseLayer):
         Returns:
             What the plain layer returns.
         """
-        return super().forward(inputs) if sparse else plain_twin(self)(inputs)
+        return super().forward(inputs) if sparse else _plain_twin(self)(inputs)
 
     def reset_parameters(self) -> None:
         """Draw θ and the bias as the plain layer does; choose A and B."""
@@ -229,3 +228,11 @@ def check_sparsities(p_forward: object, p_backward: object) -> Allocation:
 
 def _keep_off_fused_paths(*_: object) -> None:
     """Do nothing, as a hook: fused transformer layers, which read θ, give way to any hook."""
+
+
+def _plain_twin(layer: SparseLayer) -> nn.Module:
+    """Return a layer of the plain class that computes with all of θ, without a gradient for it."""
+    twin: nn.Module = layer._plain.__new__(layer._plain)
+    detached = {n: None if p is None else p.detach() for n, p in layer._parameters.items()}
+    vars(twin).update(vars(layer), _parameters=detached)
+    return twin

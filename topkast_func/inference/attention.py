@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from topkast_func.model.attention import mixed
@@ -30,7 +31,11 @@ class SparseAttention(nn.Module):
         self.num_heads, self.batch_first = layer.num_heads, layer.batch_first
         self.embed_dim, self.dropout = layer.embed_dim, layer.dropout
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = projections
-        self.train(layer.training)
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """The weights of queries, keys and values, dense, [3·embed_dim, embed_dim]."""
+        return torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])  # type: ignore[list-item]
 
     def forward(
         self,

@@ -91,6 +91,8 @@ def _of_state(state: TrainState, model: nn.Module, batch: int) -> tuple[nn.Modul
     alpha = alpha_in(state)
     plain = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
     plain.load_state_dict(alpha, strict=False)
+    for name, buffer in plain.named_buffers():  # of which that passes over those it never saves
+        buffer.copy_(state.buffers[name])
     masks = {name: sets.forward for name, sets in masks_of(state).items()}
     return plain, Stored(alpha, masks, state.weights.values(), batch)
 
@@ -172,7 +174,9 @@ def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _replaced(model: nn.Module, layer: nn.Module, by: nn.Module) -> nn.Module:
-    """Put a layer in the place of another, wherever that is reached; return the model."""
+    """Put a layer in the place of another, whose attributes it gets, wherever that is reached."""
+    by.train(layer.training)
+    vars(by).update({key: value for key, value in vars(layer).items() if key not in vars(by)})
     for module in model.modules():
         module._modules.update({key: by for key, part in module._modules.items() if part is layer})
     return by if model is layer else model

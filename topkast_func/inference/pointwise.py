@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from topkast_func.inference.linear import SparseLinear
 from topkast_func.inference.replaceable import replaceable
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+"""How torch calls channels that are the last axis in memory, by the axes of an image."""
 
 
 class SparsePointwise(nn.Module):
@@ -27,6 +30,17 @@ class SparsePointwise(nn.Module):
         self.linear = linear
         self.stride: tuple[int, ...] = layer.stride
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight, dense, [out_channels, in_channels, 1, …]."""
+        dense = self.linear.weight
+        return dense.view(*dense.shape, *[1] * len(self.stride))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out_channels], or None."""
+        return self.linear.bias
+
     @staticmethod
     def fits(layer: nn.Module) -> bool:
         """Return whether a layer is such a convolution."""
@@ -45,10 +59,18 @@ class SparsePointwise(nn.Module):
             input: [batch, channels, …], or without batch.
 
         Returns:
-            The same with out_channels, their axis the last in memory.
+            The same with out_channels, their axis the last in memory if it was before.
         """
-        channels = -1 - len(self.stride)
+        axes = len(self.stride)
+        channels, last = -1 - axes, _is_last(input, axes)
         for axis, step in enumerate(self.stride, channels + 1):
             input = input.movedim(axis, 0)[::step].movedim(0, axis)
         out: Tensor = self.linear(input.movedim(channels, -1))
-        return out.movedim(-1, channels)
+        out = out.movedim(-1, channels)
+        return out if last else out.contiguous()
+
+
+def _is_last(input: Tensor, axes: int) -> bool:
+    """Return whether the channels of a batch are the last axis in memory."""
+    batched = axes in LAST and input.ndim == axes + 2 and not input.is_contiguous()
+    return batched and input.is_contiguous(memory_format=LAST[axes])

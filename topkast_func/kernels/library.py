@@ -29,6 +29,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _LIBRARY = Library("topkast_func", "DEF")
 
+_APART = getattr(torch.Tag, "cudagraph_unsafe", None)
+"""What leaves an operator out of CUDA graphs, in torch versions that can."""
+
 _ORDINARY = _dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
 """What torch decides by where it computes with a tensor in the memory of the CPU."""
 
@@ -52,6 +55,7 @@ def define(
     fake: Callable[..., Tensor],
     gradient: type[Gradient] | None = None,
     batched: Callable[..., tuple[Tensor, int]] | None = None,
+    waits: bool = False,
 ) -> Any:
     """Define an operator for every device.
 
@@ -65,6 +69,7 @@ def define(
         gradient: Its gradient; None for integers.
         batched: ``batched(operator, info, in_dims, *arguments)`` is its `torch.vmap`, see
             `torch.library.register_vmap`; None for as many calls as there are samples.
+        waits: Whether the host waits for numbers in it, which it cannot in a CUDA graph.
 
     Returns:
         The operator.
@@ -72,7 +77,8 @@ def define(
     name, arguments = schema.split("(", 1)
     code = inspect.getsource(sys.modules[compute.__module__]).encode()
     overload = f"v{zlib.crc32(code):x}"
-    _LIBRARY.define(f"{name}.{overload}({arguments}")
+    tags = (_APART,) if waits and _APART else ()
+    _LIBRARY.define(f"{name}.{overload}({arguments}", tags=tags)
     operator = getattr(getattr(torch.ops.topkast_func, name), overload)
     _LIBRARY.impl(operator, _untraced(compute), "CompositeExplicitAutograd")
     if gradient:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
 from topkast_func.checks import versions
 from topkast_func.compiling import compilation_seconds
+from topkast_func.model.alone import parts_of
 from topkast_func.model.modules import CHANGED, bind, tensors_of, ties, unset_buffers
 from topkast_func.training.derivative import HOOKS, without_hooks
 from topkast_func.training.loss import loss_and_aux
@@ -73,8 +75,9 @@ class Trials:
 
         Raises:
             ValueError: See `check_pure`; or the step has written to the batch.
-            RuntimeError: See `check_pure`.
+            RuntimeError: See `check_pure`; or the model reads weights that torch has cached.
         """
+        _check_uncached(self._model)
         if new := mode not in self._tried:
             self._try(mode, state, batch)
         compiled = compilation_seconds()
@@ -101,6 +104,15 @@ class Trials:
         trial = partial(check_pure, self._model, self._loss_fn, state, batch)
         self._repeats.run(trial, twice=new)
         self._tried.add(mode)
+
+
+def _check_uncached(model: Model) -> None:
+    """Check that parametrized weights are computed from the parameters of the step."""
+    if parametrize._cache_enabled and any(map(parametrize.is_parametrized, parts_of(model))):
+        raise RuntimeError(
+            "within torch.nn.utils.parametrize.cached() a step would compute with parametrized "
+            "weights of another: call it outside; the loss function may use cached() within"
+        )
 
 
 @torch.enable_grad()

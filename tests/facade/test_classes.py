@@ -1,0 +1,106 @@
+"""Classes of sparse modules: what others put into them, and who hears of them."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import topkast_func as tk
+from tests.facade.networks import CONFIG, perceptron
+
+
+class Registered(nn.Module):
+    """A base that keeps the classes derived from it, with what they are told."""
+
+    known: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init_subclass__(cls, *, kind: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Registered.known[cls.__name__] = (cls, kind)
+
+
+class Network(Registered, kind="network"):
+    """A module of its own, made with an argument."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+class Double(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_registry_of_classes_does_not_hear_of_sparse_ones() -> None:
+    model = Network(8)
+    tk.sparsify(model, CONFIG)
+    assert type(model) is not Network
+    assert Registered.known["Network"] == (Network, "network")
+
+
+def test_a_registry_of_classes_hears_of_those_that_users_derive() -> None:
+    class Own(tk.TopKastLinear, Registered, kind="layer"):
+        pass
+
+    assert Registered.known.pop("Own") == (Own, "layer")
+
+
+@pytest.mark.parametrize("make", [lambda: Network(8), lambda: nn.Linear(16, 8)])
+def test_a_new_module_of_a_sparse_class_is_a_plain_one(make: Any) -> None:
+    model = make()
+    plain = type(model)
+    tk.sparsify(model, CONFIG)
+    new = type(model)(8) if plain is Network else type(model)(16, 8)
+    assert type(new) is plain
+    tk.sparsify(new, CONFIG)
+    assert type(new) is type(model)
+    for copied in (copy.deepcopy(model), model):
+        assert torch.equal(copied(torch.ones(2, 16)), model(torch.ones(2, 16)))
+        assert type(tk.densify(copied)) is plain
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_parametrization_that_came_later_is_to_be_removed_before_densify(before: bool) -> None:
+    model, x = perceptron(), torch.randn(2, 16)
+    if before:
+        parametrize.register_parametrization(model[0], "bias", Double())
+    plain = type(model[0])
+    tk.sparsify(model, CONFIG)
+    layer = model[2]
+    parametrize.register_parametrization(layer, "bias", Double())
+    held, expected = copy.deepcopy(model.state_dict()), model(x)
+    for use in (tk.densify, tk.sparse_module):
+        with pytest.raises(ValueError, match=r"'2' got a parametrization after"):
+            use(model)
+    torch.testing.assert_close(model.state_dict(), held, rtol=0, atol=0)
+    assert torch.equal(model(x), expected)
+    parametrize.remove_parametrizations(layer, "bias")
+    torch.testing.assert_close(tk.densify(model)(x), expected)
+    assert type(model[0]) is plain
+
+
+def test_a_layer_that_is_parametrized_before_and_after_is_named() -> None:
+    layer = nn.Linear(16, 8)
+    parametrize.register_parametrization(layer, "bias", Double())
+    layer.register_parameter("scale", nn.Parameter(torch.ones(3)))
+    tk.sparsify(layer, tk.TopKastConfig(0.75, 0.5, sparse="weight"))
+    parametrize.register_parametrization(layer, "scale", Double())
+    with pytest.raises(ValueError, match=r"'model' got a parametrization after"):
+        tk.densify(layer)
+
+
+def test_a_seed_layer_with_a_parametrized_bias_is_named() -> None:
+    layer = tk.TopKastLinear(16, 8, 0.75, 0.5)
+    parametrize.register_parametrization(layer, "bias", Double())
+    with pytest.raises(ValueError, match="got a parametrization after"):
+        tk.densify(layer)
