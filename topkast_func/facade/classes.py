@@ -10,7 +10,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from topkast_func.facade.sparse_attention import SparseAttention
 from topkast_func.facade.sparse_convolution import SparseConvolution
 from topkast_func.facade.sparse_layer import SparseLayer, SparseLinear, sparse_attribute
-from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.convolution import ConvolutionStandIn
 from topkast_func.model.stand_in import StandIn, TransposedStandIn
@@ -73,7 +72,7 @@ def check_replaceable(path: str, layer: SparseLayer) -> None:
     Raises:
         ValueError: torch has put a parametrization into its sparse class.
     """
-    for weight in weights_of(layer).values():
+    for weight in layer._weights_left():
         weight.raw(layer)
     found: Any = layer.parametrizations if is_parametrized(layer) else ()
     if not vars(layer._plain).keys() >= set(found):

@@ -92,11 +92,15 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def _make_plain(self) -> None:
         """Become a module of the plain class, whose weights are α."""
-        for weight in weights_of(self).values():
-            if self._parameters.get(weight.key, weight) is not None:  # it may be set to None
-                theta = torch.where(weight.masks(self).forward, weight.theta(self), 0.0)
-                weight.raw(self).copy_(theta)
+        for weight in self._weights_left():
+            theta = torch.where(weight.masks(self).forward, weight.theta(self), 0.0)
+            weight.raw(self).copy_(theta)
         self._leave()
+
+    def _weights_left(self) -> list[SparseWeight]:
+        """Return the sparse weights but those that were set to None."""
+        found = weights_of(self).items()
+        return [weight for key, weight in found if self._parameters.get(key, weight) is not None]
 
     def _leave(self) -> None:
         """Become a module of the plain class, whose parameters are as they are."""
