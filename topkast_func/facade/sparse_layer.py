@@ -99,8 +99,9 @@ class SparseLayer(nn.Module):
 
     def _weights_left(self) -> list[SparseWeight]:
         """Return the sparse weights but those that were set to None."""
-        found = weights_of(self).items()
-        return [weight for key, weight in found if self._parameters.get(key, weight) is not None]
+        return [
+            w for key, w in weights_of(self).items() if self._parameters.get(key, w) is not None
+        ]
 
     def _leave(self) -> None:
         """Become a module of the plain class, whose parameters are as they are."""
