@@ -98,10 +98,9 @@ class SparseLayer(nn.Module):
         self._leave()
 
     def _weights_left(self) -> list[SparseWeight]:
-        """Return the sparse weights but those that were set to None."""
-        return [
-            w for key, w in weights_of(self).items() if self._parameters.get(key, w) is not None
-        ]
+        """Return the sparse weights but for those set to None."""
+        held = self._parameters
+        return [w for key, w in weights_of(self).items() if held.get(key, w) is not None]
 
     def _leave(self) -> None:
         """Become a module of the plain class, whose parameters are as they are."""
@@ -114,10 +113,11 @@ class SparseLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the module, and how sparse its weights are."""
-        told = [super().extra_repr()]
-        for key, weight in weights_of(self).items():
-            told.append(f"{key}_sparsity={tuple(round(s, 4) for s in weight.rule.allocation)}")
-        return ", ".join(filter(None, told))
+        rules = {key: weight.rule for key, weight in weights_of(self).items()}
+        told = (
+            f"{k}_sparsity={tuple(round(s, 4) for s in r.allocation)}" for k, r in rules.items()
+        )
+        return ", ".join(filter(None, (super().extra_repr(), *told)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the layer from a pickle or a copy, maybe as the first sparse one of a process."""
