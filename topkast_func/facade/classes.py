@@ -9,7 +9,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from topkast_func.facade.sparse_attention import SparseAttention
 from topkast_func.facade.sparse_convolution import SparseConvolution
-from topkast_func.facade.sparse_layer import SparseLayer, SparseLinear, sparse_attribute
+from topkast_func.facade.sparse_layer import SparseLayer, sparse_attribute
+from topkast_func.facade.sparse_linear import SparseLinear
 from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.convolution import ConvolutionStandIn
 from topkast_func.model.stand_in import StandIn, TransposedStandIn

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from topkast_func.checks import check_count
-from topkast_func.facade.sparse_layer import SparseLinear
+from topkast_func.facade.sparse_linear import SparseLinear
 from topkast_func.facade.topkast_layer import TopKastLayer, check_sparsities
 from topkast_func.kernels.engines import EngineName, check_engine
 

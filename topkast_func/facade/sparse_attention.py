@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from topkast_func.facade.sparse_layer import ForwardPass, SparseLayer, on_kernels
+from topkast_func.facade.sparse_layer import ForwardPass, SparseLayer
+from topkast_func.facade.sparse_linear import on_kernels
 from topkast_func.model.attention import attended
 
 

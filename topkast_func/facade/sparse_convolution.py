@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from topkast_func.facade.sparse_layer import ForwardPass, SparseLayer, multiplied_by
+from topkast_func.facade.sparse_layer import ForwardPass, SparseLayer
+from topkast_func.facade.sparse_linear import multiplied_by
 from topkast_func.model.convolution import convolved
 
 

@@ -12,10 +12,10 @@ from topkast_func.config.leaves import check_params
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import (
     SparseLayer,
-    SparseLinear,
     make_sparse,
     sparse_attribute,
 )
+from topkast_func.facade.sparse_linear import SparseLinear
 from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.kernels.engines import EngineName
 from topkast_func.ranking import kept, magnitudes, top_sets
