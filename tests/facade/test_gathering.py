@@ -165,6 +165,22 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert weights_of(model[0])["weight"].gathering._last is None
 
 
+def test_what_is_no_parameter_is_not_kept() -> None:
+    model, _ = sparse()
+    doubled = {"0.weight": model[0].weight * 2}
+    torch.func.functional_call(model, doubled, batch(0)[0]).sum().backward()
+    assert weights_of(model[0])["weight"].gathering._last is None
+    assert model[0].weight.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_with_gradients_computes_the_same() -> None:
+    model, _ = sparse()
+    inputs = batch(0)[0]
+    traced: Any = torch.jit.trace(model.eval(), inputs)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(inputs), model(inputs))
+
+
 def test_second_derivatives_and_tangents_pass_through_it() -> None:
     model, handle = sparse()
     theta = model[0].weight

@@ -185,6 +185,17 @@ def test_a_stage_that_is_loaded_without_the_sparsifier_is_seen_at_the_refresh() 
     assert int(forgetful.masks()["0.weight"].forward.sum()) == 16
 
 
+def test_weights_of_an_earlier_stage_may_be_put_back() -> None:
+    model = stack()
+    sparsifier = tk.sparsify(model, GRADUAL)
+    trained(model, sparsifier, 1)
+    best = copy.deepcopy(model.state_dict())
+    trained(model, sparsifier, 4)
+    model.load_state_dict(best)
+    trained(model, sparsifier, 3)
+    assert int(sparsifier.masks()["0.weight"].forward.sum()) == 16
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_module_and_sparsifier_load_in_either_order(first: int) -> None:
     run, other = [(m, tk.sparsify(m, GRADUAL)) for m in (stack(), stack())]

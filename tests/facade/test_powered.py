@@ -119,6 +119,19 @@ def test_tied_weights_become_phi_once() -> None:
     theta = model[0].weight.detach().clone()
     tk.sparsify(model, CONFIG)
     torch.testing.assert_close(model[1].weight, phi_of(theta, 2.0))
+    x = batch(0)[0]
+    expected = model(x)
+    torch.testing.assert_close(tk.densify(model)(x), expected)
+
+
+def test_a_state_dict_that_is_assigned_keeps_its_tensors() -> None:
+    model: Any = network()
+    plain: Any = network()
+    tk.sparsify(model, CONFIG)
+    before = plain[0].weight.detach().clone()
+    model.load_state_dict(plain.state_dict(), assign=True)
+    assert torch.equal(plain[0].weight, before)
+    torch.testing.assert_close(theta_of(model[0].weight, 2.0), before)
 
 
 def test_a_weight_of_zeros_is_refused_and_the_others_stay() -> None:

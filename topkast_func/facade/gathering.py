@@ -54,7 +54,8 @@ class Gathering:
         if torch.compiler.is_compiling():
             return sets.split(theta)
         self._last = None
-        if not (torch.is_grad_enabled() and theta.requires_grad and readable(theta)):
+        recorded = torch.is_grad_enabled() and theta.requires_grad and theta.is_leaf
+        if not (recorded and readable(theta)) or torch._C._get_tracing_state() is not None:
             return sets.split(theta)
         values: Tensor = _Gather.apply(theta, sets)  # type: ignore[no-untyped-call]
         if theta.device.type == "cpu":  # elsewhere to compare would be to wait

@@ -73,30 +73,33 @@ def owners_of(model: nn.Module, mark: str) -> Owners:
         raise RuntimeError(
             f"{_places(model, twofold)} were copied, tied or given other parameters after "
             "tk.sparsify, which then has no sets of their own for them: put back what was there, "
-            "or tk.densify the model, change it then, and sparsify it again"
+            "keep a copy, such as a target network, outside the model, or tk.densify the model, "
+            "change it then, and sparsify it again"
         )
     return found
 
 
 def check_stage(owners: Owners) -> None:
-    """Check that the sets are of the sizes that their sparsifier knows them to be of.
+    """Check that the sets are no smaller than their sparsifier knows them to be.
 
     Args:
         owners: The sparse weights.
 
     Raises:
-        RuntimeError: They were loaded, and are of another stage of the schedule.
+        RuntimeError: They were loaded, and are of a later stage of the schedule.
     """
     for name, (layer, weight) in first(owners).items():
         derived = weight.derived(layer)
-        if weight.given is None or derived is None or derived.counts in (None, weight.given):
+        if weight.given is None or derived is None or derived.counts is None:
             continue
-        raise RuntimeError(
-            f"the sets of {name!r} have |A|, |B| = {derived.counts}, those that were chosen last "
-            f"{weight.given}: they were loaded from a later or earlier stage of the schedule, and "
-            "a refresh would take them back to this one. Load the sparsifier's state dict too: "
-            "sparsifier.load_state_dict(…)"
-        )
+        if derived.counts[0] < weight.given[0]:
+            raise RuntimeError(
+                f"the sets of {name!r} have |A|, |B| = {derived.counts}, those that were chosen "
+                f"last {weight.given}: they were loaded from a later stage of the schedule, and a "
+                "refresh would take them back to this one. Load the sparsifier's state dict too, "
+                "sparsifier.load_state_dict(…), or, to go back, that which sparsifier.state_dict() "
+                "returns now"
+            )
 
 
 def _places(model: nn.Module, owners: list[tuple[nn.Module, SparseWeight]]) -> list[str]:

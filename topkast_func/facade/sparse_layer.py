@@ -87,11 +87,12 @@ class SparseLayer(nn.Module):
             return super().forward(*inputs, **options)
 
     @torch.no_grad()
-    def _make_plain(self) -> None:
-        """Become a module of the plain class, whose weights are α."""
+    def _make_plain(self, done: set[int]) -> None:
+        """Become a module of the plain class, whose weights are α, but for those that are so."""
         for weight in self._weights_left():
-            theta = torch.where(weight.masks(self).forward, weight.theta(self), 0.0)
-            weight.raw(self).copy_(theta)
+            if id(raw := weight.raw(self)) not in done:
+                raw.copy_(torch.where(weight.masks(self).forward, weight.theta(self), 0.0))
+                done.add(id(raw))
         self._leave()
 
     def _weights_left(self) -> list[SparseWeight]:
@@ -139,7 +140,7 @@ class SparseLayer(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
         """Load θ and its sets; those that are missing are chosen from the θ that is loaded."""
-        missing, errors = arguments[2], arguments[4]
+        metadata, missing, errors = arguments[0], arguments[2], arguments[4]
         weights = weights_of(self).values()
         found = {weight: f"{prefix}{weight.buffer}" for weight in weights}
         misfits = [
@@ -158,6 +159,10 @@ class SparseLayer(nn.Module):
                 weight.look(self)
                 continue
             try:
+                if metadata.get("assign_to_params_buffers") and weight.rule.config.powerprop > 1.0:
+                    raw = weight.raw(self)  # whose numbers are those of the state dict's owner
+                    own = nn.Parameter(raw.detach().clone(), raw.requires_grad)
+                    self._parameters[weight.key] = own
                 weight.begin(self)
                 weight.choose(self)
             except ValueError as reason:

@@ -158,8 +158,9 @@ def densify(model: Module) -> Module:
         )
     for path, layer in layers.items():
         check_replaceable(path, layer)
+    done: set[int] = set()
     for layer in layers.values():
-        layer._make_plain()
+        layer._make_plain(done)
     return model
 
 

@@ -106,7 +106,7 @@ class TopKastLayer(SparseLayer):
     def reset_justbwd_weights(self) -> None:
         """Do nothing: the parameter is up to date. For loops that were written for the seed."""
 
-    def _make_plain(self) -> None:
+    def _make_plain(self, done: set[int]) -> None:
         """Become a layer of the plain class, whose weight is α."""
         hooks = self._forward_pre_hooks
         for number in [n for n, hook in hooks.items() if hook is _keep_off_fused_paths]:
@@ -115,7 +115,7 @@ class TopKastLayer(SparseLayer):
             delattr(self, name)
         if (theta := self._parameters["weight"]) is not None:
             theta.__class__ = nn.Parameter
-        super()._make_plain()
+        super()._make_plain(done)
 
     @staticmethod
     def compute_mask(matrix: Tensor, p: float) -> Index:

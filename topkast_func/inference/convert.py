@@ -92,7 +92,8 @@ def _of_state(state: TrainState, model: nn.Module, batch: int) -> tuple[nn.Modul
     plain = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
     plain.load_state_dict(alpha, strict=False)
     for name, buffer in plain.named_buffers():  # of which that passes over those it never saves
-        buffer.copy_(state.buffers[name])
+        if not buffer.equal(state.buffers[name]):
+            buffer.copy_(state.buffers[name])
     masks = {name: sets.forward for name, sets in masks_of(state).items()}
     return plain, Stored(alpha, masks, state.weights.values(), batch)
 
