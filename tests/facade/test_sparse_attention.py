@@ -41,7 +41,7 @@ def encoder() -> nn.Module:
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> Mock:
     counted = Mock(wraps=sparse_linear)
-    monkeypatch.setattr("topkast_func.facade.sparse_layer.sparse_linear", counted)
+    monkeypatch.setattr("topkast_func.facade.sparse_linear.sparse_linear", counted)
     return counted
 
 
