@@ -111,11 +111,10 @@ class SparseLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the module, and how sparse its weights are."""
-        rules = {key: weight.rule for key, weight in weights_of(self).items()}
-        told = (
-            f"{k}_sparsity={tuple(round(s, 4) for s in r.allocation)}" for k, r in rules.items()
-        )
-        return ", ".join(filter(None, (super().extra_repr(), *told)))
+        told = [super().extra_repr()]
+        for key, weight in weights_of(self).items():
+            told.append(f"{key}_sparsity={tuple(round(s, 4) for s in weight.rule.allocation)}")
+        return ", ".join(filter(None, told))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the layer from a pickle or a copy, maybe as the first sparse one of a process."""

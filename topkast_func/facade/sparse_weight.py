@@ -115,7 +115,8 @@ class SparseWeight:
     def indexed(self, layer: nn.Module) -> AnySets:
         """Return the sets as the kernels read them, where these compute the layer; else masks."""
         derived = self.derived(layer)
-        return (derived and derived.indices()) or self.masks(layer)
+        known = None if derived is None else derived.indices()
+        return self.masks(layer) if known is None else known
 
     def parts(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """Return θ on A and on B∖A, zero or absent elsewhere."""
@@ -159,8 +160,8 @@ class SparseWeight:
             NaNParameterError: θ holds NaN; nothing has changed.
         """
         rule, theta = self.rule, {self.rule.name: self.theta(layer)}
-        given = {rule.name: rule.allocation}
-        masks = masks_at(theta, given, rule.config, step=rule.step, seed=rule.seed)
+        allocations = {rule.name: rule.allocation}
+        masks = masks_at(theta, allocations, rule.config, step=rule.step, seed=rule.seed)
         self.hold(layer, masks[rule.name])
 
     def derived(self, layer: nn.Module) -> Derived | None:

@@ -122,9 +122,13 @@ class Sparsifier:
         owners = first(self._owners())
         if not owners:
             return torch.zeros((), dtype=torch.float32, device="cpu")
-        raw = self._raw()
+        raw = {name: weight.raw(layer) for name, (layer, weight) in owners.items()}
         shapes, device = {n: p.shape for n, p in raw.items()}, next(iter(raw.values())).device
-        parts = lambda name: owners[name][1].parts(owners[name][0])  # noqa: E731
+
+        def parts(name: str) -> tuple[Tensor, Tensor]:
+            layer, weight = owners[name]
+            return weight.parts(layer)
+
         penalty = summed_penalty(shapes, parts, self.config, device, self.steps)
         return self.config.penalty_weight * penalty
 

@@ -114,8 +114,8 @@ def sparsify(
         masks = compute_masks(params, config, seed=seed)
     plan = _plan(model, params, rules)
     warn_of_other_names(params, config)
-    powered = list(rules) if config.powerprop > 1.0 else []
-    before = {name: params[name].detach().clone() for name in powered}
+    turned = rules if config.powerprop > 1.0 else {}
+    before = {name: params[name].detach().clone() for name in turned}
     changed: list[Any] = []
     try:
         for module, own in plan:

@@ -36,10 +36,9 @@ def agreed(sets: Tensor, content: Tensor, exact: bool) -> Tensor:
 
 
 def _agreed(sets: Tensor, content: Tensor, exact: bool) -> Tensor:
-    version = None if sets.is_inference() else sets._version
-    known = (id(sets), version, exact)
-    waits = sets.device.type != "cpu" and version is not None
-    if not (waits and _COMPARED.get(content) == known):
+    waits = sets.device.type != "cpu" and not sets.is_inference()
+    known = (id(sets), sets._version, exact) if waits else None
+    if known is None or _COMPARED.get(content) != known:
         if not torch.equal(sets, content) and (exact or _sizes(sets) != _sizes(content)):
             raise RuntimeError(
                 f"a buffer of sets, <name>_sets, of shape {tuple(sets.shape)}, has been written to "
@@ -47,7 +46,8 @@ def _agreed(sets: Tensor, content: Tensor, exact: bool) -> Tensor:
                 "run the module itself once, without torch.compile, and go on; no graph is made "
                 "anew"
             )
-        _COMPARED[content] = known
+        if waits:
+            _COMPARED[content] = known
     return sets.new_zeros(())
 
 
