@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import topkast_func as tk
 from topkast_func import TopKastConfig
 from topkast_func.config.allocation import allocate, shared
-from topkast_func.config.leaves import check_params
 from topkast_func.config.selection import select
 from topkast_func.ranking import kept
 from topkast_func.sparsity import Allocation
 from topkast_func.testing import sparsities
+from topkast_func.trees import check_params
 
 
 def tree() -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ PACKAGES = [
     "warn",
     "compiling",
     "checks",
+    "leaves",
     "trees",
     "devices",
     "sparsity",

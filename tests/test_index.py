@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from tests.kernels.problems import Problem, problem, problems
 from topkast_func.model.alpha import alpha, merge, split
+from topkast_func.places import places_apart
 from topkast_func.storage import index
 from topkast_func.storage.index import (
     Index,
     Positions,
     carry,
     old_slots,
-    positions_of,
     reindex,
 )
 from topkast_func.types import Masks
@@ -23,7 +23,7 @@ def sets_of(given: Problem, kind: str) -> tuple[Index, tuple[int, int]]:
     """The sets as a pattern of blocks, or as positions of entries."""
     if kind == "pattern":
         return given.pattern, given.block
-    return positions_of(Masks(given.forward, given.backward)), (1, 1)
+    return Positions(*places_apart(given.forward, given.backward)), (1, 1)
 
 
 every_kind = st.sampled_from(["pattern", "positions"])
@@ -102,9 +102,8 @@ def test_a_slot_follows_its_weight(given: Problem, seed: int, kind: str) -> None
 def test_positions_are_ascending_and_padded() -> None:
     given = problem(grid=(6, 9))
     masks = Masks(given.forward, given.backward)
-    exact = positions_of(masks)
-    padded = positions_of(masks, len(exact.exploring) + 3)
-    assert isinstance(padded, Positions)
+    exact = Positions(*places_apart(*masks))
+    padded = Positions(*places_apart(*masks, len(exact.exploring) + 3))
     assert torch.equal(torch.cat(exact), given.order.flatten())
     assert torch.equal(padded.exploring[:-3], exact.exploring)
     assert padded.exploring[-3:].tolist() == [54] * 3
@@ -115,7 +114,7 @@ def test_positions_of_a_weight_of_any_axes(shape: tuple[int, ...]) -> None:
     theta = torch.randn(shape)
     backward = torch.rand(shape) < 0.6
     masks = Masks(backward & (torch.rand(shape) < 0.5), backward)
-    sets = positions_of(masks)
+    sets = Positions(*places_apart(*masks))
     places = sets.flat_index((1, 1), theta.shape)
     values = split(theta, places)
     assert torch.equal(values, torch.cat([theta[masks.forward], theta[backward & ~masks.forward]]))

@@ -13,8 +13,8 @@ from topkast_func.block_masks import blocks, spread
 from topkast_func.checks import check_count, versions
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
-from topkast_func.config.leaves import check_present
 from topkast_func.groups import uneven
+from topkast_func.leaves import check_present
 from topkast_func.methods.base import Situation, check_kind, size_problem
 from topkast_func.places import counted
 from topkast_func.ranking import NO_RANKING, NaNParameterError, kept, magnitudes
@@ -61,7 +61,10 @@ def compute_masks(
         ([[1, 0], [0, 0]], [[1, 0], [0, 1]])
     """
     step, seed = check_count("step", step, 0), check_count("seed", seed, 0)
-    return starting_masks(params, allocate(params, config, step=step), config, step=step, seed=seed)
+    allocations = allocate(params, config, step=step)
+    for name, leaf in params.items():
+        check_present(name, leaf)
+    return starting_masks(params, allocations, config, step=step, seed=seed)
 
 
 def starting_masks(
@@ -75,7 +78,7 @@ def starting_masks(
     """Choose A and B as `compute_masks` does, of parameters with sparsities that were allocated.
 
     Args:
-        params: Weights by name.
+        params: Weights by name, none of them on the meta device.
         allocations: Sparsities by name, of others too.
         config: See `compute_masks`.
         step: See `compute_masks`.
@@ -89,7 +92,6 @@ def starting_masks(
         NaNParameterError: See `compute_masks`; a ValueError too.
     """
     for name, leaf in params.items():
-        check_present(name, leaf)
         if is_functorch_wrapped_tensor(leaf.detach()):
             raise ValueError(
                 f"sets are chosen by numbers, and torch.func.grad and vmap hide those of {name!r}: "

@@ -53,6 +53,28 @@ def places_of(mask: Tensor, count: int) -> Tensor:
     return torch.cat((places, places.new_full((spare,), mask.numel()))) if spare else places
 
 
+def places_apart(
+    forward: Tensor,
+    backward: Tensor,
+    exploring: int | None = None,
+    sizes: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return where the two disjoint sets of a weight are.
+
+    Args:
+        forward: 1_A.
+        backward: 1_B, in the same shape.
+        exploring: Places to keep for B∖A at the least; None for as many as it has entries.
+        sizes: |A| and |B|; None to count them, for which the host waits.
+
+    Returns:
+        What `places_of` does, of A and of B∖A.
+    """
+    active, whole = sizes or counted((forward, backward))
+    ghosts = places_of(backward & ~forward, max(whole - active, exploring or 0))
+    return places_of(forward, active), ghosts
+
+
 def order_of(numbers: Tensor) -> Tensor:
     """Return the order that sorts each row of numbers, equals staying as they are: int64."""
     if numbers.device.type != "cpu":

@@ -2,10 +2,8 @@
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-import torch
-from torch import Tensor
-
-from topkast_func.types import Masks
+from topkast_func.leaves import check_leaf, check_mask, check_plain, check_shaped, check_tensor
+from topkast_func.types import Masks, Params
 
 
 def check_named(what: str, tree: object, leaves: str = "tensors") -> None:
@@ -44,62 +42,24 @@ def check_text(what: str, names: Iterable[str]) -> None:
             ) from None
 
 
-def check_tensor(what: str, leaf: object) -> Tensor:
-    """Return a leaf if it is a tensor.
+def check_params(params: Params) -> None:
+    """Check that every leaf is a plain floating-point or complex tensor with at least one entry.
 
     Args:
-        what: What it is called in the error.
-        leaf: The leaf.
-
-    Returns:
-        The leaf.
+        params: The parameter tree.
 
     Raises:
-        TypeError: It is none.
+        TypeError: The tree is not a mapping, or a leaf is no strided tensor of floating-point
+            or complex numbers, one of 8 bits, or one that computes in a way of its own.
+        ValueError: A leaf is empty, or has no values, or a name cannot be written to files.
     """
-    if not isinstance(leaf, Tensor):
-        raise TypeError(
-            f"{what} must be a tensor, got {type(leaf).__name__}; a nested tree is flattened to "
-            "names with dots first"
-        )
-    return leaf
-
-
-def check_strided(what: str, leaf: Tensor, why: str = "") -> None:
-    """Check that a tensor is neither sparse nor nested.
-
-    Args:
-        what: What it is called in the error.
-        leaf: The tensor.
-        why: What the error ends with.
-
-    Raises:
-        TypeError: It is one of them.
-    """
-    if leaf.layout != torch.strided or leaf.is_nested:
-        layout = "nested" if leaf.is_nested else leaf.layout
-        raise TypeError(f"{what} has layout {layout}: give dense tensors{why}")
-
-
-def check_shape(
-    what: str, leaf: Tensor, shape: Sequence[int], whose: str = "the parameter"
-) -> None:
-    """Check that a tensor has the shape of another.
-
-    Args:
-        what: What it is called in the error.
-        leaf: The tensor.
-        shape: The shape.
-        whose: What has that shape, for the error.
-
-    Raises:
-        TypeError: It is nested.
-        ValueError: It has another.
-    """
-    if leaf.is_nested:
-        check_strided(what, leaf)
-    if leaf.shape != torch.Size(shape):
-        raise ValueError(f"{what} has shape {tuple(leaf.shape)}, {whose} {tuple(shape)}")
+    check_named("params", params)
+    check_text("params", params)
+    for name, leaf in params.items():
+        what = f"params[{name!r}]"
+        check_shaped(what, check_tensor(what, leaf))
+        check_leaf(what, leaf)
+        check_plain(what, leaf)
 
 
 def check_mask_pair(what: str, sets: object, shape: Sequence[int] | None = None) -> None:
@@ -119,26 +79,6 @@ def check_mask_pair(what: str, sets: object, shape: Sequence[int] | None = None)
     for mask in sets:
         check_mask(what, mask, shape)
         shape = mask.shape
-
-
-def check_mask(what: str, mask: object, shape: Sequence[int] | None = None) -> None:
-    """Check that something is a mask.
-
-    Args:
-        what: What it is called in the error.
-        mask: The mask.
-        shape: Shape that it must have; None for any.
-
-    Raises:
-        TypeError: It is no dense tensor of bool.
-        ValueError: It has another shape.
-    """
-    mask = check_tensor(what, mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{what} must be of torch.bool, got {mask.dtype}")
-    check_strided(what, mask)
-    if shape is not None:
-        check_shape(what, mask, shape)
 
 
 def check_known(what: str, tree: Iterable[str], names: Container[str]) -> None:

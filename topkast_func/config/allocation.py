@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from topkast_func.checks import check_order, check_type
-from topkast_func.config.leaves import check_params
 from topkast_func.config.selection import matched_by, select, undivided
 from topkast_func.config.topkast_config import TopKastConfig
 from topkast_func.ranking import kept
 from topkast_func.sparsity import Allocation, ByPattern, density
+from topkast_func.trees import check_params
 from topkast_func.types import Params
 
 

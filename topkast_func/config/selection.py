@@ -8,9 +8,9 @@ from glob import escape
 from torch import Tensor
 from torch.nn import Parameter
 
-from topkast_func.config.leaves import check_params
 from topkast_func.config.topkast_config import TopKastConfig
 from topkast_func.sparsity import ByPattern
+from topkast_func.trees import check_params
 from topkast_func.types import Params
 from topkast_func.warn import warn_caller
 

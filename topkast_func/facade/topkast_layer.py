@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from topkast_func.checks import check_number, check_order
 from topkast_func.config import TopKastConfig
-from topkast_func.config.leaves import check_params
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import (
     SparseLayer,
@@ -20,6 +19,7 @@ from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.kernels.engines import EngineName
 from topkast_func.ranking import kept, magnitudes, top_sets
 from topkast_func.sparsity import Allocation
+from topkast_func.trees import check_params
 from topkast_func.types import Masks
 
 Index = tuple[Tensor, ...]

@@ -8,7 +8,6 @@ from typing import cast
 from torch import Tensor, nn
 
 from topkast_func.checks import check_count
-from topkast_func.config.leaves import check_present
 from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.facade.sparsify import densify
 from topkast_func.inference.attention import SparseAttention
@@ -17,6 +16,7 @@ from topkast_func.inference.linear import SparseLinear
 from topkast_func.inference.pointwise import SparsePointwise
 from topkast_func.inference.replaceable import replaceable
 from topkast_func.inference.stored import Stored
+from topkast_func.leaves import check_present
 from topkast_func.model.alone import alone_with, check_uncompiled, uncompiled
 from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.layers import stand_ins

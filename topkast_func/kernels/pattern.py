@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.library import define
-from topkast_func.places import counted, order_of, places_of
+from topkast_func.places import order_of, places_apart
 
 INDEX_LIMIT = 2**31 - 1
 """Most entries that int32 indices can count."""
@@ -57,6 +57,11 @@ class Pattern(NamedTuple):
         return self.places.shape[0]
 
     @property
+    def exploring_count(self) -> int:
+        """How many places B∖A has, unused ones included."""
+        return self.exploring.columns.shape[0]
+
+    @property
     def parts(self) -> tuple[Tensor, ...]:
         """What `flat_index` follows from."""
         return (*self.forward, *self.exploring)
@@ -98,8 +103,7 @@ def pattern_of(
     """
     rows, columns = block_shape
     forward, backward = forward.flatten(1), backward.flatten(1)
-    active = forward[::rows, ::columns]
-    ghosts = backward[::rows, ::columns] & ~active
+    active, chosen = forward[::rows, ::columns], backward[::rows, ::columns]
     if active.numel() > INDEX_LIMIT:
         raise ValueError(
             f"a matrix of shape {tuple(forward.shape)} has {active.numel()} blocks of "
@@ -108,14 +112,12 @@ def pattern_of(
         )
     height, width = active.shape
     size = rows * columns
-    count, ghost_count = (
-        (sizes[0] // size, (sizes[1] - sizes[0]) // size) if sizes else counted((active, ghosts))
+    stored, others = places_apart(
+        active, chosen, exploring, sizes and (sizes[0] // size, sizes[1] // size)
     )
-    stored = places_of(active, count)
     row, column = stored // width, stored % width
     order = order_of(_short(column, width))
     turned = (column * height + row)[order]
-    others = places_of(ghosts, max(ghost_count, exploring or 0))
     return Pattern(
         _block_rows(stored, (height, width), size, columns),
         _block_rows(others, (height, width), size, columns),

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from topkast_func.config.leaves import check_leaf
+from topkast_func.leaves import check_leaf, check_shape, check_tensor
 from topkast_func.model.indexed import AnySets, Indexed
 from topkast_func.model.modules import check_names, tensors_of
-from topkast_func.trees import check_known, check_mask_pair, check_named, check_shape, check_tensor
+from topkast_func.trees import check_known, check_mask_pair, check_named
 from topkast_func.types import Masks, Model, Params
 
 

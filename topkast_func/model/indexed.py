@@ -9,8 +9,8 @@ from torch import Tensor
 
 from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import check_block_shape, check_callable
-from topkast_func.config.leaves import check_present
 from topkast_func.kernels.pattern import Pattern, gathered, is_indexed, pattern_of, places_in
+from topkast_func.leaves import check_present
 from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.layers import kernel_weights
 from topkast_func.model.modules import tensors_of

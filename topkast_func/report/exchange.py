@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from topkast_func.config.leaves import check_present
-from topkast_func.trees import check_mask, check_mask_pair, check_named, check_shape, difference
+from topkast_func.leaves import check_mask, check_present, check_shape
+from topkast_func.trees import check_mask_pair, check_named, difference
 from topkast_func.types import Masks, Tensors
 
 

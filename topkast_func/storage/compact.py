@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from topkast_func.config import TopKastConfig
-from topkast_func.kernels.pattern import Pattern, block_of, is_indexed, pattern_of
+from topkast_func.kernels.pattern import Pattern, block_of, is_indexed
 from topkast_func.model.alpha import alpha, alpha_when_read, merge, split
 from topkast_func.penalty import summed_penalty
 from topkast_func.places import counted, sizes_of
-from topkast_func.storage.index import Index, Positions, carry, old_slots, positions_of, reindex
+from topkast_func.storage.index import Index, Positions, carry, index_of, old_slots, reindex
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -195,28 +195,17 @@ def compact(
     """
     kept, sizes = stored or {}, sizes or sizes_of(masks)
     layers = {n for n in masks if n in layers and is_indexed(params[n].shape, block_shape)}
-
-    def exploring(name: str, block: tuple[int, int]) -> int:
-        return kept.get(name, 0) - sizes[name][0] // math.prod(block)
-
     theta = {name: params[name].detach().to(theta_device, copy=True) for name in masks}
     held = {n: theta[n] if n in theta else p.detach().clone() for n, p in params.items()}
-    weights = CompactWeights(
-        held,
-        {
-            name: pattern_of(*sets, block_shape, exploring(name, block_shape), sizes[name])
-            for name, sets in masks.items()
-            if name in layers
-        },
-        {
-            name: positions_of(sets, exploring(name, (1, 1)), sizes[name])
-            for name, sets in masks.items()
-            if name not in layers
-        },
-        theta,
-    )
+    patterns, positions = {}, {}
     for name, dense in theta.items():
         block = block_shape if name in layers else (1, 1)
-        places = weights.sets(name).flat_index(block, dense.shape).to(dense.device)
+        exploring = kept.get(name, 0) - sizes[name][0] // math.prod(block)
+        sets = index_of(masks[name], block, sizes[name], name in layers, exploring)
+        places = sets.flat_index(block, dense.shape).to(dense.device)
         held[name] = split(dense, places).to(params[name].device)
-    return weights
+        if isinstance(sets, Pattern):
+            patterns[name] = sets
+        else:
+            positions[name] = sets
+    return CompactWeights(held, patterns, positions, theta)

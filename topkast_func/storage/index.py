@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.pattern import INDEX_LIMIT, Pattern, pattern_of
-from topkast_func.places import counted, places_of
+from topkast_func.places import places_apart
 from topkast_func.types import Masks
 
 
@@ -28,6 +28,11 @@ class Positions(NamedTuple):
         return self.forward.shape[0]
 
     @property
+    def exploring_count(self) -> int:
+        """How many places B∖A has, unused ones included."""
+        return self.exploring.shape[0]
+
+    @property
     def parts(self) -> tuple[Tensor, Tensor]:
         """What `flat_index` follows from."""
         return self.forward, self.exploring
@@ -41,31 +46,35 @@ Index: TypeAlias = Pattern | Positions
 """A and B∖A of a weight: a pattern, of entries or blocks, where a kernel computes it."""
 
 
-def positions_of(
-    masks: Masks, exploring: int | None = None, sizes: tuple[int, int] | None = None
-) -> Positions:
-    """Return the positions of the sets.
+def index_of(
+    masks: Masks,
+    block: tuple[int, int],
+    sizes: tuple[int, int],
+    by_kernel: bool,
+    exploring: int | None = None,
+) -> Index:
+    """Return where the sets of a weight are.
 
     Args:
         masks: The sets.
-        exploring: Places to keep for B∖A at the least; None for as many as it has entries.
-        sizes: |A| and |B|; None to count them, for which the host waits.
+        block: (r, c) of the blocks of a pattern.
+        sizes: |A| and |B|, entries.
+        by_kernel: Whether a kernel computes the weight, of which a pattern is made then.
+        exploring: Places to keep for B∖A at the least; None for as many as it has.
 
     Returns:
-        The positions, on the device of the masks.
+        The pattern or the positions, on the device of the masks.
     """
-    forward, backward = sizes or counted(masks)
-    ghosts = places_of(masks.backward & ~masks.forward, max(backward - forward, exploring or 0))
-    return Positions(places_of(masks.forward, forward), ghosts)
+    if by_kernel:
+        return pattern_of(*masks, block, exploring, sizes)
+    return Positions(*places_apart(*masks, exploring, sizes))
 
 
 def reindex(old: Index, masks: Masks, block: tuple[int, int], sizes: tuple[int, int]) -> Index:
     """Return the index of ``masks``, in tensors of the shapes of ``old`` if B has become A."""
     active = old.active_count * math.prod(block)
-    same = sizes == (active, active)
-    if isinstance(old, Positions):
-        return positions_of(masks, old.exploring.shape[0] if same else None, sizes)
-    return pattern_of(*masks, block, old.exploring.columns.shape[0] if same else None, sizes)
+    spare = old.exploring_count if sizes == (active, active) else None
+    return index_of(masks, block, sizes, isinstance(old, Pattern), spare)
 
 
 def old_slots(old: Tensor, new: Tensor, size: int) -> Tensor:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, given_sparsity
-from topkast_func.config.leaves import check_params
 from topkast_func.masks import counts, starting_masks
 from topkast_func.model.layers import kernel_weights
 from topkast_func.model.modules import trainable
@@ -19,6 +18,7 @@ from topkast_func.storage.dense import DenseWeights
 from topkast_func.training.fits_config import check_masks
 from topkast_func.training.materialize import Source
 from topkast_func.training.state import Storage, Weights
+from topkast_func.trees import check_params
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -163,7 +163,6 @@ def _stored(
     powers: Collection[str],
     manner: Manner,
 ) -> Weights:
-    check_params(params)
     sets = _sets(params, allocations, manner)
     raw = {name: _raised(theta, manner.master) for name, theta in params.items()}
     exponent = manner.config.powerprop

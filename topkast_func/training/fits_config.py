@@ -8,11 +8,11 @@ from torch import nn
 from topkast_func.block_masks import is_of_blocks
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, given_sparsity
-from topkast_func.config.leaves import check_leaf, check_present
 from topkast_func.kernels.pattern import block_of
+from topkast_func.leaves import check_leaf, check_present, check_shape
 from topkast_func.masks import counts, counts_among, uneven_sets
 from topkast_func.training.state import TrainState, Weights
-from topkast_func.trees import check_mask_pair, check_named, check_shape, difference
+from topkast_func.trees import check_mask_pair, check_named, difference
 from topkast_func.types import Masks, Params, Tensors
 
 UNEVEN = "not as many in each group, as pattern={!r} asks for"

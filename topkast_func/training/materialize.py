@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.random import fork_rng
 
-from topkast_func.config.leaves import check_present
-from topkast_func.trees import check_strided, check_text
+from topkast_func.leaves import check_plain, check_present, check_strided
+from topkast_func.trees import check_text
 from topkast_func.types import Params, Tensors
 
 Materialize: TypeAlias = Callable[[str, Tensor], Tensor]
@@ -65,7 +65,8 @@ class Source:
             The values: itself, if it has any.
 
         Raises:
-            TypeError: The function returned no tensor, or a sparse or nested one.
+            TypeError: The function returned no tensor, a sparse or nested one, or one that computes
+                in a way of its own.
             ValueError: It returned one without values, or of another shape or dtype.
         """
         if self._materialize is None or not tensor.is_meta:
@@ -77,7 +78,9 @@ class Source:
             raise TypeError(
                 f"materialize must return a tensor, and returned {found!r} for {name!r}"
             )
-        check_strided(f"what materialize returned for {name!r}", found)
+        what = f"what materialize returned for {name!r}"
+        check_strided(what, found)
+        check_plain(what, found)
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(
                 f"materialize returned shape {tuple(found.shape)} and {found.dtype} for {name!r}, "
