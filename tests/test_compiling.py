@@ -10,6 +10,7 @@ from torch import nn
 
 import topkast_func as tk
 from topkast_func import compiling
+from topkast_func.kernels.llvm import Kernel
 
 
 @pytest.fixture
@@ -56,6 +57,30 @@ def test_what_compiles_within_counts_once(
     two_in_one()
     assert tk.compilation_seconds() - before == pytest.approx(3.5)
     assert capsys.readouterr().err == f"{compiling.BEGUN}\n{compiling.ENDED.format(3.5)}\n"
+
+
+@pytest.mark.usefixtures("_no_logging")
+def test_what_takes_a_moment_counts_and_is_not_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([1.0, 3.0, 10.0, 12.0])
+    monkeypatch.setattr(compiling, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    before = tk.compilation_seconds()
+    with compiling.untold():
+        pass
+    assert capsys.readouterr().err == ""
+    with compiling.untold():
+        two_in_one()
+    assert tk.compilation_seconds() - before == pytest.approx(4.0)
+    assert capsys.readouterr().err == f"{compiling.BEGUN}\n{compiling.ENDED.format(2.0)}\n"
+
+
+def test_the_machine_code_of_a_kernel_counts_as_compilation() -> None:
+    kernel, before = Kernel(lambda tile, part, parts: None, torch.float32), tk.compilation_seconds()
+    kernel(parts=1)
+    once = tk.compilation_seconds() - before
+    kernel(parts=1)
+    assert 0 < once == tk.compilation_seconds() - before
 
 
 @pytest.mark.usefixtures("_no_logging")

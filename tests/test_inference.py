@@ -323,3 +323,11 @@ def test_the_model_of_an_ordinary_loop_needs_no_state(plain: bool) -> None:
     assert [len(layer.values) for layer in layers(sparse)] == active
     assert {type(part) for part in sparse} == {tk.SparseLinear, nn.ReLU}  # type: ignore[attr-defined]
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+@small
+def test_values_that_do_not_go_with_the_indices_are_refused() -> None:
+    layer = tk.SparseLinear(torch.eye(6).to_sparse_csr())
+    layer.values = layer.values[:3].clone()
+    with pytest.raises(ValueError, match="3 values do not go with 6 col_indices"):
+        layer(torch.ones(2, 6))

@@ -28,24 +28,30 @@ class _Watch:
 
     def begin(self, *_: Any) -> None:
         with self.lock:
-            if not self.running:
-                self.since = time.perf_counter()
-            self.running += 1
+            self.count()
             if not self.told:
                 self.told = True
                 _tell(BEGUN)
 
+    def count(self) -> None:
+        with self.lock:
+            if not self.running:
+                self.since = time.perf_counter()
+            self.running += 1
+
     def end(self, *_: Any) -> None:
         with self.lock:
             self.running -= 1
-            if not self.running:
-                spent = time.perf_counter() - self.since
-                self.total += spent
+            if self.running:
+                return
+            spent = time.perf_counter() - self.since
+            self.total += spent
+            if self.told:
                 self.unreported += spent
                 self.report()
 
     def report(self) -> None:
-        if self.told and not self.reports:
+        if self.told and not self.running and not self.reports:
             _tell(ENDED.format(self.unreported))
             self.told, self.unreported = False, 0.0
 
@@ -54,6 +60,20 @@ _WATCH = _Watch()
 
 begin, end = _WATCH.begin, _WATCH.end
 """Called before and after each compilation; arguments are ignored."""
+
+
+@contextmanager
+def untold() -> Iterator[None]:
+    """Count what takes a moment, once in a process, as compilation, without a message.
+
+    Yields:
+        Nothing.
+    """
+    _WATCH.count()
+    try:
+        yield
+    finally:
+        _WATCH.end()
 
 
 @contextmanager

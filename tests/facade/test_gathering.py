@@ -207,3 +207,23 @@ def test_second_derivatives_and_tangents_pass_through_it() -> None:
     (first,) = torch.autograd.grad(model(batch(0)[0]).sum(), theta)
     assert value.isfinite()
     torch.testing.assert_close(tangents[0], (first * direction).sum())
+
+
+def test_transforms_of_a_model_with_its_own_parameters_read_theta_by_themselves() -> None:
+    model, _ = sparse()
+    inputs = batch(0)[0]
+    single = torch.func.jacrev(model)(inputs[0])
+    assert single.abs().sum() > 0
+    torch.testing.assert_close(torch.func.jacfwd(model)(inputs[0]), single)
+    torch.testing.assert_close(torch.func.vmap(model)(inputs), model(inputs))
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(model))(inputs)[0], single)
+    _, pullback = torch.func.vjp(model, inputs)
+    (moved,) = pullback(torch.ones(16, 4).double())
+    torch.testing.assert_close(moved[0], single.sum(0))
+    found: Any = torch.func.vmap(model)(inputs)
+    found.sum().backward()
+    expected = model[0].weight.grad.clone()
+    model.zero_grad()
+    model(inputs).sum().backward()
+    assert expected.any()
+    torch.testing.assert_close(expected, model[0].weight.grad)

@@ -537,6 +537,32 @@ def test_an_optimizer_over_other_parameters_is_refused() -> None:
     assert handle.steps == 0
 
 
+def test_an_optimizer_over_other_parameters_is_told_of_later_too() -> None:
+    model, other = perceptron(), perceptron()
+    handle = tk.sparsify(model, CONFIG)
+    own, wrong = (torch.optim.SGD(of.parameters(), lr=0.1) for of in (model, other))
+    batch = torch.randn(4, 16), torch.randn(4, 5)
+    _step(model, handle, own, batch)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="holds none of the sparse weights"):
+            _step(model, handle, wrong, batch)
+    _step(model, handle, own, batch)
+    assert handle.steps == 4
+
+
+def test_layers_that_are_sparse_no_more_are_told_of_once() -> None:
+    model = perceptron()
+    handle = tk.sparsify(model, CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randn(4, 16), torch.randn(4, 5)
+    _step(model, handle, optimizer, batch)
+    model[0] = nn.Linear(16, model[0].out_features)
+    with pytest.warns(UserWarning, match=r"\['0\.weight'\] are sparse no more"):
+        _step(model, handle, optimizer, batch)
+    _step(model, handle, optimizer, batch)
+    assert handle.steps == 3
+
+
 def test_two_networks_with_two_optimizers_are_told_apart() -> None:
     models = [perceptron() for _ in range(2)]
     handles = [tk.sparsify(model, CONFIG) for model in models]

@@ -82,6 +82,14 @@ def test_values_of_any_strides() -> None:
     assert torch.equal(y, x @ given.alpha.T)
 
 
+def test_what_has_no_memory_any_more_is_refused() -> None:
+    given = problem((4, 4))
+    x = integers(64, given.shape[1])  # of which torch makes no copy before
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has no memory: it was freed"):
+        sparse_linear(x, given.values, given.pattern, given.shape, engine="numba")
+
+
 # Threads: as many as torch has, one parallel product at a time, the same result with any number.
 
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from topkast_func.facade.derived import readable
 from topkast_func.model.indexed import AnySets, Indexed
@@ -55,7 +56,8 @@ class Gathering:
             return sets.split(theta)
         self._last = None
         recorded = torch.is_grad_enabled() and theta.requires_grad and theta.is_leaf
-        if not (recorded and readable(theta)) or torch._C._get_tracing_state() is not None:
+        traced = torch._C._get_tracing_state() is not None or peek_interpreter_stack() is not None
+        if traced or not (recorded and readable(theta)):
             return sets.split(theta)
         values: Tensor = _Gather.apply(theta, sets)  # type: ignore[no-untyped-call]
         if theta.device.type == "cpu":  # elsewhere to compare would be to wait

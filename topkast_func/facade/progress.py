@@ -6,6 +6,16 @@ from torch import Tensor, nn
 
 from topkast_func.facade.guard import steps_made
 from topkast_func.facade.owners import Owners, first
+from topkast_func.warn import warn_caller
+
+OTHERS = (
+    "the optimizer that has made a step holds none of the sparse weights: build it from "
+    "model.parameters()"
+)
+GONE = (
+    "{} are sparse no more: their layers were densified, or others were put in their place, which "
+    "are dense"
+)
 
 
 class Progress:
@@ -16,7 +26,8 @@ class Progress:
     """
 
     def __init__(self, owners: Owners) -> None:
-        self._reached, self._optimized, self._others = False, 0, steps_made()
+        self._reached, self._made = False, steps_made()
+        self._steps = dict.fromkeys(owners, 0)
         for layer, weight in first(owners).values():
             raw: Any = weight.raw(layer)
             weight.hook = raw.register_post_accumulate_grad_hook(self._note_backward)
@@ -33,19 +44,20 @@ class Progress:
         """
         held = [weight.raw(layer) for layer, weight in first(owners).values()]
         trained = [p for p in held if p.requires_grad]
-        optimized = sum(w.steps for several in owners.values() for _, w in several)
-        if trained and not self._reached and optimized == self._optimized:
+        steps = {name: sum(w.steps for _, w in several) for name, several in owners.items()}
+        optimized = any(steps[name] > self._steps.get(name, 0) for name in steps)
+        if trained and not self._reached and not optimized:
             raise RuntimeError(
                 "no backward pass has reached a sparse weight since the last step(): call "
                 "loss.backward() and optimizer.step() first"
             )
-        others_only = not optimized and steps_made() > self._others
-        if trained and others_only and not _overflown(trained):
-            raise RuntimeError(
-                "the optimizer that has made a step holds none of the sparse weights: build it "
-                "from model.parameters()"
-            )
-        self._reached, self._optimized = False, optimized
+        if trained and not optimized and steps_made() > self._made and not _overflown(trained):
+            if not any(steps.values()):
+                raise RuntimeError(OTHERS)
+            warn_caller(OTHERS)
+        if gone := [name for name in self._steps if name not in owners]:
+            warn_caller(GONE.format(gone))
+        self._reached, self._steps, self._made = False, steps, steps_made()
 
     def _note_backward(self, parameter: Tensor) -> None:
         self._reached = True

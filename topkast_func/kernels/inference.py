@@ -55,6 +55,8 @@ def _compute(
     x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, features: int
 ) -> Tensor:
     x = x.detach()
+    if values.shape[0] != columns.shape[0]:
+        raise ValueError(f"{len(values)} values do not go with {len(columns)} col_indices")
     check_indices(rows, columns, features // block_of(values)[0], x.shape[1] // block_of(values)[1])
     if values.ndim == 3 or (x.shape[0] >= NUMBA_FROM and installed("numba")):
         y = _by_tiles(x, values, BlockRows(rows, columns), features)

@@ -15,6 +15,7 @@ import torch
 from llvmlite import binding, ir
 from torch import Tensor
 
+from topkast_func.compiling import untold
 from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.threads import in_parallel
 from topkast_func.kernels.vectors import Tile
@@ -48,12 +49,12 @@ class Kernel:
     def __call__(self, *arguments: Tensor | int, parts: int | None = None) -> None:
         """Do the work, in threads where they are free; what is written to is contiguous."""
         held = [a if isinstance(a, int) else a.contiguous() for a in arguments]
-        integers = [a if isinstance(a, int) else a.data_ptr() for a in held]
+        integers = [a if isinstance(a, int) else _address(a) for a in held]
         in_parallel(self._part or self.made(), parts, integers)
 
     def made(self) -> Part:
         """Return the machine code, made at the first call."""
-        with _LOCK:
+        with _LOCK, untold():
             if self._part is None:
                 self._part = _machine_code(self._source())
         return self._part
@@ -83,6 +84,14 @@ class Kernel:
         builder.position_at_end(done)
         builder.ret_void()
         return str(module)
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where the entries of a tensor are."""
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} has no memory: it was freed")
+    return address
 
 
 @cache
