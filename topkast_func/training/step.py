@@ -130,8 +130,9 @@ def make_train_step(
         state is of another model or optimiser, a parameter is trained that requires no gradient
         or the other way round, the forward pass changes a parameter or its inputs, the loss does
         not depend on what is trained alone, or no rank has a sample, RuntimeError where the model
-        breaks the graph, another rank is lost, elsewhere or holds another state, and whatever the
-        model itself raises; the caller's state is whole after any of these.
+        breaks the graph, the step is differentiated, another rank is lost, elsewhere or holds
+        another state, and whatever the model itself raises; the caller's state is whole after any
+        of these.
 
     Raises:
         TypeError: The model or the loss function cannot be called, or the latter is one of torch
