@@ -69,13 +69,18 @@ def release(layer: nn.Module) -> None:
 
 def watched() -> dict[int, tuple[nn.Module, SparseWeight]]:
     """Return the layers that are watched, and their sparse weights, by the id of the parameter."""
+    return {id(weight.raw(layer)): (layer, weight) for layer, weight in all_watched()}
+
+
+def all_watched() -> list[tuple[nn.Module, SparseWeight]]:
+    """Return each layer that is watched with each sparse weight that it has, tied ones too."""
     layers = [layer for ref in _LAYERS.valuerefs() if (layer := ref()) is not None]
-    return {
-        id(weight.raw(layer)): (layer, weight)
+    return [
+        (layer, weight)
         for layer in layers
         for key, weight in weights_of(layer).items()
         if layer._parameters.get(key) is not None
-    }
+    ]
 
 
 def steps_made() -> int:
