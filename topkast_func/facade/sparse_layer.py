@@ -130,6 +130,15 @@ class SparseLayer(nn.Module):
             weight.move(self, sets)
         return self
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Refuse: a copy for each pass has tensors of several devices for one set of caches."""
+        raise TypeError(
+            "torch.nn.DataParallel copies its module to several devices in every forward pass, "
+            "which is not supported of one that is sparse: take DistributedDataParallel, with a "
+            "process for each device, or DataParallel with one of device_ids; tk.densify makes it "
+            "a plain one"
+        )
+
     def _save_to_state_dict(self, *arguments: Any) -> None:
         for weight in weights_of(self).values():
             weight.derived(self)
