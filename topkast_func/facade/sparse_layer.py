@@ -6,12 +6,15 @@ weight of its output projection). So it does in a backward pass, where checkpoin
 any other time, and in ``parameters()`` always, it is θ.
 """
 
+import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from topkast_func.facade.derived import misfit, readable
 from topkast_func.facade.guard import release, watch
@@ -85,6 +88,24 @@ class SparseLayer(nn.Module):
         """Compute with α."""
         with ForwardPass():
             return super().forward(*inputs, **options)
+
+    @property
+    def parametrizations(self) -> nn.Module:
+        """What parametrizes tensors of the module, but for who removes what the plain class had.
+
+        `torch.nn.utils.parametrize.remove_parametrizations` writes to the tensor before it finds
+        that the class is another.
+
+        Raises:
+            AttributeError: There is nothing.
+            ValueError: It is to be removed.
+        """
+        found: nn.Module | None = self._modules.get("parametrizations")
+        if found is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no 'parametrizations'")
+        if not torch.compiler.is_compiling():
+            _check_kept(self._plain, sys._getframe(1))
+        return found
 
     @torch.no_grad()
     def _make_plain(self, done: set[int]) -> None:
@@ -175,6 +196,17 @@ class SparseLayer(nn.Module):
                 weight.choose(self)
             except ValueError as reason:
                 errors.append(f"{prefix}{weight.key}: {reason}")
+
+
+def _check_kept(plain: type, reader: FrameType) -> None:
+    """Check that nobody removes a parametrization that a layer had before it was sparse."""
+    if reader.f_code is not remove_parametrizations.__code__:
+        return
+    if (name := reader.f_locals["tensor_name"]) in vars(plain):
+        raise ValueError(
+            f"{name!r} was parametrized before tk.sparsify, whose layers keep what they had then: "
+            "tk.densify the model, remove the parametrization after that, and sparsify it again"
+        )
 
 
 def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:
