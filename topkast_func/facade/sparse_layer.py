@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from topkast_func.facade.derived import misfit, readable
+from topkast_func.facade.derived import UNSHARDED, misfit, readable
 from topkast_func.facade.guard import release, watch
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
@@ -80,7 +80,16 @@ class SparseLayer(nn.Module):
     """The class of the module without sparse weights."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Call on, but for a class in place of another, which has been told of already."""
+        """Call on, but for a class in place of another, which has been told of already.
+
+        Args:
+            **options: What is given to a class that is derived.
+
+        Raises:
+            TypeError: It is the class that fully_shard makes for a sparse module.
+        """
+        if any(base.__name__ == "FSDPModule" for base in cls.__bases__):
+            raise TypeError(f"fully_shard of a sparse {cls._plain.__name__} is {UNSHARDED}")
         if "_plain" not in vars(cls):
             super().__init_subclass__(**options)
 
