@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, func
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 import topkast_func as tk
@@ -81,3 +83,48 @@ def test_ensembles_of_ensembles_step() -> None:
     states, batches = stacked([stacked([state] * 2)] * 2), stacked([stacked([batch(0)] * 2)] * 2)
     after, _ = torch.vmap(torch.vmap(train_step))(states, batches)
     assert_same(member(member(after, 1), 0), train_step(state, batch(0))[0])
+
+
+def first_loss(train_step: Any, state: tk.TrainState) -> Any:
+    targets = batch(0)[1]
+    return lambda inputs: train_step(state, (inputs, targets))[1].loss
+
+
+def in_forward_mode(of: Any, x: Tensor) -> Any:
+    make_dual: Any = forward_ad.make_dual
+    with forward_ad.dual_level():
+        return of(make_dual(x, torch.ones_like(x)))
+
+
+DERIVATIVES: dict[str, Any] = {
+    "grad": lambda of, x: func.grad(of)(x),
+    "vjp": func.vjp,
+    "jacrev": lambda of, x: func.jacrev(of)(x),
+    "jvp": lambda of, x: func.jvp(of, (x,), (x,)),
+    "forward mode": in_forward_mode,
+    "vmap of grad": lambda of, x: torch.vmap(func.grad(of))(torch.stack([x, x])),
+    "grad of vmap": lambda of, x: func.grad(lambda xs: torch.vmap(of)(xs).sum())(x[None]),
+    "of what the loss reads": lambda of, x: func.grad(lambda a: of(x) * a)(torch.ones(())),
+}
+
+
+@pytest.mark.parametrize("tried", [False, True])
+@pytest.mark.parametrize("derive", DERIVATIVES.values(), ids=DERIVATIVES.keys())
+def test_a_derivative_of_a_step_is_refused_with_the_way_on(derive: Any, tried: bool) -> None:
+    model, optimizer = network(), tk.sgd(0.1)
+    state = tk.init_state(model, CONFIG, optimizer)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
+    of, x = first_loss(train_step, state), batch(0)[0]
+    if tried:
+        of(x)
+    with pytest.raises(RuntimeError, match=r"^a step is not differentiated.*tk\.penalized_loss"):
+        derive(of, x)
+    assert of(x).isfinite()
+
+
+def test_a_step_among_other_dual_tensors_is_made() -> None:
+    model, optimizer = network(), tk.sgd(0.1)
+    state = tk.init_state(model, CONFIG, optimizer)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
+    with forward_ad.dual_level():
+        assert int(train_step(state, batch(0))[0].step) == 1

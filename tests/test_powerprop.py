@@ -150,3 +150,23 @@ def test_a_weight_that_is_zero_everywhere_and_could_not_move_is_refused(method: 
 def test_an_exponent_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"powerprop must be in \[1.0, inf\), got 0.5"):
         tk.TopKastConfig(powerprop=0.5)
+
+
+@pytest.mark.parametrize("storage", ["compact", "dense"])
+def test_weights_are_given_as_theta_and_phi_of_a_sparse_module_is_turned_back(
+    storage: Any,
+) -> None:
+    model, optimizer, a = network(), tk.sgd(0.1), CONFIG.powerprop
+    given = {name: p.detach().clone() for name, p in model.named_parameters()}
+    expected = tk.init_state(model, CONFIG, optimizer, storage=storage)
+    torch.testing.assert_close(tk.dense_params(expected), given)
+    sparsifier = tk.sparsify(model, CONFIG)
+    theta = {
+        n: p * p.abs() ** (a - 1) if n in sparsifier.masks() else p
+        for n, p in model.named_parameters()
+    }
+    assert not torch.allclose(model.get_parameter("0.weight"), given["0.weight"])
+    for params in (given, theta):
+        state = tk.init_state(params, CONFIG, optimizer, storage=storage)
+        torch.testing.assert_close(tk.dense_params(state), given)
+        torch.testing.assert_close(tk.masks_of(state), tk.masks_of(expected))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 import topkast_func as tk
@@ -261,6 +262,48 @@ def test_a_hook_on_the_forward_pass_is_called_from_when_it_is_there(compile: Any
     handle = model.register_forward_hook(lambda module, inputs, output: 2 * output)
     assert torch.allclose(train_step(state, BATCH)[1].data_loss, 4 * before)
     handle.remove()
+    assert torch.equal(train_step(state, BATCH)[1].data_loss, before)
+
+
+class LossModule(nn.Module):
+    """A loss function that is a module."""
+
+    def forward(self, apply: Any, batch: Any) -> Tensor:
+        return mse(apply, batch)
+
+
+def on_all_after(loss_fn: nn.Module) -> Any:
+    doubled = lambda module, inputs, y: 2 * y if isinstance(module, nn.Sequential) else None  # noqa: E731
+    return torch_module.register_module_forward_hook(doubled)
+
+
+def on_all_before(loss_fn: nn.Module) -> Any:
+    negated = lambda module, inputs: -inputs[0] if isinstance(module, nn.Sequential) else None  # noqa: E731
+    return torch_module.register_module_forward_pre_hook(negated)
+
+
+def on_the_loss(loss_fn: nn.Module) -> Any:
+    return loss_fn.register_forward_hook(lambda module, inputs, loss: 3 * loss)
+
+
+@compiled_or_not
+@pytest.mark.parametrize("add", [on_all_after, on_all_before, on_the_loss])
+def test_a_hook_that_is_not_of_the_model_is_called_as_long_as_it_is_there(
+    add: Any, compile: Any
+) -> None:
+    loss_fn = LossModule()
+    model = network()
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    train_step = tk.make_train_step(model, loss_fn, CONFIG, OPTIMIZER, compile=compile)
+    before = train_step(state, BATCH)[1].data_loss
+    handle = add(loss_fn)
+    try:
+        hooked = train_step(state, BATCH)[1].data_loss
+        anew = tk.make_train_step(model, loss_fn, CONFIG, OPTIMIZER, compile=False)
+        torch.testing.assert_close(hooked, anew(state, BATCH)[1].data_loss)
+        assert not torch.allclose(hooked, before)
+    finally:
+        handle.remove()
     assert torch.equal(train_step(state, BATCH)[1].data_loss, before)
 
 

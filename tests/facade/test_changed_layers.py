@@ -289,3 +289,23 @@ def test_a_weight_that_is_given_up_stops_nothing_else(seeds: bool) -> None:
     assert [type(part) for part in model] == [nn.Linear, nn.Linear]
     assert model[0].weight is None
     assert (model[1].weight == 0).sum() == round(0.8 * 64)
+
+
+def parallel(model: nn.Module, devices: list[int]) -> Any:
+    """Return what `torch.nn.DataParallel` is where there are such devices, all of them the CPU."""
+    made: Any = nn.DataParallel.__new__(nn.DataParallel)
+    nn.Module.__init__(made)
+    made.module, made.device_ids, made.src_device_obj = model, devices, torch.device("cpu")
+    made.scatter = lambda inputs, options, _: (inputs[0].chunk(2), ({}, {}))
+    made.replicate = lambda part, _: [m._replicate_for_data_parallel() for m in part.modules()]
+    return made
+
+
+def test_copies_for_several_devices_are_refused_before_the_first() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    x = torch.ones(4, 8)
+    tk.sparsify(model, CONFIG)
+    assert torch.equal(parallel(model, [])(x), model(x))
+    with pytest.raises(TypeError, match=r"DataParallel copies .* take DistributedDataParallel"):
+        parallel(model, [0, 1])(x)
+    assert type(parallel(tk.densify(model), [0, 1]).replicate(model, None)[0]) is nn.Sequential

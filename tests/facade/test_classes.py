@@ -1,6 +1,7 @@
 """Classes of sparse modules: what others put into them, and who hears of them."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,27 @@ def test_a_parametrization_that_came_later_is_to_be_removed_before_densify(befor
     assert type(model[0]) is plain
 
 
+@pytest.mark.parametrize("leave", [False, True])
+@pytest.mark.parametrize("key", ["bias", "weight"])
+def test_a_parametrization_that_came_before_is_to_be_removed_after_densify(
+    key: str, leave: bool
+) -> None:
+    model, x = perceptron(), torch.randn(2, 16)
+    parametrize.register_parametrization(model[0], key, Double())
+    tk.sparsify(model, replace(CONFIG, sparse=("*weight*",)))
+    held, expected = copy.deepcopy(model.state_dict()), model(x)
+    with pytest.raises(ValueError, match=f"^'{key}' was parametrized before tk.sparsify, "):
+        parametrize.remove_parametrizations(model[0], key, leave_parametrized=leave)
+    torch.testing.assert_close(model.state_dict(), held, rtol=0, atol=0)
+    assert torch.equal(model(x), expected)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+    tk.densify(model)
+    parametrize.remove_parametrizations(model[0], key)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_layer_that_is_parametrized_before_and_after_is_named() -> None:
     layer = nn.Linear(16, 8)
     parametrize.register_parametrization(layer, "bias", Double())
@@ -97,6 +119,9 @@ def test_a_layer_that_is_parametrized_before_and_after_is_named() -> None:
     parametrize.register_parametrization(layer, "scale", Double())
     with pytest.raises(ValueError, match=r"'model' got a parametrization after"):
         tk.densify(layer)
+    parametrize.remove_parametrizations(layer, "scale")
+    assert torch.equal(layer.get_parameter("scale"), torch.full((3,), 2.0))
+    tk.densify(layer)
 
 
 def test_a_seed_layer_with_a_parametrized_bias_is_named() -> None:

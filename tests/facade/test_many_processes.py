@@ -1,5 +1,7 @@
 """DistributedDataParallel over sparse modules: two processes, one network."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import distributed, nn
@@ -68,20 +70,54 @@ def test_a_network_that_is_compiled_before_it_is_broadcast_is_that_of_rank_0() -
     assert one == other
 
 
+class _Outer(nn.Module):
+    """A module whose part is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(16, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.part(x)
+        return out
+
+
 def _sharded(rank: int) -> None:
-    model, other = nn.Sequential(nn.Linear(16, 12)), nn.Sequential(nn.Linear(16, 12))
-    handle = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5))
+    mesh, model, other = init_device_mesh("cpu", (1,)), _Outer(), nn.Sequential(nn.Linear(16, 12))
+    handle = tk.sparsify(model.part, tk.TopKastConfig(0.75, 0.5))
     tk.sparsify(other, handle.config)
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(model, mesh=mesh)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
     for network in (model, other):
         network(torch.ones(2, 16)).sum().backward()
+    before: Any = [parameter.detach().clone() for parameter in model.parameters()]
     told = r"'0\.weight' is sparse and has been sharded, .*shard=\"owners\""
     for use in (optimizers[0].step, lambda: tk.densify(model)):
         with pytest.raises(TypeError, match=told):
             use()
+    after: Any = model.parameters()
+    for parameter, kept in zip(after, before, strict=True):
+        assert torch.equal(parameter.full_tensor(), kept.full_tensor())
     optimizers[1].step()
 
 
-def test_a_sparse_module_that_is_sharded_is_told_what_does_it() -> None:
+def _sparse() -> Any:
+    model = nn.Sequential(nn.Linear(16, 12))
+    tk.sparsify(model, tk.TopKastConfig(0.75, 0.5))
+    return model
+
+
+def _sharded_itself(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (_sparse(), _sparse()[0], tk.TopKastLinear(16, 12, 0.75, 0.5)):
+        with pytest.raises(TypeError, match=r"^fully_shard of a sparse \w+ is not supported: "):
+            fully_shard(part, mesh=mesh)
+    fully_shard(tk.densify(_sparse()), mesh=mesh)
+
+
+def test_a_sparse_module_is_not_sharded() -> None:
+    results(_sharded_itself, ranks=1)
+
+
+def test_a_sparse_part_of_a_module_that_is_sharded_is_told_what_does_it_before_it_moves() -> None:
     results(_sharded, ranks=1)

@@ -124,6 +124,22 @@ def test_tied_weights_become_phi_once() -> None:
     torch.testing.assert_close(tk.densify(model)(x), expected)
 
 
+def test_a_part_of_a_model_is_not_densified_under_the_layer_it_is_tied_to() -> None:
+    model: Any = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8)]).double()
+    model[1].weight = model[0][0].weight
+    handle = tk.sparsify(model, CONFIG)
+    x = batch(0)[0]
+    expected, before = [part(x) for part in model], copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"\['0.weight'\] are tied to .* has all of these layers"):
+        tk.densify(model[0])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    handle.refresh()
+    torch.testing.assert_close([part(x) for part in model], expected, rtol=0, atol=0)
+    copied = copy.deepcopy(model[0])
+    torch.testing.assert_close(tk.densify(copied)(x), expected[0])
+    torch.testing.assert_close([part(x) for part in tk.densify(model)], expected)
+
+
 def test_a_state_dict_that_is_assigned_keeps_its_tensors() -> None:
     model: Any = network()
     plain: Any = network()

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import math
+import pickle
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -584,6 +585,48 @@ def test_a_first_step_that_a_scaler_leaves_out_is_none_of_another_optimizer() ->
         scaler.step(optimizers[number])
         handles[number].step()
     assert [handle.steps for handle in handles] == [1, 1]
+
+
+def copied(handle: tk.Sparsifier) -> tk.Sparsifier:
+    return copy.deepcopy(handle)
+
+
+def pickled(handle: tk.Sparsifier) -> tk.Sparsifier:
+    return pickle.loads(pickle.dumps(handle))
+
+
+def assigned(handle: tk.Sparsifier) -> tk.Sparsifier:
+    handle.model.load_state_dict(copy.deepcopy(handle.model.state_dict()), assign=True)
+    return handle
+
+
+@pytest.mark.parametrize("moved", [copied, pickled, assigned])
+@pytest.mark.parametrize("first", [math.inf, 1.0])
+def test_a_first_step_that_a_scaler_leaves_out_is_one_of_a_copy_too(
+    moved: Any, first: float
+) -> None:
+    runs = []
+    for prepared in (moved, lambda handle: handle):
+        torch.manual_seed(0)
+        model = perceptron()
+        handle = prepared(tk.sparsify(model, CONFIG))
+        optimizer = torch.optim.AdamW(handle.model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu")
+        for factor in (first, 1.0, 1.0, 1.0):
+            before, masks = handle.model[0].weight.detach().clone(), handle.masks()["0.weight"]
+            loss = _loss_fn(handle.model, (torch.randn(4, 16), torch.randn(4, 5))) * factor
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            handle.step()
+            changed = handle.model[0].weight != before
+            assert changed[masks.backward].any() == math.isfinite(factor)
+            assert not changed[~masks.backward].any()
+        runs.append(handle.model.state_dict())
+        with pytest.raises(RuntimeError, match="no backward pass"):
+            handle.step()
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
 
 
 def test_a_loop_of_ones_own_needs_no_optimizer() -> None:

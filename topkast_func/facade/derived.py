@@ -18,6 +18,12 @@ from topkast_func.model.indexed import Indexed
 from topkast_func.places import counted
 from topkast_func.types import Masks
 
+UNSHARDED = (
+    'not supported: tk.make_train_step(process_group=…, shard="owners") shares a sparse model '
+    "among processes, DistributedDataParallel takes one whole, and tk.densify, before it is "
+    "sharded, makes it a plain one"
+)
+
 
 class Derived(NamedTuple):
     """Facts found in the bits, and indices made of them.
@@ -133,10 +139,7 @@ def check_whole(theta: Tensor, name: str) -> None:
     """
     if not torch.compiler.is_compiling() and hasattr(theta, "device_mesh"):
         raise TypeError(
-            f"{name!r} is sparse and has been sharded, as fully_shard does, which is not "
-            'supported: tk.make_train_step(process_group=…, shard="owners") shares a sparse model '
-            "among processes, DistributedDataParallel takes one whole, and tk.densify, before it "
-            "is sharded, makes it a plain one"
+            f"{name!r} is sparse and has been sharded, as fully_shard does, which is {UNSHARDED}"
         )
 
 

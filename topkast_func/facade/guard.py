@@ -17,6 +17,7 @@ from torch.optim.optimizer import (
 from topkast_func.bits import unpacked
 from topkast_func.checks import dispatches
 from topkast_func.config import TopKastConfig
+from topkast_func.facade.derived import check_whole
 from topkast_func.facade.leaks import say_what_leaks
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.methods.exchange import Static
@@ -69,13 +70,18 @@ def release(layer: nn.Module) -> None:
 
 def watched() -> dict[int, tuple[nn.Module, SparseWeight]]:
     """Return the layers that are watched, and their sparse weights, by the id of the parameter."""
+    return {id(weight.raw(layer)): (layer, weight) for layer, weight in all_watched()}
+
+
+def all_watched() -> list[tuple[nn.Module, SparseWeight]]:
+    """Return each layer that is watched with each sparse weight that it has, tied ones too."""
     layers = [layer for ref in _LAYERS.valuerefs() if (layer := ref()) is not None]
-    return {
-        id(weight.raw(layer)): (layer, weight)
+    return [
+        (layer, weight)
         for layer in layers
         for key, weight in weights_of(layer).items()
         if layer._parameters.get(key) is not None
-    }
+    ]
 
 
 def steps_made() -> int:
@@ -94,10 +100,13 @@ def _hook() -> None:
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Keep θ of the sparse weights for the time of the step."""
+    found = list(_sparse_weights_of(optimizer))
+    for _, weight, theta, _ in found:
+        check_whole(theta, weight.rule.name)
     known = _COPIES.pop(optimizer, {})
     held = [
         Held(layer, weight, theta, _copied(theta.detach(), known.get(id(theta))), group)
-        for layer, weight, theta, group in _sparse_weights_of(optimizer)
+        for layer, weight, theta, group in found
     ]
     _HELD[optimizer] = held
     say_what_leaks((h.layer, h.weight) for h in held if not h.weight.steps)

@@ -8,6 +8,7 @@ from torch import nn
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import reason_dense
+from topkast_func.facade.guard import all_watched
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.model.axes import Axes, axes_by_name
 from topkast_func.report.notes import Row, notes, with_lines
@@ -77,6 +78,27 @@ def owners_of(model: nn.Module, mark: str) -> Owners:
             "change it then, and sparsify it again"
         )
     return found
+
+
+def check_apart(model: nn.Module) -> None:
+    """Check that no layer outside a module goes on to read φ where the module is to have α.
+
+    Args:
+        model: The module.
+
+    Raises:
+        ValueError: A weight under powerpropagation is tied to one of a layer outside.
+    """
+    owners = [owner for several in owners_in(model).values() for owner in several]
+    phi = [(m, w) for m, w in owners if w.rule.config.powerprop > 1.0 and w.key in m._parameters]
+    inside, elsewhere = {id(m) for m, _ in owners}, all_watched()
+    outside = {id(weight.raw(m)) for m, weight in elsewhere if id(m) not in inside}
+    if tied := [(m, w) for m, w in phi if id(m._parameters[w.key]) in outside]:
+        raise ValueError(
+            f"{_places(model, tied)} are tied to weights of sparse layers outside this module, "
+            "which read φ of powerpropagation there and would go on with α in its place: densify "
+            "a module that has all of these layers, or give this one a parameter of its own first"
+        )
 
 
 def check_stage(owners: Owners) -> None:

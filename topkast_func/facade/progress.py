@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from topkast_func.facade.guard import steps_made
 from topkast_func.facade.owners import Owners, first
+from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.warn import warn_caller
 
 OTHERS = (
@@ -26,11 +27,9 @@ class Progress:
     """
 
     def __init__(self, owners: Owners) -> None:
+        self._follow(owners)
         self._reached, self._made = False, steps_made()
         self._steps = dict.fromkeys(owners, 0)
-        for layer, weight in first(owners).values():
-            raw: Any = weight.raw(layer)
-            weight.hook = raw.register_post_accumulate_grad_hook(self._note_backward)
 
     def check(self, owners: Owners) -> None:
         """Check that there has been a step of training since the last call.
@@ -40,8 +39,9 @@ class Progress:
 
         Raises:
             RuntimeError: No backward pass has reached them, or the optimiser that made a step has
-                none of them.
+                none of them, nor has one of before; after a step that has them a warning says so.
         """
+        self._reached |= self._follow(owners)
         held = [weight.raw(layer) for layer, weight in first(owners).values()]
         trained = [p for p in held if p.requires_grad]
         steps = {name: sum(w.steps for _, w in several) for name, several in owners.items()}
@@ -59,8 +59,26 @@ class Progress:
             warn_caller(GONE.format(gone))
         self._reached, self._steps, self._made = False, steps, steps_made()
 
+    def _follow(self, owners: Owners) -> bool:
+        """Hook into backward passes, of copies too; return whether one may have been missed."""
+        found = False
+        for layer, weight in first(owners).values():
+            raw: Any = weight.raw(layer)
+            if not raw.requires_grad or _is_hooked(raw, weight):
+                continue
+            if weight.hook is not None:
+                weight.hook.remove()
+            weight.hook = raw.register_post_accumulate_grad_hook(self._note_backward)
+            found = True
+        return found
+
     def _note_backward(self, parameter: Tensor) -> None:
         self._reached = True
+
+
+def _is_hooked(raw: nn.Parameter, weight: SparseWeight) -> bool:
+    """Return whether a parameter has the hook of a weight."""
+    return weight.hook is not None and weight.hook.id in (raw._post_accumulate_grad_hooks or ())
 
 
 def _overflown(trained: list[nn.Parameter]) -> bool:

@@ -6,14 +6,17 @@ weight of its output projection). So it does in a backward pass, where checkpoin
 any other time, and in ``parameters()`` always, it is θ.
 """
 
+import sys
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import remove_parametrizations
 
-from topkast_func.facade.derived import misfit, readable
+from topkast_func.facade.derived import UNSHARDED, misfit, readable
 from topkast_func.facade.guard import release, watch
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
@@ -77,7 +80,16 @@ class SparseLayer(nn.Module):
     """The class of the module without sparse weights."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Call on, but for a class in place of another, which has been told of already."""
+        """Call on, but for a class in place of another, which has been told of already.
+
+        Args:
+            **options: What is given to a class that is derived.
+
+        Raises:
+            TypeError: It is the class that fully_shard makes for a sparse module.
+        """
+        if any(base.__name__ == "FSDPModule" for base in cls.__bases__):
+            raise TypeError(f"fully_shard of a sparse {cls._plain.__name__} is {UNSHARDED}")
         if "_plain" not in vars(cls):
             super().__init_subclass__(**options)
 
@@ -85,6 +97,24 @@ class SparseLayer(nn.Module):
         """Compute with α."""
         with ForwardPass():
             return super().forward(*inputs, **options)
+
+    @property
+    def parametrizations(self) -> nn.Module:
+        """What parametrizes tensors of the module, but for who removes what the plain class had.
+
+        `torch.nn.utils.parametrize.remove_parametrizations` writes to the tensor before it finds
+        that the class is another.
+
+        Raises:
+            AttributeError: There is nothing.
+            ValueError: It is to be removed.
+        """
+        found: nn.Module | None = self._modules.get("parametrizations")
+        if found is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no 'parametrizations'")
+        if not torch.compiler.is_compiling():
+            _check_kept(self._plain, sys._getframe(1))
+        return found
 
     @torch.no_grad()
     def _make_plain(self, done: set[int]) -> None:
@@ -130,6 +160,15 @@ class SparseLayer(nn.Module):
             weight.move(self, sets)
         return self
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Refuse: a copy for each pass has tensors of several devices for one set of caches."""
+        raise TypeError(
+            "torch.nn.DataParallel copies its module to several devices in every forward pass, "
+            "which is not supported of one that is sparse: take DistributedDataParallel, with a "
+            "process for each device, or DataParallel with one of device_ids; tk.densify makes it "
+            "a plain one"
+        )
+
     def _save_to_state_dict(self, *arguments: Any) -> None:
         for weight in weights_of(self).values():
             weight.derived(self)
@@ -166,6 +205,17 @@ class SparseLayer(nn.Module):
                 weight.choose(self)
             except ValueError as reason:
                 errors.append(f"{prefix}{weight.key}: {reason}")
+
+
+def _check_kept(plain: type, reader: FrameType) -> None:
+    """Check that nobody removes a parametrization that a layer had before it was sparse."""
+    if reader.f_code is not remove_parametrizations.__code__:
+        return
+    if (name := reader.f_locals["tensor_name"]) in vars(plain):
+        raise ValueError(
+            f"{name!r} was parametrized before tk.sparsify, whose layers keep what they had then: "
+            "tk.densify the model, remove the parametrization after that, and sparsify it again"
+        )
 
 
 def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:

@@ -13,7 +13,7 @@ from topkast_func.config.selection import warn_of_other_names
 from topkast_func.facade.classes import check_replaceable, sparse_class
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watched
-from topkast_func.facade.owners import first, owners_in
+from topkast_func.facade.owners import check_apart, first, owners_in
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
 from topkast_func.facade.sparsifier import Sparsifier
@@ -146,8 +146,9 @@ def densify(model: Module) -> Module:
 
     Raises:
         TypeError: It is no module.
-        ValueError: It has no sparse weights any more, or a layer got a parametrization after it
-            was made sparse; nothing has changed.
+        ValueError: It has no sparse weights any more, a layer got a parametrization after it was
+            made sparse, or a weight under powerpropagation is tied to one of a sparse layer
+            outside; nothing has changed.
     """
     check_type("model", model, nn.Module)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLayer)}
@@ -158,6 +159,7 @@ def densify(model: Module) -> Module:
         )
     for path, layer in layers.items():
         check_replaceable(path, layer)
+    check_apart(model)
     done: set[int] = set()
     for layer in layers.values():
         layer._make_plain(done)

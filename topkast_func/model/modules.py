@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules import module as torch_module
 
 from topkast_func.checks import versions
 from topkast_func.types import Model, Params, Tensors
@@ -133,10 +134,23 @@ def modes(model: object) -> tuple[bool, ...]:
     return tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else ()
 
 
-def hooks(model: object) -> tuple[tuple[int, ...], ...]:
-    """Return the numbers of the hooks of every part of a module; () for anything else."""
-    parts = model.modules() if isinstance(model, nn.Module) else ()
-    return tuple(
+def hooks(*models: object) -> tuple[tuple[int, ...], ...]:
+    """Return the numbers of the hooks of all modules, and of those of every part of some modules.
+
+    Args:
+        *models: Modules; anything else has no hooks of its own.
+
+    Returns:
+        The numbers, which no two hooks have in common.
+    """
+    of_all = (
+        *torch_module._global_forward_pre_hooks,
+        *torch_module._global_forward_hooks,
+        *torch_module._global_backward_pre_hooks,
+        *torch_module._global_backward_hooks,
+    )
+    parts = (m for model in models if isinstance(model, nn.Module) for m in model.modules())
+    return of_all, *(
         (*m._forward_pre_hooks, *m._forward_hooks, *m._backward_pre_hooks, *m._backward_hooks)
         for m in parts
     )

@@ -1,21 +1,51 @@
-"""Ensembles under `torch.vmap`: work that the host decides on, one member after another."""
+"""Steps within transforms of `torch.func`: ensembles one member after another, derivatives not."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, is_batchedtensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+DERIVED = (
+    "a step is not differentiated, so that it does not run within torch.func.grad, jacrev, jvp and "
+    "their like, nor takes dual tensors (torch.vmap works): call it outside, and take derivatives "
+    "of tk.penalized_loss or tk.sparse_forward, at tk.dense_params(state) and tk.masks_of(state)"
+)
 
 Leaves = tuple[Any, ...]
 
 
 def is_ensemble(tree: Any) -> bool:
-    """Return whether `torch.vmap` maps over a tensor of a tree."""
-    if peek_interpreter_stack() is None:
+    """Return whether `torch.vmap` maps over a tensor of a tree.
+
+    Args:
+        tree: What a step takes.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        RuntimeError: A transform other than `torch.vmap` is at work, for which all that a step
+            returns would be constant.
+    """
+    transforms = get_interpreter_stack() or ()
+    if any(transform.key() != TransformType.Vmap for transform in transforms) or _is_dual(tree):
+        raise RuntimeError(DERIVED)
+    if not transforms:
         return False
     return any(isinstance(leaf, Tensor) and is_batchedtensor(leaf) for leaf in tree_leaves(tree))
+
+
+def _is_dual(tree: Any) -> bool:
+    """Return whether forward mode follows a tensor of a tree."""
+    if forward_ad._current_level < 0:
+        return False
+    unpack: Any = forward_ad.unpack_dual
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return any(unpack(leaf).tangent is not None for leaf in leaves)
 
 
 def by_member(run: Callable[..., Any], *trees: Any) -> Any:

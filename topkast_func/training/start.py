@@ -40,7 +40,10 @@ def init_state(
 
     Args:
         model_or_params: A module, of which the parameters that require a gradient are
-            trained, or weights by name.
+            trained, or weights by name. Both are θ, under powerpropagation too, which turns them
+            into φ. What `sparsify` has made sparse under it holds φ; to go on from that, give
+            ``{n: p * p.abs() ** (a - 1) if n in sparsifier.masks() else p for n, p in
+            model.named_parameters()}``, a = ``config.powerprop``.
         config: The configuration.
         optimizer: The optimiser.
         storage: "compact" keeps values, slots and gradients of B, and θ apart; "dense" keeps

@@ -130,8 +130,9 @@ def make_train_step(
         state is of another model or optimiser, a parameter is trained that requires no gradient
         or the other way round, the forward pass changes a parameter or its inputs, the loss does
         not depend on what is trained alone, or no rank has a sample, RuntimeError where the model
-        breaks the graph, another rank is lost, elsewhere or holds another state, and whatever the
-        model itself raises; the caller's state is whole after any of these.
+        breaks the graph, the step is differentiated, another rank is lost, elsewhere or holds
+        another state, and whatever the model itself raises; the caller's state is whole after any
+        of these.
 
     Raises:
         TypeError: The model or the loss function cannot be called, or the latter is one of torch
@@ -163,6 +164,7 @@ def make_train_step(
     given = {"optimizer": repr(optimizer), "engine": engine, "compile": options}
     about = {"config": described(vars(config)), **given}
     ranks = data_parallel(process_group, mesh, samples, shard, model, about)
+    hooks_now = partial(hooks, model, loss_fn)
     loss_fn, way = ranks.fed(loss_fn), way_of(ranks)
     layers = alone_with(model, partial(stand_ins, model, engine))
     check = alone_with(model, partial(agreement, model, config, optimizer))
@@ -179,10 +181,10 @@ def make_train_step(
 
     def gradients(state: TrainState, batch: Any) -> Tensors:
         last = max(int(state.step) - 1, 0)
-        run = gradients_from(schedule.stage(last), hooks(model))
+        run = gradients_from(schedule.stage(last), hooks_now())
         return ranks.mean(run(state, batch))
 
-    alone_with(model, partial(run_from, 0, hooks(model)))
+    alone_with(model, partial(run_from, 0, hooks_now()))
     first = RANDOM_NUMBERS if compile is False else EVERYTHING
     parts, draws = parts_of(model), Draws(first, ranks.rank)
     own = claim(parts)
@@ -201,7 +203,7 @@ def make_train_step(
         lent = {i: layer for i, layer in enumerate(layers) if layer.needed(patterns)}
 
         def step() -> Moved:
-            run = run_from(schedule.stage(int(state.step)), hooks(model))
+            run = run_from(schedule.stage(int(state.step)), hooks_now())
             rate = optimizer.learning_rate(state.optimizer.step)
             rate = tree_map(lambda lr: lr.reshape(1), rate)
             phi, bare = tuple(state.exponents), state._replace(exponents={})
@@ -234,7 +236,7 @@ def make_train_step(
         refreshes = refreshes_around(state, config, optimizer)
         if compile is not False:
             chooses = (schedule.stage(int(state.step)), *refreshes)
-            held = hooks(model), type(state.weights), sizes
+            held = hooks_now(), type(state.weights), sizes
             kind = (mode, *held, *chooses, signature(batch))
         work = partial(in_its_turn, state, batch, mode, kind, *refreshes)
         turn = partial(in_turn, own | draws.claims(kind), partial(as_written, parts, work))
