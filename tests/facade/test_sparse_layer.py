@@ -556,6 +556,7 @@ def test_a_copy_of_the_bits_through_data_is_followed() -> None:
 # --- precision -----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @each_case
 def test_autocast(case: Case) -> None:
     model, sparsifier = _sparse(case)

@@ -27,6 +27,7 @@ from tests.kernels.problems import (
     products,
 )
 from topkast_func.kernels import numba_cpu, sparse_linear, threads
+from topkast_func.kernels.llvm import Kernel
 
 
 @pytest.fixture(autouse=True)
@@ -83,11 +84,10 @@ def test_values_of_any_strides() -> None:
 
 
 def test_what_has_no_memory_any_more_is_refused() -> None:
-    given = problem((4, 4))
-    x = integers(64, given.shape[1])  # of which torch makes no copy before
-    x.untyped_storage().resize_(0)
+    kernel, tensor = Kernel(lambda tile, part, parts, where: None, torch.float32), torch.ones(64)
+    tensor.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="has no memory: it was freed"):
-        sparse_linear(x, given.values, given.pattern, given.shape, engine="numba")
+        kernel(tensor)
 
 
 # Threads: as many as torch has, one parallel product at a time, the same result with any number.
