@@ -4,6 +4,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -712,6 +713,7 @@ def test_no_warning_in_an_ordinary_run() -> None:
         (torch.optim.SGD([torch.zeros(1)], lr=0.1), "SGD, which moves the parameters of a module"),
         (torch.optim.AdamW, "AdamW, which moves the parameters of a module, .*, after tk.sparsify"),
         (tk.sgd, r"sgd: call it, sgd\(...\)"),
+        (SimpleNamespace(init=max, update=max), "SimpleNamespace, a pair as torchopt"),
         (None, "NoneType$"),
     ],
 )

@@ -184,7 +184,7 @@ def _report(runs: dict[str, Run], config: TopKastConfig) -> None:
         )
         for name, run in runs.items()
     ]
-    print(table(head, [*rows, ("predicting the mean", "", _shown(sparse.mean), "", "", "")]))
+    print(table(head, [*rows, ("the mean", "", _shown(sparse.mean), "", "", "")]))
     _, validation, test = sparse.rows
     print(
         paragraph(

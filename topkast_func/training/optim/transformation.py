@@ -126,6 +126,12 @@ def check_optimizer(optimizer: object) -> None:
             ", which moves the parameters of a module, where a state has weights of its own: it is "
             "for ordinary loops, after tk.sparsify"
         )
+    elif hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        hint = (
+            ", a pair as torchopt and optax have it, whose state is no OptimizerState, and which "
+            "torch does not compile (torchopt's adam): write tk.Optimizer(init, update, "
+            "learning_rate), as its documentation shows"
+        )
     elif callable(optimizer):
         hint = f": call it, {name}(...)"
     raise TypeError(
