@@ -217,7 +217,7 @@ def test_transforms_of_a_model_with_its_own_parameters_read_theta_by_themselves(
     torch.testing.assert_close(torch.func.jacfwd(model)(inputs[0]), single)
     torch.testing.assert_close(torch.func.vmap(model)(inputs), model(inputs))
     torch.testing.assert_close(torch.func.vmap(torch.func.jacrev(model))(inputs)[0], single)
-    _, pullback = torch.func.vjp(model, inputs)
+    pullback: Any = torch.func.vjp(model, inputs)[1]
     (moved,) = pullback(torch.ones(16, 4).double())
     torch.testing.assert_close(moved[0], single.sum(0))
     found: Any = torch.func.vmap(model)(inputs)
