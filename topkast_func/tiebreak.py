@@ -34,7 +34,8 @@ def tie_key(indices: Indices) -> Indices:
 
     The key of an entry (or block) is the first number of SplitMix64 seeded with its flat index
     in the whole tensor (or grid of blocks), an unsigned 64-bit integer, the same on every
-    machine; no two are equal.
+    machine; no two are equal. (`kernels.largest` ranks large tensors by `splitmix64` itself, in the
+    same order.)
 
     Args:
         indices: Flat indices, row-major from 0, int64, any shape and device.
