@@ -200,7 +200,7 @@ REFUSED = {
     "states": r"RuntimeError: rank \d of 2, in save_sharded at step 0: rank 1 holds another state",
     "folders": r"FileNotFoundError: .*step-0.part was made by rank 0 and is not there",
     "none": r"FileNotFoundError: .*there is no checkpoint in .*nothing",
-    "config": r"ValueError: .* with another configuration .*: penalty_weight is 0.0001 and not 0.3",
+    "config": r"ValueError: .* with another configuration .*: penalty_weight is 1e-05 and not 0.3",
     "one config": r"ValueError: .* with another configuration",
     "optimiser": r"ValueError: .*step-5 holds a state of another optimiser: slots are",
 }

@@ -40,8 +40,8 @@ class TopKastConfig:
             explores for ever.
         penalty: Form of the exploration penalty, see `exploration_penalty`; None for none.
             Methods that do not explore have none.
-        penalty_weight: λ, its weight in the loss, at least 0. Under Adam 1e-5 is the
-            better one for the default method, 1e-4 for the form of the paper.
+        penalty_weight: λ, its weight in the loss, at least 0. Ten times the default costs
+            text 0.1 bits a character under Adam, and images nothing.
         block_shape: (rows, columns) of the blocks that are chosen whole, over the first two
             axes of a weight, at each position of any further axes.
         block_norm: Norm by which blocks are ranked: "l2" (Euclidean) or "l1" (absolute
@@ -79,7 +79,7 @@ class TopKastConfig:
     refresh_every: int | Mapping[int, int | None] | None = 100
     explore_until: int | None = None
     penalty: Penalty | None = "l2"
-    penalty_weight: float = 1e-4
+    penalty_weight: float = 1e-5
     block_shape: tuple[int, int] = (1, 1)
     block_norm: BlockNorm = "l2"
     method: Method = field(default_factory=topkast)
