@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,11 +23,13 @@ from tests import pretend
 from tests.kernels.problems import Problem, integers, problem, problems
 from tests.pretend import DEVICE, WAITS, Pretended, on_cpu, pretending
 from tests.storage import STORAGES
+from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.kernels import dense, pattern_of, sparse_linear
-from topkast_func.kernels.pattern import flattened
-from topkast_func.places import counted, order_of, places_of
+from topkast_func.kernels.pattern import flat, flattened
+from topkast_func.places import counted, order_of, places_of, sent
 from topkast_func.ranking import drawn_among, largest_among, top_sets
 from topkast_func.testing import weights
+from topkast_func.training import update
 
 READ = pretend.Wait("places.counted", "_to_copy")
 METHODS = [
@@ -155,6 +158,34 @@ def test_blocks_and_powers_stay_on_the_device(options: Any, powerprop: float) ->
         assert same(run(device, config, tk.adam(0.01)), expected)
 
 
+def test_numbers_reach_a_graph_on_its_device(device: torch.device) -> None:
+    """A kernel reads no memory of the host; what is no CUDA tensor keeps CUDA graphs away."""
+    met: list[tuple[Any, int]] = []
+
+    def move(grads: Any, state: tk.OptimizerState, params: Any, lr: Tensor) -> Any:
+        met.extend(((state.step, state.step.ndim), (lr, lr.ndim)))
+        return plain.update(grads, state, params, lr)
+
+    plain = tk.adam(lambda step: 0.1 / (1 + step))
+    noted = tk.Optimizer(plain.init, move, plain.learning_rate, elementwise=True)
+    state, _ = run(device, config_of(tk.topkast()), noted, steps=3)
+    assert met
+    assert all(isinstance(number, Pretended) and ndim == 0 for number, ndim in met)
+    counts = (state.step, state.optimizer.step)
+    assert [(count.device.type, int(count)) for count in counts] == [("cpu", 3), ("cpu", 3)]
+
+
+def test_numbers_stay_on_the_host_for_values_on_several_devices(device: torch.device) -> None:
+    state = tk.init_state(network(), config_of(tk.topkast()), tk.sgd(0.1))
+    values = dict(state.weights.values())
+    values["4.bias"] = values["4.bias"].to(device)
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    for held, expected in ((values, rate), (state.weights.values(), rate.reshape(1))):
+        weights = state.weights._replace(held=held)  # type: ignore[call-arg]
+        place = update._place_of(state._replace(weights=weights))
+        assert same((update._number(place, rate),), (expected,))
+
+
 STEADY = [method for method in METHODS if not config_of(method).schedule.starts]
 """Their sparsities do not change."""
 
@@ -197,7 +228,8 @@ def test_theta_that_rests_on_the_host_is_waited_for_at_a_refresh_alone(
         "model/alpha.<genexpr>",  # the values go home
         "masks.masks_at",  # with the sets they are of,
         "entry.<genexpr>",
-        "storage/compact.chosen",  # and where they were
+        "storage/compact.chosen",  # and where they were;
+        "storage/compact.<genexpr>",  # the new sets come back
         "places.counted",
     }
     assert all(theta.device.type == "cpu" for theta in refreshed.weights.theta.values())
@@ -216,8 +248,15 @@ def test_nan_is_refused_on_the_device_too(method: tk.Method, device: torch.devic
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
 def test_dense_products_are_made_on_the_device(
-    block: tuple[int, int], device: torch.device
+    block: tuple[int, int], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    places: list[Tensor] = []
+
+    def noted(*given: Any) -> Tensor:
+        places.append(flat(*given))
+        return places[-1]
+
+    monkeypatch.setattr(dense, "flat", noted)
     case = problem(block)
     masks, (x, g, values) = (
         there(tensors)
@@ -232,6 +271,7 @@ def test_dense_products_are_made_on_the_device(
     y, vjp = torch.func.vjp(lambda v, x: sparse_linear(x, v, pattern, case.shape), values, x)[:2]
     for_values, for_x = vjp(g)
     assert not WAITS
+    assert {(p.dtype, p.device.type) for p in places} == {(torch.int32, device.type)}
     assert same((y, for_x), (on_cpu(x) @ case.alpha.T, on_cpu(g) @ case.alpha))
     assert same((for_values,), (case.gathered(on_cpu(g).T @ on_cpu(x)),))
 
@@ -290,6 +330,56 @@ def test_too_little_memory_at_a_refresh_leaves_the_state_whole(
             tk.refresh(state, config)
     assert same(state, before)
     tk.refresh(state, config)
+
+
+def running_out(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, for which there is room in as many calls."""
+    left = [*range(calls)]
+
+    def run(*given: Any, **options: Any) -> Any:
+        if not left:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        left.pop()
+        return function(*given, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("method", [tk.topkast(), tk.set(), tk.rigl()], ids=str)
+@pytest.mark.parametrize(
+    ("where", "calls"),
+    [
+        ("topkast_func.facade.sparsifier.chosen_anew", 0),
+        ("topkast_func.facade.sparse_weight.SparseWeight.look", 1),
+    ],
+)
+def test_too_little_memory_in_an_ordinary_loop_leaves_the_model_whole(
+    where: str, calls: int, method: tk.Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(method)
+    models, sparsifiers, optimizers = [], [], []
+    for _ in range(2):
+        models.append(network())
+        sparsifiers.append(tk.sparsify(models[-1], config, engine="reference"))
+        optimizers.append(torch.optim.SGD(models[-1].parameters(), 0.1, momentum=0.9))
+    x, y = batch("cpu")
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            torch.manual_seed(step)
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        if step == 1:
+            before = tree_map(torch.clone, models[0].state_dict())
+            with monkeypatch.context() as patch:
+                patch.setattr(where, running_out(calls, SparseWeight.look))
+                with pytest.raises(torch.OutOfMemoryError, match=r"zero_grad.*call it again"):
+                    sparsifiers[0].step()
+            assert same(models[0].state_dict(), before)
+            assert sparsifiers[0].steps == 1
+        refreshed = [sparsifier.step() for sparsifier in sparsifiers]
+        assert refreshed == [step == 1] * 2
+        assert same(*(model.state_dict() for model in models))
 
 
 class Generous(tk.Method):
@@ -427,6 +517,13 @@ def test_places_orders_and_counts(shape: tuple[int, ...]) -> None:
     assert torch.equal(numbers[order_of(numbers)], numbers.sort(stable=True).values)
 
 
+def test_what_is_sent_to_a_gpu_is_pinned() -> None:
+    numbers = Mock()
+    assert sent(numbers, torch.device("cuda")) is numbers.pin_memory().to.return_value
+    numbers.pin_memory().to.assert_called_once_with(torch.device("cuda"), non_blocking=True)
+    assert sent(numbers, torch.device("xpu")) is numbers.to.return_value
+
+
 def test_draws_equal_those_of_the_cpu() -> None:
     mask = torch.rand(6, 9) < 0.5
     count = int(mask.sum())
@@ -436,6 +533,7 @@ def test_draws_equal_those_of_the_cpu() -> None:
 
     with pretending():
         assert same(draw(*there((mask,))), draw(mask))
+        assert not WAITS
 
 
 # The device itself.
