@@ -34,8 +34,8 @@ class TopKast(Magnitude):
         exchange: Largest fraction of A that a refresh exchanges; None for no bound.
     """
 
-    entry: Entry
-    exchange: float | None
+    entry: Entry = "zero"
+    exchange: float | None = 0.05
     explores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
