@@ -1,7 +1,7 @@
 """Names for what travels through the library: parameter trees, models, losses, sets."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ and a tree of tensors."""
 BlockNorm: TypeAlias = Literal["l2", "l1"]
 """By which norm blocks are ranked."""
 
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
+"""A named tuple."""
+
 
 class Masks(NamedTuple):
     """The two sets of one parameter.
@@ -32,3 +35,16 @@ class Masks(NamedTuple):
 
     forward: Tensor
     backward: Tensor
+
+
+def changed(fields: Fields, **new: Any) -> Fields:
+    """Do what ``_replace`` does, of which Dynamo in torch 2.11 makes an empty tuple.
+
+    Args:
+        fields: A named tuple.
+        **new: Fields that are others.
+
+    Returns:
+        The tuple with these.
+    """
+    return type(fields)(**{**fields._asdict(), **new})  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from topkast_func.distributed.bucket import by_dtype, like, real, weighted
 from topkast_func.distributed.checksums import Rest
 from topkast_func.distributed.parallel import DataParallel, Found
 from topkast_func.distributed.ranks import Ranks
-from topkast_func.types import Tensors
+from topkast_func.types import Tensors, changed
 
 
 def owners_of(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
@@ -85,10 +85,10 @@ class Owners(DataParallel):
 
     def whole(self, share: Tensor, own: Found, before: Tensors) -> Found:
         """Return what the whole batch has, the gradients of the tensors of this rank alone."""
-        found = super().whole(share, own._replace(grads={}), before)
+        found = super().whole(share, changed(own, grads={}), before)
         owners, grads = [self.owners[name] for name in own.grads], list(own.grads.values())
         means = mean_at(self.ranks, owners, share.reshape(()), grads)
-        return found._replace(grads=dict(zip(own.grads, means, strict=True)))
+        return changed(found, grads=dict(zip(own.grads, means, strict=True)))
 
     def shared(self, tensors: Tensors) -> Tensors:
         """Return tensors as their owners have them; the others need their shapes alone."""

@@ -16,7 +16,7 @@ from topkast_func.kernels.pattern import pattern_of, places_in
 from topkast_func.masks import telling
 from topkast_func.model.indexed import Indexed
 from topkast_func.places import counted
-from topkast_func.types import Masks
+from topkast_func.types import Masks, changed
 
 UNSHARDED = (
     'not supported: tk.make_train_step(process_group=…, shard="owners") shares a sparse model '
@@ -60,7 +60,7 @@ class Derived(NamedTuple):
         if self.indexed is None or not in_a_graph():
             return self.indexed
         same = agreed(self.sets, self.content, exact=True)
-        return self.indexed._replace(places=self.indexed.places + same)
+        return changed(self.indexed, places=self.indexed.places + same)
 
 
 @torch.inference_mode(False)
@@ -79,7 +79,7 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
     if not readable(sets):
         return Derived(sets, None, sets, None)
     if known is not None and same(known.content, sets):
-        return known._replace(sets=sets, version=_version(sets))
+        return changed(known, sets=sets, version=_version(sets))
     masks = masks_in(sets, theta.shape)
     counts = counts_of(masks, rule.config)
     counts = counts if counts in rule.counts else None

@@ -9,6 +9,7 @@ from topkast_func.kernels.linear import chosen, layer_of
 from topkast_func.kernels.operators import product
 from topkast_func.kernels.pattern import Pattern, flattened
 from topkast_func.kernels.shifted import Convolution, planes
+from topkast_func.types import changed
 
 
 def sparse_convolution(
@@ -35,7 +36,7 @@ def sparse_convolution(
     """
     (height, width), (down, across) = layer.kernel, layer.stride
     if height == width == 1:  # a single tap reads none of the pixels between
-        x, layer = x[:, :, ::down, ::across], layer._replace(stride=(1, 1))
+        x, layer = x[:, :, ::down, ::across], changed(layer, stride=(1, 1))
     laid = planes(x, layer) if x.dtype == values.dtype else None
     if laid is None:
         return None
@@ -44,7 +45,7 @@ def sparse_convolution(
     described = layer_of(
         values, pattern, (out_channels, columns), laid.batch * math.prod(laid.outputs)
     )
-    if chosen(engine, described._replace(rows=rows)) != "numba":
+    if chosen(engine, changed(described, rows=rows)) != "numba":
         return None
     index = [*flattened(pattern), laid.starts(x.shape[1], x.device)]
     y = product("shifted_cpu", values, laid.pack(x), index, out_channels, laid.lead)

@@ -15,7 +15,7 @@ from topkast_func.model.alone import alone_with, uncompiled
 from topkast_func.model.layers import kernel_weights
 from topkast_func.model.modules import tensors_of
 from topkast_func.trees import check_known, check_mask_pair, check_named
-from topkast_func.types import Masks, Model
+from topkast_func.types import Masks, Model, changed
 
 
 class Indexed(NamedTuple):
@@ -37,7 +37,7 @@ class Indexed(NamedTuple):
 
     def active(self) -> "Indexed":
         """Return the sets for a pass without a gradient, which reads the values of A alone."""
-        return self._replace(places=self.places[: self.pattern.active_count])
+        return changed(self, places=self.places[: self.pattern.active_count])
 
 
 AnySets: TypeAlias = Masks | Indexed

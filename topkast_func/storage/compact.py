@@ -13,7 +13,7 @@ from topkast_func.model.alpha import alpha, alpha_when_read, merge, split
 from topkast_func.penalty import summed_penalty
 from topkast_func.places import counted, sizes_of
 from topkast_func.storage.index import Index, Positions, carry, index_of, old_slots, reindex
-from topkast_func.types import Masks, Params, Tensors
+from topkast_func.types import Masks, Params, Tensors, changed
 
 
 class CompactWeights(NamedTuple):
@@ -93,7 +93,7 @@ class CompactWeights(NamedTuple):
     def moved(self, updates: Tensors) -> "CompactWeights":
         """Add ``updates``: all that is held is in B."""
         held = {name: value + updates[name] for name, value in self.held.items()}
-        return self._replace(held=held)
+        return changed(self, held=held)
 
     def restricted(self, slots: dict[str, Tensors]) -> dict[str, Tensors]:
         """Return the slots as they are: they have no entry outside B."""

@@ -7,7 +7,7 @@ import torch
 from topkast_func.kernels.pattern import block_of
 from topkast_func.model.alpha import split
 from topkast_func.storage.compact import CompactWeights
-from topkast_func.types import Params, Tensors
+from topkast_func.types import Params, Tensors, changed
 
 
 def active(weights: CompactWeights) -> Tensors:
@@ -26,7 +26,7 @@ def with_active(weights: CompactWeights, values: Params) -> CompactWeights:
         else values[name]
         for name, value in weights.held.items()
     }
-    return weights._replace(held=held)
+    return changed(weights, held=held)
 
 
 def without(weights: CompactWeights, others: Collection[str]) -> CompactWeights:
@@ -34,7 +34,7 @@ def without(weights: CompactWeights, others: Collection[str]) -> CompactWeights:
     held, theta = dict(weights.held), dict(weights.theta)
     for name in theta.keys() & others:
         held[name], theta[name] = torch.zeros_like(held[name]), theta[name].to("meta")
-    return with_active(weights._replace(held=held, theta=theta), active(weights))
+    return with_active(changed(weights, held=held, theta=theta), active(weights))
 
 
 def with_theta(weights: CompactWeights, dense: Params) -> CompactWeights:
@@ -44,4 +44,4 @@ def with_theta(weights: CompactWeights, dense: Params) -> CompactWeights:
         value = held[name]
         places = weights.sets(name).flat_index(block_of(value), whole.shape)
         held[name] = split(whole, places.to(whole.device)).to(value.device)
-    return weights._replace(held=held, theta=theta)
+    return changed(weights, held=held, theta=theta)

@@ -32,7 +32,7 @@ from topkast_func.training.optim import (
 from topkast_func.training.refresh import Choice, refreshed
 from topkast_func.training.state import TrainState, Weights, elsewhere
 from topkast_func.training.update import Moved, batch_loss_of
-from topkast_func.types import LossFn, Masks, Model, Params, Tensors
+from topkast_func.types import LossFn, Masks, Model, Params, Tensors, changed
 
 OfBatch: TypeAlias = tuple[Tensor, tuple[tuple[Any, ...], Tensors]]
 """The data loss; beside it what else the loss function returned, and the buffers."""
@@ -75,8 +75,8 @@ def part(ranks: Owners, state: TrainState) -> TrainState:
         kind: {n: slot.to("meta") if n in others else slot for n, slot in tree.items()}
         for kind, tree in state.optimizer.slots.items()
     }
-    return state._replace(
-        weights=without(weights, others), optimizer=state.optimizer._replace(slots=slots)
+    return changed(
+        state, weights=without(weights, others), optimizer=changed(state.optimizer, slots=slots)
     )
 
 
@@ -114,7 +114,7 @@ def compared(ranks: Owners, state: TrainState) -> TrainState:
     """
     weights = _compact(state)
     sums = ranks.rested(weights.theta, int(state.step))
-    return state._replace(weights=weights._replace(held=active(weights), theta=sums))
+    return changed(state, weights=changed(weights, held=active(weights), theta=sums))
 
 
 def owned_update_of(
@@ -172,9 +172,10 @@ def owned_update_of(
                 updates, moved = updated(optimizer, grads, before, own, rate)
                 norm = global_norm(grads)
             held = {n: v + updates[n] if ranks.owns(n) else values[n] for n, v in own.items()}
-            after = state._replace(
+            after = changed(
+                state,
                 step=state.step + (moved.step % optimizer.every == 0),
-                weights=_shared(ranks, weights._replace(held=held)),
+                weights=_shared(ranks, changed(weights, held=held)),
                 buffers=written,
                 optimizer=OptimizerState(moved.step, _kept(state.optimizer.slots, moved.slots)),
             )
@@ -209,7 +210,7 @@ def refresh_by_owners(
     after = refreshed(state, config, gradients, agreed)
     weights = _compact(after)
     ranks.rested(weights.theta, int(after.step))
-    return after._replace(weights=_shared(ranks, weights))
+    return changed(after, weights=_shared(ranks, weights))
 
 
 def _sets(ranks: Owners, name: str, shape: torch.Size, own: dict[str, Masks]) -> Masks:

@@ -17,7 +17,7 @@ from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.optim import Optimizer, OptimizerState, Rate, global_norm, updated
 from topkast_func.training.state import TrainState, narrowed
-from topkast_func.types import LossFn, Model, Tensors
+from topkast_func.types import LossFn, Model, Tensors, changed
 
 Objective: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, tuple[Any, ...], Tensors]]
 """The loss; beside it the data loss, the penalty, what else the loss function returned, and the
@@ -75,7 +75,8 @@ def update_of(
                 loss = data_loss + config.penalty_weight * penalty
             rate = tree_map(lambda given: given.reshape(()), lr)
             updates, moved = updated(optimizer, grads, state.optimizer, weights.values(), rate)
-            after = state._replace(
+            after = changed(
+                state,
                 step=state.step + (moved.step % optimizer.every == 0),
                 weights=weights.moved(updates),
                 buffers=written,

@@ -15,7 +15,7 @@ from topkast_func.training.optim.transformation import (
     starting,
     wide,
 )
-from topkast_func.types import Params, Tensors
+from topkast_func.types import Params, Tensors, changed
 
 
 class Member(NamedTuple):
@@ -110,7 +110,7 @@ def _clip(
 ) -> tuple[Tensors, OptimizerState]:
     widened = {name: wide(update) for name, update in updates.items()}
     scale = (max_norm / global_norm(widened)).clamp(max=1.0)
-    return {n: update * scale for n, update in widened.items()}, state._replace(step=state.step + 1)
+    return {n: update * scale for n, update in widened.items()}, changed(state, step=state.step + 1)
 
 
 def _start_chain(parts: tuple[Transformation, ...], params: Params) -> OptimizerState:

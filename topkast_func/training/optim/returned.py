@@ -7,7 +7,7 @@ from topkast_func.checks import versions
 from topkast_func.training.optim.rates import Rate
 from topkast_func.training.optim.transformation import Optimizer, OptimizerState
 from topkast_func.trees import check_named, check_text
-from topkast_func.types import Params, Tensors
+from topkast_func.types import Params, Tensors, changed
 
 
 def started(optimizer: Optimizer, params: Params) -> OptimizerState:
@@ -76,4 +76,4 @@ def updated(
     if versions(params) != before:
         raise ValueError(f"update of {optimizer} writes to the parameters: return what to add")
     updates = {name: update.to(params[name].dtype) for name, update in updates.items()}
-    return updates, after._replace(step=state.step + 1)
+    return updates, changed(after, step=state.step + 1)
