@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch._dynamo  # noqa: F401  (before a function is patched that it knows as an object)
 from torch import Tensor
 from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import topkast_func
+from topkast_func import leaves
 from topkast_func.checks import dispatches
-from topkast_func.config import leaves
 from topkast_func.facade import derived
 from topkast_func.training import compilation
 

@@ -27,6 +27,7 @@ from topkast_func.kernels.pattern import flattened
 from topkast_func.places import counted, order_of, places_of
 from topkast_func.ranking import drawn_among, largest_among, top_sets
 from topkast_func.testing import weights
+from topkast_func.training import update
 
 READ = pretend.Wait("places.counted", "_to_copy")
 METHODS = [
@@ -153,6 +154,34 @@ def test_blocks_and_powers_stay_on_the_device(options: Any, powerprop: float) ->
     expected = run("cpu", config, tk.adam(0.01))
     with pretending() as device:
         assert same(run(device, config, tk.adam(0.01)), expected)
+
+
+def test_numbers_reach_a_graph_on_its_device(device: torch.device) -> None:
+    """A kernel reads no memory of the host; what is no CUDA tensor keeps CUDA graphs away."""
+    met: list[tuple[Any, int]] = []
+
+    def move(grads: Any, state: tk.OptimizerState, params: Any, lr: Tensor) -> Any:
+        met.extend(((state.step, state.step.ndim), (lr, lr.ndim)))
+        return plain.update(grads, state, params, lr)
+
+    plain = tk.adam(lambda step: 0.1 / (1 + step))
+    noted = tk.Optimizer(plain.init, move, plain.learning_rate, elementwise=True)
+    state, _ = run(device, config_of(tk.topkast()), noted, steps=3)
+    assert met
+    assert all(isinstance(number, Pretended) and ndim == 0 for number, ndim in met)
+    counts = (state.step, state.optimizer.step)
+    assert [(count.device.type, int(count)) for count in counts] == [("cpu", 3), ("cpu", 3)]
+
+
+def test_numbers_stay_on_the_host_for_values_on_several_devices(device: torch.device) -> None:
+    state = tk.init_state(network(), config_of(tk.topkast()), tk.sgd(0.1))
+    values = dict(state.weights.values())
+    values["4.bias"] = values["4.bias"].to(device)
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    for held, expected in ((values, rate), (state.weights.values(), rate.reshape(1))):
+        weights = state.weights._replace(held=held)  # type: ignore[call-arg]
+        place = update._place_of(state._replace(weights=weights))
+        assert same((update._number(place, rate),), (expected,))
 
 
 STEADY = [method for method in METHODS if not config_of(method).schedule.starts]

@@ -174,10 +174,9 @@ def owned_update_of(
             held = {n: v + updates[n] if ranks.owns(n) else values[n] for n, v in own.items()}
             after = changed(
                 state,
-                step=state.step + (moved.step % optimizer.every == 0),
                 weights=_shared(ranks, changed(weights, held=held)),
                 buffers=written,
-                optimizer=OptimizerState(moved.step, _kept(state.optimizer.slots, moved.slots)),
+                optimizer=changed(state.optimizer, slots=_kept(state.optimizer.slots, moved.slots)),
             )
             loss = data_loss + config.penalty_weight * penalty
         return after, (loss, data_loss, penalty, norm), tree_map(torch.clone, aux)

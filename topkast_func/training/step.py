@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map
 
 from topkast_func.checks import check_callable, check_type
 from topkast_func.compiling import one_report
@@ -37,7 +36,7 @@ from topkast_func.training.random_numbers import Draws
 from topkast_func.training.refresh import refreshed_if_finite, refreshes_around
 from topkast_func.training.state import TrainState, check_state, ordinary
 from topkast_func.training.trial import Trials
-from topkast_func.training.update import Moved
+from topkast_func.training.update import Moved, run_at
 from topkast_func.training.ways import way_of
 from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
@@ -204,12 +203,8 @@ def make_train_step(
 
         def step() -> Moved:
             run = run_from(schedule.stage(int(state.step)), hooks_now())
-            rate = optimizer.learning_rate(state.optimizer.step)
-            rate = tree_map(lambda lr: lr.reshape(1), rate)
-            phi, bare = tuple(state.exponents), state._replace(exponents={})
             with standing_in(lent.values()):
-                after, numbers, aux = run(tuple(lent), phi, bare, batch, rate, ranks.share)
-            return after._replace(exponents=state.exponents), numbers, aux
+                return run_at(run, [*lent], state, batch, optimizer, ranks.share)
 
         moved, numbers, aux = draws.run(kind, state, step)
         after = anew(moved, batch, kind) if ends else moved

@@ -1,6 +1,7 @@
 """One update of a state: the pure function of tensors that is compiled."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -33,6 +34,9 @@ Moved: TypeAlias = tuple[TrainState, tuple[Tensor, Tensor, Tensor, Tensor], tupl
 """The state after a step; loss, data loss, penalty and norm of the gradient; aux, if any."""
 
 
+CPU = torch.device("cpu")
+
+
 def update_of(
     model: Model,
     loss_fn: LossFn,
@@ -44,8 +48,7 @@ def update_of(
 ) -> Callable[..., Moved]:
     """Return the step of a stage, without its refresh: a pure function of tensors.
 
-    It takes learning rates of one dimension, and of exponents the names alone: torch.compile makes
-    a symbol of a 0-d float64 that is given to a graph, and then traces everything twice.
+    It is run by `run_at`, which counts; the step and the calls that it returns are as before.
     """
     batch_loss = batch_loss_of(model, loss_fn, layers)
 
@@ -77,15 +80,73 @@ def update_of(
             updates, moved = updated(optimizer, grads, state.optimizer, weights.values(), rate)
             after = changed(
                 state,
-                step=state.step + (moved.step % optimizer.every == 0),
                 weights=weights.moved(updates),
                 buffers=written,
-                optimizer=OptimizerState(moved.step, weights.restricted(moved.slots)),
+                optimizer=OptimizerState(state.optimizer.step, weights.restricted(moved.slots)),
             )
             norm = global_norm(grads)
         return after, (loss, data_loss, penalty, norm), tree_map(torch.clone, aux)
 
     return step
+
+
+def run_at(
+    run: Callable[..., Moved],
+    lent: Sequence[int],
+    state: TrainState,
+    batch: Any,
+    optimizer: Optimizer,
+    share: Tensor | None,
+) -> Moved:
+    """Run what `update_of` returns at a state, and count.
+
+    Args:
+        run: The function, compiled or not.
+        lent: Places of the layers that are lent.
+        state: The state.
+        batch: The batch.
+        optimizer: The optimiser.
+        share: Share of this rank.
+
+    Returns:
+        What ``run`` returns, with the step and the calls of the optimiser of the state after.
+    """
+    place = _place_of(state)
+    rate = tree_map(partial(_number, place), optimizer.learning_rate(state.optimizer.step))
+    share = None if share is None else _number(place, share)
+    calls = state.optimizer.step
+    held = calls if place == CPU else _number(place, calls)
+    bare = changed(state, exponents={}, optimizer=changed(state.optimizer, step=held))
+    after, numbers, aux = run(tuple(lent), tuple(state.exponents), bare, batch, rate, share)
+    calls = calls + 1
+    after = changed(
+        after,
+        step=state.step + (calls % optimizer.every == 0),
+        exponents=state.exponents,
+        optimizer=changed(after.optimizer, step=calls),
+    )
+    return after, numbers, aux
+
+
+def _place_of(state: TrainState) -> torch.device | None:
+    """Return the device of the values; None where they are on several, or it has no float64."""
+    devices = {value.device for value in state.weights.values().values()}
+    place = devices.pop()
+    return None if devices or place.type == "mps" else place
+
+
+def _number(place: torch.device | None, number: Tensor) -> Tensor:
+    """Return a number as a graph takes it: on its device, as kernels of one read no other memory.
+
+    There it is written by a launch, for which nobody waits, and keeps no CUDA graph from being
+    made. On a CPU it gets a dimension: torch.compile makes a symbol of a 0-d float64 there, and
+    then traces everything twice.
+    """
+    if place is None or number.device.type != "cpu":
+        return number if place is None else number.to(place)
+    if place == CPU:
+        return number.reshape(1)
+    return torch.full((), number.item(), dtype=number.dtype, device=place)
 
 
 def batch_loss_of(model: Model, loss_fn: LossFn, layers: Sequence[StandIn]) -> BatchLoss:

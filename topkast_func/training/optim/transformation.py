@@ -15,7 +15,8 @@ class OptimizerState(NamedTuple):
     """What an optimiser remembers.
 
     Attributes:
-        step: Calls of ``update`` so far, int64, 0-d, on the CPU.
+        step: Calls of ``update`` so far, int64, 0-d, on the CPU; `train_step` gives it to
+            ``update``, as the learning rate, on the device of the values.
         slots: For each kind of slot, such as ``adamw.exp_avg``, a tensor by the name of each
             parameter that has one. A slot of the shape of the parameter's values follows its
             weights at a refresh and is zero outside B; a slot of any other shape (0-d, one entry
