@@ -89,3 +89,49 @@ def test_the_same_call_has_the_same_result() -> None:
     case = Case("triton", (16, 16), torch.float32)
     x = torch.randn(40, case.given.shape[1])
     assert torch.equal(case(case.given.values, x), case(case.given.values, x))
+
+
+class Launches:
+    """Stands in for a kernel, and notes of what size a grid would be."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: Callable[[dict[str, int]], tuple[int, ...]]) -> Any:
+        self.grids.append(grid({"BATCH": 64}))
+        return lambda *_: None
+
+
+def test_a_batch_of_millions_of_rows_fits_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_gpu, "_rows", launches := Launches())
+    given = problem((16, 16), grid=(3, 4))
+    triton_gpu.forward(given.values, torch.empty(2**23, 64, device="meta"), given.pattern, 48)
+    assert launches.grids == [(3 * 2**17,)]
+
+
+def test_all_ways_of_a_kernel_add_in_one_order() -> None:
+    assert all(way.kwargs == {} for way in triton_gpu._dots.configs)
+    assert {rows >= 64 and warps % 4 == 0 for rows, warps, _ in triton_gpu._ROWS} == {True}
+    assert {warps % 4 for warps, _ in triton_gpu._DOTS} == {0}
+
+
+@pytest.mark.parametrize(
+    ("set_precision", "expected"),
+    [
+        (lambda: None, "ieee"),
+        (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), "tf32"),
+        (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"), "ieee"),
+    ],
+)
+def test_float32_is_multiplied_as_torch_is_told_to(
+    set_precision: Callable[[], None], expected: str
+) -> None:
+    matmul: Any = torch.backends.cuda.matmul
+    try:
+        set_precision()
+        assert triton_gpu._precision(torch.ones(1)) == expected
+        check_products("triton", problem((16, 16), grid=(3, 4)), 5)
+    finally:
+        matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]

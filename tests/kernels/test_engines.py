@@ -77,7 +77,7 @@ ON_GPU = Layer(4096, 4096, 2**24 // 10, 2**24 // 5, (64, 64), 8192, torch.bfloat
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     return monkeypatch
 
 
@@ -109,13 +109,24 @@ def test_blocks_that_triton_cannot_take_go_dense_or_are_named(block: tuple[int, 
 
 
 def test_an_old_gpu_is_named(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    gpu.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     with pytest.raises(TypeError, match=r"capability 8.0 for torch.bfloat16, this one has 7.5"):
         choose("triton", ON_GPU)
     assert choose("auto", ON_GPU).engine == "dense"
-    assert choose("auto", ON_GPU._replace(dtype=torch.float16)).engine == "triton"
+    half = ON_GPU._replace(dtype=torch.float16)
+    assert choose("triton", half).engine == "triton"  # without tensor cores
+    found = choose("auto", half)
+    assert found.engine == "dense"
+    assert "capability 8.0 for torch.float16, this one has 7.5" in found.reason
     with pytest.raises(TypeError, match=r"supports float32 and .*, not float64"):
         choose("triton", ON_GPU._replace(dtype=torch.float64))
+
+
+def test_the_gpu_of_the_layer_is_asked(gpu: pytest.MonkeyPatch) -> None:
+    ages = {None: (9, 0), 0: (9, 0), 1: (7, 5)}
+    gpu.setattr(torch.cuda, "get_device_capability", lambda index: ages[index])
+    chosen = [choose("auto", ON_GPU._replace(index=index)).engine for index in ages]
+    assert chosen == ["triton", "triton", "dense"]
 
 
 def test_numba_refuses_what_is_on_a_gpu() -> None:

@@ -60,6 +60,6 @@ class Rule(NamedTuple):
         if not self.matrix:
             return Choice("dense", ALPHA + UNKNOWN)
         matrix, channels = (theta.shape[0], prod(theta.shape[1:])), channels_of(theta.shape)
-        block, device = self.config.block_shape, theta.device.type
+        block, (device, index) = self.config.block_shape, (theta.device.type, theta.device.index)
         sizes = *matrix, forward, backward, block, PIXELS if channels else BATCH
-        return choose(self.engine, Layer(*sizes, theta.dtype, device, channels))
+        return choose(self.engine, Layer(*sizes, theta.dtype, device, channels, index))

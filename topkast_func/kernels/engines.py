@@ -70,6 +70,9 @@ _KERNELS = {"cpu": "numba", "cuda": "triton"}
 TRITON_SIDE = 16
 """What divides the sides of the blocks that Triton computes: the least tile of a tensor core."""
 
+WITH_CORES = (8, 0)
+"""Compute capability from which on Triton multiplies on tensor cores; "auto" asks for it."""
+
 _INSTALL = {
     "numba": "pip install llvmlite",
     "triton": "pip install 'topkast_func[triton]'",
@@ -138,7 +141,7 @@ def choose(name: EngineName, layer: Layer) -> Choice:
             raise TypeError(f"engine {problem}")
         return Choice(name, "asked for")
     kernels = _KERNELS.get(layer.device, "numba")
-    if problem := _problem(kernels, layer):
+    if problem := _problem(kernels, layer, WITH_CORES):
         return Choice("dense", problem)
     if not installed(kernels):
         return Choice("dense", f"{kernels} is not installed ({_INSTALL[kernels]})")
@@ -171,8 +174,8 @@ def installed(name: str) -> bool:
     return True
 
 
-def _problem(name: str, layer: Layer) -> str | None:
-    """Say why an engine cannot compute a layer, if it cannot."""
+def _problem(name: str, layer: Layer, least: tuple[int, int] = (7, 0)) -> str | None:
+    """Say why an engine cannot compute a layer, if it cannot, or not on a GPU so old."""
     if layer.rows and name == "triton":
         return "triton computes no convolutions"
     dtypes, devices = _RUNS.get(name, ((), ()))
@@ -186,13 +189,13 @@ def _problem(name: str, layer: Layer) -> str | None:
             f"triton computes blocks whose sides are multiples of {TRITON_SIDE}, not "
             f"{layer.block_shape}: choose such blocks by block_shape, or engine='dense'"
         )
-    return _too_old(layer) if name == "triton" and layer.device == "cuda" else None
+    return _too_old(layer, least) if name == "triton" and layer.device == "cuda" else None
 
 
-def _too_old(layer: Layer) -> str | None:
+def _too_old(layer: Layer, least: tuple[int, int]) -> str | None:
     """Say why the GPU cannot compute a layer in Triton, if it cannot."""
-    least = (8, 0) if layer.dtype == torch.bfloat16 else (7, 0)
-    found = torch.cuda.get_device_capability()
+    least = WITH_CORES if layer.dtype == torch.bfloat16 else least
+    found = torch.cuda.get_device_capability(layer.index)
     if found >= least:
         return None
     return (

@@ -18,8 +18,15 @@ from topkast_func.kernels.pattern import BlockRows, Pattern, block_of
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-_ROWS = [(128, 4, 3), (64, 4, 4), (128, 8, 3), (32, 2, 2)]
-"""Rows of activations in a tile, warps, and stages of the pipeline; the last fits any GPU."""
+_ROWS = [(128, 4, 3), (64, 4, 4), (128, 8, 3), (64, 4, 2)]
+"""Rows of activations in a tile, warps, and stages of the pipeline; the last fits any GPU.
+
+All add in one order, as do `_DOTS`, and by one instruction, which on Hopper takes 64 rows and four
+warps: the bits do not depend on which is the fastest.
+"""
+
+_DOTS = [(4, 3), (8, 3), (4, 4), (4, 2)]
+"""Warps and stages of a sum over the batch."""
 
 
 def forward(values: Tensor, x: Tensor, pattern: Pattern, features: int) -> Tensor:
@@ -41,6 +48,7 @@ def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> T
     g, x = g.contiguous(), x.contiguous()
     height, width = block_of(values)
     rows, tile = g.shape[1] // height, (_tile(height, 128), _tile(width, 128))
+    step = 128 // g.element_size()
     tiles = (height // tile[0]) * (width // tile[1])
     parts = (pattern.forward, pattern.exploring)
     found = torch.split(gradient, [part.columns.shape[0] for part in parts])
@@ -50,7 +58,7 @@ def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> T
                 _dots[out.shape[0] * tiles,](
                     *(g, x, out, *part, g.shape[0], _size(g), g.shape[1], x.shape[1]),
                     *(rows, (part.pointers.shape[0] - 1) // rows, rows.bit_length()),
-                    *(height, width, *tile, _precision()),
+                    *(height, width, *tile, _precision(g), step),
                 )
     return gradient
 
@@ -72,14 +80,14 @@ def _sums(
     if not x.shape[0]:
         return y
 
-    def grid(chosen: dict[str, Any]) -> tuple[int, int]:
-        return features // tile[0], triton.cdiv(x.shape[0], chosen["BATCH"])
+    def grid(chosen: dict[str, Any]) -> tuple[int]:  # of one axis: others end at 65535
+        return (features // tile[0] * triton.cdiv(x.shape[0], chosen["BATCH"]),)
 
     with torch.cuda.device_of(x):
         _rows[grid](
             *(x, values, y, *part, part.columns if places is None else places),
             *(x.shape[0], _size(x), x.shape[1], features, panels),
-            *(places is not None, *block, *strides, *tile, _precision()),
+            *(places is not None, *block, *strides, *tile, _precision(x)),
         )
     return y
 
@@ -94,18 +102,24 @@ def _size(x: Tensor) -> int:
     return x.shape[0].bit_length()
 
 
-def _precision() -> str:
-    """Return in what float32 is multiplied: as `torch.set_float32_matmul_precision` says."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def _precision(x: Tensor) -> str:
+    """Return in what float32 is multiplied: as torch multiplies it on a GPU."""
+    if x.dtype != torch.float32:
+        return "tf32"  # which no other dtype reads
+    told = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch before 2.9 has none
+    exact = torch.get_float32_matmul_precision() == "highest" if told is None else told != "tf32"
+    return "ieee" if exact else "tf32"
 
 
-def _tuned(names: list[str], configs: list[tuple[int, int, int]]) -> Any:
+def _tuned(names: list[str], ways: list[triton.Config]) -> Any:
     """Let Triton take the fastest of a few ways at the first call for each of what is named."""
-    ways = [triton.Config({"BATCH": n}, num_warps=w, num_stages=s) for n, w, s in configs]
     return triton.autotune(ways[-1:] if _INTERPRETED else ways, names)
 
 
-@_tuned(["size", "HEIGHT", "DEPTH"], _ROWS)
+@_tuned(
+    ["size", "HEIGHT", "DEPTH"],
+    [triton.Config({"BATCH": n}, num_warps=w, num_stages=s) for n, w, s in _ROWS],
+)
 @triton.jit
 def _rows(  # type: ignore[no-untyped-def]
     x,
@@ -130,11 +144,12 @@ def _rows(  # type: ignore[no-untyped-def]
     BATCH: tl.constexpr,
 ):
     """y[n, o] = Σ_i x[n, i]·W[o, i], of which a block is values[place]: o by DOWN, i by ACROSS."""
-    first = tl.program_id(0) * TILE_H
+    tiles = features_out // TILE_H
+    first = tl.program_id(0) % tiles * TILE_H
     row = first // HEIGHT
     outputs = tl.arange(0, TILE_H)
     inner = tl.arange(0, TILE_D)
-    n = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    n = tl.program_id(0) // tiles * BATCH + tl.arange(0, BATCH)
     there = n[:, None] < batch
     line = n.to(tl.int64)[:, None]
     within = (first % HEIGHT + outputs)[None, :] * DOWN + inner[:, None] * ACROSS
@@ -155,7 +170,10 @@ def _rows(  # type: ignore[no-untyped-def]
     tl.store(out, total.to(y.dtype.element_ty), mask=there)
 
 
-@_tuned(["size", "HEIGHT", "WIDTH"], [(64, 4, 3), (64, 8, 3), (32, 4, 4), (32, 2, 2)])
+@_tuned(
+    ["size", "HEIGHT", "WIDTH"],
+    [triton.Config({}, num_warps=w, num_stages=s) for w, s in _DOTS],
+)
 @triton.jit
 def _dots(  # type: ignore[no-untyped-def]
     g,
