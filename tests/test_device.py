@@ -23,7 +23,7 @@ from tests.kernels.problems import Problem, integers, problem, problems
 from tests.pretend import DEVICE, WAITS, Pretended, on_cpu, pretending
 from tests.storage import STORAGES
 from topkast_func.kernels import dense, pattern_of, sparse_linear
-from topkast_func.kernels.pattern import flattened
+from topkast_func.kernels.pattern import flat, flattened
 from topkast_func.places import counted, order_of, places_of
 from topkast_func.ranking import drawn_among, largest_among, top_sets
 from topkast_func.testing import weights
@@ -245,8 +245,15 @@ def test_nan_is_refused_on_the_device_too(method: tk.Method, device: torch.devic
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
 def test_dense_products_are_made_on_the_device(
-    block: tuple[int, int], device: torch.device
+    block: tuple[int, int], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    places: list[Tensor] = []
+
+    def noted(*given: Any) -> Tensor:
+        places.append(flat(*given))
+        return places[-1]
+
+    monkeypatch.setattr(dense, "flat", noted)
     case = problem(block)
     masks, (x, g, values) = (
         there(tensors)
@@ -261,6 +268,7 @@ def test_dense_products_are_made_on_the_device(
     y, vjp = torch.func.vjp(lambda v, x: sparse_linear(x, v, pattern, case.shape), values, x)[:2]
     for_values, for_x = vjp(g)
     assert not WAITS
+    assert {(p.dtype, p.device.type) for p in places} == {(torch.int32, device.type)}
     assert same((y, for_x), (on_cpu(x) @ case.alpha.T, on_cpu(g) @ case.alpha))
     assert same((for_values,), (case.gathered(on_cpu(g).T @ on_cpu(x)),))
 

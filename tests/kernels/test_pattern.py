@@ -73,6 +73,24 @@ def test_unused_places_are_beyond_the_last_pointer(given: Problem, spare: int) -
     assert (where[used:] == given.theta.numel()).all()
 
 
+@given(problems(), st.integers(0, 3))
+def test_places_are_the_same_in_fewer_bytes(given: Problem, spare: int) -> None:
+    places = given.pattern.exploring.columns.shape[0] + spare
+    padded = pattern_of(given.forward, given.backward, given.block, places)
+    for part in (padded.forward, padded.exploring):
+        wide, narrow = (flat(part, given.block, given.shape, way) for way in (False, True))
+        assert (wide.dtype, narrow.dtype) == (torch.int64, torch.int32)
+        assert torch.equal(narrow.long(), wide)
+
+
+def test_places_that_int32_cannot_count_are_wide() -> None:
+    pointers, columns = torch.tensor([0, 1, 2]), torch.tensor([2**30 - 1, 2**30 - 1])
+    part = BlockRows(pointers.int(), columns.int())
+    for shape, last in (((2, 2**30), 2**31 - 1), ((2, 2**31 - 1), 2**31 + 2**30 - 2)):
+        where = flat(part, (1, 1), shape, narrow=True)
+        assert where.tolist() == [2**30 - 1, last]
+
+
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
 @pytest.mark.parametrize("density", [0.01, 0.5, 1.0])
 def test_panels_are_an_even_cut_of_the_columns(block: tuple[int, int], density: float) -> None:

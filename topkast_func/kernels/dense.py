@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from topkast_func.kernels.pattern import Pattern, block_of, flat
+from topkast_func.kernels.pattern import Pattern, block_of, flat, gathered
 
 
 def forward(values: Tensor, x: Tensor, pattern: Pattern, features: int) -> Tensor:
@@ -19,16 +19,17 @@ def input_gradient(values: Tensor, g: Tensor, pattern: Pattern, features: int) -
 
 def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> Tensor:
     """Return gᵀ·x sampled on B, in the order and shape of ``values``."""
-    shape = (g.shape[1], x.shape[1])
-    gradient = torch.cat((_product(g.t(), x.t()).flatten(), g.new_zeros(1)))
-    block = block_of(values)
-    return torch.cat([
-        gradient[flat(part, block, shape)] for part in (pattern.forward, pattern.exploring)
-    ])
+    shape, block = (g.shape[1], x.shape[1]), block_of(values)
+    gradient, narrow = _product(g.t(), x.t()), g.device.type != "cpu"
+    active = gathered(gradient, flat(pattern.forward, block, shape, narrow))
+    places = flat(pattern.exploring, block, shape, narrow)
+    last = gradient.numel() - 1
+    exploring = gathered(gradient, places.clamp(max=last))
+    return torch.cat((active, torch.where(places <= last, exploring, 0.0)))
 
 
 def _densified(values: Tensor, pattern: Pattern, shape: tuple[int, int]) -> Tensor:
-    places = flat(pattern.forward, block_of(values), shape)
+    places = flat(pattern.forward, block_of(values), shape, values.device.type != "cpu")
     weight = values.new_zeros(shape)
     weight.view(-1)[places] = values[: places.shape[0]]
     return weight

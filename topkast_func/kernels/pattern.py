@@ -143,30 +143,32 @@ def nested(tensors: Sequence[Tensor]) -> Pattern:
     return Pattern(forward, exploring, transposed, tensors[6])
 
 
-def flat(part: BlockRows, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+def flat(
+    part: BlockRows, block: tuple[int, int], shape: tuple[int, int], narrow: bool = False
+) -> Tensor:
     """Return where the entries of the stored blocks stand in the flat matrix.
 
     Args:
         part: The stored blocks.
         block: (r, c) of a block.
         shape: Rows and columns of the matrix.
+        narrow: Whether to count in int32 where that reaches; on a device bytes are time.
 
     Returns:
-        int64, [blocks] or, but for blocks of one entry, [blocks, r, c]; the number of entries
-        of the matrix where a place is unused.
+        int64, or int32, [blocks] or, but for blocks of one entry, [blocks, r, c]; the number of
+        entries of the matrix where a place is unused.
     """
-    rows, device = shape[0] // block[0], part.pointers.device
-    panels = (part.pointers.shape[0] - 1) // rows
-    places = part.columns.shape[0]
+    rows, (height, width) = shape[0] // block[0], block
+    narrow = narrow and (shape[0] + height) * shape[1] <= INDEX_LIMIT
+    panels, places = (part.pointers.shape[0] - 1) // rows, part.columns.shape[0]
     ends = torch.cat((part.pointers[::panels], part.pointers.new_full((1,), places)))
-    number = torch.arange(rows + 1, device=device)
-    row = torch.repeat_interleave(number, ends.diff(), output_size=places)
-    corner = row * (block[0] * shape[1]) + part.columns * block[1]
+    row = torch.repeat_interleave(ends.diff(), output_size=places)
+    column = part.columns if narrow else part.columns.long()
+    corner = torch.add(column if width == 1 else column * width, row, alpha=height * shape[1])
     if block != (1, 1):
-        down, across = (torch.arange(n, device=device) for n in block)
-        corner = corner[:, None, None] + down[:, None] * shape[1] + across
-        row = row[:, None, None]
-    return torch.where(row < rows, corner, shape[0] * shape[1])
+        down, across = (torch.arange(n, dtype=corner.dtype, device=row.device) for n in block)
+        corner = corner[:, None, None] + (down[:, None] * shape[1] + across)
+    return corner.clamp_(max=shape[0] * shape[1])  # what is unused is in the row after the last
 
 
 def flat_index(parts: Sequence[Tensor], block: tuple[int, int], shape: Sequence[int]) -> Tensor:
