@@ -121,6 +121,8 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 _note(name)
             elif ours and asked is None:
                 here = True
+            elif here and not ours and args[0].ndim and not kwargs.get("non_blocking"):
+                _note(name)
             found = operator(*on_cpu(args), **kwargs)
             return Pretended(found) if here else found
         if name == "copy_":

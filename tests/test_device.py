@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tests.pretend import DEVICE, WAITS, Pretended, on_cpu, pretending
 from tests.storage import STORAGES
 from topkast_func.kernels import dense, pattern_of, sparse_linear
 from topkast_func.kernels.pattern import flat, flattened
-from topkast_func.places import counted, order_of, places_of
+from topkast_func.places import counted, order_of, places_of, sent
 from topkast_func.ranking import drawn_among, largest_among, top_sets
 from topkast_func.testing import weights
 from topkast_func.training import update
@@ -226,7 +227,8 @@ def test_theta_that_rests_on_the_host_is_waited_for_at_a_refresh_alone(
         "model/alpha.<genexpr>",  # the values go home
         "masks.masks_at",  # with the sets they are of,
         "entry.<genexpr>",
-        "storage/compact.chosen",  # and where they were
+        "storage/compact.chosen",  # and where they were;
+        "storage/compact.<genexpr>",  # the new sets come back
         "places.counted",
     }
     assert all(theta.device.type == "cpu" for theta in refreshed.weights.theta.values())
@@ -464,6 +466,13 @@ def test_places_orders_and_counts(shape: tuple[int, ...]) -> None:
     assert torch.equal(numbers[order_of(numbers)], numbers.sort(stable=True).values)
 
 
+def test_what_is_sent_to_a_gpu_is_pinned() -> None:
+    numbers = Mock()
+    assert sent(numbers, torch.device("cuda")) is numbers.pin_memory().to.return_value
+    numbers.pin_memory().to.assert_called_once_with(torch.device("cuda"), non_blocking=True)
+    assert sent(numbers, torch.device("xpu")) is numbers.to.return_value
+
+
 def test_draws_equal_those_of_the_cpu() -> None:
     mask = torch.rand(6, 9) < 0.5
     count = int(mask.sum())
@@ -473,6 +482,7 @@ def test_draws_equal_those_of_the_cpu() -> None:
 
     with pretending():
         assert same(draw(*there((mask,))), draw(mask))
+        assert not WAITS
 
 
 # The device itself.

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from topkast_func.places import places_of
+from topkast_func.places import places_of, sent
 from topkast_func.ranking import Sets, drawn_among, largest_among, top_sets
 
 
@@ -94,7 +94,7 @@ def drawn_beside(
     others = taken.numel() - held
     if group is None:
         return taken | drawn_among(~taken, others, count - held, generator)
-    drawn = torch.randperm(others, generator=generator, device="cpu").to(taken.device)
+    drawn = sent(torch.randperm(others, generator=generator, device="cpu"), taken.device)
     lots = torch.zeros(taken.numel(), dtype=torch.float64, device=taken.device)
     lots.index_copy_(0, places_of(~taken, others), drawn.double())
     return largest_beside("lots", taken, lots.view(taken.shape), count, count, group)[0]

@@ -27,6 +27,21 @@ def counted(masks: Sequence[Tensor]) -> list[int]:
     ]
 
 
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return numbers of the host on a device, for which it does not wait.
+
+    Args:
+        numbers: On the CPU; to be written to by nobody any more.
+        device: The device.
+
+    Returns:
+        Them there.
+    """
+    if device.type == "cuda":  # what is not pinned is copied while the host waits
+        numbers = numbers.pin_memory()
+    return numbers.to(device, non_blocking=True)
+
+
 def sizes_of(sets: Mapping[str, Masks]) -> dict[str, tuple[int, int]]:
     """Return |A| and |B| by name, entries."""
     numbers = iter(counted([mask for masks in sets.values() for mask in masks]))

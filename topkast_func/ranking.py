@@ -14,7 +14,7 @@ from torch import Tensor
 
 from topkast_func.groups import grouped, ungrouped
 from topkast_func.kernels.engines import installed
-from topkast_func.places import order_of, places_of
+from topkast_func.places import order_of, places_of, sent
 from topkast_func.sparsity import density
 from topkast_func.tiebreak import tie_key
 from topkast_func.types import BlockNorm
@@ -213,4 +213,5 @@ def drawn_among(candidates: Tensor, among: int, count: int, generator: torch.Gen
     places = places_of(candidates, among)
     drawn = torch.randperm(among, generator=generator, device="cpu")[:count]
     marked = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
-    return marked.index_fill_(0, places[drawn.to(places.device)], True).view(candidates.shape)
+    drawn = sent(drawn, places.device)
+    return marked.index_fill_(0, places[drawn], True).view(candidates.shape)
