@@ -23,6 +23,7 @@ from tests import pretend
 from tests.kernels.problems import Problem, integers, problem, problems
 from tests.pretend import DEVICE, WAITS, Pretended, on_cpu, pretending
 from tests.storage import STORAGES
+from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.kernels import dense, pattern_of, sparse_linear
 from topkast_func.kernels.pattern import flat, flattened
 from topkast_func.places import counted, order_of, places_of, sent
@@ -329,6 +330,56 @@ def test_too_little_memory_at_a_refresh_leaves_the_state_whole(
             tk.refresh(state, config)
     assert same(state, before)
     tk.refresh(state, config)
+
+
+def running_out(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, for which there is room in as many calls."""
+    left = [*range(calls)]
+
+    def run(*given: Any, **options: Any) -> Any:
+        if not left:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        left.pop()
+        return function(*given, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("method", [tk.topkast(), tk.set(), tk.rigl()], ids=str)
+@pytest.mark.parametrize(
+    ("where", "calls"),
+    [
+        ("topkast_func.facade.sparsifier.chosen_anew", 0),
+        ("topkast_func.facade.sparse_weight.SparseWeight.look", 1),
+    ],
+)
+def test_too_little_memory_in_an_ordinary_loop_leaves_the_model_whole(
+    where: str, calls: int, method: tk.Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(method)
+    models, sparsifiers, optimizers = [], [], []
+    for _ in range(2):
+        models.append(network())
+        sparsifiers.append(tk.sparsify(models[-1], config, engine="reference"))
+        optimizers.append(torch.optim.SGD(models[-1].parameters(), 0.1, momentum=0.9))
+    x, y = batch("cpu")
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            torch.manual_seed(step)
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        if step == 1:
+            before = tree_map(torch.clone, models[0].state_dict())
+            with monkeypatch.context() as patch:
+                patch.setattr(where, running_out(calls, SparseWeight.look))
+                with pytest.raises(torch.OutOfMemoryError, match=r"zero_grad.*call it again"):
+                    sparsifiers[0].step()
+            assert same(models[0].state_dict(), before)
+            assert sparsifiers[0].steps == 1
+        refreshed = [sparsifier.step() for sparsifier in sparsifiers]
+        assert refreshed == [step == 1] * 2
+        assert same(*(model.state_dict() for model in models))
 
 
 class Generous(tk.Method):

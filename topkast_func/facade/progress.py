@@ -59,6 +59,10 @@ class Progress:
             warn_caller(GONE.format(gone))
         self._reached, self._steps, self._made = False, steps, steps_made()
 
+    def undo(self) -> None:
+        """Forget the last check, so that what it was made for can be tried again."""
+        self._reached = True
+
     def _follow(self, owners: Owners) -> bool:
         """Hook into backward passes, of copies too; return whether one may have been missed."""
         found = False

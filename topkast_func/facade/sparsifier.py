@@ -15,6 +15,7 @@ from topkast_func.config.allocation import shared_among_all
 from topkast_func.facade.guard import patience
 from topkast_func.facade.owners import Owners, check_stage, claimed, first, owners_of, summary_of
 from topkast_func.facade.progress import Progress
+from topkast_func.facade.room import whole
 from topkast_func.penalty import summed_penalty
 from topkast_func.ranking import NaNParameterError
 from topkast_func.report.summary import Summary
@@ -62,6 +63,7 @@ class Sparsifier:
                 optimiser that made a step has none of them, the model is dense again, or its
                 sparse weights are not those that were made sparse; nothing has changed. Or see
                 `refresh`.
+            torch.OutOfMemoryError: See `refresh`.
         """
         owners = self._owners()
         if not owners and self.config.method.sparsifies:
@@ -76,6 +78,10 @@ class Sparsifier:
             except NaNParameterError as reason:
                 warnings.warn(f"no refresh before step {self.steps}: {reason}", stacklevel=2)
                 due = False
+            except torch.OutOfMemoryError:
+                self.steps -= 1
+                self._progress.undo()
+                raise
         self._ask_for_gradients()
         return due
 
@@ -89,30 +95,33 @@ class Sparsifier:
                 the sparse weights are not those that were made sparse; their sets were loaded
                 from another stage of the schedule without `load_state_dict`. Nothing has changed.
             NaNParameterError: A sparse weight holds NaN; nothing has changed.
+            torch.OutOfMemoryError: The device has too little memory; nothing has changed, and what
+                was called can be called again.
         """
-        check_stage(self._owners())
-        trained = self._raw()
+        owners, trained = self._owners(), self._raw()
+        check_stage(owners)
         raw = {name: parameter.detach() for name, parameter in trained.items()}
         exponent = torch.tensor(self.config.powerprop, dtype=torch.float64, device="cpu")
-        chosen, masks = chosen_anew(
-            raw,
-            raw,
-            self.masks,
-            self.config,
-            step=self.steps,
-            seed=self.seed,
-            exponents=dict.fromkeys(raw, exponent) if self.config.powerprop > 1.0 else None,
-            gradients=self._gradients(),
-        )
-        self._follow_schedule()
-        settled = self.config.schedule.settled(self.steps)
-        for name, owners in self._owners().items():
-            if not (trained[name].requires_grad or settled):
-                continue
+        with whole(owners):
+            chosen, masks = chosen_anew(
+                raw,
+                raw,
+                self.masks,
+                self.config,
+                step=self.steps,
+                seed=self.seed,
+                exponents=dict.fromkeys(raw, exponent) if self.config.powerprop > 1.0 else None,
+                gradients=self._gradients(),
+            )
+            self._follow_schedule()
+            settled = self.config.schedule.settled(self.steps)
+            taken = [name for name in owners if trained[name].requires_grad or settled]
+            for name in taken:
+                for layer, weight in owners[name]:
+                    weight.hold(layer, masks[name])
+        for name in taken:
             if chosen[name] is not raw[name]:
                 raw[name].copy_(chosen[name])
-            for layer, weight in owners:
-                weight.hold(layer, masks[name])
 
     def penalty(self) -> Tensor:
         """Return the exploration penalty with its weight λ, 0-d, to be added to the loss as it is.

@@ -68,9 +68,12 @@ def refresh(
         raise torch.OutOfMemoryError(TOO_LARGE) from reason
 
 
-TOO_LARGE = (
+NO_ROOM = (
     "the device has too little memory to choose sets anew, which takes up to 40 bytes for each "
-    "entry of the largest weight; the state is as it was. Let θ rest, and be ranked, on the host: "
+    "entry of the largest weight"
+)
+TOO_LARGE = (
+    f"{NO_ROOM}; the state is as it was. Let θ rest, and be ranked, on the host: "
     "save the state and load(..., theta_device='cpu'), or begin with init_state(..., "
     "theta_device='cpu')"
 )
