@@ -367,7 +367,7 @@ def test_too_little_memory_in_an_ordinary_loop_leaves_the_model_whole(
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
             torch.manual_seed(step)
-            nn.functional.mse_loss(model(x), y).backward()
+            nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         if step == 1:
             before = tree_map(torch.clone, models[0].state_dict())
