@@ -1,17 +1,18 @@
 """Measure suite by suite: ``python -m benchmarks``, an hour on two cores, or a part of it.
 
-A suite replaces its file in ``benchmarks/results``; some cases of it go to ``runs/benchmarks``.
+``python -m benchmarks gpu`` is for a GPU, see `gpu`. A suite replaces its file in
+``benchmarks/results``; some cases of it go to ``runs/benchmarks``.
 """
 
 import os
+import sys
 import time
 from argparse import ArgumentParser
 from pathlib import Path
 
-import psutil
 import torch
 
-from benchmarks import costs, products, ranks, record, steps, views
+from benchmarks import costs, gpu, products, ranks, record, steps
 from benchmarks.protocol import Plan, run
 
 _COSTS = (costs.REFRESH, costs.MEMORY, costs.COMPILATION)
@@ -23,6 +24,13 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 def main() -> None:
     """Do what the command line says; after every case, print it and write what there is."""
+    if sys.argv[1:2] == ["gpu"]:
+        gpu.main(sys.argv[2:])
+        return
+    import psutil  # neither it nor matplotlib need be there for a GPU
+
+    from benchmarks import views
+
     parser = ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--case", default="", help="only cases whose name contains this")

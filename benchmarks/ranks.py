@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
-from psutil import net_io_counters
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -193,6 +192,8 @@ def _timing(spent: dict[str, float], part: str, function: Callable[..., Any]) ->
 
 
 def _bytes(own: Rank, folder: str) -> Numbers:
+    from psutil import net_io_counters
+
     sent = []
     for _ in range(3):
         dist.barrier()

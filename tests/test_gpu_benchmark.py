@@ -12,6 +12,19 @@ from torch import nn
 from benchmarks import gpu, products
 from topkast_func.kernels import engines
 
+FEW = """
+import sys
+for name in "matplotlib rich psutil pytest hypothesis scipy torch_sparse sparselab".split():
+    sys.modules[name] = None
+"""
+"""As if there were torch, NumPy, Numba, safetensors and tqdm alone; triton is for a GPU."""
+
+
+def run(program: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", FEW + program], capture_output=True, text=True, check=False
+    )
+
 
 @pytest.fixture(autouse=True)
 def _without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +58,8 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "milliseconds", lambda call: float(call() is not None))
     cases = dict(gpu.measurements("cpu"))
     assert len(cases) == 8
+    first = [name.split()[0] for name in cases][:6]
+    assert first == [*["layer"] * 4, "step", "step"]
     found = cases["layer 64 20 16"]()
     assert found["ms"].keys() == {"dense", "masked", "blocks 0.8", "blocks 0.9", "blocks 0.95"}
     assert found["times_as_fast_as_dense"]["blocks 0.9"] == 1.0
@@ -80,11 +95,7 @@ def test_without_a_gpu_it_says_so(
 
 
 def test_it_runs_with_few_packages() -> None:
-    """With torch, NumPy, Numba, safetensors and tqdm; triton is for a GPU."""
     program = """
-import sys
-for name in "matplotlib rich psutil pytest hypothesis scipy torch_sparse sparselab".split():
-    sys.modules[name] = None
 import torch
 from benchmarks import gpu
 import topkast_func as tk
@@ -94,7 +105,20 @@ state = tk.init_state(model, config, optimizer)
 step = tk.make_train_step(model, gpu.energy, config, optimizer, compile=False)
 print(int(step(state, torch.ones(2, 8))[0].step))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
+    done = run(program)
     assert done.stdout.strip() == "1", done.stderr
+
+
+@pytest.mark.parametrize("module", ["benchmarks", "benchmarks.gpu"])
+def test_the_command_runs_with_few_packages(module: str) -> None:
+    words = ["gpu"] if module == "benchmarks" else []
+    program = f"""
+import runpy
+import torch
+torch.cuda.is_available = lambda: False
+sys.argv[1:] = {words}
+runpy.run_module({module!r}, run_name="__main__")
+"""
+    done = run(program)
+    assert done.returncode == 1
+    assert "there is no GPU that torch can use" in done.stderr

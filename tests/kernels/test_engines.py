@@ -125,7 +125,7 @@ def test_an_old_gpu_is_named(gpu: pytest.MonkeyPatch) -> None:
 def test_the_gpu_of_the_layer_is_asked(gpu: pytest.MonkeyPatch) -> None:
     ages = {None: (9, 0), 0: (9, 0), 1: (7, 5)}
     gpu.setattr(torch.cuda, "get_device_capability", lambda index: ages[index])
-    chosen = [choose("auto", ON_GPU._replace(ordinal=index)).engine for index in ages]
+    chosen = [choose("auto", ON_GPU._replace(device_index=index)).engine for index in ages]
     assert chosen == ["triton", "triton", "dense"]
 
 

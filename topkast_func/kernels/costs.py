@@ -20,7 +20,7 @@ class Layer(NamedTuple):
         device: Type of the device.
         rows: Of a convolution, how many numbers of its input lie beside an output: channels, and
             those of each phase of a stride; 0 for a linear layer.
-        ordinal: Which of the devices of its type; None for the current one.
+        device_index: Which of the devices of its type; None for the current one.
     """
 
     out_features: int
@@ -32,7 +32,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype
     device: str
     rows: int = 0
-    ordinal: int | None = None
+    device_index: int | None = None
 
 
 def channels_of(shape: Sequence[int]) -> int:

@@ -195,7 +195,7 @@ def _problem(name: str, layer: Layer, least: tuple[int, int] = (7, 0)) -> str | 
 def _too_old(layer: Layer, least: tuple[int, int]) -> str | None:
     """Say why the GPU cannot compute a layer in Triton, if it cannot."""
     least = WITH_CORES if layer.dtype == torch.bfloat16 else least
-    found = torch.cuda.get_device_capability(layer.ordinal)
+    found = torch.cuda.get_device_capability(layer.device_index)
     if found >= least:
         return None
     return (

@@ -109,7 +109,7 @@ def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: in
         rows_seen,
         values.dtype,
         values.device.type,
-        ordinal=values.device.index,
+        device_index=values.device.index,
     )
 
 
