@@ -11,7 +11,16 @@ from typing import Any, NamedTuple, TypeAlias
 
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.settings import FIRST, PLANS, SEEDS, USUAL, Setting, ablations, trials
+from benchmarks.evidence.settings import (
+    FIRST,
+    PLANS,
+    SEEDS,
+    USUAL,
+    Setting,
+    ablations,
+    trials,
+    with_defaults,
+)
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import RESULTS
 from benchmarks.views import markdown
@@ -57,7 +66,8 @@ def tuned(runs: Runs, task: str, carried: Tuned | None = None) -> Tuned:
     if missing := {*chain(*found.values())} - runs.keys():
         raise ValueError(f"{missing} was not run")
     best = {m: max(several, key=lambda s: sign * runs[s]["score"]) for m, several in found.items()}
-    return {m: replace(setting, validate=False, steps=1.0) for m, setting in best.items()}
+    whole = {m: replace(setting, validate=False, steps=1.0) for m, setting in best.items()}
+    return with_defaults(whole)
 
 
 class Evidence(NamedTuple):

@@ -9,7 +9,7 @@ from torch import nn
 
 import topkast_func as tk
 
-SMALL, ZERO = "small dense", "topkast from zero"
+SMALL, ZERO, DEFAULTS = "small dense", "topkast from zero", "default topkast"
 STOP = 0.75  # share of the run after which sets stay, as in RigL's paper
 
 
@@ -199,6 +199,13 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
 def start(task: str, method: str) -> Setting:
     """Return what the trials of a method have in common."""
     return Setting(task, method, **METHODS[method].common)
+
+
+def with_defaults(tuned: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Add Top-KAST from zero with all that `TopKastConfig` sets, at the rate tuned for it."""
+    config = tk.TopKastConfig()
+    usual = {"penalty_weight": config.penalty_weight, "until": config.explore_until}
+    return {**tuned, DEFAULTS: replace(tuned[ZERO], **usual)}
 
 
 def comparison(tuned: Mapping[str, Setting]) -> Iterator[Setting]:

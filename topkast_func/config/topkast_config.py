@@ -41,7 +41,7 @@ class TopKastConfig:
         penalty: Form of the exploration penalty, see `exploration_penalty`; None for none.
             Methods that do not explore have none.
         penalty_weight: λ, its weight in the loss, at least 0. Ten times the default costs
-            text 0.1 bits a character under Adam, and images nothing.
+            text 0.1 bits a character under Adam, and gains a convolutional network up to 0.5 %.
         block_shape: (rows, columns) of the blocks that are chosen whole, over the first two
             axes of a weight, at each position of any further axes.
         block_norm: Norm by which blocks are ranked: "l2" (Euclidean) or "l1" (absolute
