@@ -7,6 +7,7 @@ from torch import Tensor
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
+from topkast_func.sparsity import density
 from topkast_func.types import Masks
 
 
@@ -69,7 +70,7 @@ def summed_penalty(
         return total
     for name, sparsity in shared_among_all(shapes, config, step).items():
         active, exploring = (t if t.dtype == torch.float64 else t.float() for t in parts(name))
-        total = total + PENALTIES[config.penalty](active, exploring, sparsity.forward_density)
+        total = total + PENALTIES[config.penalty](active, exploring, density(sparsity.forward))
     return total
 
 

@@ -20,8 +20,8 @@ ONE_GRAPH: Mapping[str, Any] = {"fullgraph": True, "dynamic": False}
 AS_EAGER: Mapping[str, Any] = {"options": {"fallback_random": True}}
 """Random numbers drawn as the eager step draws them; not with a backend or mode of one's own."""
 
-COMPILES_FROM = "2.6"
-"""First version of torch that compiles the step."""
+COMPILES_FROM = "2.10"
+"""First version of torch that compiles the step, of those that it was tried with."""
 
 KEPT = (
     "the forward pass or loss_fn keeps a tensor where it is not passed on, in an attribute of the "
@@ -139,7 +139,8 @@ def signature(arguments: Any) -> Hashable:
     kinds = tuple(map(_kind, leaves))
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
     casts = tuple((d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d))
-    return structure, kinds, casts
+    known = structure if structure.__hash__ else repr(structure)  # in torch 2.6 it has no hash
+    return known, kinds, casts
 
 
 def _kind(leaf: Any) -> object:
