@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+import topkast_func as tk
 from benchmarks.evidence import report, tasks, training
 from benchmarks.evidence.__main__ import keep
 from benchmarks.evidence.networks import cnn, decoder, mlp
 from benchmarks.evidence.settings import (
+    DEFAULTS,
     METHODS,
     PAIRS,
     PLANS,
@@ -166,7 +168,13 @@ def test_the_best_trial_is_chosen_in_the_direction_of_the_score(
     found = trials(task, carried)
     runs = {s: {"score": float(i)} for f in found.values() for i, s in enumerate(f)}
     expected = {m: replace(f[best], validate=False, steps=1.0) for m, f in found.items()}
-    assert report.tuned(runs, task, carried) == expected
+    chosen = dict(report.tuned(runs, task, carried))
+    default, config = chosen.pop(DEFAULTS), tk.TopKastConfig()
+    assert chosen == expected
+    explored = replace(expected[ZERO], penalty_weight=config.penalty_weight, until=None)
+    assert default == explored
+    assert default.refresh_every == config.refresh_every
+    assert tk.topkast(default.entry, default.exchange) == config.method
     del runs[found["ste"][0]]
     with pytest.raises(ValueError, match=r"method='ste'.* was not run"):
         report.tuned(runs, task, carried)

@@ -203,9 +203,8 @@ def start(task: str, method: str) -> Setting:
 
 def with_defaults(tuned: Mapping[str, Setting]) -> dict[str, Setting]:
     """Add Top-KAST from zero with all that `TopKastConfig` sets, at the rate tuned for it."""
-    config = tk.TopKastConfig()
-    usual = {"penalty_weight": config.penalty_weight, "until": config.explore_until}
-    return {**tuned, DEFAULTS: replace(tuned[ZERO], **usual)}
+    default = replace(tuned[ZERO], penalty_weight=tk.TopKastConfig().penalty_weight, until=None)
+    return {**tuned, DEFAULTS: default}
 
 
 def comparison(tuned: Mapping[str, Setting]) -> Iterator[Setting]:

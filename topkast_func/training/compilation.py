@@ -139,7 +139,7 @@ def signature(arguments: Any) -> Hashable:
     kinds = tuple(map(_kind, leaves))
     devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
     casts = tuple((d, torch.get_autocast_dtype(d)) for d in devices if torch.is_autocast_enabled(d))
-    known = structure if structure.__hash__ else repr(structure)  # in torch 2.6 it has no hash
+    known = structure if isinstance(structure, Hashable) else repr(structure)  # as in torch 2.6
     return known, kinds, casts
 
 
