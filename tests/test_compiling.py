@@ -19,6 +19,11 @@ def _no_logging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling.LOGGER, "hasHandlers", lambda: False)
 
 
+def set_clock(monkeypatch: pytest.MonkeyPatch, *readings: float) -> None:
+    clock = iter(readings)
+    monkeypatch.setattr(compiling, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+
 def two_in_one() -> None:
     with compiling.one_report():
         for _ in range(2):
@@ -51,8 +56,7 @@ def test_a_step_tells_of_each_compilation_once(caplog: pytest.LogCaptureFixture)
 def test_what_compiles_within_counts_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([10.0, 12.0, 20.0, 21.5])
-    monkeypatch.setattr(compiling, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    set_clock(monkeypatch, 10.0, 12.0, 20.0, 21.5)
     before = tk.compilation_seconds()
     two_in_one()
     assert tk.compilation_seconds() - before == pytest.approx(3.5)
@@ -63,8 +67,7 @@ def test_what_compiles_within_counts_once(
 def test_what_takes_a_moment_counts_and_is_not_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([1.0, 3.0, 10.0, 12.0])
-    monkeypatch.setattr(compiling, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    set_clock(monkeypatch, 1.0, 3.0, 10.0, 12.0)
     before = tk.compilation_seconds()
     with compiling.untold():
         pass

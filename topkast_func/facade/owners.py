@@ -35,6 +35,11 @@ def first(owners: Owners) -> dict[str, tuple[nn.Module, SparseWeight]]:
     return {name: several[0] for name, several in owners.items()}
 
 
+def parameters_of(owners: Owners) -> dict[str, nn.Parameter]:
+    """Return the parameters that hold θ, or φ, of sparse weights, by name."""
+    return {name: weight.raw(layer) for name, (layer, weight) in first(owners).items()}
+
+
 def claimed(model: nn.Module) -> str:
     """Give the sparse weights of a module to a new sparsifier; return the mark that they bear."""
     mark = uuid4().hex

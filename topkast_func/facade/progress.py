@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from topkast_func.facade.guard import steps_made
-from topkast_func.facade.owners import Owners, first
+from topkast_func.facade.owners import Owners, first, parameters_of
 from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.warn import warn_caller
 
@@ -42,8 +42,7 @@ class Progress:
                 none of them, nor has one of before; after a step that has them a warning says so.
         """
         self._reached |= self._follow(owners)
-        held = [weight.raw(layer) for layer, weight in first(owners).values()]
-        trained = [p for p in held if p.requires_grad]
+        trained = [p for p in parameters_of(owners).values() if p.requires_grad]
         steps = {name: sum(w.steps for _, w in several) for name, several in owners.items()}
         optimized = any(steps[name] > self._steps.get(name, 0) for name in steps)
         if trained and not self._reached and not optimized:

@@ -13,7 +13,15 @@ from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
 from topkast_func.facade.guard import patience
-from topkast_func.facade.owners import Owners, check_stage, claimed, first, owners_of, summary_of
+from topkast_func.facade.owners import (
+    Owners,
+    check_stage,
+    claimed,
+    first,
+    owners_of,
+    parameters_of,
+    summary_of,
+)
 from topkast_func.facade.progress import Progress
 from topkast_func.facade.room import whole
 from topkast_func.penalty import summed_penalty
@@ -71,8 +79,7 @@ class Sparsifier:
         self._progress.check(owners)
         self._patience = math.inf
         self.steps += 1
-        due = self.config.schedule.refreshes_at(self.steps)
-        if due:
+        if due := self.config.schedule.refreshes_at(self.steps):
             try:
                 self.refresh()
             except NaNParameterError as reason:
@@ -98,8 +105,9 @@ class Sparsifier:
             torch.OutOfMemoryError: The device has too little memory; nothing has changed, and what
                 was called can be called again.
         """
-        owners, trained = self._owners(), self._raw()
+        owners = self._owners()
         check_stage(owners)
+        trained = parameters_of(owners)
         raw = {name: parameter.detach() for name, parameter in trained.items()}
         exponent = torch.tensor(self.config.powerprop, dtype=torch.float64, device="cpu")
         with whole(owners):
@@ -128,14 +136,14 @@ class Sparsifier:
 
         (``metrics.penalty`` of a step of `make_train_step` is without λ.)
         """
-        owners = first(self._owners())
+        owners = self._owners()
         if not owners:
             return torch.zeros((), dtype=torch.float32, device="cpu")
-        raw = {name: weight.raw(layer) for name, (layer, weight) in owners.items()}
+        raw = parameters_of(owners)
         shapes, device = {n: p.shape for n, p in raw.items()}, next(iter(raw.values())).device
 
         def parts(name: str) -> tuple[Tensor, Tensor]:
-            layer, weight = owners[name]
+            layer, weight = owners[name][0]
             return weight.parts(layer)
 
         penalty = summed_penalty(shapes, parts, self.config, device, self.steps)
@@ -153,7 +161,8 @@ class Sparsifier:
             Whether the optimiser has parameters of the module, so that its step is to be counted.
         """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        raw = [p for p in self._raw().values() if p.requires_grad and id(p) in held]
+        own = parameters_of(self._owners()).values()
+        raw = [p for p in own if p.requires_grad and id(p) in held]
         penalty = scale * self.penalty()
         if raw and penalty.requires_grad:
             torch.autograd.backward(penalty, inputs=raw)
@@ -196,14 +205,10 @@ class Sparsifier:
     def _owners(self) -> Owners:
         return owners_of(self.model, self._mark)
 
-    def _raw(self) -> dict[str, nn.Parameter]:
-        owners = first(self._owners())
-        return {name: weight.raw(layer) for name, (layer, weight) in owners.items()}
-
     def _follow_schedule(self) -> None:
         """Tell each weight at which step it is, for sets that are chosen from a loaded θ."""
         owners = self._owners()
-        shapes = {name: raw.shape for name, raw in self._raw().items()}
+        shapes = {name: raw.shape for name, raw in parameters_of(owners).items()}
         for name, allocation in shared_among_all(shapes, self.config, self.steps).items():
             if self.config.schedule.settled(self.steps):
                 allocation = Allocation(allocation.forward, allocation.forward)

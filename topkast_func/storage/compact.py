@@ -124,7 +124,7 @@ class CompactWeights(NamedTuple):
         """Take over new sets; see `DenseWeights.chosen`."""
         held, moved = dict(self.held), {}
         theta = {name: dense[name] for name in self.theta}
-        patterns, positions = {}, {}
+        index: dict[str, Index] = {}
         for name, merged in theta.items():
             value = self.held[name]
             here = Masks(*(mask.to(value.device) for mask in masks[name]))
@@ -135,16 +135,13 @@ class CompactWeights(NamedTuple):
             else:
                 held[name] = split(merged, new.to(merged.device)).to(value.device)
                 moved[name] = old_slots(self._where(name), new, merged.numel())
-            if isinstance(sets, Pattern):
-                patterns[name] = sets
-            else:
-                positions[name] = sets
+            index[name] = sets
 
         def carried(name: str, slot: Tensor) -> Tensor:
             follows = name in moved and slot.shape == self.held[name].shape
             return carry(slot, moved[name]) if follows else slot
 
-        return CompactWeights(held, patterns, positions, theta), {
+        return _placed(held, index, theta), {
             k: {n: carried(n, slot) for n, slot in tree.items()} for k, tree in slots.items()
         }
 
@@ -197,15 +194,19 @@ def compact(
     layers = {n for n in masks if n in layers and is_indexed(params[n].shape, block_shape)}
     theta = {name: params[name].detach().to(theta_device, copy=True) for name in masks}
     held = {n: theta[n] if n in theta else p.detach().clone() for n, p in params.items()}
-    patterns, positions = {}, {}
+    index: dict[str, Index] = {}
     for name, dense in theta.items():
         block = block_shape if name in layers else (1, 1)
         exploring = kept.get(name, 0) - sizes[name][0] // math.prod(block)
         sets = index_of(masks[name], block, sizes[name], name in layers, exploring)
         places = sets.flat_index(block, dense.shape).to(dense.device)
         held[name] = split(dense, places).to(params[name].device)
-        if isinstance(sets, Pattern):
-            patterns[name] = sets
-        else:
-            positions[name] = sets
+        index[name] = sets
+    return _placed(held, index, theta)
+
+
+def _placed(held: Tensors, index: Mapping[str, Index], theta: Tensors) -> CompactWeights:
+    """Return the weights of values, of which it is told where they stand in θ."""
+    patterns = {name: sets for name, sets in index.items() if isinstance(sets, Pattern)}
+    positions = {name: sets for name, sets in index.items() if isinstance(sets, Positions)}
     return CompactWeights(held, patterns, positions, theta)

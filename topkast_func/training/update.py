@@ -142,8 +142,10 @@ def _number(place: torch.device | None, number: Tensor) -> Tensor:
     made. On a CPU it gets a dimension: torch.compile makes a symbol of a 0-d float64 there, and
     then traces everything twice.
     """
-    if place is None or number.device.type != "cpu":
-        return number if place is None else number.to(place)
+    if place is None:
+        return number
+    if number.device.type != "cpu":
+        return number.to(place)
     if place == CPU:
         return number.reshape(1)
     return torch.full((), number.item(), dtype=number.dtype, device=place)
