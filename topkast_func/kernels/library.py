@@ -129,11 +129,8 @@ def _is_plain(arguments: Any) -> bool:
     """Return whether nothing but `compute` is below autograd: tensors in memory, and no modes."""
     if peek_interpreter_stack() is not None or _len_torch_dispatch_stack():
         return False
-    for argument in arguments:
-        for leaf in argument if isinstance(argument, list) else (argument,):
-            if isinstance(leaf, Tensor) and _dispatch_keys(leaf).raw_repr() != _ORDINARY:
-                return False
-    return True
+    tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+    return all(_dispatch_keys(tensor).raw_repr() == _ORDINARY for tensor in tensors)
 
 
 def _is_followed(arguments: Any) -> bool:

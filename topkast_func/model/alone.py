@@ -49,7 +49,7 @@ def claim(parts: Iterable[object]) -> Claims:
 
 def may_draw(model: object) -> Claims:
     """Return a claim to the random numbers, unless the model is a module in evaluation mode."""
-    evaluates = isinstance(model, nn.Module) and not any(modes(model))
+    evaluates = isinstance(model, nn.Module) and not any(modes(parts_of(model)))
     return frozenset() if evaluates else RANDOM_NUMBERS
 
 

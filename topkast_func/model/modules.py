@@ -1,6 +1,6 @@
 """What a module holds, and how it runs with other tensors in their place."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -129,16 +129,16 @@ def unset_buffers(model: object) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-def modes(model: object) -> tuple[bool, ...]:
-    """Return the ``training`` flag of every part of a module; () for anything else."""
-    return tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else ()
+def modes(parts: Iterable[object]) -> tuple[bool, ...]:
+    """Return the ``training`` flag of every part of a module; anything else has none."""
+    return tuple(part.training for part in parts if isinstance(part, nn.Module))
 
 
-def hooks(*models: object) -> tuple[tuple[int, ...], ...]:
-    """Return the numbers of the hooks of all modules, and of those of every part of some modules.
+def hooks(parts: Iterable[object]) -> tuple[tuple[int, ...], ...]:
+    """Return the numbers of the hooks of all modules, and of those of every part of a module.
 
     Args:
-        *models: Modules; anything else has no hooks of its own.
+        parts: The parts; anything else has no hooks of its own.
 
     Returns:
         The numbers, which no two hooks have in common.
@@ -149,10 +149,10 @@ def hooks(*models: object) -> tuple[tuple[int, ...], ...]:
         *torch_module._global_backward_pre_hooks,
         *torch_module._global_backward_hooks,
     )
-    parts = (m for model in models if isinstance(model, nn.Module) for m in model.modules())
     return of_all, *(
         (*m._forward_pre_hooks, *m._forward_hooks, *m._backward_pre_hooks, *m._backward_hooks)
         for m in parts
+        if isinstance(m, nn.Module)
     )
 
 

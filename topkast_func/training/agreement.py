@@ -78,7 +78,7 @@ def disagreements(
 
 def agreement(
     model: Model, config: TopKastConfig, optimizer: Optimizer
-) -> Callable[[TrainState], None]:
+) -> Callable[[TrainState, list[Any]], None]:
     """Return a check that a state is one of a model, a configuration and an optimiser.
 
     Args:
@@ -87,17 +87,18 @@ def agreement(
         optimizer: The optimiser.
 
     Returns:
-        The check. It is quick for what looks as the last state did that agreed, and raises
-        ValueError where a state does not, or the module has become another: it has other parts,
-        tensors or ties, or a parameter has a hook, or has begun or ceased to be trained.
+        The check of a state and the parts that the model has by now. It is quick for what looks as
+        the last state did that agreed, and raises ValueError where a state does not, or the module
+        has become another: it has other parts, tensors or ties, or a parameter has a hook, or has
+        begun or ceased to be trained.
     """
     parameters, tied, parts = parameters_of(model), ties(model), parts_of(model)
     schedule = config.schedule
     agreed: Hashable = None
 
-    def check(state: TrainState) -> None:
+    def check(state: TrainState, now: list[Any]) -> None:
         nonlocal agreed
-        if (now := parts_of(model)) != parts:
+        if now != parts:
             raise ValueError(PARTS.format(len(now), len(parts)))
         first: dict[int, str] = {}
         for name, (module, key) in parameters.items():

@@ -24,16 +24,17 @@ from topkast_func.model.alone import (
     uncompiled,
 )
 from topkast_func.model.layers import stand_ins, standing_in
-from topkast_func.model.modules import hooks, modes
+from topkast_func.model.modules import hooks
 from topkast_func.training.agreement import agreement
-from topkast_func.training.compilation import compiled, signature
+from topkast_func.training.call import Call, call_of, sizes_of
+from topkast_func.training.compilation import compiled
 from topkast_func.training.ensembles import by_member, is_ensemble
 from topkast_func.training.gradients import gradients_of
 from topkast_func.training.loss import check_loss_fn
 from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.random_numbers import Draws
-from topkast_func.training.refresh import refreshed_if_finite, refreshes_around
+from topkast_func.training.refresh import refreshed_if_finite
 from topkast_func.training.state import TrainState, check_state, ordinary
 from topkast_func.training.trial import Trials
 from topkast_func.training.update import Moved, run_at
@@ -163,8 +164,8 @@ def make_train_step(
     given = {"optimizer": repr(optimizer), "engine": engine, "compile": options}
     about = {"config": described(vars(config)), **given}
     ranks = data_parallel(process_group, mesh, samples, shard, model, about)
-    hooks_now = partial(hooks, model, loss_fn)
-    loss_fn, way = ranks.fed(loss_fn), way_of(ranks)
+    criterion, way = loss_fn, way_of(ranks)
+    loss_fn = ranks.fed(criterion)
     layers = alone_with(model, partial(stand_ins, model, engine))
     check = alone_with(model, partial(agreement, model, config, optimizer))
     schedule = config.schedule
@@ -178,45 +179,42 @@ def make_train_step(
     def gradients_from(start: int, hooked: Hashable) -> Callable[[TrainState, Any], Tensors]:
         return compiled(gradients_of(model, loss_fn), compile, required=ranks.several)
 
-    def gradients(state: TrainState, batch: Any) -> Tensors:
+    def gradients(state: TrainState, batch: Any, hooked: Hashable) -> Tensors:
         last = max(int(state.step) - 1, 0)
-        run = gradients_from(schedule.stage(last), hooks_now())
+        run = gradients_from(schedule.stage(last), hooked)
         return ranks.mean(run(state, batch))
 
-    alone_with(model, partial(run_from, 0, hooks_now()))
+    parts = parts_of(model)
+    alone_with(model, partial(run_from, 0, hooks([*parts, *parts_of(criterion)])))
     first = RANDOM_NUMBERS if compile is False else EVERYTHING
-    parts, draws = parts_of(model), Draws(first, ranks.rank)
-    own = claim(parts)
+    own, draws = claim(parts), Draws(first, ranks.rank)
     trials = Trials(model, loss_fn)
 
-    def anew(state: TrainState, batch: Any, kind: Hashable) -> TrainState:
-        read = partial(draws.run, (kind, "gradients"), state, lambda: gradients(state, batch))
+    def anew(state: TrainState, batch: Any, call: Call) -> TrainState:
+        work = partial(gradients, state, batch, call.hooked)
+        read = partial(draws.run, (call.kind, "gradients"), state, work)
         return refreshed_if_finite(state, config, read, way.refresh)
 
-    def stepped(
-        state: TrainState, batch: Any, kind: Hashable, is_due: bool, ends: bool
-    ) -> tuple[TrainState, StepMetrics]:
-        before = anew(state, batch, kind) if is_due else state
+    def stepped(state: TrainState, batch: Any, call: Call) -> tuple[TrainState, StepMetrics]:
+        before = anew(state, batch, call) if call.is_due else state
         refreshed, state = before is not state, before
         patterns = state.weights.layers()
         lent = {i: layer for i, layer in enumerate(layers) if layer.needed(patterns)}
 
         def step() -> Moved:
-            run = run_from(schedule.stage(int(state.step)), hooks_now())
+            run = run_from(schedule.stage(int(state.step)), call.hooked)
             with standing_in(lent.values()):
                 return run_at(run, [*lent], state, batch, optimizer, ranks.share)
 
-        moved, numbers, aux = draws.run(kind, state, step)
-        after = anew(moved, batch, kind) if ends else moved
+        moved, numbers, aux = draws.run(call.kind, state, step)
+        after = anew(moved, batch, call) if call.ends else moved
         told = torch.tensor(refreshed or after is not moved, device="cpu")
         return after, StepMetrics(*numbers, told, *(aux or ((),)))
 
-    def in_its_turn(
-        state: TrainState, batch: Any, mode: tuple[bool, ...], *how: Any
-    ) -> tuple[TrainState, StepMetrics]:
-        check(state)
-        with trials.around(mode, state, batch):
-            return stepped(state, batch, *how)
+    def in_its_turn(state: TrainState, batch: Any, call: Call) -> tuple[TrainState, StepMetrics]:
+        check(state, call.parts)
+        with trials.around(call.mode, state, batch):
+            return stepped(state, batch, call)
 
     @torch.inference_mode(False)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
@@ -225,21 +223,14 @@ def make_train_step(
             ensemble: tuple[TrainState, StepMetrics] = by_member(train_step, state, batch)
             return ensemble
         state = ordinary(state) if state.step.is_inference() else state
-        state, batch, mode = way.part(state), ordinary(batch), modes(model)
-        kind: Hashable = mode
-        sizes = tuple(value.shape for value in state.weights.values().values())
-        refreshes = refreshes_around(state, config, optimizer)
-        if compile is not False:
-            chooses = (schedule.stage(int(state.step)), *refreshes)
-            held = hooks_now(), type(state.weights), sizes
-            kind = (mode, *held, *chooses, signature(batch))
-        work = partial(in_its_turn, state, batch, mode, kind, *refreshes)
-        turn = partial(in_turn, own | draws.claims(kind), partial(as_written, parts, work))
+        state, batch = way.part(state), ordinary(batch)
+        call = call_of(model, criterion, config, optimizer, state, batch, compile is not False)
+        work = partial(as_written, call.parts, partial(in_its_turn, state, batch, call))
+        turn = partial(in_turn, own | draws.claims(call.kind), work)
+        compared, due = partial(way.compared, state), call.is_due or call.ends
+        kind = {"modes": call.mode, "sizes": sizes_of(state)}
         with one_report():
-            compared, due = partial(way.compared, state), any(refreshes)
-            return ranks.take_part(
-                state, batch, turn, compared=compared, due=due, modes=mode, sizes=sizes
-            )
+            return ranks.take_part(state, batch, turn, compared=compared, due=due, **kind)
 
     vars(train_step)["config"] = config
     return train_step

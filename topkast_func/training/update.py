@@ -121,7 +121,7 @@ def run_at(
     calls = calls + 1
     after = changed(
         after,
-        step=state.step + (calls % optimizer.every == 0),
+        step=state.step + (int(calls) % optimizer.every == 0),
         exponents=state.exponents,
         optimizer=changed(after.optimizer, step=calls),
     )
