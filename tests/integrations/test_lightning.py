@@ -61,6 +61,9 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return cross_entropy(self(batch[0]), batch[1])
 
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.training_step(batch)
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.05, weight_decay=0.1)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
@@ -167,6 +170,29 @@ def test_what_is_saved_in_the_end_is_plain_and_a_checkpoint_is_not(tmp_path: Pat
     tk.sparsify(again, CONFIG)
     again.load_state_dict(state)
     torch.testing.assert_close(again(inputs), final(inputs))
+
+
+@pytest.mark.parametrize("powerprop", [1.0, 2.0])
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_checkpoint_of_the_run_is_tested_at_alpha(
+    plain: bool, powerprop: float, tmp_path: Path
+) -> None:
+    module, config = classifier(), replace(CONFIG, powerprop=powerprop)
+    callback = TopKastCallback(tk.sparsify(module, config), densify_at_end=plain)
+    trainer = trainer_of(tmp_path, callback, saving(tmp_path), enable_checkpointing=True)
+    trainer.fit(module, loader())
+    earlier = tmp_path / f"step={STEPS // EPOCHS}.ckpt"
+    trainer.test(module, loader(), ckpt_path=earlier, verbose=False)
+    again = classifier()
+    tk.sparsify(again, config)
+    again.load_state_dict(torch.load(earlier, weights_only=True)["state_dict"])
+    inputs = torch.randn(5, 12).double()
+    torch.testing.assert_close(module(inputs), again(inputs))
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        classifier().load_state_dict(again.state_dict())
+    if plain:
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            module.load_state_dict(again.state_dict())
 
 
 class Adversaries(LightningModule):

@@ -9,6 +9,9 @@ from topkast_func.bits import unpacked
 from topkast_func.model.alpha import straight_through
 from topkast_func.types import Masks
 
+SETS = "_sets"
+"""What the name of the bits has after that of their weight."""
+
 
 def alpha(theta: Tensor, sets: Tensor) -> Tensor:
     """Return α = θ·1_A, whose gradient is kept on B (Top-KAST, NeurIPS 2020, section 2.2).

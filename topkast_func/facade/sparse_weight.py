@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from topkast_func.bits import packed
-from topkast_func.facade.alpha import alpha, masks_in
+from topkast_func.facade.alpha import SETS, alpha, masks_in
 from topkast_func.facade.derived import Derived, check_whole, derive, readable
 from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
@@ -28,7 +28,7 @@ class SparseWeight:
 
     Args:
         key: Name of the weight in its layer; its bits, uint8, [2, ⌈n/8⌉], are the buffer
-            ``<key>_sets``.
+            ``<key>`` + `SETS`.
         rule: How its sets are chosen.
 
     Attributes:
@@ -58,7 +58,7 @@ class SparseWeight:
     @property
     def buffer(self) -> str:
         """Name of the buffer of the bits."""
-        return f"{self.key}_sets"
+        return f"{self.key}{SETS}"
 
     def raw(self, layer: nn.Module) -> nn.Parameter:
         """Return the parameter that is trained: θ, or φ of powerpropagation.

@@ -1,13 +1,17 @@
 """Sparse training by Lightning, an optional extra."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from topkast_func.facade.alpha import SETS, masks_in
 from topkast_func.facade.sparse_layer import ForwardPass
 from topkast_func.integrations.host import Hosted
+from topkast_func.powerprop import theta_of
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,7 +26,8 @@ class TopKastCallback(Hosted, Callback):
     """Lets `lightning.Trainer` train a module that `sparsify` has made sparse, or a part of it.
 
     It adds the gradient of the penalty, chooses the sets anew when that is due, and at the end of
-    ``fit`` leaves a plain module that holds α; ``save_checkpoint`` then writes that.
+    ``fit`` leaves a plain module that holds α; ``save_checkpoint`` then writes that, and
+    ``test(ckpt_path="best")`` and its like load the α of a checkpoint that holds θ.
 
     A checkpoint of a run in progress holds θ, the sets (``…_sets``) and the number of the step,
     and is no plain module. To go on bit for bit, sparsify the module again with the same
@@ -37,8 +42,7 @@ class TopKastCallback(Hosted, Callback):
 
     Args:
         sparsifier: What `sparsify` returned.
-        densify_at_end: Whether the module becomes plain at the end. Without, it can be trained
-            on, and loads its checkpoints, as for ``test(ckpt_path="best")``.
+        densify_at_end: Whether the module becomes plain at the end. Without, it can be trained on.
 
     Raises:
         TypeError: The first argument is no sparsifier.
@@ -47,14 +51,22 @@ class TopKastCallback(Hosted, Callback):
     _stepped = False
     """Whether an optimiser has made a step that is not counted yet."""
 
+    _loads: RemovableHandle | None = None
+    """Turns what is loaded to be evaluated into what a plain module holds."""
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let sparse weights that a step of the module reads be α, as in a forward pass."""
+        """Let sparse weights that a step of the module reads, or it loads to be plain, be α."""
         self._own = {name: vars(pl_module)[name] for name in STEPS if name in vars(pl_module)}
         for name in STEPS:
             setattr(pl_module, name, _forward_pass(getattr(pl_module, name)))
+        if stage != "fit":
+            turn = partial(_to_alpha, self.sparsifier.config.powerprop)
+            self._loads = pl_module.register_load_state_dict_pre_hook(turn)  # type: ignore[no-untyped-call]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the steps as they were."""
+        """Leave the module as it was."""
+        if self._loads is not None:
+            self._loads.remove()
         for name in STEPS:
             delattr(pl_module, name)
         vars(pl_module).update(self._own)
@@ -86,6 +98,17 @@ class TopKastCallback(Hosted, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written."""
         self.sparsifier.load_state_dict(state_dict)
+
+
+def _to_alpha(
+    exponent: float, module: LightningModule, entries: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Turn the entries of sparse weights into α where the module has plain ones, in place."""
+    held = dict(module.named_buffers())
+    for buffer in [key for key in entries if key.endswith(SETS) and key not in held]:
+        raw, sets = entries[key := buffer.removesuffix(SETS)], entries.pop(buffer)
+        active = masks_in(sets, raw.shape).forward
+        entries[key] = torch.where(active, theta_of(raw, exponent), 0.0)
 
 
 def _forward_pass(step: Callable[..., Any]) -> Callable[..., Any]:
