@@ -108,7 +108,7 @@ def test_weights_that_are_not_as_they_were_made_sparse_are_named(
             getattr(sparsifier, asked)()
     with pytest.raises(RuntimeError, match=message):
         sparsifier.load_state_dict({"steps": 5, "seed": 1})
-    assert sparsifier.state_dict() == {"steps": 1, "seed": 0}
+    assert sparsifier.state_dict() == {"steps": 1, "seed": 0, "powerprop": 1.0}
     assert all(torch.equal(bits, sets[name]) for name, bits in model.named_buffers())
     tk.densify(model)
     trained(model, tk.sparsify(model, CONFIG))

@@ -113,6 +113,23 @@ def test_a_plain_checkpoint_holds_theta_and_a_sparse_one_phi(block_shape: Any) -
     assert torch.equal(other[0].weight, trained[0].weight)
 
 
+@pytest.mark.parametrize(("saved", "own"), [(2.0, 1.0), (1.0, 2.0), (2.0, 3.0)])
+def test_a_state_dict_of_another_exponent_is_refused(saved: float, own: float) -> None:
+    theirs, model = network(), network()
+    handle = tk.sparsify(theirs, replace(CONFIG, powerprop=saved))
+    ours = tk.sparsify(model, replace(CONFIG, powerprop=own))
+    before = copy.deepcopy(model.state_dict())
+    told = f"of powerprop={saved}, that of this layer of powerprop={own}"
+    with pytest.raises(RuntimeError, match=told):
+        model.load_state_dict(theirs.state_dict())
+    with pytest.raises(ValueError, match=f"a run of powerprop={saved}, this is of {own}"):
+        ours.load_state_dict(handle.state_dict())
+    for name, tensor in model.state_dict().items():
+        if name.startswith(("0.weight", "2.weight")):
+            torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+    assert ours.steps == 0
+
+
 def test_tied_weights_become_phi_once() -> None:
     model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
     model[1].weight = model[0].weight

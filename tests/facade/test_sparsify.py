@@ -690,7 +690,7 @@ def test_a_state_that_is_none_is_refused(
     handle = tk.sparsify(perceptron(), CONFIG)
     with pytest.raises(error, match=message):
         handle.load_state_dict(state)
-    assert handle.state_dict() == {"steps": 0, "seed": 0}
+    assert handle.state_dict() == {"steps": 0, "seed": 0, "powerprop": 1.0}
 
 
 def test_what_was_sparse_can_be_trained_by_a_step_and_keeps_no_sparsifier() -> None:

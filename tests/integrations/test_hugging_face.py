@@ -111,7 +111,8 @@ def test_the_trainer_trains_as_a_loop_by_hand(method: tk.Method, tmp_path: Path)
     model, sparsifier = trained(tmp_path, bert(dtype=torch.float64), config)
     expected, handle, norm = by_hand(config)
     assert norm > CLIP
-    assert sparsifier.state_dict() == handle.state_dict() == {"steps": STEPS, "seed": 0}
+    told = {"steps": STEPS, "seed": 0, "powerprop": 1.0}
+    assert sparsifier.state_dict() == handle.state_dict() == told
     start, theta = bert(dtype=torch.float64), dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         moved = theta[name] - start.get_parameter(name)

@@ -124,7 +124,8 @@ def test_lightning_trains_as_a_loop_by_hand(method: tk.Method, tmp_path: Path) -
     module, sparsifier = trained(tmp_path, config)
     expected, handle = by_hand(config)
     start = classifier()
-    assert sparsifier.state_dict() == handle.state_dict() == {"steps": STEPS, "seed": 0}
+    told = {"steps": STEPS, "seed": 0, "powerprop": 1.0}
+    assert sparsifier.state_dict() == handle.state_dict() == told
     for name, parameter in expected.named_parameters():
         moved = parameter - start.get_parameter(name)
         torch.testing.assert_close(module.get_parameter(name) - start.get_parameter(name), moved)
@@ -146,7 +147,7 @@ def test_a_run_resumed_from_a_checkpoint_goes_on_bit_for_bit(name: str, tmp_path
     whole, its = trained(tmp_path, config)
     resumed, handle = trained(tmp_path / "resumed", config, tmp_path / "step=5.ckpt")
     assert_same(resumed, whole)
-    assert handle.state_dict() == its.state_dict() == {"steps": STEPS, "seed": 0}
+    assert handle.state_dict() == its.state_dict() == {"steps": STEPS, "seed": 0, "powerprop": 1.0}
 
 
 def test_what_is_saved_in_the_end_is_plain_and_a_checkpoint_is_not(tmp_path: Path) -> None:

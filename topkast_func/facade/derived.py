@@ -24,6 +24,9 @@ UNSHARDED = (
     "sharded, makes it a plain one"
 )
 
+POWERPROP = "powerprop"
+"""What the metadata of a state dict, which torch itself keeps, tell of a sparse layer."""
+
 
 class Derived(NamedTuple):
     """Facts found in the bits, and indices made of them.
@@ -98,11 +101,12 @@ def counts_of(masks: Masks, config: TopKastConfig) -> tuple[int, int] | None:
     return (forward, backward) if both == forward and not any(uneven) and whole else None
 
 
-def misfit(bits: object, rule: Rule, name: str) -> str | None:
-    """Say why bits from a checkpoint are no sets of a weight, if they are not.
+def misfit(bits: object, exponent: float | None, rule: Rule, name: str) -> str | None:
+    """Say why what a checkpoint has is not of a weight, if it is not.
 
     Args:
-        bits: What the checkpoint has; torch itself complains of another shape.
+        bits: What the checkpoint has of its sets; torch itself complains of another shape.
+        exponent: That of powerpropagation; None where the checkpoint does not tell.
         rule: How the sets of the weight are chosen.
         name: Name of the bits there.
 
@@ -114,6 +118,12 @@ def misfit(bits: object, rule: Rule, name: str) -> str | None:
         return None
     if bits.dtype != torch.uint8:
         return f"{name} must be torch.uint8, got {bits.dtype}"
+    if exponent not in {None, rule.config.powerprop}:
+        return (
+            f"the weight of {name} is of powerprop={exponent}, that of this layer of "
+            f"powerprop={rule.config.powerprop}: sparsify the model as it was, or load what "
+            "tk.densify leaves of that"
+        )
     counts = counts_of(masks_in(bits, torch.Size(rule.shape)), rule.config)
     if counts in rule.counts:
         return None

@@ -7,12 +7,14 @@ from uuid import uuid4
 from torch import nn
 
 from topkast_func.config import TopKastConfig
+from topkast_func.config.allocation import shared_among_all
 from topkast_func.config.selection import reason_dense
 from topkast_func.facade.guard import all_watched
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.model.axes import Axes, axes_by_name
 from topkast_func.report.notes import Row, notes, with_lines
 from topkast_func.report.summary import Summary
+from topkast_func.sparsity import Allocation
 
 Owners: TypeAlias = dict[str, list[tuple[nn.Module, SparseWeight]]]
 """The layers that have each sparse weight, by its name: several where it is tied."""
@@ -83,6 +85,16 @@ def owners_of(model: nn.Module, mark: str) -> Owners:
             "change it then, and sparsify it again"
         )
     return found
+
+
+def follow(owners: Owners, config: TopKastConfig, step: int, seed: int) -> None:
+    """Tell each weight at which step it is, for sets that are chosen from a loaded θ."""
+    shapes = {name: raw.shape for name, raw in parameters_of(owners).items()}
+    for name, allocation in shared_among_all(shapes, config, step).items():
+        if config.schedule.settled(step):
+            allocation = Allocation(allocation.forward, allocation.forward)
+        for _, weight in owners[name]:
+            weight.rule = weight.rule._replace(allocation=allocation, step=step, seed=seed)
 
 
 def check_apart(model: nn.Module) -> None:

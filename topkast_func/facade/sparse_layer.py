@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
-from topkast_func.facade.derived import UNSHARDED, misfit, readable
+from topkast_func.facade.derived import POWERPROP, UNSHARDED, misfit, readable
 from topkast_func.facade.guard import release, watch
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
@@ -169,10 +169,12 @@ class SparseLayer(nn.Module):
             "a plain one"
         )
 
-    def _save_to_state_dict(self, *arguments: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, *arguments: Any) -> None:
         for weight in weights_of(self).values():
             weight.derived(self)
-        super()._save_to_state_dict(*arguments)
+            about = getattr(destination, "_metadata", {}).get(prefix[:-1], {})
+            about[POWERPROP] = weight.rule.config.powerprop
+        super()._save_to_state_dict(destination, prefix, *arguments)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
@@ -181,9 +183,8 @@ class SparseLayer(nn.Module):
         metadata, missing, errors = arguments[0], arguments[2], arguments[4]
         weights = weights_of(self).values()
         found = {weight: f"{prefix}{weight.buffer}" for weight in weights}
-        misfits = [
-            misfit(state_dict.get(name), weight.rule, name) for weight, name in found.items()
-        ]
+        exponent = metadata.get(POWERPROP)
+        misfits = [misfit(state_dict.get(n), exponent, w.rule, n) for w, n in found.items()]
         if any(misfits):
             errors.extend(filter(None, misfits))
             return

@@ -11,13 +11,14 @@ from torch.optim import Optimizer
 
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
-from topkast_func.config.allocation import shared_among_all
+from topkast_func.facade.derived import POWERPROP
 from topkast_func.facade.guard import patience
 from topkast_func.facade.owners import (
     Owners,
     check_stage,
     claimed,
     first,
+    follow,
     owners_of,
     parameters_of,
     summary_of,
@@ -27,7 +28,6 @@ from topkast_func.facade.room import whole
 from topkast_func.penalty import summed_penalty
 from topkast_func.ranking import NaNParameterError
 from topkast_func.report.summary import Summary
-from topkast_func.sparsity import Allocation
 from topkast_func.training.refresh import chosen_anew
 from topkast_func.types import Masks, Tensors
 
@@ -121,7 +121,7 @@ class Sparsifier:
                 exponents=dict.fromkeys(raw, exponent) if self.config.powerprop > 1.0 else None,
                 gradients=self._gradients(),
             )
-            self._follow_schedule()
+            follow(self._owners(), self.config, self.steps, self.seed)
             settled = self.config.schedule.settled(self.steps)
             taken = [name for name in owners if trained[name].requires_grad or settled]
             for name in taken:
@@ -177,9 +177,9 @@ class Sparsifier:
         """Describe what the module consists of, one row for each parameter."""
         return summary_of(self.model, self.config, self._owners())
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the number of the step and the seed; the rest is in the module's state dict."""
-        return {"steps": self.steps, "seed": self.seed}
+    def state_dict(self) -> dict[str, float]:
+        """Return step, seed and ``powerprop``; the rest is in the module's state dict."""
+        return {"steps": self.steps, "seed": self.seed, POWERPROP: self.config.powerprop}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another run was; the module's state dict is to be loaded too.
@@ -189,33 +189,26 @@ class Sparsifier:
 
         Raises:
             TypeError: The values are no integers.
-            ValueError: These are not the keys, or a number is out of range.
+            ValueError: These are not the keys, a number is out of range, or the parameters of that
+                run are powers of another exponent.
         """
-        if state.keys() != {"steps", "seed"}:
+        if state.keys() - {POWERPROP} != {"steps", "seed"}:
             raise ValueError(f"state must have the keys 'steps' and 'seed', got {sorted(state)}")
+        if (other := state.get(POWERPROP, self.config.powerprop)) != self.config.powerprop:
+            raise ValueError(
+                f"state is of a run of powerprop={other}, this is of {self.config.powerprop}"
+            )
         steps, seed = (check_count(name, state[name], 0) for name in ("steps", "seed"))
         for owners in self._owners().values():
             for _, weight in owners:
                 weight.given = None
         self.steps, self.seed = steps, seed
         self._patience = patience(self.config, steps)
-        self._follow_schedule()
+        follow(self._owners(), self.config, steps, seed)
         self._ask_for_gradients()
 
     def _owners(self) -> Owners:
         return owners_of(self.model, self._mark)
-
-    def _follow_schedule(self) -> None:
-        """Tell each weight at which step it is, for sets that are chosen from a loaded θ."""
-        owners = self._owners()
-        shapes = {name: raw.shape for name, raw in parameters_of(owners).items()}
-        for name, allocation in shared_among_all(shapes, self.config, self.steps).items():
-            if self.config.schedule.settled(self.steps):
-                allocation = Allocation(allocation.forward, allocation.forward)
-            for _, weight in owners[name]:
-                weight.rule = weight.rule._replace(
-                    allocation=allocation, step=self.steps, seed=self.seed
-                )
 
     @torch.inference_mode(False)
     def _ask_for_gradients(self) -> None:

@@ -68,10 +68,12 @@ def sparsify(
     With ``powerprop`` the parameter holds φ in place of θ: weights that are given here, or loaded
     from a state dict of the plain module, are turned into φ, and `densify` turns them back.
 
-    A state dict of the plain module loads; the sets are then chosen from its weights. A running
-    mean of the parameters, such as `torch.optim.swa_utils.AveragedModel`, is made of the sparse
-    module, and is one of θ, with the sets of the module at its last update; one of buffers too is
-    not, and its forward pass says so.
+    A state dict of the plain module loads; the sets are then chosen from its weights. Weights that
+    are written to in another way, initialised anew say, keep their sets until the next refresh:
+    call `Sparsifier.refresh`. A running mean of the parameters by
+    `torch.optim.swa_utils.AveragedModel` is made of the sparse module, and is one of θ, or of φ,
+    with the sets of the module at its last update; one of buffers too is not, and its forward pass
+    says so. A copy that is moved by hand, such as a target network, takes the buffers over too.
 
     Args:
         model: The module, before it is wrapped or compiled.

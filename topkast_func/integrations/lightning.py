@@ -91,8 +91,8 @@ class TopKastCallback(Hosted, Callback):
         """Leave a plain module."""
         self._end()
 
-    def state_dict(self) -> dict[str, int]:
-        """Return what a checkpoint keeps: the number of the step, and the seed."""
+    def state_dict(self) -> dict[str, float]:
+        """Return what a checkpoint keeps; see `Sparsifier.state_dict`."""
         return self.sparsifier.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
