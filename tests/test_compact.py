@@ -264,6 +264,24 @@ class Normed(nn.Module):
         return self.head(self.body(x))
 
 
+class Scaled(nn.Module):
+    """Has a parameter of no dimension, as a temperature is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.3))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.scale
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
+def test_a_parameter_of_any_shape_can_be_sparse(compile: Any) -> None:
+    every = replace(CONFIG, sparse="*", keep_dense=())
+    check(Scaled().double(), config=every, compile=compile)
+
+
 @pytest.mark.parametrize(
     ("make", "compile"),
     [

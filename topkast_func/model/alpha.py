@@ -102,8 +102,10 @@ class _Alpha(Gradient):
 
 
 def _compute(values: Tensor, parts: list[Tensor], shape: list[int]) -> Tensor:
-    size = shape[0], math.prod(shape[1:])
-    places = parts[0] if len(parts) == 2 else flat(BlockRows(*parts[:2]), block_of(values), size)
+    places = parts[0]
+    if len(parts) > 2:
+        matrix = shape[0], math.prod(shape[1:])
+        places = flat(BlockRows(*parts[:2]), block_of(values), matrix)
     dense = values.new_zeros(math.prod(shape))
     dense[places] = values.detach()[: places.shape[0]]
     return dense.view(shape)
