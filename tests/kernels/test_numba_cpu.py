@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.kernels.problems import (
     problems,
     products,
 )
-from topkast_func.kernels import numba_cpu, sparse_linear, threads
+from topkast_func.kernels import llvm, numba_cpu, sparse_linear, threads
 from topkast_func.kernels.llvm import Kernel
 
 
@@ -126,6 +127,21 @@ def test_threads_of_python_serve_where_torch_has_no_gnu_openmp(
     found = products("numba", given, x, g)
     assert all(map(torch.equal, found, expected))
     assert {name.split("_0")[0] for name in names} == {"MainThread", "topkast_func"}
+
+
+@pytest.mark.parametrize(("batch", "asked"), [(1, False), (300, True)])
+def test_no_thread_is_asked_for_a_little_work(
+    batch: int, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = problem(grid=(40, 60))
+    x, g = integers(batch, 60), integers(batch, 40)
+    expected = products("numba", given, x, g)
+    monkeypatch.setattr(llvm, "LITTLE", 2**16)
+    waiting = Mock(wraps=threads._WAITING)
+    monkeypatch.setattr(threads, "_WAITING", waiting)
+    found = products("numba", given, x, g)
+    assert all(map(torch.equal, found, expected))
+    assert waiting.look.called is asked
 
 
 def test_products_from_several_python_threads_at_once() -> None:

@@ -66,7 +66,8 @@ def sparsify(
     constrain θ after the step of the optimiser instead.
 
     With ``powerprop`` the parameter holds φ in place of θ: weights that are given here, or loaded
-    from a state dict of the plain module, are turned into φ, and `densify` turns them back.
+    from a state dict without sets, which is one of the plain module, are turned into φ, and
+    `densify` turns them back.
 
     A state dict of the plain module loads; the sets are then chosen from its weights. Weights that
     are written to in another way, initialised anew say, keep their sets until the next refresh:

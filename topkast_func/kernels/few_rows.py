@@ -36,7 +36,8 @@ def few_rows_times(
     batch, depth = x.shape
     y = x.new_empty(batch, features)
     index = rows, columns, values, x, values if bias is None else bias, y
-    _kernel(batch, bias is not None, x.dtype)(*index, features, depth)
+    work = values.numel() * batch
+    _kernel(batch, bias is not None, x.dtype)(*index, features, depth, work=work)
     return y
 
 

@@ -21,6 +21,9 @@ from topkast_func.kernels.threads import in_parallel
 from topkast_func.kernels.vectors import Tile
 from topkast_func.kernels.waiting import Part
 
+LITTLE = 2**16
+"""Work for which a thread is not asked: some 20 µs, which it may take to wake, or longer."""
+
 _I64 = ir.IntType(64)
 _LOCK = threading.Lock()
 """Held while LLVM compiles; a fork waits for it, or the child would find it locked for ever."""
@@ -46,10 +49,19 @@ class Kernel:
         self._emit, self._dtype = emit, dtype
         self._part: Part | None = None
 
-    def __call__(self, *arguments: Tensor | int, parts: int | None = None) -> None:
-        """Do the work, in threads where they are free; what is written to is contiguous."""
+    def __call__(
+        self, *arguments: Tensor | int, parts: int | None = None, work: int = LITTLE
+    ) -> None:
+        """Do the work, in threads where they are free and there is enough for them.
+
+        Args:
+            *arguments: What `emit` takes; what is written to is contiguous.
+            parts: How many; None for as many as there are threads.
+            work: About how many numbers are moved, or multiplied and added.
+        """
         held = [a if isinstance(a, int) else a.contiguous() for a in arguments]
         integers = [a if isinstance(a, int) else _address(a) for a in held]
+        parts = 1 if parts is None and work < LITTLE else parts
         in_parallel(self._part or self.made(), parts, integers)
 
     def made(self) -> Part:

@@ -44,7 +44,8 @@ def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> T
     panels = (panels_of(part, height) for part in pattern[:2])
     index = (*pattern.forward, *pattern.exploring)
     sizes = (tiles, height, x.shape[1], width, active * x.itemsize, *panels)
-    _dots_kernel(block, x.dtype)(*index, g, x, gradient, *sizes)
+    work = values.numel() * tiles * width
+    _dots_kernel(block, x.dtype)(*index, g, x, gradient, *sizes, work=work)
     return gradient
 
 
@@ -56,7 +57,8 @@ def _sums(
     y, height = x.new_empty(tiles, features, width), features // block[0]
     index = (*part, part.columns if places is None else places)
     sizes = (tiles, height, depth, width, panels_of(part, height))
-    _rows_kernel(block, places is not None, x.dtype)(*index, values, x, y, *sizes)
+    work = part.columns.numel() * block[0] * block[1] * tiles * width
+    _rows_kernel(block, places is not None, x.dtype)(*index, values, x, y, *sizes, work=work)
     return y
 
 

@@ -32,7 +32,7 @@ def in_parallel(part: Part, parts: int | None, integers: Sequence[int]) -> None:
     """
     threads = torch.get_num_threads()
     data = (ctypes.c_int64 * (len(integers) + 2))(0, parts or threads, *integers)
-    if threads == 1 or _FORKED.is_set() or not _FREE.acquire(blocking=False):
+    if parts == 1 or threads == 1 or _FORKED.is_set() or not _FREE.acquire(blocking=False):
         part(data)
         return
     try:

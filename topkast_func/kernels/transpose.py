@@ -23,7 +23,7 @@ def transposed(x: Tensor) -> Tensor:
         [matrices, m, n], contiguous.
     """
     y = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
-    _kernel(x.dtype)(x, y, *x.shape)
+    _kernel(x.dtype)(x, y, *x.shape, work=x.numel())
     return y
 
 

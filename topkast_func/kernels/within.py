@@ -23,7 +23,8 @@ def keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None:
         elsewhere: What the others are to be, of the same kind; None for 0.
     """
     kernel = _kernel(elsewhere is None, tensor.dtype)
-    kernel(bits, tensor, tensor if elsewhere is None else elsewhere, tensor.numel())
+    entries = tensor.numel()
+    kernel(bits, tensor, tensor if elsewhere is None else elsewhere, entries, work=entries)
 
 
 @cache

@@ -1,0 +1,73 @@
+"""What is known of a step before its turn."""
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+from topkast_func.config import TopKastConfig
+from topkast_func.model.alone import parts_of
+from topkast_func.model.modules import hooks, modes
+from topkast_func.training.compilation import signature
+from topkast_func.training.optim import Optimizer
+from topkast_func.training.refresh import refreshes_around
+from topkast_func.training.state import TrainState
+
+
+class Call(NamedTuple):
+    """A step that is to be made.
+
+    Attributes:
+        parts: The parts that the model has by now.
+        mode: The ``training`` flag of each.
+        hooked: See `hooks`, of the loss function too.
+        kind: What tells steps apart that draw random numbers or do not, and that have graphs apart.
+        is_due: See `refreshes_around`.
+        ends: See there.
+    """
+
+    parts: list[Any]
+    mode: tuple[bool, ...]
+    hooked: Hashable
+    kind: Hashable
+    is_due: bool
+    ends: bool
+
+
+def call_of(
+    model: object,
+    criterion: object,
+    config: TopKastConfig,
+    optimizer: Optimizer,
+    state: TrainState,
+    batch: Any,
+    traced: bool,
+) -> Call:
+    """Look at what a step is given.
+
+    Args:
+        model: The model.
+        criterion: The loss function, a module perhaps.
+        config: The configuration.
+        optimizer: The optimiser.
+        state: The state.
+        batch: The batch.
+        traced: Whether the step is compiled.
+
+    Returns:
+        The call.
+
+    Raises:
+        TypeError: See `signature`.
+    """
+    parts = parts_of(model)
+    mode, hooked = modes(parts), hooks([*parts, *parts_of(criterion)])
+    refreshes = refreshes_around(state, config, optimizer)
+    kind: Hashable = mode
+    if traced:
+        stored = type(state.weights), sizes_of(state), config.schedule.stage(int(state.step))
+        kind = mode, hooked, *stored, *refreshes, signature(batch)
+    return Call(parts, mode, hooked, kind, *refreshes)
+
+
+def sizes_of(state: TrainState) -> tuple[Any, ...]:
+    """Return the shapes of all that is stored as values."""
+    return tuple(value.shape for value in state.weights.values().values())
