@@ -675,6 +675,9 @@ def test_a_sweep_over_methods_may_have_the_dense_one_among_them() -> None:
         assert plain.state_dict().keys() == before.keys()
 
 
+LATER = {"steps": 7, "seed": 0}
+
+
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [
@@ -691,6 +694,36 @@ def test_a_state_that_is_none_is_refused(
     with pytest.raises(error, match=message):
         handle.load_state_dict(state)
     assert handle.state_dict() == {"steps": 0, "seed": 0, "powerprop": 1.0}
+
+
+@pytest.mark.parametrize("plain_first", [True, False])
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (tk.TopKastConfig(0.75, 0.5, explore_until=5), (0.25, 0.25)),
+        (tk.TopKastConfig(0.75, refresh_every=None, method=tk.gmp(0, 5)), (0.25, 0.25)),
+        (tk.TopKastConfig(tk.staged({0: 0.5, 5: 0.75}), refresh_every=None), (0.25, 0.5)),
+        (tk.TopKastConfig(tk.staged({0: 0.5, 5: 0.75}), method=tk.rigl()), (0.25, 0.25)),
+    ],
+)
+def test_a_sparsifier_put_forward_reaches_its_stage_from_any_weights(
+    config: tk.TopKastConfig, sizes: tuple[float, float], plain_first: bool
+) -> None:
+    model = perceptron()
+    plain = copy.deepcopy(model.state_dict())
+    handle = tk.sparsify(model, config)
+    loads: list[Callable[[], Any]] = [
+        lambda: model.load_state_dict(plain),
+        lambda: handle.load_state_dict(LATER),
+    ]
+    for load in loads if plain_first else loads[::-1]:
+        load()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _step(model, handle, optimizer, (torch.randn(4, 16), torch.randn(4, 5)))
+    for masks in handle.masks().values():
+        found = tuple(mask.double().mean().item() for mask in masks)
+        assert found == pytest.approx(sizes, abs=0.02)
+    assert handle.steps == LATER["steps"] + 1
 
 
 def test_what_was_sparse_can_be_trained_by_a_step_and_keeps_no_sparsifier() -> None:

@@ -11,6 +11,7 @@ from topkast_func.config.allocation import shared_among_all
 from topkast_func.config.selection import reason_dense
 from topkast_func.facade.guard import all_watched
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.masks import counts_among
 from topkast_func.model.axes import Axes, axes_by_name
 from topkast_func.report.notes import Row, notes, with_lines
 from topkast_func.report.summary import Summary
@@ -139,6 +140,14 @@ def check_stage(owners: Owners) -> None:
                 "sparsifier.load_state_dict(…), or, to go back, that which sparsifier.state_dict() "
                 "returns now"
             )
+
+
+def are_of_stage(owners: Owners, config: TopKastConfig, step: int) -> bool:
+    """Return whether sets that were not chosen here have the sizes of the stage of a step."""
+    shapes = {name: raw.shape for name, raw in parameters_of(owners).items()}
+    asked = counts_among(shapes, config, step)
+    loaded = {n: w.derived(layer) for n, (layer, w) in first(owners).items() if w.given is None}
+    return all(d is None or d.counts in {None, asked[name]} for name, d in loaded.items())
 
 
 def _places(model: nn.Module, owners: list[tuple[nn.Module, SparseWeight]]) -> list[str]:

@@ -15,6 +15,7 @@ from topkast_func.facade.derived import POWERPROP
 from topkast_func.facade.guard import patience
 from topkast_func.facade.owners import (
     Owners,
+    are_of_stage,
     check_stage,
     claimed,
     first,
@@ -51,7 +52,7 @@ class Sparsifier:
 
     def __init__(self, model: nn.Module, config: TopKastConfig, seed: int = 0) -> None:
         self.model, self.config, self.seed, self.steps = model, config, seed, 0
-        self._patience, self._mark = patience(config, 0), claimed(model)
+        self._patience, self._mark, self._loaded = patience(config, 0), claimed(model), False
         self._progress = Progress(self._owners())
         if config.schedule.refreshes_at(0):
             self.refresh()
@@ -77,16 +78,16 @@ class Sparsifier:
         if not owners and self.config.method.sparsifies:
             raise RuntimeError("model has no sparse weights any more: it was densified")
         self._progress.check(owners)
-        self._patience = math.inf
+        behind, self._loaded, self._patience = self._is_behind(), False, math.inf
         self.steps += 1
-        if due := self.config.schedule.refreshes_at(self.steps):
+        if due := behind or self.config.schedule.refreshes_at(self.steps):
             try:
                 self.refresh()
             except NaNParameterError as reason:
                 warnings.warn(f"no refresh before step {self.steps}: {reason}", stacklevel=2)
                 due = False
             except torch.OutOfMemoryError:
-                self.steps -= 1
+                self.steps, self._loaded = self.steps - 1, behind
                 self._progress.undo()
                 raise
         self._ask_for_gradients()
@@ -202,7 +203,7 @@ class Sparsifier:
         for owners in self._owners().values():
             for _, weight in owners:
                 weight.given = None
-        self.steps, self.seed = steps, seed
+        self.steps, self.seed, self._loaded = steps, seed, True
         self._patience = patience(self.config, steps)
         follow(self._owners(), self.config, steps, seed)
         self._ask_for_gradients()
@@ -210,12 +211,16 @@ class Sparsifier:
     def _owners(self) -> Owners:
         return owners_of(self.model, self._mark)
 
+    def _is_behind(self) -> bool:
+        """Return whether the sets that stand with what was loaded are of another stage."""
+        return self._loaded and not are_of_stage(self._owners(), self.config, self.steps)
+
     @torch.inference_mode(False)
     def _ask_for_gradients(self) -> None:
         """Let the next step leave the gradient of every entry, if a refresh then reads it."""
         method, by_hand = self.config.method, self.config.refresh_every is None
         asked = method.reads_gradient and (
-            by_hand or self.config.schedule.refreshes_at(self.steps + 1)
+            by_hand or self.config.schedule.refreshes_at(self.steps + 1) or self._is_behind()
         )
         for owners in self._owners().values():
             raw = owners[0][1].raw(owners[0][0])

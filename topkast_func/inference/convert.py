@@ -35,9 +35,10 @@ def sparse_module(
     `torch.nn.MultiheadAttention`, one each for queries, keys, values and the output, and
     convolutions of one pixel. An output layer that is tied to embeddings stays one with them, and
     they look up in its stored entries. All else is as in the model: layers of a class of one's own,
-    with hooks or with a forward pass of their own too. It has no parameter that
-    requires a gradient. `torch.compile` and `torch.export` take it; what was exported needs
-    ``import topkast_func`` before it is loaded.
+    with hooks or with a forward pass of their own too; but `torch.nn.TransformerEncoder` leaves
+    torch's fast path, on which it returns 0 wherever a padding mask hides the input. It has no
+    parameter that requires a gradient. `torch.compile` and `torch.export` take it; what was
+    exported needs ``import topkast_func`` before it is loaded.
 
     ``sparse_module(model)`` takes the model of an ordinary loop: one that `sparsify` has made
     sparse, or one that is plain again, from `densify` or from a file. Entries that are zero are
