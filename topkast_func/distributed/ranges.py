@@ -1,11 +1,9 @@
 """Rankings of a tensor of which each rank has a range: those of `ranking`, without gathering it.
 
 A round counts, on all ranks, the entries that the rounds before left open, by their next digit.
-Those above the digit in which the border lies are marked, those below are out. After the digits of
+Those above the digit in which the border lies are taken, those below are out. After the digits of
 the magnitudes come those of the tie keys, which no two entries share.
 """
-
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -47,38 +45,50 @@ def top_over(
     """
     if ranks.reduced(scores.isnan().sum(), dist.ReduceOp.SUM):
         raise NaNParameterError(NO_RANKING.format(name))
-    if places is None:
-        places = torch.arange(scores.numel(), device=scores.device)
-    second = _largest(ranks, scores, places + start, backward)
+    second = _largest(ranks, scores, places, start, backward)
     same = forward == backward
-    return second if same else _largest(ranks, scores, places + start, forward), second
+    return second if same else _largest(ranks, scores, places, start, forward), second
 
 
-def _largest(ranks: Ranks, scores: Tensor, places: Tensor, count: int) -> Tensor:
+def _largest(ranks: Ranks, scores: Tensor, places: Tensor | None, start: int, count: int) -> Tensor:
     """Mark the largest of all ranks, by a radix sort of which only the border is followed."""
-    marked = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    left = torch.arange(scores.numel(), device=scores.device)
-    for digits in _digits(scores, places):
-        digit = digits[left]
+    bits = 8 * scores.itemsize
+    order = scores.abs().view(torch.int64 if bits == 64 else torch.int32)
+    marked, tied, count = _taken(ranks, order, bits, count)
+    keys = ~splitmix64((tied if places is None else places[tied]) + start)
+    first, last, _ = _taken(ranks, keys, 64, count)
+    marked[tied[first]] = True
+    marked[tied[last]] = True
+    return marked
+
+
+def _taken(ranks: Ranks, order: Tensor, bits: int, count: int) -> tuple[Tensor, Tensor, int]:
+    """Take the largest numbers, but for those at the border.
+
+    Args:
+        ranks: The processes.
+        order: The numbers of this rank, unsigned integers.
+        bits: How many bits they have.
+        count: How many of all ranks to take.
+
+    Returns:
+        Which are taken, bool; where those at the border are, which are equal, or all to be taken;
+        and how many of these, of all ranks, are missing.
+    """
+    taken, left = torch.zeros(order.shape, dtype=torch.bool, device=order.device), None
+    for shift in range(bits - DIGIT, -1, -DIGIT):
+        digit = ((order if left is None else order[left]) >> shift & (1 << DIGIT) - 1).long()
         found = torch.bincount(digit, minlength=1 << DIGIT)
         found = ranks.reduced(found, dist.ReduceOp.SUM).cpu()
         reached = found.flip(0).cumsum(0).flip(0)  # entries of each digit and of those above
         if reached[0] == count:
             break
         border = int((reached >= count).nonzero().max())
-        marked[left[digit > border]] = True
-        left = left[digit == border]
         count -= int(reached[border] - found[border])
-    marked[left] = True
-    return marked
-
-
-def _digits(scores: Tensor, places: Tensor) -> Iterator[Tensor]:
-    """Yield the digits that entries are ordered by, the largest first, the most telling first."""
-    bits = 8 * scores.itemsize
-    order = scores.abs().view(torch.int64 if bits == 64 else torch.int32)
-    for shift in range(bits - DIGIT, -1, -DIGIT):
-        yield (order >> shift & 0xFFFF).long()
-    keys = ~splitmix64(places)
-    for shift in range(64 - DIGIT, -1, -DIGIT):
-        yield keys >> shift & 0xFFFF
+        above, within = digit > border, (digit == border).nonzero().squeeze(1)
+        if left is None:
+            taken, left = above, within
+        else:
+            taken[left[above]] = True
+            left = left[within]
+    return taken, torch.arange(order.numel(), device=order.device) if left is None else left, count
