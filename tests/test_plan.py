@@ -1,5 +1,6 @@
 """What a training is planned to take, beside what it takes."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.page import linear
 from topkast_func.distributed.batches import rows
 from topkast_func.distributed.owners import Owners
 from topkast_func.distributed.ranks import Ranks
-from topkast_func.training.owned import part
+from topkast_func.training.parts import part
 
 CONFIG, ADAM = tk.TopKastConfig(0.9, 0.8), tk.adamw(0.01)
 GIGA = 1e9
@@ -75,10 +76,25 @@ def test_bytes_of_owners_are_those_of_the_part_with_most(
             continue
         assert layout.options is not None
         state = tk.init_state(_network(), config, optimizer, **layout.options)
-        parts = [part(_rank(rank, 3), state) for rank in range(3)]
-        theta = [_here(own.weights.theta) if layout.host else 0 for own in parts]
+        parts = [part(_rank(rank, 3), config, state) for rank in range(3)]
+        assert [*parts[0].split] == ([] if name == "blocks" else ["4.weight"])
+        split = [[part.theta for part in own.split.values()] for own in parts]
+        theta = [
+            _here((own.weights.theta, rest)) if layout.host else 0
+            for own, rest in zip(parts, split, strict=True)
+        ]
         gradients = _bytes(state.weights.values())
-        held = [(p.weights, p.buffers, p.frozen, p.optimizer.slots) for p in parts]
+        held = [
+            (
+                own.weights,
+                own.buffers,
+                own.frozen,
+                own.optimizer.slots,
+                rest,
+                [part.slots for part in own.split.values()],
+            )
+            for own, rest in zip(parts, split, strict=True)
+        ]
         numbers = [_here(h) + gradients - t for h, t in zip(held, theta, strict=True)]
         assert (layout.device, layout.host) == (max(numbers), max(theta))
 
@@ -137,13 +153,16 @@ def test_fsdp_needs_less_memory_from_the_ranks_on_that_the_table_says() -> None:
 
 def test_a_tensor_that_bounds_what_owners_spare_is_named() -> None:
     model = {"0.weight": torch.empty(64, 64), "1.weight": torch.empty(128, 64)}
-    assert len(tk.plan(model, CONFIG, 1).notes) == 1
-    assert tk.plan(model, CONFIG, 2).notes[1:] == [
-        "owners: 1.weight is more than 1/2 of all entries, and no tensor is split: "
-        "further ranks spare its owner nothing"
+    assert len(tk.plan(model, CONFIG, 2).notes) == 1
+    config = replace(CONFIG, method=tk.static())
+    assert len(tk.plan(model, config, 1).notes) == 1
+    assert tk.plan(model, config, 2).notes[1:] == [
+        "owners: 1.weight is more than 1/2 of all entries, and with method=Static() no sparse "
+        "tensor is split: further ranks spare its owner nothing"
     ]
-    two, three = (tk.plan(model, CONFIG, ranks).layouts[2] for ranks in (2, 3))
+    two, three = (tk.plan(model, config, ranks).layouts[2] for ranks in (2, 3))
     assert two.device == three.device
+    assert three.device > tk.plan(model, CONFIG, 3).layouts[2].device
 
 
 def test_a_dense_model_takes_what_torch_does() -> None:

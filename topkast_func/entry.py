@@ -1,5 +1,7 @@
 """The value with which a weight newly enters A: `entry` of `topkast`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ def entered(
     block_shape: tuple[int, int] = (1, 1),
     block_norm: BlockNorm = "l2",
     exponent: float = 1.0,
+    least: Callable[[Tensor], Tensor] = torch.min,
 ) -> Tensor:
     """Give the entries that newly enter A their first value.
 
@@ -32,6 +35,7 @@ def entered(
         block_shape: (rows, columns) of the blocks that are chosen whole.
         block_norm: Norm by which blocks are ranked.
         exponent: a of powerpropagation; 1 where ``raw`` is θ itself.
+        least: Returns the smallest entry of a tensor, of which other processes may have parts.
 
     Returns:
         ``raw`` with the first values of what newly enters A, every other entry as it was.
@@ -45,7 +49,7 @@ def entered(
     theta = raw if exponent == 1.0 else theta_of(raw, exponent)
     scores = magnitudes(name, theta, block_shape, block_norm).abs()
     stays = blocks(now & was, block_shape)
-    threshold = torch.where(stays, scores, torch.inf).min()
+    threshold = least(torch.where(stays, scores, torch.inf))
     scale = torch.where(scores > threshold, threshold / scores, 1.0)
     squared = block_shape != (1, 1) and block_norm == "l2"
     scale = scale ** ((0.5 if squared else 1.0) / exponent)

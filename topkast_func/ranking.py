@@ -5,6 +5,9 @@ from a set, wherever its entries stand.
 """
 
 import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TypeAlias
 
@@ -30,6 +33,33 @@ NO_RANKING = (
     "params[{!r}] holds NaN; its entries cannot be ranked. Where training made it: layers that "
     "normalise rows or columns divide by zero where A leaves one empty, and summary counts those"
 )
+
+
+class _Elsewhere(threading.local):
+    """Of each thread: how to rank the tensor of which this process has a part; see `_top`."""
+
+    top: Callable[[str, Tensor, Tensor | None, int, int], Sets] | None = None
+
+
+_ELSEWHERE = _Elsewhere()
+
+
+@contextmanager
+def ranked_by(top: Callable[[str, Tensor, Tensor | None, int, int], Sets]) -> Iterator[None]:
+    """Let `top_sets` and `largest_among` take from all parts of a tensor, in this thread.
+
+    Args:
+        top: ``top(name, scores, places, forward, backward)``: marks the largest of 1-D scores,
+            which stand at ``places`` of the flat part, or are all of it.
+
+    Yields:
+        Nothing.
+    """
+    _ELSEWHERE.top = top
+    try:
+        yield
+    finally:
+        _ELSEWHERE.top = None
 
 
 class NaNParameterError(ValueError):
@@ -124,7 +154,7 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
     Raises:
         NaNParameterError: The score of a candidate on the CPU is NaN.
     """
-    if scores.device.type != "cpu":
+    if scores.device.type != "cpu" and _ELSEWHERE.top is None:
         among = torch.where(candidates, scores.abs(), -1.0).flatten()
         return _top_in_order(among, _keys(among), count, count)[0].view(candidates.shape)
     marked = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
@@ -136,6 +166,8 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
 
 def _top(name: str, scores: Tensor, places: Tensor | None, forward: int, backward: int) -> Sets:
     """Mark the largest of 1-D scores, which stand at ``places`` (all of them at None)."""
+    if _ELSEWHERE.top is not None:
+        return _ELSEWHERE.top(name, scores, places, forward, backward)
     if scores.device.type != "cpu":
         return _top_in_order(scores.abs(), _keys(scores), forward, backward)
     many = scores.numel() >= MANY and installed("numba")

@@ -14,9 +14,10 @@ import topkast_func as tk
 from tests.distributed.processes import results
 from tests.distributed.test_parallel import ADAM, batches, loss_fn, network
 from topkast_func.distributed.batches import rows
-from topkast_func.distributed.owners import Owners, from_owners, mean_at, owners_of
+from topkast_func.distributed.division import owners_of
+from topkast_func.distributed.owners import Owners, from_owners, mean_at
 from topkast_func.distributed.ranks import Ranks
-from topkast_func.training.owned import part
+from topkast_func.training.parts import part
 from topkast_func.training.state import elsewhere
 
 CONFIG = tk.TopKastConfig(0.8, 0.5, refresh_every=3, explore_until=7, penalty=None)
@@ -207,11 +208,11 @@ def _rank(rank: int) -> Owners:
 
 def test_the_part_of_another_rank_is_an_error() -> None:
     state = _start()
-    first = part(_rank(0), state)
-    assert part(_rank(0), first) is first
+    first = part(_rank(0), CONFIG, state)
+    assert part(_rank(0), CONFIG, first) is first
     assert not elsewhere(state)
     with pytest.raises(ValueError, match=r"rank is to own \['2.weight', .* part of another"):
-        part(_rank(1), first)
+        part(_rank(1), CONFIG, first)
 
 
 def test_nan_at_one_owner_keeps_the_sets_on_all_ranks(pair: list[dict[str, Any]]) -> None:
@@ -224,6 +225,8 @@ def test_nan_at_one_owner_keeps_the_sets_on_all_ranks(pair: list[dict[str, Any]]
 
 SHARES = (0.5, 0.0, 0.5)
 OWNERS = (2, 0, 2, 0, 2)  # rank 1 has none
+BOUNDS = ((0, 0, 0, 6), (0, 1, 1, 1), (0, 0, 0, 4), (0, 5, 5, 5), (0, 0, 0, 6))
+SPLIT = ((0, 2, 4, 6), (0, 0, 1, 1), (0, 3, 3, 4), (0, 1, 3, 5), (0, 2, 4, 6))
 
 
 def _tensors(rank: int) -> list[Tensor]:
@@ -234,17 +237,33 @@ def _tensors(rank: int) -> list[Tensor]:
     return [tensor * torch.nan for tensor in whole] if rank == 1 else whole
 
 
-def _exchanged(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+def _exchanged(rank: int) -> list[tuple[list[Tensor], list[Tensor]]]:
     ranks, share = Ranks(dist.group.WORLD), torch.tensor(SHARES[rank]).double()
-    return mean_at(ranks, OWNERS, share, _tensors(rank)), from_owners(ranks, OWNERS, _tensors(rank))
+    tensors = _tensors(rank)
+    return [
+        (mean_at(ranks, bounds, share, tensors), from_owners(ranks, bounds, tensors))
+        for bounds in (BOUNDS, SPLIT)
+    ]
 
 
 def test_means_are_at_their_owners_and_tensors_come_from_them() -> None:
-    first, last = _tensors(0), _tensors(2)
-    for rank, (means, given) in enumerate(results(_exchanged, ranks=3)):
-        for owner, one, other, mean, sent in zip(OWNERS, first, last, means, given, strict=True):
-            assert_close(sent, {0: one, 2: other}[owner], rtol=0.0, atol=0.0)
-            assert_close(mean, (one + other) / 2 if rank == owner else one.flatten()[:0])
+    every, found = [_tensors(rank) for rank in range(3)], results(_exchanged, ranks=3)
+    for rank, (whole, _) in enumerate(found):
+        for place, owner in enumerate(OWNERS):
+            mean = (every[0][place] + every[2][place]) / 2
+            assert_close(whole[1][place], every[owner][place], rtol=0.0, atol=0.0, equal_nan=True)
+            assert_close(whole[0][place], mean if rank == owner else mean.flatten()[:0])
+    for rank, (_, (means, given)) in enumerate(found):
+        for place, bounds in enumerate(SPLIT):
+            own = slice(*bounds[rank : rank + 2])
+            mean = ((every[0][place] + every[2][place]) / 2).flatten()[own]
+            assert_close(means[place].flatten(), mean)
+            parts = [
+                every[other][place].flatten()[slice(*bounds[other : other + 2])]
+                for other in range(3)
+            ]
+            sent = torch.cat(parts).view(every[0][place].shape)
+            assert_close(given[place], sent, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def test_owners_have_about_as_much_each() -> None:
@@ -254,3 +273,17 @@ def test_owners_have_about_as_much_each() -> None:
     assert max(loads) - min(loads) <= max(sizes.values()) / 4
     assert list(owners) == list(sizes)
     assert owners_of({"a": 1}, 3) == {"a": 0}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_what_keeps_owners_from_a_fair_share_is_split(ranks: int) -> None:
+    sizes = {"head": 900, "body": 100, "a": 40, "b": 30, "c": 2}
+    owners = owners_of(sizes, ranks)
+    assert owners["head"] is None
+    loads = [sum(sizes[n] for n, own in owners.items() if own == rank) for rank in range(ranks)]
+    split = sum(sizes[name] for name, own in owners.items() if own is None)
+    assert (max(loads) + split / ranks) * ranks <= 1.1 * sum(sizes.values())
+    whole = owners_of(sizes, ranks, {"head"})
+    assert whole["head"] == 0
+    assert owners_of({"a": 11, "b": 10}, 2) == {"a": 0, "b": 1}
+    assert owners_of({"a": 9, "b": 9, "c": 9}, 2) == {"a": None, "b": 0, "c": 1}

@@ -82,15 +82,17 @@ def trained(
     compile: Any = False,
     cycle: Sizes = UNEVEN,
     shard: Any = None,
+    model: Callable[[], nn.Sequential] = network,
 ) -> Trained:
     """Train on the part of a rank, or alone on all."""
-    model = network().to(dtype)
-    state = tk.init_state(model, config, optimizer, storage=storage)
+    module = model().to(dtype)
+    state = tk.init_state(module, config, optimizer, storage=storage)
     together = {} if rank is None else {"process_group": dist.group.WORLD, "shard": shard}
-    step = tk.make_train_step(model, loss_fn, config, optimizer, compile=compile, **together)
+    step = tk.make_train_step(module, loss_fn, config, optimizer, compile=compile, **together)
     numbers, refreshes = [], 0
     for *batch, (first, _) in batches(steps, cycle):
-        part = slice(None) if rank is None else slice(first, None) if rank else slice(first)
+        ends = {None: slice(None), 0: slice(first), 1: slice(first, None)}
+        part = ends.get(rank, slice(0))  # what is beyond two ranks has no samples
         state, metrics = step(state, tuple(tensor[part].to(dtype) for tensor in batch))
         assert metrics.aux["errors"].shape[0] in (len(batch[0][part]), FILLER)
         numbers += [*metrics[:4], metrics.aux["size"]]

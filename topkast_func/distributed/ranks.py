@@ -70,6 +70,20 @@ class Ranks:
         dist.broadcast(here, dist.get_global_rank(self.group, rank), self.group)
         return here.to(own.device)
 
+    def reduced(self, own: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        """Return what an operation, such as a sum, makes of a tensor of each rank.
+
+        Args:
+            own: That of this rank, of one shape, dtype and device on all.
+            operation: The operation.
+
+        Returns:
+            The tensor.
+        """
+        here = own.to(self._device(), copy=True)
+        dist.all_reduce(here, operation, self.group)
+        return here.to(own.device)
+
     def told(self, own: Any) -> list[Any]:
         """Collect an object from each process."""
         if self.size == 1:

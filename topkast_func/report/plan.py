@@ -16,6 +16,7 @@ from topkast_func.report.shares import Share, bytes_of, most, shares_of, total
 from topkast_func.report.table import in_bytes, paragraph, table
 from topkast_func.training.first_weights import outlined_weights
 from topkast_func.training.optim import Optimizer, adamw, check_optimizer
+from topkast_func.training.split import unsplit, whole_by
 from topkast_func.training.state import Weights
 from topkast_func.types import Params
 
@@ -96,9 +97,9 @@ def plan(
     refresh needs for a moment, come on top. A ring of N ranks that sums m bytes sends 2·m·(N−1)/N
     of each, one that gathers or scatters them m·(N−1)/N. What is summed are the gradients of all
     that is stored, and floating buffers. Owners (``shard="owners"``) are sent the gradients of
-    what they own, have its θ and slots, and send its α; none of the tensors is split. FSDP2 shards
-    parameters, gradients and slots, gathers the parameters twice a step, and scatters the
-    gradients, all in the dtype of the parameters (over gloo it sums them, which sends twice that).
+    what they own, have its θ and slots, and send its α; what is too large for one is split among
+    all. FSDP2 shards parameters, gradients and slots, gathers the parameters twice a step, and
+    scatters the gradients, all in their dtype (over gloo it sums them, which sends twice that).
 
     Args:
         model: A module, such as one on the meta device, or weights by name; no value is read.
@@ -163,6 +164,7 @@ def _layouts(
 
     layouts = []
     shares: dict[str, Share] = {}
+    kept: tuple[str, ...] = ()
     if optimizer.elementwise:
         weights = outlined_weights(model, config, "compact", master)
         gradients, moved = trained(weights)
@@ -170,8 +172,8 @@ def _layouts(
         held, sent = bytes_of(weights) + moved + rest, summed(gradients)
         layouts.append(Layout(COMPACT, held, 0, sent, {}))
         layouts.append(Layout(REST, held - theta, theta, sent, HOST))
-        shares = shares_of(weights, optimizer)
-        layouts += _by_owners(layouts[0], shares, ranks, summed(0))
+        shares, kept = shares_of(weights, optimizer), unsplit(weights, config)
+        layouts += _by_owners(layouts[0], shares, kept, ranks, summed(0))
     weights = outlined_weights(model, config, "dense", master)
     gradients, moved = trained(weights)
     held, theta = bytes_of(weights) + moved + rest, bytes_of(weights.theta)
@@ -179,14 +181,24 @@ def _layouts(
     layouts.append(Layout(DDP, theta + moved + rest, 0, summed(gradients)))
     sharded = theta + moved
     layouts.append(Layout(FSDP, -(-sharded // ranks) + rest, 0, _ring(3 * theta, ranks)))
-    return layouts, _notes(layouts, shares, ranks, sharded, rest)
+    notes = [_from(layouts, shares, kept, sharded, rest)]
+    own = [layout.name for layout in layouts if layout.shard]
+    largest = max(kept, key=lambda name: shares[name].entries, default=None)
+    if own and largest and shares[largest].entries * ranks > total(shares.values()).entries:
+        notes.append(
+            f"{OWNERS}: {largest} is more than 1/{ranks} of all entries, and with "
+            f"{whole_by(config)} no sparse tensor is split: further ranks spare its owner nothing"
+        )
+    return layouts, notes
 
 
-def _by_owners(whole: Layout, shares: Mapping[str, Share], ranks: int, beside: int) -> list[Layout]:
-    """Return layouts in which each tensor has an owner, beside that in which each rank has all."""
+def _by_owners(
+    whole: Layout, shares: Mapping[str, Share], kept: Sequence[str], ranks: int, beside: int
+) -> list[Layout]:
+    """Return layouts in which tensors have owners, beside that in which each rank has all."""
     if ranks == 1 or not shares:
         return []
-    every, own = total(shares.values()), most(shares, ranks)
+    every, own = total(shares.values()), most(shares, ranks, kept)
     common, sent = whole.device - every.theta - every.slots, own.sent + beside
     return [
         Layout(OWNERS, common + own.both, 0, sent, {}, "owners"),
@@ -194,28 +206,25 @@ def _by_owners(whole: Layout, shares: Mapping[str, Share], ranks: int, beside: i
     ]
 
 
-def _notes(
-    layouts: Sequence[Layout], shares: Mapping[str, Share], ranks: int, sharded: int, rest: int
-) -> list[str]:
-    """Say from how many ranks on sharding needs less memory, and what owners cannot share out."""
+def _from(
+    layouts: Sequence[Layout],
+    shares: Mapping[str, Share],
+    kept: Sequence[str],
+    sharded: int,
+    rest: int,
+) -> str:
+    """Say from how many ranks on sharding needs less memory."""
     alone = [layout for layout in layouts if layout.options is not None and not layout.shard]
 
     def least(ranks: int) -> int:
-        own = [*alone, *_by_owners(alone[0], shares, ranks, 0)]
+        own = [*alone, *_by_owners(alone[0], shares, kept, ranks, 0)]
         return min(layout.device for layout in own)
 
     every = total(shares.values())
     first = sharded // (min(least(1), alone[0].device - every.theta - every.slots) - rest) + 1
     while first > 1 and -(-sharded // (first - 1)) + rest < least(first - 1):
         first -= 1
-    notes = [f"{FSDP}: takes less of a device than any other from {first:,} ranks on"]
-    largest = max(shares, key=lambda name: shares[name].entries, default=None)
-    if largest and ranks > 1 and shares[largest].entries * ranks > every.entries:
-        notes.append(
-            f"{OWNERS}: {largest} is more than 1/{ranks} of all entries, and no tensor is split: "
-            "further ranks spare its owner nothing"
-        )
-    return notes
+    return f"{FSDP}: takes less of a device than any other from {first:,} ranks on"
 
 
 def _ring(numbers: int, ranks: int) -> int:

@@ -1,14 +1,14 @@
-"""Bytes of a training in compact storage of which each tensor has an owner."""
+"""Bytes of a training in compact storage of which each tensor has an owner, or is split."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from topkast_func.distributed.owners import owners_of
+from topkast_func.distributed.division import owners_of, part_of
 from topkast_func.training.optim import Optimizer
-from topkast_func.training.owned import sent_by_owners
+from topkast_func.training.parts import sent_by_owners
 from topkast_func.training.state import Weights
 
 
@@ -17,6 +17,7 @@ class Share(NamedTuple):
 
     Attributes:
         entries: How many there are, which owners balance.
+        values: How many are stored: those of B, or of a dense parameter.
         theta: Bytes of θ at its owner, beside the values.
         slots: Bytes at its owner.
         gradient: Bytes of the values of B, or of a dense parameter, on every rank.
@@ -24,6 +25,7 @@ class Share(NamedTuple):
     """
 
     entries: int
+    values: int
     theta: int
     slots: int
     gradient: int
@@ -53,6 +55,7 @@ def shares_of(weights: Weights, optimizer: Optimizer) -> dict[str, Share]:
     return {
         name: Share(
             shape.numel(),
+            values[name].numel(),
             bytes_of(weights.theta.get(name)),
             bytes_of([tree.get(name) for tree in slots]),
             values[name].nbytes,
@@ -64,22 +67,44 @@ def shares_of(weights: Weights, optimizer: Optimizer) -> dict[str, Share]:
 
 def total(shares: Iterable[Share]) -> Share:
     """Return the bytes of several parameters."""
-    return Share(*map(sum, zip(Share(0, 0, 0, 0, 0), *shares, strict=True)))
+    return Share(*map(sum, zip(Share(0, 0, 0, 0, 0, 0), *shares, strict=True)))
 
 
-def most(shares: Mapping[str, Share], ranks: int) -> Most:
-    """Return the bytes of the rank with most, of so many."""
-    owners = owners_of({name: share.entries for name, share in shares.items()}, ranks)
+def most(shares: Mapping[str, Share], ranks: int, unsplit: Collection[str]) -> Most:
+    """Return the bytes of the rank with most, of so many; some tensors are never split."""
+    owners = owners_of({name: share.entries for name, share in shares.items()}, ranks, unsplit)
     every, others = total(shares.values()), ranks - 1
-    owned = [
+    whole = [
         total(share for name, share in shares.items() if owners[name] == rank)
         for rank in range(ranks)
+    ]
+    split = [share for name, share in shares.items() if owners[name] is None]
+    owned = [
+        total([own, *(_part(share, rank, ranks) for share in split)])
+        for rank, own in enumerate(whole)
     ]
     sent = [every.gradient - own.gradient + others * own.alpha for own in owned]
     received = [others * own.gradient + every.alpha - own.alpha for own in owned]
     theta, slots = [own.theta for own in owned], [own.slots for own in owned]
     both = map(sum, zip(theta, slots, strict=True))
     return Most(max(theta), max(slots), max(both), max(*sent, *received))
+
+
+def _part(share: Share, rank: int, ranks: int) -> Share:
+    """Return the bytes that a rank has of a parameter that is split."""
+    first, end = part_of(share.entries, rank, ranks)
+    start, stop = part_of(share.values, rank, ranks)
+    theta, slots, gradient = (
+        bytes // count
+        for bytes, count in (
+            (share.theta, share.entries),
+            (share.slots, share.values),
+            (share.gradient, share.values),
+        )
+    )
+    count = stop - start
+    alpha = min(stop * gradient, share.alpha) - min(start * gradient, share.alpha)
+    return Share(end - first, count, (end - first) * theta, count * slots, count * gradient, alpha)
 
 
 def bytes_of(tree: Any) -> int:

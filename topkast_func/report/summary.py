@@ -156,7 +156,8 @@ def _frozen(name: str, tensor: Tensor) -> Row:
 
 def _bytes(state: TrainState, name: str) -> int:
     slots = [tree[name] for tree in state.optimizer.slots.values() if name in tree]
-    trained = (state.weights.values()[name], state.weights.stands(name), slots)
+    part = state.split[name].slots if name in state.split else {}
+    trained = (state.weights.values()[name], state.weights.stands(name), slots, part)
     return sum(leaf.nbytes for leaf in tree_leaves(trained) if _is_here(leaf))
 
 

@@ -77,12 +77,28 @@ class CompactWeights(NamedTuple):
         """Return a key that changes with the sets, without counting them."""
         return tuple((n, self.sets(n).active_count, self.held[n].shape) for n in self.theta)
 
-    def penalty(self, values: Tensors, config: TopKastConfig, step: int) -> Tensor:
-        """Return the exploration penalty of ``values``; see `exploration_penalty`."""
+    def penalty(
+        self,
+        values: Tensors,
+        config: TopKastConfig,
+        step: int,
+        starts: Mapping[str, int] | None = None,
+    ) -> Tensor:
+        """Return the exploration penalty of ``values``; see `exploration_penalty`.
+
+        Args:
+            values: See `values`; of a parameter in ``starts`` some, in a row.
+            config: See `exploration_penalty`.
+            step: See `exploration_penalty`.
+            starts: By name which of the values is the first of these.
+
+        Returns:
+            The penalty, 0-d.
+        """
 
         def parts(name: str) -> tuple[Tensor, Tensor]:
-            value = values[name]
-            place = torch.arange(value.shape[0], device=value.device)
+            value, start = values[name], (starts or {}).get(name, 0)
+            place = torch.arange(start, start + value.shape[0], device=value.device)
             active = (place < self.sets(name).active_count).view(-1, *[1] * (value.ndim - 1))
             return torch.where(active, value, 0.0), torch.where(active, 0.0, value)
 

@@ -7,7 +7,30 @@ import torch
 from topkast_func.kernels.pattern import block_of
 from topkast_func.model.alpha import split
 from topkast_func.storage.compact import CompactWeights
+from topkast_func.storage.dense import DenseWeights
 from topkast_func.types import Params, Tensors, changed
+
+DENSE = (
+    "shard='owners' takes compact storage: in dense storage each rank computes with all of θ, "
+    "which owners are to spare it"
+)
+
+
+def compact_in(weights: CompactWeights | DenseWeights) -> CompactWeights:
+    """Return weights if they are in compact storage.
+
+    Args:
+        weights: The weights.
+
+    Returns:
+        The weights.
+
+    Raises:
+        ValueError: They are in dense storage.
+    """
+    if not isinstance(weights, CompactWeights):
+        raise ValueError(DENSE)
+    return weights
 
 
 def active(weights: CompactWeights) -> Tensors:

@@ -8,10 +8,9 @@ from topkast_func.distributed.launched import world
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.parted import with_theta
+from topkast_func.training.split import LOST, check_parts, joined
 from topkast_func.training.state import TrainState, check_state, elsewhere
 from topkast_func.types import Tensors
-
-LOST = "no rank of the group owns {}: gather by the group that the state was trained with"
 
 
 @torch.inference_mode(False)
@@ -35,11 +34,13 @@ def gather(state: TrainState, process_group: dist.ProcessGroup | None = None) ->
         RuntimeError: Another rank is lost.
     """
     check_state(state)
-    ranks, weights = Ranks(process_group or world()), state.weights
+    ranks = Ranks(process_group or world())
     with ranks.waiting(f"in gather at step {int(state.step)}"):
-        kinds = {name: theta.device.type for name, theta in weights.theta.items()}
+        kinds = {name: theta.device.type for name, theta in state.weights.theta.items()}
+        check_parts(ranks, state)
+        state = joined(ranks, state)
         told = ranks.told((elsewhere(state), kinds))
-        names = dict.fromkeys(name for away, _ in told for name in away)
+        weights, names = state.weights, dict.fromkeys(name for away, _ in told for name in away)
         owners = {
             name: [rank for rank, (away, _) in enumerate(told) if name not in away]
             for name in names

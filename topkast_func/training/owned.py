@@ -1,10 +1,8 @@
-"""Owners of a state: each rank has θ and the slots of the tensors that it moves, and α of all.
-
-On the meta device is what other ranks own. So a state tells by itself which part of it is here.
-"""
+"""Owners of a state: each rank has θ and the slots of the tensors that it moves, and α of all."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -18,9 +16,10 @@ from topkast_func.distributed.parallel import Found
 from topkast_func.model.stand_in import StandIn
 from topkast_func.powerprop import theta_of
 from topkast_func.storage.compact import CompactWeights
-from topkast_func.storage.parted import active, with_active, without
+from topkast_func.storage.parted import active, compact_in, with_active
 from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.fits_config import check_refresh
+from topkast_func.training.in_ranges import chosen_in_ranges, moved, up_to_date
 from topkast_func.training.optim import (
     Optimizer,
     OptimizerState,
@@ -30,7 +29,8 @@ from topkast_func.training.optim import (
     updated,
 )
 from topkast_func.training.refresh import Choice, refreshed
-from topkast_func.training.state import TrainState, Weights, elsewhere
+from topkast_func.training.split import at_rest
+from topkast_func.training.state import Part, TrainState
 from topkast_func.training.update import Moved, batch_loss_of
 from topkast_func.types import LossFn, Masks, Model, Params, Tensors, changed
 
@@ -39,82 +39,6 @@ OfBatch: TypeAlias = tuple[Tensor, tuple[tuple[Any, ...], Tensors]]
 
 Beyond: TypeAlias = tuple[Tensor, Tensor]
 """What has the gradient that is beyond that of the data loss, and the penalty."""
-
-DENSE = (
-    "shard='owners' takes compact storage: in dense storage each rank computes with all of θ, "
-    "which owners are to spare it"
-)
-FOREIGN = (
-    "this rank is to own {}, and the state has not: it is the part of another rank, or of another "
-    "group; begin with a whole state, such as gather(state, process_group) returns"
-)
-
-
-def part(ranks: Owners, state: TrainState) -> TrainState:
-    """Return the part of a state that a rank has, which may be the state already.
-
-    Args:
-        ranks: The processes.
-        state: The state, whole or that part.
-
-    Returns:
-        The part: θ and slots of what other ranks own are on the meta device.
-
-    Raises:
-        ValueError: It is the part of another rank, or in dense storage.
-    """
-    weights = _compact(state)
-    others = ranks.divide({name: shape.numel() for name, shape in weights.shapes().items()})
-    away = elsewhere(state)
-    if lost := [name for name in away if name not in others]:
-        raise ValueError(FOREIGN.format(lost))
-    held = {*weights.theta} | {n for tree in state.optimizer.slots.values() for n in tree}
-    if len(away) == len(others & held):
-        return state
-    slots = {
-        kind: {n: slot.to("meta") if n in others else slot for n, slot in tree.items()}
-        for kind, tree in state.optimizer.slots.items()
-    }
-    return changed(
-        state, weights=without(weights, others), optimizer=changed(state.optimizer, slots=slots)
-    )
-
-
-def sent_by_owners(weights: Weights) -> Tensors:
-    """Return what owners send of weights in compact storage: what the forward pass reads.
-
-    Args:
-        weights: The weights, without values too.
-
-    Returns:
-        Tensors by name.
-
-    Raises:
-        ValueError: They are in dense storage.
-    """
-    if not isinstance(weights, CompactWeights):
-        raise ValueError(DENSE)
-    return active(weights)
-
-
-def compared(ranks: Owners, state: TrainState) -> TrainState:
-    """Return what ranks compare of their parts, once what they alone have at rest is as it was.
-
-    Values of B∖A and slots change at every step, by their owner alone: nothing checks them.
-
-    Args:
-        ranks: The processes.
-        state: The part of this rank.
-
-    Returns:
-        The part with what all ranks read of the values, and checksums in the place of θ at rest.
-
-    Raises:
-        RuntimeError: θ at rest has changed; on every rank.
-    """
-    weights = _compact(state)
-    sums = ranks.rested(weights.theta, int(state.step))
-    return changed(state, weights=changed(weights, held=active(weights), theta=sums))
 
 
 def owned_update_of(
@@ -141,7 +65,7 @@ def owned_update_of(
         lr: Rate,
         share: Tensor,
     ) -> Moved:
-        weights = _compact(state)
+        weights = compact_in(state.weights)
 
         def powered(values: Tensors) -> Tensors:
             return values | {name: theta_of(values[name], config.powerprop) for name in phi}
@@ -152,7 +76,8 @@ def owned_update_of(
 
         def beyond(grads: Tensors, own: Tensors) -> Beyond:
             theta = powered(own)
-            penalty = weights.penalty(theta, config, start)
+            starts = {name: ranks.span(name, values[name].numel())[0] for name in state.split}
+            penalty = weights.penalty(theta, config, start, starts)
             linear = sum((grads[name] * theta[name]).sum() for name in weights.sparse())
             return linear + config.penalty_weight * penalty, penalty
 
@@ -166,17 +91,20 @@ def owned_update_of(
             grads |= {name: further[name] for name in weights.sparse()}
             penalty = ranks.total(penalty)
             rate = tree_map(lambda given: given.reshape(()), lr)
-            slots = _present(state.optimizer.slots, optimizer.init(own).slots)
+            slots = _present(state, optimizer.init(own).slots)
             with summed_by(ranks.total):
                 before = OptimizerState(state.optimizer.step, slots)
-                updates, moved = updated(optimizer, grads, before, own, rate)
+                updates, after_slots = updated(optimizer, grads, before, own, rate)
                 norm = global_norm(grads)
-            held = {n: v + updates[n] if ranks.owns(n) else values[n] for n, v in own.items()}
+            held = ranks.put({name: v + updates[name] for name, v in own.items()}, values)
             after = changed(
                 state,
                 weights=_shared(ranks, changed(weights, held=held)),
                 buffers=written,
-                optimizer=changed(state.optimizer, slots=_kept(state.optimizer.slots, moved.slots)),
+                optimizer=changed(
+                    state.optimizer, slots=_kept(state.optimizer.slots, after_slots.slots)
+                ),
+                split=_parts(state.split, after_slots.slots),
             )
             loss = data_loss + config.penalty_weight * penalty
         return after, (loss, data_loss, penalty, norm), tree_map(torch.clone, aux)
@@ -199,45 +127,58 @@ def refresh_by_owners(
         The part, with its new sets.
     """
     check_refresh(state, config)
+    ranges: Tensors = {}
 
     def agreed(choose: Callable[[], Choice]) -> Choice:
         theta, own = ranks.ranks.attempted(choose)
-        shapes = state.weights.shapes()
+        of_ranges = chosen_in_ranges(ranks.ranks, state, config, up_to_date(ranks.ranks, state))
+        ranges.update(of_ranges[0])
+        shapes, own = state.weights.shapes(), own | of_ranges[1]
         sets = {name: _sets(ranks, name, shapes[name], own) for name in state.weights.sparse()}
         return theta, sets
 
-    after = refreshed(state, config, gradients, agreed)
-    weights = _compact(after)
-    ranks.rested(weights.theta, int(after.step))
-    return changed(after, weights=_shared(ranks, weights))
+    after = moved(ranks.ranks, state, refreshed(state, config, gradients, agreed), ranges)
+    ranks.rested(at_rest(after), int(after.step))
+    return changed(after, weights=_shared(ranks, compact_in(after.weights)))
 
 
 def _sets(ranks: Owners, name: str, shape: torch.Size, own: dict[str, Masks]) -> Masks:
-    """Return the sets of a parameter, sent as bits by its owner."""
-    if name in own:
-        bits = torch.stack([packed(mask) for mask in own[name]])
-    else:
-        bits = torch.empty(2, -(-shape.numel() // 8), dtype=torch.uint8, device="cpu")
-    sent = ranks.ranks.sent(ranks.owners[name], bits)
-    return Masks(*(unpacked(mask, shape) for mask in sent))
+    """Return the sets of a parameter, sent as bits by its owner, or by each rank its range."""
+    parts = []
+    for rank, (start, stop) in enumerate(pairwise(ranks.bounds(name, shape.numel()))):
+        if start == stop:
+            continue
+        if rank == ranks.rank:
+            bits = torch.stack([packed(mask) for mask in own[name]])
+        else:
+            bits = torch.empty(2, -(-(stop - start) // 8), dtype=torch.uint8, device="cpu")
+        sent, size = ranks.ranks.sent(rank, bits), torch.Size([stop - start])
+        parts.append(torch.stack([unpacked(mask, size) for mask in sent]))
+    return Masks(*torch.cat(parts, 1).view(2, *shape))
 
 
 def _shared(ranks: Owners, weights: CompactWeights) -> CompactWeights:
     """Return weights with what the forward pass reads as the owners have it."""
-    return with_active(weights, ranks.shared(active(weights)))
+    return with_active(weights, ranks.shared(active(weights), weights.held))
 
 
-def _compact(state: TrainState) -> CompactWeights:
-    if not isinstance(state.weights, CompactWeights):
-        raise ValueError(DENSE)
-    return state.weights
-
-
-def _present(slots: dict[str, Tensors], empty: dict[str, Tensors]) -> dict[str, Tensors]:
-    """Return slots, with empty ones in the place of those of other ranks."""
-    return {
+def _present(state: TrainState, empty: dict[str, Tensors]) -> dict[str, Tensors]:
+    """Return the slots that are here, with empty ones in the place of those of other ranks."""
+    here = {
         kind: {n: empty[kind][n] if slot.is_meta else slot for n, slot in tree.items()}
-        for kind, tree in slots.items()
+        for kind, tree in state.optimizer.slots.items()
+    }
+    for name, part in state.split.items():
+        for kind, slot in part.slots.items():
+            here[kind][name] = slot
+    return here
+
+
+def _parts(before: dict[str, Part], after: dict[str, Tensors]) -> dict[str, Part]:
+    """Return the parts of this rank with their slots after a step."""
+    return {
+        name: changed(part, slots={kind: after[kind][name] for kind in part.slots})
+        for name, part in before.items()
     }
 
 

@@ -18,7 +18,10 @@ from topkast_func.distributed.ranks import Ranks
 from topkast_func.files.container import damage_of
 from topkast_func.files.drafts import path_of
 from topkast_func.training.checkpoint import agreed, put_together, taken_apart
+from topkast_func.training.in_ranges import up_to_date
 from topkast_func.training.optim import Optimizer, check_optimizer
+from topkast_func.training.pieces import with_pieces, without_pieces
+from topkast_func.training.split import check_parts
 from topkast_func.training.state import TrainState, check_state
 from topkast_func.training.stored import stored
 from topkast_func.types import Model, Tensors
@@ -112,10 +115,12 @@ def _saving(
     ranks, step = Ranks(process_group or world()), int(state.step)
 
     def taken() -> tuple[dict[str, Any], Tensors]:
-        header, tensors = taken_apart(state, config)
+        header, tensors = with_pieces(ranks, state, ranges, *taken_apart(state, config))
         return header, staged(state, tensors)
 
     with ranks.waiting(f"in save_sharded at step {step}"):
+        check_parts(ranks, state)
+        ranges = up_to_date(ranks, state)
         header, tensors = ranks.attempted(taken)
         return in_background(ranks, lambda own: write(own, place, step, header, tensors, keep))
 
@@ -178,7 +183,7 @@ def load_sharded(
     def put() -> TrainState:
         own = agreed(path, header, config)
         with damage_of(path):
-            parts = stored(header, tensors)
+            parts = stored(header, without_pieces(header, tensors))
         return put_together(path, parts, own, model, optimizer, device, theta_device)
 
     with ranks.waiting("in load_sharded"):

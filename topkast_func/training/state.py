@@ -23,6 +23,22 @@ Tree = TypeVar("Tree")
 Storage: TypeAlias = Literal["compact", "dense"]
 
 
+class Part(NamedTuple):
+    """What a rank has of a parameter that all ranks divide, as equal parts in their order.
+
+    Attributes:
+        place: Number of the rank, and how many there are, int64, [2], on the CPU.
+        theta: θ as it was at the last refresh, a range of its flat entries; [0] of a dense
+            parameter.
+        slots: Slots of the optimiser by kind, a range of the flat values of B, or of a dense
+            parameter.
+    """
+
+    place: Tensor
+    theta: Tensor
+    slots: Tensors
+
+
 class TrainState(NamedTuple):
     """All that the next step needs, as tensors.
 
@@ -40,6 +56,8 @@ class TrainState(NamedTuple):
             trained as φ of powerpropagation; empty where θ itself is trained.
         narrow: By name an empty tensor of the dtype that the forward pass computes in, for each
             parameter of which θ is kept in a wider one; see ``master`` of `init_state`.
+        split: By name what this rank has of the parameters that all ranks divide; empty but for
+            what a step of ``make_train_step(..., shard="owners")`` returns.
     """
 
     step: Tensor
@@ -51,6 +69,7 @@ class TrainState(NamedTuple):
     optimizer: OptimizerState
     exponents: Tensors
     narrow: Tensors
+    split: dict[str, Part] = {}  # noqa: RUF012  # nobody writes to a state
 
     def __repr__(self) -> str:
         """Print what it consists of, in a few lines."""
@@ -96,9 +115,10 @@ def _counts(counter: object) -> bool:
 
 
 def elsewhere(state: TrainState) -> list[str]:
-    """Name the parameters that other processes own: those with a tensor on the meta device."""
+    """Name the parameters that other processes own, or own parts of."""
     trees = (state.weights.theta, *state.optimizer.slots.values())
-    return list({n: None for tree in trees for n, tensor in tree.items() if tensor.is_meta})
+    away = {n: None for tree in trees for n, tensor in tree.items() if tensor.is_meta}
+    return list(away | dict.fromkeys(state.split))
 
 
 def check_at_hand(state: TrainState) -> None:

@@ -96,11 +96,15 @@ def make_train_step(
     and where a state is not the one that the step before returned.
 
     With ``shard="owners"`` one rank owns each tensor: it alone has slots and θ outside A, and sends
-    α and the sets to the others. None is split: the largest bounds what is spared, and `plan` names
-    it. The step takes a whole state or the part of its rank, and returns the part: `forward_params`
-    and `masks_of` read it, `save_sharded` writes it, `gather` returns the whole. Of what an owner
-    alone has, θ outside B is checked as often as the rest; values of B∖A and slots, which change at
-    every step, are not: a bit that flips there is seen by nobody.
+    α and the sets to the others. Where a rank would have over a tenth more entries than its share,
+    its largest tensor is split: each rank has equal parts of θ and of the slots, the sets are those
+    of the whole. Not split are sparse tensors with blocks, N:M sets, ``penalty="group_l2"`` or a
+    method that does not rank by magnitude alone (of those here `topkast`, `gmp` and `ste` do):
+    the largest then bounds what is spared, and `plan` names it. The step takes a whole state or the
+    part of its rank, and returns the part: `forward_params` and `masks_of` read it, `save_sharded`
+    writes it, `gather` returns the whole. Of what an owner alone has, θ outside B is checked as
+    often as the rest; values of B∖A and slots, which change at every step, are not: a bit that
+    flips there is seen by nobody.
 
     Args:
         model: A module, in the training or evaluation mode it has at the call, or a pure
@@ -122,8 +126,8 @@ def make_train_step(
         samples: ``samples(batch)``, how much a batch counts: how many tokens a loss is the mean
             of, say. None for the length of the first axis of its tensors.
         shard: "owners" to spare memory, in compact storage; None for all of a state on each rank.
-            What an optimiser of your own computes of several parameters together is then of those
-            of the rank; `clip_by_global_norm` clips by all.
+            What an optimiser of your own computes of several entries together, such as a norm, is
+            then of those of the rank; `clip_by_global_norm` clips by all.
 
     Returns:
         The step. It raises TypeError where the loss is no 0-d tensor, ValueError where the
@@ -164,7 +168,7 @@ def make_train_step(
     given = {"optimizer": repr(optimizer), "engine": engine, "compile": options}
     about = {"config": described(vars(config)), **given}
     ranks = data_parallel(process_group, mesh, samples, shard, model, about)
-    criterion, way = loss_fn, way_of(ranks)
+    criterion, way = loss_fn, way_of(ranks, config)
     loss_fn = ranks.fed(criterion)
     layers = alone_with(model, partial(stand_ins, model, engine))
     check = alone_with(model, partial(agreement, model, config, optimizer))

@@ -7,7 +7,8 @@ from typing import NamedTuple
 from topkast_func.config import TopKastConfig
 from topkast_func.distributed.owners import Owners
 from topkast_func.distributed.parallel import Alone
-from topkast_func.training.owned import compared, owned_update_of, part, refresh_by_owners
+from topkast_func.training.owned import owned_update_of, refresh_by_owners
+from topkast_func.training.parts import compared, part
 from topkast_func.training.refresh import refresh
 from topkast_func.training.state import TrainState, check_at_hand
 from topkast_func.training.update import Moved, update_of
@@ -30,11 +31,11 @@ class Way(NamedTuple):
     refresh: Callable[[TrainState, TopKastConfig, Params | None], TrainState]
 
 
-def way_of(ranks: Alone) -> Way:
-    """Return the way of a group of ranks."""
+def way_of(ranks: Alone, config: TopKastConfig) -> Way:
+    """Return the way of a group of ranks that train by a configuration."""
     if isinstance(ranks, Owners):
         chosen = partial(refresh_by_owners, ranks)
-        return Way(partial(part, ranks), partial(compared, ranks), owned_update_of, chosen)
+        return Way(partial(part, ranks, config), partial(compared, ranks), owned_update_of, chosen)
     return Way(_whole, _all, update_of, refresh)
 
 

@@ -31,7 +31,9 @@ def global_norm(tensors: Params) -> Tensor:
     """
     norms = torch.stack([torch.linalg.vector_norm(wide(tensor)) for tensor in tensors.values()])
     total = _ELSEWHERE.total
-    norm: Tensor = torch.linalg.vector_norm(norms if total is None else total(norms))
+    if total is not None:  # in float64 the root of a square is the number itself
+        norms = total(norms.double().square()).sqrt().to(norms.dtype)
+    norm: Tensor = torch.linalg.vector_norm(norms)
     return norm
 
 
@@ -39,7 +41,7 @@ def global_norm(tensors: Params) -> Tensor:
 def summed_by(total: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let `global_norm` be that of the tensors of several processes, in this thread, for a while.
 
-    Each tensor has its entries on one of them, and none on the others.
+    Each entry of a tensor is on one of them.
 
     Args:
         total: Returns the sum of a tensor over the processes.
