@@ -77,11 +77,17 @@ def sparse_linear(
     turn = spelled_out if fused or x.numel() < LITTLE else at_once
     packed = pack(x.reshape(batch, x.shape[-1]), turn)
     multiply = transposed_product if transposed else product
-    y = unpack(multiply(name, values, packed, flattened(pattern), out_features, 0), batch, turn)
-    y = y.reshape(*x.shape[:-1], out_features)
+    added, bias = (bias, None) if _takes(name, values, bias) else (None, bias)
+    y = multiply(name, values, packed, flattened(pattern), out_features, 0, added)
+    y = unpack(y, batch, turn).reshape(*x.shape[:-1], out_features)
     y = y if bias is None else y + bias
     cast = autocast and y.dtype == torch.float32
     return y.to(torch.get_autocast_dtype(device)) if cast else y
+
+
+def _takes(name: str, values: Tensor, bias: Tensor | None) -> bool:
+    """Return whether an engine adds a bias to its sums, before they are rounded."""
+    return name == "triton" and bias is not None and bias.dtype == values.dtype
 
 
 def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: int) -> Layer:
