@@ -14,6 +14,7 @@ them, 2 bytes, and take a kernel for each activation.
 """
 
 import os
+from inspect import signature
 from typing import Any
 
 import torch
@@ -126,7 +127,9 @@ def _precision(x: Tensor) -> str:
 
 def _tuned(names: list[str], ways: list[triton.Config]) -> Any:
     """Let Triton take the fastest of a few ways at the first call for each of what is named."""
-    return triton.autotune(ways[-1:] if _INTERPRETED else ways, names)
+    kept = "cache_results" in signature(triton.autotune).parameters  # on disk; in old ones it isn't
+    options = {"cache_results": True} if kept else {}
+    return triton.autotune(ways[-1:] if _INTERPRETED else ways, names, **options)
 
 
 @_tuned(
