@@ -180,6 +180,7 @@ def test_dense_products_are_made_on_the_device(
     for_values, for_x = vjp(g)
     assert not WAITS
     assert {(p.dtype, p.device.type) for p in places} == {(torch.int32, device.type)}
+    assert [p.shape[0] for p in places] == [pattern.active_count, pattern.exploring_count]
     assert same((y, for_x), (on_cpu(x) @ case.alpha.T, on_cpu(g) @ case.alpha))
     assert same((for_values,), (case.gathered(on_cpu(g).T @ on_cpu(x)),))
 

@@ -8,11 +8,13 @@ are differentiated as those of B, whichever of them A is (Top-KAST, NeurIPS 2020
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from topkast_func.kernels.dense import Flat
 from topkast_func.kernels.engines import engine as engine_of
 from topkast_func.kernels.library import Gradient, define, one_by_one
-from topkast_func.kernels.pattern import block_of, nested, placed
+from topkast_func.kernels.pattern import block_of, flat, nested, placed
 from topkast_func.kernels.shifted import index_of, multiplied, transposed_multiplied
 
 
@@ -97,6 +99,9 @@ class _WeightGradient(Gradient):
 
 def _matrix(values: Tensor, index: list[Tensor], shape: tuple[int, int]) -> Tensor:
     """Return the dense matrix of values, those of B∖A too; of a kernel, a column for each tap."""
+    if isinstance(sets := index_of(index, 0), Flat):
+        exploring = flat(sets.exploring, block_of(values), shape)
+        return placed(values, torch.cat((sets.active, exploring)), shape)
     rows, columns = shape[0], index[7].numel() if index[7:] else shape[1]
     places = nested(index[:7]).flat_index(block_of(values), (rows, columns))
     return placed(values, places, (rows, columns))
