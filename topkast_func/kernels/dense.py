@@ -1,7 +1,7 @@
 """Products with the densified weight: what a sparse product must beat.
 
 On a device the three of a layer share where the values of A stand, 4 bytes of each from the forward
-to the backward pass: to find out moves 24 bytes of each, in three kernels.
+to the backward pass: to find out moves 24 bytes of each.
 """
 
 from typing import NamedTuple
