@@ -13,7 +13,7 @@ SLOW = (
     "tests/distributed/",
     "tests/integrations/",
     "tests/kernels/test_numba_cpu.py",
-    "tests/kernels/test_triton.py",
+    "tests/kernels/test_triton.py::test_the_kernels",
     "tests/test_benchmarks.py",
     "tests/test_checkpoint.py::test_a_process_killed",
     "tests/test_compact.py::test_dynamic_shapes",

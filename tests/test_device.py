@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import topkast_func as tk
-from tests import pretend
-from tests.kernels.problems import Problem, integers, problem, problems
+from tests import on_device, pretend
+from tests.kernels.drawn import problems
+from tests.kernels.problems import Problem, integers, problem
+from tests.on_device import METHODS, batch, config_of, mse, network, run, sparsified, step_of
 from tests.pretend import DEVICE, WAITS, Pretended, on_cpu, pretending
-from tests.storage import STORAGES
 from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.kernels import dense, pattern_of, sparse_linear
 from topkast_func.kernels.pattern import flat, flattened
@@ -32,27 +33,8 @@ from topkast_func.testing import weights
 from topkast_func.training import update
 
 READ = pretend.Wait("places.counted", "_to_copy")
-METHODS = [
-    tk.topkast(),
-    tk.topkast("threshold"),
-    tk.topkast("value", exchange=None),
-    tk.random_backward(),
-    tk.ste(),
-    tk.gmp(0, 4, 2),
-    tk.static(),
-    tk.set(),
-    tk.rigl(),
-]
-CROSSED = (tk.topkast(), tk.rigl())
-OPTIMIZERS = [
-    tk.sgd(0.1, momentum=0.9),
-    tk.adamw(lambda step: 0.1 / (1 + step)),
-    tk.lion(torch.tensor(0.01)),
-    tk.chain(tk.clip_by_global_norm(1.0), tk.adam(0.01)),
-    tk.multi_steps(tk.sgd(0.1), 2),
-    tk.partition({"*bias": tk.sgd(0.1), "*": tk.adam(0.01)}),
-]
-Run = tuple[tk.TrainState, tk.StepMetrics]
+STEADY = [method for method in METHODS if not config_of(method).schedule.starts]
+"""Their sparsities do not change."""
 
 
 @pytest.fixture
@@ -66,96 +48,23 @@ def there(tree: Any) -> Any:
     return tuple(tensor.to(DEVICE) for tensor in tree)
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    layers = (nn.Linear(60, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1))
-    return nn.Sequential(nn.Conv1d(1, 4, 5), nn.Flatten(), nn.Linear(48, 60), *layers)
-
-
-def mse(apply: Any, batch: Any) -> Tensor:
-    return nn.functional.mse_loss(apply(batch[0]), batch[1])
-
-
-def batch(where: torch.device | str) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x, y = (torch.randn(8, *n, generator=generator) for n in ((1, 16), (16,)))
-    return x.to(where), y.to(where)
-
-
-def config_of(method: tk.Method, **options: Any) -> tk.TopKastConfig:
-    return tk.TopKastConfig(0.75, 0.5, refresh_every=2, explore_until=5, method=method, **options)
-
-
-def step_of(model: nn.Module, config: tk.TopKastConfig, optimizer: tk.Optimizer) -> Any:
-    """Make a step that sums in one order on every device."""
-    return tk.make_train_step(model, mse, config, optimizer, compile=False, engine="reference")
-
-
-def run(
-    where: torch.device | str,
-    config: tk.TopKastConfig,
-    optimizer: tk.Optimizer,
-    steps: int = 6,
-    **options: Any,
-) -> Run:
-    """Train a network on a device; refreshes come before steps 2 and 4, the end at 5."""
-    model = network().to(where)
-    state = tk.init_state(model, config, optimizer, **options)
-    train_step = step_of(model, config, optimizer)
-    for _ in range(steps):
-        state, metrics = train_step(state, batch(where))
-    return state, metrics
-
-
 def same(one: Any, other: Any) -> bool:
     pairs = zip(tree_leaves(on_cpu(one)), tree_leaves(on_cpu(other)), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def elsewhere(tree: Any) -> int:
-    """Count the tensors of more than a number that are not on the device."""
-    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.ndim]
-    return sum(not isinstance(leaf, Pretended) for leaf in leaves)
-
-
 # Training.
 
 
-def cases(methods: list[tk.Method]) -> pytest.MarkDecorator:
-    """Parametrise by pairs: every method with each storage and each pattern, some with all."""
-    apart = [("compact", None), ("dense", "1:4")]
-    crossed = [("compact", "1:4"), ("dense", None)]
-    found = [(m, *pair) for m in methods for pair in apart + crossed * (m in CROSSED)]
-    return pytest.mark.parametrize(("method", "storage", "pattern"), found)
+@pytest.mark.parametrize("name", [name for name, _ in on_device.checks(DEVICE)])
+def test_on_the_device(name: str, device: torch.device) -> None:
+    dict(on_device.checks(device))[name]()
 
 
-@cases(METHODS)
-def test_training_is_that_of_the_cpu(method: tk.Method, storage: str, pattern: str | None) -> None:
-    config, optimizer = config_of(method, pattern=pattern), tk.adam(0.01)
-    expected = run("cpu", config, optimizer, storage=storage)
-    with pretending() as device:
-        found = run(device, config, optimizer, storage=storage)
-        assert elsewhere(found) == 0
-    assert same(found, expected)
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
-def test_every_optimizer_stays_on_the_device(optimizer: tk.Optimizer, storage: str) -> None:
-    expected = run("cpu", config_of(tk.topkast()), optimizer, storage=storage)
-    with pretending() as device:
-        found = run(device, config_of(tk.topkast()), optimizer, storage=storage)
-        assert elsewhere(found) == 0
-    assert same(found, expected)
-
-
-@pytest.mark.parametrize("options", [{"block_shape": (4, 4), "keep_dense": "0.weight"}, {}])
-@pytest.mark.parametrize("powerprop", [1.0, 2.0])
-def test_blocks_and_powers_stay_on_the_device(options: Any, powerprop: float) -> None:
-    config = config_of(tk.topkast(), powerprop=powerprop, **options)
-    expected = run("cpu", config, tk.adam(0.01))
-    with pretending() as device:
-        assert same(run(device, config, tk.adam(0.01)), expected)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_device, "COMPILE", {"backend": "aot_eager"})
+    on_device.check_steps(torch.device("cpu"), "compact", 1, dtype)
 
 
 def test_numbers_reach_a_graph_on_its_device(device: torch.device) -> None:
@@ -178,7 +87,7 @@ def test_numbers_reach_a_graph_on_its_device(device: torch.device) -> None:
 def test_numbers_stay_on_the_host_for_values_on_several_devices(device: torch.device) -> None:
     state = tk.init_state(network(), config_of(tk.topkast()), tk.sgd(0.1))
     values = dict(state.weights.values())
-    values["4.bias"] = values["4.bias"].to(device)
+    values["5.bias"] = values["5.bias"].to(device)
     rate = torch.tensor(0.1, dtype=torch.float64)
     for held, expected in ((values, rate), (state.weights.values(), rate.reshape(1))):
         weights = state.weights._replace(held=held)  # type: ignore[call-arg]
@@ -186,11 +95,10 @@ def test_numbers_stay_on_the_host_for_values_on_several_devices(device: torch.de
         assert same((update._number(place, rate),), (expected,))
 
 
-STEADY = [method for method in METHODS if not config_of(method).schedule.starts]
-"""Their sparsities do not change."""
-
-
-@cases(STEADY)
+@pytest.mark.parametrize(
+    ("method", "storage", "pattern"),
+    [(method, *kind) for method in STEADY for kind in on_device.kinds(method)],
+)
 def test_the_host_waits_for_sizes_alone(
     method: tk.Method, storage: Any, pattern: str | None, device: torch.device
 ) -> None:
@@ -240,9 +148,9 @@ def test_nan_is_refused_on_the_device_too(method: tk.Method, device: torch.devic
     config = config_of(method)
     state, _ = run(device, config, tk.sgd(0.1), steps=1)
     values = dict(state.weights.values())
-    values["2.weight"] = values["2.weight"] * torch.nan
+    values["3.weight"] = values["3.weight"] * torch.nan
     broken = state._replace(weights=state.weights._replace(held=values))  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match=r"params\['2.weight'\] holds NaN"):
+    with pytest.raises(ValueError, match=r"params\['3.weight'\] holds NaN"):
         tk.refresh(broken, config)
 
 
@@ -272,6 +180,7 @@ def test_dense_products_are_made_on_the_device(
     for_values, for_x = vjp(g)
     assert not WAITS
     assert {(p.dtype, p.device.type) for p in places} == {(torch.int32, device.type)}
+    assert [p.shape[0] for p in places] == [pattern.active_count, pattern.exploring_count]
     assert same((y, for_x), (on_cpu(x) @ case.alpha.T, on_cpu(g) @ case.alpha))
     assert same((for_values,), (case.gathered(on_cpu(g).T @ on_cpu(x)),))
 
@@ -401,62 +310,15 @@ def test_a_method_that_chooses_too_many_is_named() -> None:
 # Reading, files and the facade.
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-def test_a_state_is_read_saved_and_loaded(storage: str, tmp_path: Path) -> None:
-    config, optimizer = config_of(tk.topkast()), tk.adam(0.01)
-    expected, _ = run("cpu", config, optimizer, steps=3, storage=storage)
-    with pretending() as device:
-        state, _ = run(device, config, optimizer, steps=3, storage=storage)
-        for read in (tk.dense_params, tk.forward_params, tk.masks_of):
-            assert elsewhere(read(state)) == 0
-            assert same(read(state), read(expected))
-        tk.save(state, tmp_path / "state", config)
-        loaded = tk.load(tmp_path / "state", model=network(), optimizer=optimizer, device=device)
-        assert elsewhere(loaded) == 0
-        assert same(tk.dense_params(loaded), tk.dense_params(expected))
-        assert same(loaded.optimizer, expected.optimizer)
-        model = network().to(device)
-        train_step = step_of(model, config, optimizer)
-        (after, metrics), (other, told) = (
-            train_step(start, batch(device)) for start in (loaded, state)
-        )
-        assert same(tk.dense_params(after), tk.dense_params(other))
-        assert same(metrics, told)
-        assert tk.summary(state).rows
-        assert tk.explain(state)
-
-
-def sparsified(where: torch.device | str, config: tk.TopKastConfig, steps: int) -> tk.Sparsifier:
-    model = network().to(where)
-    sparsifier = tk.sparsify(model, config, engine="reference")
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    x, y = batch(where)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = nn.functional.mse_loss(model(x), y) + sparsifier.penalty()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        WAITS.clear()
-        sparsifier.step()
-    return sparsifier
-
-
-@pytest.mark.parametrize("method", [tk.topkast(), tk.rigl()], ids=str)
-def test_an_ordinary_loop_stays_on_the_device(method: tk.Method) -> None:
-    config = config_of(method)
-    expected = sparsified("cpu", config, 4)
-    with pretending() as device:
-        found = sparsified(device, config, 4)
-        assert same(found.model.state_dict(), expected.model.state_dict())
-        weights = len(found.masks())
-        assert {wait.where for wait in WAITS} <= {"places.counted", "facade/derived.same"}
-        assert len(WAITS) <= 2 + 2 * weights
-        tk.densify(found.model)
-
-
-def test_an_ordinary_step_waits_for_nothing(device: torch.device) -> None:
-    sparsified(device, config_of(tk.topkast()), 3)
+@pytest.mark.parametrize("method", on_device.CROSSED, ids=str)
+def test_an_ordinary_loop_waits_for_the_sizes_of_new_sets_alone(
+    method: tk.Method, device: torch.device
+) -> None:
+    sparsified(device, config_of(method), 3, WAITS.clear)
     assert not WAITS
+    sparsifier = sparsified(device, config_of(method), 4, WAITS.clear)
+    assert {wait.where for wait in WAITS} <= {"places.counted", "facade/derived.same"}
+    assert len(WAITS) <= 2 + 2 * len(sparsifier.masks())
 
 
 # What it is made of.

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, products
+from benchmarks import gpu
+from tests import on_device
+from tests.kernels import problems
 from topkast_func.kernels import engines
 
 FEW = """
@@ -29,27 +31,24 @@ def run(program: str) -> "subprocess.CompletedProcess[str]":
 @pytest.fixture(autouse=True)
 def _without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do as if what is asked of CUDA were done."""
-    for name in ("set_sync_debug_mode", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20)
-    monkeypatch.setattr(gpu, "COMPILE", {"backend": "aot_eager"})
-
-
-def test_what_is_checked_is_right_here() -> None:
-    for dtype in products.ROUNDING:
-        gpu.check_products("cpu", dtype, 16, 5)
-    gpu.check_sets("cpu")
-    gpu.check_training("cpu", "compact", 32, torch.float32)
-    names = [name for name, _ in gpu.checks("cpu")]
-    assert len(names) == len({*names}) == 12
 
 
 def test_a_wrong_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = engines.engine("reference")
-    wrong = right._replace(weight_gradient=lambda *given: 1.01 * right.weight_gradient(*given))
-    monkeypatch.setattr(engines, "engine", {"reference": wrong}.get)
-    with pytest.raises(ArithmeticError, match=r"wrong by 1.0e-02"):
-        gpu.check_products("cpu", torch.float32, 16, 5)
+    right = engines.engine("dense")
+    wrong = right._replace(weight_gradient=lambda *given: 2 * right.weight_gradient(*given))
+    known = {"dense": wrong, "reference": engines.engine("reference")}
+    monkeypatch.setattr(problems, "engine", known.get)
+    with pytest.raises(AssertionError, match="not equal"):
+        on_device.check_products(torch.device("cpu"), torch.float32, 16, 5)
+
+
+def test_another_number_or_set_is_found() -> None:
+    ones = torch.ones(3)
+    for expected in (ones + 1e-6, ones.double(), ones > 0, torch.tensor([1.0, 1.0, torch.nan])):
+        with pytest.raises(AssertionError):
+            on_device.same((ones,), (expected,))
 
 
 def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +72,14 @@ def test_a_run_keeps_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
-    monkeypatch.setattr(gpu, "checks", lambda _: [("a", fail), ("b", lambda: None)])
+    monkeypatch.setattr(on_device, "checks", lambda _: [("a", fail)])
+    monkeypatch.setattr(on_device, "compiled_checks", lambda _: [("b", lambda: None)])
     monkeypatch.setattr(gpu, "measurements", lambda _: [("c", lambda: {"ms": 1.0})])
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "gpu.json")])
     gpu.main()
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert kept["device"] == "some GPU"
+    assert kept["entries"][0].pop("where")[-1].startswith("fail, line ")
     told = [{k: v for k, v in entry.items() if k != "seconds"} for entry in kept["entries"]]
     failed = {"name": "a", "error": "RuntimeError: no kernel"}
     assert told == [failed, {"name": "b", "right": True}, {"name": "c", "ms": 1.0}]
@@ -99,10 +100,13 @@ def test_it_runs_with_few_packages() -> None:
 import torch
 from benchmarks import gpu
 import topkast_func as tk
-gpu.check_products("cpu", torch.float32, 16, 5)
+from tests import on_device
+for name, check in on_device.checks(torch.device("cpu")):
+    if not name.startswith(("training", "optimizer")):
+        check()
 model, config, optimizer = torch.nn.Linear(8, 8), tk.TopKastConfig(), tk.adamw()
 state = tk.init_state(model, config, optimizer)
-step = tk.make_train_step(model, gpu.energy, config, optimizer, compile=False)
+step = tk.make_train_step(model, on_device.energy, config, optimizer, compile=False)
 print(int(step(state, torch.ones(2, 8))[0].step))
 """
     done = run(program)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.problems import Problem, problem, problems
+from tests.kernels.drawn import problems
+from tests.kernels.problems import Problem, problem
 from topkast_func.model.alpha import alpha, merge, split
 from topkast_func.places import places_apart
 from topkast_func.storage import index

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch.func import grad, vmap
+from torch.utils._pytree import tree_leaves
 
 from tests.kernels.problems import check_products, integers, problem
 from tests.kernels.test_derivatives import (
     by_forward_over_reverse,
+    by_jvp,
     by_reverse_over_forward,
     dense,
     ours,
@@ -54,9 +56,12 @@ def test_large_blocks_are_cut_into_tiles() -> None:
     check_products("triton", problem((256, 64), grid=(1, 2), densities=(2.0, 2.0)), 2)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("way", [by_func, by_compiled_func, by_backward, by_compiled_backward])
-def test_the_gradient_is_the_dense_one_at_alpha_on_b(way: Callable[[Case], Gradients]) -> None:
-    case = Case("triton", (16, 16), torch.float32)
+def test_the_gradient_is_the_dense_one_at_alpha_on_b(
+    way: Callable[[Case], Gradients], transposed: bool
+) -> None:
+    case = Case("triton", (16, 16), torch.float32, transposed)
     for found, expected in zip(way(case), case.gradients(), strict=True):
         assert torch.equal(found, expected)
 
@@ -78,9 +83,45 @@ def test_gradients_per_sample() -> None:
     assert torch.equal(for_x, expected[1])
 
 
-@pytest.mark.parametrize("way", [by_forward_over_reverse, by_reverse_over_forward])
-def test_second_derivatives_are_those_of_a_dense_layer(way: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_bias_is_added_before_sums_are_rounded(transposed: bool) -> None:
+    case = Case("triton", (16, 16), HALF, transposed)
+    alpha = case.given.alpha if transposed else case.given.alpha.T
+    bias, x = integers(2 * alpha.shape[1], dtype=HALF)[::2], 37 * case.x
+    exact = (x.double() @ alpha.double()).to(HALF), (x.double() @ alpha.double() + bias).to(HALF)
+    assert not torch.equal(exact[0] + bias, exact[1])
+    assert torch.equal(case(case.given.values, x, bias), exact[1])
+
+
+def test_a_bias_of_another_dtype_is_added_as_torch_adds_it() -> None:
+    case = Case("triton", (16, 16), HALF)
+    y = case(case.given.values, case.x, case.bias.float())
+    assert y.dtype == torch.float32
+    assert torch.equal(y, case(case.given.values, case.x, case.bias).float())
+
+
+@pytest.mark.parametrize("dims", [(None, None, 0), (None, 0, 0), (0, 1, 0), (None, 0, None)])
+def test_biases_per_sample(dims: tuple[int | None, ...]) -> None:
     case = Case("triton", (16, 16), torch.float32)
+    leaves = [
+        leaf if dim is None else torch.stack((leaf, -leaf, 2 * leaf), dim)
+        for leaf, dim in zip(case.leaves, dims, strict=True)
+    ]
+    of_loss = grad(case.loss, argnums=(0, 1, 2))
+    for function in (case, of_loss):
+        found = tree_leaves(vmap(function, in_dims=dims)(*leaves))
+        for i in range(3):
+            pairs = zip(leaves, dims, strict=True)
+            one = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in pairs]
+            assert all(map(torch.equal, (f[i] for f in found), tree_leaves(function(*one))))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("way", [by_jvp, by_forward_over_reverse, by_reverse_over_forward])
+def test_other_derivatives_are_those_of_a_dense_layer(
+    way: Callable[..., Any], transposed: bool
+) -> None:
+    case = Case("triton", (16, 16), torch.float32, transposed)
     case.leaves = (case.given.values / 64, case.x / 64, case.bias)
     torch.testing.assert_close(way(ours(case), *case.leaves), way(dense(case), *case.leaves))
 

@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from tests import reference
@@ -46,6 +44,13 @@ class Problem(NamedTuple):
         taken = matrix.flatten()[self.order]
         return taken.flatten() if self.block == (1, 1) else taken.view(-1, *self.block)
 
+    def on(self, device: torch.device) -> "Problem":
+        """Return the problem on another device."""
+        theta, forward, backward, order = (
+            tensor.to(device) for tensor in (self.theta, self.forward, self.backward, self.order)
+        )
+        return Problem(theta, forward, backward, self.block, order)
+
     @property
     def values(self) -> Tensor:
         return self.gathered(self.theta)
@@ -84,17 +89,6 @@ def problem(
             mask[1], mask[:, 2] = False, False
         active[0, 0], active[0, 1], chosen[0, 1] = True, False, True
     return problem_of(active, chosen, block, dtype)
-
-
-@st.composite
-def problems(draw: st.DrawFn, blocks: list[tuple[int, int]] | None = None) -> Problem:
-    """Problems of any sets of blocks, none of them and all of them included; A is not empty."""
-    block = draw(st.sampled_from(blocks or [(1, 1), (2, 1), (1, 3), (2, 2)]))
-    grid = (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
-    sets = hnp.arrays(np.bool_, grid, elements=st.booleans())
-    active, chosen = (torch.from_numpy(draw(sets | st.just(np.ones(grid, bool)))) for _ in "AB")
-    active[draw(st.integers(0, grid[0] - 1)), draw(st.integers(0, grid[1] - 1))] = True
-    return problem_of(active, chosen, block, draw(st.sampled_from(DTYPES)))
 
 
 def products(name: str, given: Problem, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tests.kernels.drawn import problems
 from tests.kernels.problems import (
     BATCHES,
     BLOCKS,
@@ -24,7 +25,6 @@ from tests.kernels.problems import (
     check_products,
     integers,
     problem,
-    problems,
     products,
 )
 from topkast_func.kernels import llvm, numba_cpu, sparse_linear, threads

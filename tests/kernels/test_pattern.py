@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.problems import Problem, integers, problem, problems
+from tests.kernels.drawn import problems
+from tests.kernels.problems import Problem, integers, problem
 from topkast_func.kernels import pattern, pattern_of
 from topkast_func.kernels.pattern import BlockRows, block_of, flat
 

@@ -5,15 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.problems import (
-    BATCHES,
-    BLOCKS,
-    DTYPES,
-    Problem,
-    check_products,
-    problem,
-    problems,
-)
+from tests.kernels.drawn import problems
+from tests.kernels.problems import BATCHES, BLOCKS, DTYPES, Problem, check_products, problem
 
 pytestmark = pytest.mark.parametrize("name", ["dense", "reference", "torch_sparse"])
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.problems import Problem, check_products, integers, problem, problems, products
+from tests.kernels.drawn import problems
+from tests.kernels.problems import Problem, check_products, integers, problem, products
 from topkast_func.kernels import reference
 
 

@@ -48,5 +48,5 @@ def sparse_convolution(
     if chosen(engine, changed(described, rows=rows)) != "numba":
         return None
     index = [*flattened(pattern), laid.starts(x.shape[1], x.device)]
-    y = product("shifted_cpu", values, laid.pack(x), index, out_channels, laid.lead)
+    y = product("shifted_cpu", values, laid.pack(x), index, out_channels, laid.lead, None)
     return laid.unpack(y)

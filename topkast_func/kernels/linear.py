@@ -9,6 +9,7 @@ from torch import Tensor
 
 from topkast_func.checks import check_type
 from topkast_func.kernels.costs import Layer
+from topkast_func.kernels.dense import flat_sets, on_device
 from topkast_func.kernels.engines import EngineName, choose, layout
 from topkast_func.kernels.operators import product, transposed_product
 from topkast_func.kernels.pattern import Pattern, block_of, flattened
@@ -77,11 +78,21 @@ def sparse_linear(
     turn = spelled_out if fused or x.numel() < LITTLE else at_once
     packed = pack(x.reshape(batch, x.shape[-1]), turn)
     multiply = transposed_product if transposed else product
-    y = unpack(multiply(name, values, packed, flattened(pattern), out_features, 0), batch, turn)
-    y = y.reshape(*x.shape[:-1], out_features)
+    added, bias = (bias, None) if _takes(name, values, bias) else (None, bias)
+    index = flattened(pattern)
+    if name == "dense" and on_device(values):
+        active, exploring = flat_sets(values, pattern, shape)
+        index = (active, *exploring)
+    y = multiply(name, values, packed, index, out_features, 0, added)
+    y = unpack(y, batch, turn).reshape(*x.shape[:-1], out_features)
     y = y if bias is None else y + bias
     cast = autocast and y.dtype == torch.float32
     return y.to(torch.get_autocast_dtype(device)) if cast else y
+
+
+def _takes(name: str, values: Tensor, bias: Tensor | None) -> bool:
+    """Return whether an engine adds a bias to its sums, before they are rounded."""
+    return name == "triton" and bias is not None and bias.dtype == values.dtype
 
 
 def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: int) -> Layer:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from topkast_func.kernels.pattern import INDEX_LIMIT, Pattern, nested
+from topkast_func.kernels.dense import Flat
+from topkast_func.kernels.pattern import INDEX_LIMIT, BlockRows, Pattern, nested
 from topkast_func.kernels.tiles import VECTOR_BYTES
 
 Pair: TypeAlias = tuple[int, int]
@@ -150,23 +151,27 @@ def _rounded(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-def index_of(tensors: Sequence[Tensor], lead: int) -> Pattern | Shifted:
+def index_of(tensors: Sequence[Tensor], lead: int) -> Pattern | Flat | Shifted:
     """Return the sets of a weight from their tensors, the taps of a kernel last."""
+    if len(tensors) == 3:
+        return Flat(tensors[0], BlockRows(*tensors[1:]))
     pattern, starts = nested(tensors[:7]), tensors[7:]
     return Shifted(pattern, starts[0], lead) if starts else pattern
 
 
-def multiplied(w: Tensor, x: Tensor, sets: Pattern | Shifted) -> Tensor:
+def multiplied(w: Tensor, x: Tensor, sets: Pattern | Flat | Shifted) -> Tensor:
     """Return w·x of activations, whose second axis are features or rows of a tile."""
-    if isinstance(sets, Pattern):
+    if not isinstance(sets, Shifted):
         return torch.einsum("oi,ni...->no...", w, x)
     unfolded = x.flatten(1)[:, _places(x, sets)]
     return functional.pad(torch.einsum("oi,nip->nop", w, unfolded), (sets.lead, 0))
 
 
-def transposed_multiplied(w: Tensor, g: Tensor, sets: Pattern | Shifted, rows: int) -> Tensor:
+def transposed_multiplied(
+    w: Tensor, g: Tensor, sets: Pattern | Flat | Shifted, rows: int
+) -> Tensor:
     """Return wᵀ·g of gradients of so many features or rows; the transpose of `multiplied`."""
-    if isinstance(sets, Pattern):
+    if not isinstance(sets, Shifted):
         return torch.einsum("oi,no...->ni...", w, g)
     unfolded = torch.einsum("oi,nop->nip", w, g[:, :, sets.lead :])
     x = g.new_zeros(g.shape[0], rows * g.shape[2])
