@@ -22,13 +22,14 @@ class _Watch:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.running = self.reports = 0
+        self.running = self.reports = self.graphs = 0
         self.since = self.unreported = self.total = 0.0
         self.told = False
 
     def begin(self, *_: Any) -> None:
         with self.lock:
             self.count()
+            self.graphs += 1
             if not self.told:
                 self.told = True
                 _tell(BEGUN)
@@ -94,6 +95,11 @@ def one_report() -> Iterator[None]:
         with _WATCH.lock:
             _WATCH.reports -= 1
             _WATCH.report()
+
+
+def graphs_begun() -> int:
+    """Return how many graphs this process has begun to compile."""
+    return _WATCH.graphs
 
 
 def compilation_seconds() -> float:

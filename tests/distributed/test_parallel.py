@@ -17,6 +17,7 @@ import topkast_func as tk
 from tests.distributed.processes import results
 from tests.optimizers import EVERY
 from tests.storage import dense_slots
+from topkast_func.compiling import untold
 from topkast_func.distributed.batches import FILLER
 
 ADAM = tk.adamw(lr=0.01)
@@ -83,12 +84,13 @@ def trained(
     cycle: Sizes = UNEVEN,
     shard: Any = None,
     model: Callable[[], nn.Sequential] = network,
+    loss: Any = loss_fn,
 ) -> Trained:
     """Train on the part of a rank, or alone on all."""
     module = model().to(dtype)
     state = tk.init_state(module, config, optimizer, storage=storage)
     together = {} if rank is None else {"process_group": dist.group.WORLD, "shard": shard}
-    step = tk.make_train_step(module, loss_fn, config, optimizer, compile=compile, **together)
+    step = tk.make_train_step(module, loss, config, optimizer, compile=compile, **together)
     numbers, refreshes = [], 0
     for *batch, (first, _) in batches(steps, cycle):
         ends = {None: slice(None), 0: slice(first), 1: slice(first, None)}
@@ -146,6 +148,27 @@ def test_two_ranks_train_as_one_does_with_their_batches_together(
     start = dict(network().double().named_parameters())
     assert all((theta - start[n]).abs().max() > 1e-3 for n, theta in one.theta.items())
     assert_close(second, first, rtol=0.0, atol=0.0)
+
+
+def _interrupted(rank: int) -> list[Trained]:
+    """Let one rank do on the way what may make a turn begin again: draw, compile a kernel."""
+    steps = 0
+
+    def of_one(apply: Callable[..., Tensor], batch: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if rank == 1 and steps > 9:
+            with untold():
+                torch.rand(1)
+        return loss_fn(apply, batch)
+
+    return [trained(rank, shard=shard, loss=of_one) for shard in SHARED]
+
+
+def test_what_one_rank_does_alone_leaves_them_in_step() -> None:
+    for pair in zip(*results(_interrupted), strict=True):
+        for found in pair:
+            assert_close(found, alone("topkast"))
 
 
 BARE = replace(CONFIG, penalty=None)

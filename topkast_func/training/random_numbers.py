@@ -20,10 +20,11 @@ class Draws:
     Args:
         first: What the first work of a kind claims.
         rank: The process of several that does it.
+        alone: Whether there are no others, with whom a turn that begins again would be out of step.
     """
 
-    def __init__(self, first: Claims, rank: int = 0) -> None:
-        self._first, self._rank = first, rank
+    def __init__(self, first: Claims, rank: int = 0, alone: bool = True) -> None:
+        self._first, self._rank, self._alone = first, rank, alone
         self._found: dict[Hashable, bool] = {}
 
     def claims(self, kind: Hashable) -> Claims:
@@ -36,7 +37,7 @@ class Draws:
             The claim.
         """
         found = self._found.get(kind)
-        if found is None:
+        if found is None or not self._alone:
             return self._first
         return RANDOM_NUMBERS if found else NO_RANDOM_NUMBERS
 

@@ -191,7 +191,7 @@ def make_train_step(
     parts = parts_of(model)
     alone_with(model, partial(run_from, 0, hooks([*parts, *parts_of(criterion)])))
     first = RANDOM_NUMBERS if compile is False else EVERYTHING
-    own, draws = claim(parts), Draws(first, ranks.rank)
+    own, draws = claim(parts), Draws(first, ranks.rank, not ranks.several)
     trials = Trials(model, loss_fn)
 
     def anew(state: TrainState, batch: Any, call: Call) -> TrainState:

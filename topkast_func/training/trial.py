@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
 from topkast_func.checks import versions
-from topkast_func.compiling import compilation_seconds
+from topkast_func.compiling import graphs_begun
 from topkast_func.model.alone import parts_of
 from topkast_func.model.modules import CHANGED, bind, tensors_of, ties, unset_buffers
 from topkast_func.training.derivative import HOOKS, without_hooks
@@ -80,7 +80,7 @@ class Trials:
         _check_uncached(self._model)
         if new := mode not in self._tried:
             self._try(mode, state, batch)
-        compiled = compilation_seconds()
+        traced = graphs_begun()
         given = {str(i): leaf for i, leaf in enumerate(_tensors(batch))}
         held = {str(i): leaf for i, leaf in enumerate(_tensors(state) if new else ())}
         before, whole = versions(given), versions(held)
@@ -94,7 +94,7 @@ class Trials:
             raise ValueError(INPUTS)
         if versions(held) != whole:
             raise ValueError(WRITTEN)
-        if compilation_seconds() != compiled and not new:
+        if graphs_begun() != traced and not new:
             self._try(mode, state, batch)
 
     def _try(self, mode: Hashable, state: TrainState, batch: Any) -> None:
