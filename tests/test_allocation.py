@@ -62,6 +62,18 @@ def test_no_weight_at_all_is_an_error_too() -> None:
         select({"bias": torch.zeros(3)}, TopKastConfig())
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (TopKastConfig(pattern="2:4"), r"parameter; pattern='2:4' divides none"),
+        (TopKastConfig(block_shape=(4, 4)), r"parameter; block_shape=\(4, 4\) divides none"),
+    ],
+)
+def test_what_divides_no_weight_is_named(config: TopKastConfig, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        select({"weight": torch.zeros(10, 13)}, config)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -131,6 +131,10 @@ def test_what_no_kernel_computes_is_named_by_family() -> None:
     state = tk.init_state(model, CONFIG, tk.sgd(0.1), storage="dense")
     warned = [note for note in tk.summary(state).notes if "kernel" in note]
     assert warned == ["warning: on no kernel, all of α: storage='dense': *.weight (13)"]
+    half = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
+    warned = [note for note in tk.sparsify(half, CONFIG).summary().notes if "kernel" in note]
+    told = "all of α: numba supports float32 and float64, not bfloat16: *.weight (2)"
+    assert warned == [f"warning: on no kernel, {told}"]
 
 
 def test_rows_and_columns_without_an_entry_are_counted() -> None:

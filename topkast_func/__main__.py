@@ -3,8 +3,9 @@
 import argparse
 import json
 import math
+import signal
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,21 +53,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.overwrite and any((out / name).exists() for name in FILES):
         parser.error(f"{out} holds an earlier run: name another folder by --out, or --overwrite it")
     runs: dict[str, Run] = {}
-    written: list[str] = []
-    with suppress(KeyboardInterrupt):
-        _train(runs, options, config)
-    if not is_first():
-        return
-    with suppress(KeyboardInterrupt):
+    with _interrupted_once():
+        with suppress(KeyboardInterrupt):
+            _train(runs, options, config)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not is_first():
+            return
         if runs:
             _report(runs, config)
-            written.extend(_written(out, runs, options, config))
+            _write(out, runs, options, config)
     told = ", ".join(f"{name} {len(run.train_losses)}" for name, run in runs.items())
-    print(f"wrote {', '.join(written) or 'nothing'} to {out}")
-    whole = len(runs) == 1 + options.dense_twin and written == [*FILES]
+    print(f"wrote {', '.join(FILES if runs else ()) or 'nothing'} to {out}")
+    whole = len(runs) == 1 + options.dense_twin
     if not whole or any(run.interrupted for run in runs.values()):
         done = f"of {options.epochs} epochs: {told or 'none'}"
         parser.exit(INTERRUPTED, f"interrupted; {done}\n")
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """Let one Ctrl-C end the training, and none what comes of it and is written after it."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,10 +137,10 @@ def _train(runs: dict[str, Run], options: argparse.Namespace, config: TopKastCon
             break
 
 
-def _written(
+def _write(
     out: Path, runs: dict[str, Run], options: argparse.Namespace, config: TopKastConfig
-) -> Iterator[str]:
-    """Write the results, and name each file when it is there."""
+) -> None:
+    """Write the results."""
     sparse, dense = runs["sparse"], runs.get("dense")
     tk.plots.losses(
         sparse.train_losses,
@@ -133,11 +149,8 @@ def _written(
         best=sparse.best_epoch,
         title=f"{options.job}, {options.method} at {config.forward_sparsity:.0%}: squared error",
     ).savefig(out / FILES[0])
-    yield FILES[0]
     (out / FILES[1]).write_text(json.dumps(_metrics(runs, options, config), indent=2) + "\n")
-    yield FILES[1]
     save(sparse.state, out / FILES[2], config)
-    yield FILES[2]
 
 
 def _metrics(

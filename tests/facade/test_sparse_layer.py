@@ -380,6 +380,16 @@ def test_deferred_initialisation(case: Case) -> None:
         _train(model, sparsifier, 4, inputs)
 
 
+def test_a_module_without_data_is_assigned_a_plain_state_dict() -> None:
+    plain, model = (nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)) for _ in range(2))
+    handle = tk.sparsify(model.to("meta"), tk.TopKastConfig(0.5, 0.25))
+    model.load_state_dict(plain.state_dict(), assign=True)
+    expected = tk.compute_masks(dict(plain.named_parameters()), handle.config)
+    for name, masks in handle.masks().items():
+        assert all(map(torch.equal, masks, expected[name]))
+    assert model(torch.ones(2, 8)).isfinite().all()
+
+
 def test_a_module_without_data_is_sparsified_and_assigned() -> None:
     trained, _ = _sparse(CASES["perceptron"])
     model = perceptron().to("meta")

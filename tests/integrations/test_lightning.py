@@ -242,6 +242,36 @@ def test_a_step_counts_if_another_optimizer_steps_after_it(tmp_path: Path) -> No
     assert sparsifier.steps == EPOCHS * 10
 
 
+class Twice(Adversaries):
+    """The sparse part steps twice in each batch."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> None:
+        for _ in range(2):
+            super().training_step(batch, 0)
+
+
+def test_each_step_of_an_optimizer_counts(tmp_path: Path) -> None:
+    module = Twice().double()
+    sparsifier = tk.sparsify(module.sparse, tk.TopKastConfig(0.8, 0.5, refresh_every=3))
+    options: Any = {"gradient_clip_val": None, "accumulate_grad_batches": 1}
+    trainer_of(tmp_path, TopKastCallback(sparsifier), **options).fit(module, loader())
+    assert sparsifier.steps == EPOCHS * 20
+
+
+def test_sparse_weights_that_are_frozen_need_no_optimizer(tmp_path: Path) -> None:
+    module = classifier()
+    sparsifier = tk.sparsify(module, CONFIG)
+    module.body.requires_grad_(False)
+    alpha = {n: t.clone() for n, t in tk.densify(copy.deepcopy(module)).named_parameters()}
+    optimizer = torch.optim.SGD(module.head.parameters(), 0.1)
+    vars(module)["configure_optimizers"] = lambda: optimizer
+    trainer_of(tmp_path, TopKastCallback(sparsifier)).fit(module, loader())
+    for name in ("body.0.weight", "body.2.weight"):
+        assert torch.equal(module.get_parameter(name), alpha[name])
+    assert (module.head.weight != alpha["head.weight"]).any()
+    assert sparsifier.steps == STEPS
+
+
 class Tied(LightningModule):
     """Reads the weight of its embedding in a step, outside any forward pass."""
 
@@ -293,7 +323,8 @@ def test_a_module_that_is_not_sparse_is_refused(state: str, tmp_path: Path) -> N
 def test_an_optimizer_over_other_parameters_is_refused(tmp_path: Path) -> None:
     module: Any = classifier()
     callback = TopKastCallback(tk.sparsify(module, CONFIG))
-    module.configure_optimizers = lambda: torch.optim.SGD(module.head.parameters(), 0.1)
+    optimizer = torch.optim.SGD(module.head.parameters(), 0.1)
+    vars(module)["configure_optimizers"] = lambda: optimizer
     with pytest.raises(ValueError, match="the optimizer holds none of the sparse weights"):
         trainer_of(tmp_path, callback).fit(module, loader())
 

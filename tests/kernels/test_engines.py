@@ -166,13 +166,16 @@ def without(monkeypatch: pytest.MonkeyPatch, package: str, *modules: str) -> Non
 def test_without_triton_auto_goes_dense(missing: pytest.MonkeyPatch) -> None:
     without(missing, "triton", "triton_gpu")
     found = choose("auto", ON_GPU)
-    assert found == ("dense", "triton is not installed (pip install 'topkast_func[triton]')")
+    assert found == (
+        "dense",
+        "all of α: triton is not installed (pip install 'topkast_func[triton]')",
+    )
 
 
 def test_without_numba_auto_goes_on(missing: pytest.MonkeyPatch) -> None:
     without(missing, "llvmlite", "numba_cpu", "llvm")
     found = choose("auto", LAYER)
-    assert found == ("dense", "numba is not installed (pip install llvmlite)")
+    assert found == ("dense", "all of α: numba is not installed (pip install llvmlite)")
     given = problem()
     x = integers(3, 60)
     y = sparse_linear(x, given.values, given.pattern, given.shape)

@@ -47,6 +47,8 @@ def select(params: Params, config: TopKastConfig) -> list[str]:
         told += f" less keep_dense={config.keep_dense!r}" if dense else ""
         others = _by_other_names(params, config)
         way = f"; choose by patterns, such as sparse={_glob(others[0])!r}" if others else ""
+        if fields := {undivided(params[name].shape, config) for name in weights_among(params)}:
+            way += "".join(f"; {field} divides none of its shapes" for field in fields - {None})
         raise ValueError(f"{told} selects no parameter{way}; there are: {_listed(params)}")
     if unreal := [name for name in chosen if params[name].is_complex()]:
         raise ValueError(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from topkast_func.config import TopKastConfig
 from topkast_func.kernels.costs import Layer, channels_of
-from topkast_func.kernels.engines import Choice, EngineName, choose
-from topkast_func.report.notes import ALPHA, UNKNOWN
+from topkast_func.kernels.engines import ALPHA, Choice, EngineName, choose
+from topkast_func.report.notes import UNKNOWN
 from topkast_func.sparsity import Allocation
 
 BATCH, PIXELS = 256, 8192

@@ -145,16 +145,16 @@ class SparseWeight:
 
     @torch.no_grad()
     def hold(self, layer: nn.Module, masks: Masks) -> None:
-        """Take over new sets, in the buffer that is there."""
-        self.sets(layer).copy_(torch.stack([packed(mask) for mask in masks]))
+        """Take over new sets, in the buffer that is there, unless that is without data."""
+        bits = torch.stack([packed(mask) for mask in masks])
+        if self.sets(layer).is_meta:
+            layer._buffers[self.buffer] = torch.empty_like(bits)
+        self.sets(layer).copy_(bits)
         self.given = self.look(layer).counts
 
     @torch.no_grad()
     def choose(self, layer: nn.Module) -> None:
         """Choose the sets from θ alone, as training would start with them.
-
-        Args:
-            layer: The layer.
 
         Raises:
             NaNParameterError: θ holds NaN; nothing has changed.

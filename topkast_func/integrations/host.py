@@ -40,18 +40,20 @@ class Hosted:
         if not self.sparsifier.config.method.sparsifies:
             return
         sparse = {
-            id(weight.raw(layer))
+            id(raw := weight.raw(layer)): raw
             for layer in self.sparsifier.model.modules()
             for weight in weights_of(layer).values()
         }
-        if not sparse or not sparse <= set(map(id, model.parameters())):
+        if not sparse or not sparse.keys() <= set(map(id, model.parameters())):
             raise ValueError(
                 "model was never sparsified, has been densified, or is not that of the sparsifier: "
                 "call tk.sparsify(model, config) on the module that is trained, and give "
                 f"the callback what it returns{RESUMED if resumed else ''}"
             )
+        trained = {key for key, raw in sparse.items() if raw.requires_grad}
         groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-        if sparse.isdisjoint(id(parameter) for group in groups for parameter in group["params"]):
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        if trained and trained.isdisjoint(held):
             raise ValueError(
                 "the optimizer holds none of the sparse weights: build it from model.parameters()"
             )

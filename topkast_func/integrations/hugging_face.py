@@ -29,8 +29,9 @@ class TopKastCallback(Hosted, TrainerCallback):
         model.load_state_dict(safetensors.torch.load_file("checkpoint-…/model.safetensors"))
         tk.densify(model)
 
-    (with ``strict=False`` where weights are tied). ``from_pretrained`` of it has θ, without the
-    sets: it computes with all weights.
+    (with ``strict=False`` where weights are tied; the file does not tell ``powerprop``, which is to
+    be that of the run). ``from_pretrained`` of it has θ, without the sets: it computes with all
+    weights.
 
     The gradient of the penalty is there before those of the batches are added to it, so that it
     is clipped with them and no loss has to be changed; the loss that the trainer logs is without

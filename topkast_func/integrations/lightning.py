@@ -37,6 +37,9 @@ class TopKastCallback(Hosted, Callback):
         module.load_state_dict(torch.load(path)["state_dict"])
         tk.densify(module)
 
+    Strategies that train in processes of their own, ``ddp_spawn``, ``ddp_fork`` and
+    ``ddp_notebook``, hand α back to a module that stays sparse here: call `densify` after ``fit``.
+
     The gradient of the penalty is added to that of the batches before it is clipped, so that no
     ``training_step`` has to be changed; the loss that it returns is without the penalty.
 
@@ -48,8 +51,8 @@ class TopKastCallback(Hosted, Callback):
         TypeError: The first argument is no sparsifier.
     """
 
-    _stepped = False
-    """Whether an optimiser has made a step that is not counted yet."""
+    _stepped: tuple[Optimizer, ...] = ()
+    """The optimisers that have made a step that is not counted yet."""
 
     _loads: RemovableHandle | None = None
     """Turns what is loaded to be evaluated into what a plain module holds."""
@@ -78,14 +81,17 @@ class TopKastCallback(Hosted, Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Add the gradient of the penalty."""
-        self._stepped = self.sparsifier.penalize(optimizer) or self._stepped
+        """Add the gradient of the penalty; who steps twice in a batch is counted twice."""
+        if optimizer in self._stepped:
+            self.on_train_batch_end()
+        if self.sparsifier.penalize(optimizer):
+            self._stepped = (*self._stepped, optimizer)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Count the step, if one was made, and choose the sets anew where that is due."""
         if self._stepped:
+            self._stepped = ()
             self.sparsifier.step()
-            self._stepped = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a plain module."""

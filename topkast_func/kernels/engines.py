@@ -46,6 +46,10 @@ class Layout(NamedTuple):
     unpack: Callable[..., Tensor]
 
 
+ALPHA = "all of α: "
+"""How the reason begins where no kernel can compute a weight."""
+
+
 class Choice(NamedTuple):
     """An engine and why it was chosen.
 
@@ -142,9 +146,9 @@ def choose(name: EngineName, layer: Layer) -> Choice:
         return Choice(name, "asked for")
     kernels = _KERNELS.get(layer.device, "numba")
     if problem := _problem(kernels, layer, WITH_CORES):
-        return Choice("dense", problem)
+        return Choice("dense", ALPHA + problem)
     if not installed(kernels):
-        return Choice("dense", f"{kernels} is not installed ({_INSTALL[kernels]})")
+        return Choice("dense", f"{ALPHA}{kernels} is not installed ({_INSTALL[kernels]})")
     costs = {name: cost(name, layer) for name in (kernels, "dense")}
     best = min(costs, key=lambda name: costs[name])
     told = ", ".join(f"{name} {1e-6 * c:.3g} ms" for name, c in costs.items())

@@ -4,9 +4,9 @@ import math
 
 from topkast_func.checks import check_count
 from topkast_func.kernels.costs import channels_of
-from topkast_func.kernels.engines import Choice, EngineName, choose
+from topkast_func.kernels.engines import ALPHA, Choice, EngineName, choose
 from topkast_func.kernels.linear import layer_of
-from topkast_func.report.notes import ALPHA, UNKNOWN
+from topkast_func.report.notes import UNKNOWN
 from topkast_func.report.table import table
 from topkast_func.training.state import TrainState, check_state, narrowed
 
@@ -41,10 +41,13 @@ def explain(
         >>> state = init_state(torch.nn.Conv3d(4, 4, 1), TopKastConfig(), sgd(lr=0.1))
         >>> choices = explain(state)
         parameter     shape engine why
-        weight    4×4×1×1×1  dense all of α: of no layer that kernels know
+        weight    4×4×1×1×1  dense of no layer that kernels know
     """
     chosen, shapes = choices(state, batch_size, engine), state.weights.shapes()
-    rows = [(name, "×".join(map(str, shapes[name])), *choice) for name, choice in chosen.items()]
+    rows = [
+        (name, "×".join(map(str, shapes[name])), choice.engine, choice.reason.removeprefix(ALPHA))
+        for name, choice in chosen.items()
+    ]
     print(table(("parameter", "shape", "engine", "why"), rows, last="<"))
     return chosen
 

@@ -9,14 +9,12 @@ from torch import nn
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import weights_among
+from topkast_func.kernels.engines import ALPHA
 from topkast_func.model.alone import uncompiled
 from topkast_func.model.axes import Axes, empty_lines
 from topkast_func.model.modules import ties
 from topkast_func.report.table import families, some
 from topkast_func.types import Masks
-
-ALPHA = "all of α: "
-"""How the reason of a weight begins that no kernel computes."""
 
 UNKNOWN = "of no layer that kernels know"
 """How it may end."""
