@@ -244,6 +244,20 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_the_last_checkpoint(tmp_pa
     same(_load(tmp_path), state)
 
 
+def _hangs_in_the_middle(rank: int, folder: Path) -> None:
+    if rank == 1:
+        setattr(FileSystemWriter, "write_data", lambda *_: time.sleep(8))  # noqa: B010
+    with pytest.raises(Exception, match="in save_sharded at step 1"):
+        tk.save_sharded(_train(_start(), 1), folder)
+
+
+def test_a_rank_that_hangs_while_it_writes_is_waited_for_as_long_as_in_a_step(
+    tmp_path: Path,
+) -> None:
+    for outcome in together(_hangs_in_the_middle, tmp_path, patience=3.0):
+        assert outcome.error is None, outcome.error
+
+
 # --- by one process --------------------------------------------------------------------------
 
 

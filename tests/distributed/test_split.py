@@ -299,6 +299,7 @@ def _same(one: tk.TrainState, other: tk.TrainState) -> None:
     """Compare states bit for bit, but for what θ at rest holds on B, which no one reads."""
     for read in (tk.dense_params, tk.masks_of, lambda s: (s[:3], s[4:], s.weights.values())):
         assert_close(read(one), read(other), rtol=0.0, atol=0.0)
+    assert [*tk.dense_params(one)] == [*tk.dense_params(other)]
 
 
 @pytest.mark.parametrize("size", [2, 3])

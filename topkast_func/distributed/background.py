@@ -25,7 +25,9 @@ class Background:
 
     def __init__(self, ranks: Ranks) -> None:
         members = dist.get_process_group_ranks(ranks.group)
-        group = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+        group = dist.new_group(
+            members, ranks.patience(), backend="gloo", use_local_synchronization=True
+        )
         self._ranks = Ranks(group)
         self._thread = ThreadPoolExecutor(1, "topkast_func")
 

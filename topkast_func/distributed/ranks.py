@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -177,6 +178,13 @@ class Ranks:
             if hasattr(reason, "add_note"):  # from Python 3.11 on
                 reason.add_note(f"on rank {self.rank} of {self.size}, {where}")
             raise
+
+    def patience(self) -> timedelta | None:
+        """Return how long one waits for another; None where that is not known."""
+        if self.group is None:
+            return None
+        backend = self.group._get_backend(self._device())
+        return getattr(getattr(backend, "options", None), "_timeout", None)
 
     def _device(self) -> torch.device:
         """Return the device for tensors that ranks exchange: the CPU, if the group supports it."""

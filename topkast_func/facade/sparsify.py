@@ -75,6 +75,8 @@ def sparsify(
     `torch.optim.swa_utils.AveragedModel` is made of the sparse module, and is one of θ, or of φ,
     with the sets of the module at its last update; one of buffers too is not, and its forward pass
     says so. A copy that is moved by hand, such as a target network, takes the buffers over too.
+    Under `torch.nn.parallel.DistributedDataParallel` the sets go along with the buffers that it
+    broadcasts by default: leave it at that.
 
     Args:
         model: The module, before it is wrapped or compiled.

@@ -13,7 +13,8 @@ from topkast_func.training.stored import check_numbers, slots_tree
 from topkast_func.types import Tensors
 
 SPLIT = "split"
-"""What the header says of them: how many ranks there were, and the shapes of the whole by name."""
+"""What the header says of them: how many ranks there were, the shapes of the whole by name, and the
+names of all tensors in their order."""
 
 
 def with_pieces(
@@ -46,7 +47,8 @@ def with_pieces(
             start, stop = part_of(size, rank, ranks.size)
             other = torch.empty(stop - start, dtype=part.dtype, device="meta")
             kept[_name(rank, key)] = part if rank == ranks.rank else other
-    return header | {SPLIT: {"ranks": ranks.size, "shapes": shapes}}, kept
+    told = {"ranks": ranks.size, "shapes": shapes, "order": list(tensors)}
+    return header | {SPLIT: told}, kept
 
 
 def without_pieces(header: Mapping[str, Any], tensors: Tensors) -> Tensors:
@@ -70,9 +72,9 @@ def without_pieces(header: Mapping[str, Any], tensors: Tensors) -> Tensors:
         for key, shape in header[SPLIT]["shapes"].items():
             parts = [whole.pop(_name(rank, key)) for rank in ranks]
             whole[key] = torch.cat(parts).view(shape)
+        return {key: whole[key] for key in header[SPLIT]["order"]}
     except (KeyError, TypeError, AttributeError, RuntimeError) as reason:
         raise ValueError(f"its parts are not what its {SPLIT} tells of: {reason!r}") from reason
-    return whole
 
 
 def _own(state: TrainState, ranges: Tensors) -> Iterator[tuple[str, Tensor]]:

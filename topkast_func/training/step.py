@@ -102,9 +102,9 @@ def make_train_step(
     method that does not rank by magnitude alone (of those here `topkast`, `gmp` and `ste` do):
     the largest then bounds what is spared, and `plan` names it. The step takes a whole state or the
     part of its rank, and returns the part: `forward_params` and `masks_of` read it, `save_sharded`
-    writes it, `gather` returns the whole. Of what an owner alone has, θ outside B is checked as
-    often as the rest; values of B∖A and slots, which change at every step, are not: a bit that
-    flips there is seen by nobody.
+    writes it, `gather` returns the whole. θ outside B is checked as often as without owners; what
+    a step moves, values and slots, is not: copies of α are written anew from those of the owners
+    in each step, so that a bit that flips there is seen by nobody.
 
     Args:
         model: A module, in the training or evaluation mode it has at the call, or a pure
