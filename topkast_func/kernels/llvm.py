@@ -21,8 +21,8 @@ from topkast_func.kernels.threads import in_parallel
 from topkast_func.kernels.vectors import Tile
 from topkast_func.kernels.waiting import Part
 
-LITTLE = 2**16
-"""Work for which a thread is not asked: some 20 µs, which it may take to wake, or longer."""
+LITTLE = 2**14
+"""Work for which a thread is not asked: some 5 µs, less than it takes to wake."""
 
 _I64 = ir.IntType(64)
 _LOCK = threading.Lock()
