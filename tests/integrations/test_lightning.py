@@ -234,14 +234,6 @@ class InOneBatch(Adversaries):
             super().training_step(batch, turn)
 
 
-def test_a_step_counts_if_another_optimizer_steps_after_it(tmp_path: Path) -> None:
-    module = InOneBatch().double()
-    sparsifier = tk.sparsify(module.sparse, tk.TopKastConfig(0.8, 0.5, refresh_every=2))
-    options: Any = {"gradient_clip_val": None, "accumulate_grad_batches": 1}
-    trainer_of(tmp_path, TopKastCallback(sparsifier), **options).fit(module, loader())
-    assert sparsifier.steps == EPOCHS * 10
-
-
 class Twice(Adversaries):
     """The sparse part steps twice in each batch."""
 
@@ -250,12 +242,15 @@ class Twice(Adversaries):
             super().training_step(batch, 0)
 
 
-def test_each_step_of_an_optimizer_counts(tmp_path: Path) -> None:
-    module = Twice().double()
-    sparsifier = tk.sparsify(module.sparse, tk.TopKastConfig(0.8, 0.5, refresh_every=3))
+@pytest.mark.parametrize(("kind", "interval", "steps"), [(InOneBatch, 2, 10), (Twice, 3, 20)])
+def test_each_step_of_the_optimizer_of_the_sparse_part_counts(
+    kind: type[Adversaries], interval: int, steps: int, tmp_path: Path
+) -> None:
+    module = kind().double()
+    sparsifier = tk.sparsify(module.sparse, tk.TopKastConfig(0.8, 0.5, refresh_every=interval))
     options: Any = {"gradient_clip_val": None, "accumulate_grad_batches": 1}
     trainer_of(tmp_path, TopKastCallback(sparsifier), **options).fit(module, loader())
-    assert sparsifier.steps == EPOCHS * 20
+    assert sparsifier.steps == EPOCHS * steps
 
 
 def test_sparse_weights_that_are_frozen_need_no_optimizer(tmp_path: Path) -> None:

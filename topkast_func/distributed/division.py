@@ -72,7 +72,8 @@ def cut(size: int, ranks: int) -> Bounds:
 
 def part_of(size: int, rank: int, ranks: int) -> tuple[int, int]:
     """Return where the part of a rank begins and ends of a flat tensor that is cut."""
-    return size * rank // ranks, size * (rank + 1) // ranks
+    start, stop = cut(size, ranks)[rank : rank + 2]
+    return start, stop
 
 
 def piece(tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import TypeAlias
 from uuid import uuid4
 
+import torch
 from torch import nn
 
 from topkast_func.config import TopKastConfig
@@ -41,6 +42,11 @@ def first(owners: Owners) -> dict[str, tuple[nn.Module, SparseWeight]]:
 def parameters_of(owners: Owners) -> dict[str, nn.Parameter]:
     """Return the parameters that hold θ, or φ, of sparse weights, by name."""
     return {name: weight.raw(layer) for name, (layer, weight) in first(owners).items()}
+
+
+def shapes_of(owners: Owners) -> dict[str, torch.Size]:
+    """Return the shapes of the sparse weights by name."""
+    return {name: raw.shape for name, raw in parameters_of(owners).items()}
 
 
 def claimed(model: nn.Module) -> str:
@@ -90,8 +96,7 @@ def owners_of(model: nn.Module, mark: str) -> Owners:
 
 def follow(owners: Owners, config: TopKastConfig, step: int, seed: int) -> None:
     """Tell each weight at which step it is, for sets that are chosen from a loaded θ."""
-    shapes = {name: raw.shape for name, raw in parameters_of(owners).items()}
-    for name, allocation in shared_among_all(shapes, config, step).items():
+    for name, allocation in shared_among_all(shapes_of(owners), config, step).items():
         if config.schedule.settled(step):
             allocation = Allocation(allocation.forward, allocation.forward)
         for _, weight in owners[name]:
@@ -144,8 +149,7 @@ def check_stage(owners: Owners) -> None:
 
 def are_of_stage(owners: Owners, config: TopKastConfig, step: int) -> bool:
     """Return whether sets that were not chosen here have the sizes of the stage of a step."""
-    shapes = {name: raw.shape for name, raw in parameters_of(owners).items()}
-    asked = counts_among(shapes, config, step)
+    asked = counts_among(shapes_of(owners), config, step)
     loaded = {n: w.derived(layer) for n, (layer, w) in first(owners).items() if w.given is None}
     return all(d is None or d.counts in {None, asked[name]} for name, d in loaded.items())
 

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from topkast_func.facade.alpha import SETS, masks_in
+from topkast_func.facade.alpha import SETS, alpha
 from topkast_func.facade.sparse_layer import ForwardPass
 from topkast_func.integrations.host import Hosted
 from topkast_func.powerprop import theta_of
@@ -112,9 +111,8 @@ def _to_alpha(
     """Turn the entries of sparse weights into α where the module has plain ones, in place."""
     held = dict(module.named_buffers())
     for buffer in [key for key in entries if key.endswith(SETS) and key not in held]:
-        raw, sets = entries[key := buffer.removesuffix(SETS)], entries.pop(buffer)
-        active = masks_in(sets, raw.shape).forward
-        entries[key] = torch.where(active, theta_of(raw, exponent), 0.0)
+        key = buffer.removesuffix(SETS)
+        entries[key] = alpha(theta_of(entries[key], exponent), entries.pop(buffer))
 
 
 def _forward_pass(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,8 @@ class Call(NamedTuple):
     Attributes:
         parts: The parts that the model has by now.
         mode: The ``training`` flag of each.
-        hooked: See `hooks`, of the loss function too.
+        hooked: See `hooks_of`.
+        sizes: Shapes of all that is stored as values.
         kind: What tells steps apart that draw random numbers or do not, and that have graphs apart.
         is_due: See `refreshes_around`.
         ends: See there.
@@ -27,6 +28,7 @@ class Call(NamedTuple):
     parts: list[Any]
     mode: tuple[bool, ...]
     hooked: Hashable
+    sizes: tuple[Any, ...]
     kind: Hashable
     is_due: bool
     ends: bool
@@ -59,15 +61,16 @@ def call_of(
         TypeError: See `signature`.
     """
     parts = parts_of(model)
-    mode, hooked = modes(parts), hooks([*parts, *parts_of(criterion)])
+    mode, hooked = modes(parts), hooks_of(parts, criterion)
+    sizes = tuple(value.shape for value in state.weights.values().values())
     refreshes = refreshes_around(state, config, optimizer)
     kind: Hashable = mode
     if traced:
-        stored = type(state.weights), sizes_of(state), config.schedule.stage(int(state.step))
+        stored = type(state.weights), sizes, config.schedule.stage(int(state.step))
         kind = mode, hooked, *stored, *refreshes, signature(batch)
-    return Call(parts, mode, hooked, kind, *refreshes)
+    return Call(parts, mode, hooked, sizes, kind, *refreshes)
 
 
-def sizes_of(state: TrainState) -> tuple[Any, ...]:
-    """Return the shapes of all that is stored as values."""
-    return tuple(value.shape for value in state.weights.values().values())
+def hooks_of(parts: list[Any], criterion: object) -> Hashable:
+    """Return the numbers of the hooks of a model, by its parts, and of its loss function."""
+    return hooks([*parts, *parts_of(criterion)])

@@ -31,12 +31,10 @@ def up_to_date(ranks: Ranks, state: TrainState) -> Tensors:
     """Return the ranges of θ of this rank by name, with the values of B; a collective call."""
     found = {}
     for name, values in joined_values(ranks, state).items():
-        places, size = places_in(state, name)
-        start, stop = part_of(size, ranks.rank, ranks.size)
-        inside = (places >= start) & (places < stop)
+        inside, here = _within(ranks, *places_in(state, name))
         found[name] = state.split[name].theta.clone()
         device = found[name].device
-        found[name][(places[inside] - start).to(device)] = values[inside].to(device)
+        found[name][here.to(device)] = values[inside].to(device)
     return found
 
 
@@ -77,7 +75,7 @@ def chosen_in_ranges(
             generator=torch.Generator("cpu"),
             held=weights.sets(name).active_count,
         )
-        start, _ = part_of(places_in(state, name)[1], ranks.rank, ranks.size)
+        start, _ = part_of(weights.theta[name].numel(), ranks.rank, ranks.size)
         with ranked_by(partial(top_over, ranks, start)):
             sets[name] = Masks(*method.sets(situation))
         after[name] = entered(
@@ -126,13 +124,19 @@ def _sets_within(ranks: Ranks, state: TrainState, name: str) -> Masks:
     """Return the sets of a parameter as they are, in the range of this rank."""
     places, size = places_in(state, name)
     own = state.split[name].theta
-    start, stop = part_of(size, ranks.rank, ranks.size)
     count, masks = compact_in(state.weights).sets(name).active_count, []
     for chosen in (places[:count], places):
         mask = torch.zeros(own.shape, dtype=torch.bool, device=own.device)
-        inside = chosen[(chosen >= start) & (chosen < stop)] - start
-        masks.append(mask.index_fill_(0, inside.to(own.device), True))
+        _, here = _within(ranks, chosen, size)
+        masks.append(mask.index_fill_(0, here.to(own.device), True))
     return Masks(*masks)
+
+
+def _within(ranks: Ranks, places: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return which places are in the range of this rank, and where in it those are."""
+    start, stop = part_of(size, ranks.rank, ranks.size)
+    inside = (places >= start) & (places < stop)
+    return inside, places[inside] - start
 
 
 def _from_ranges(ranks: Ranks, own: Tensor, size: int, places: Tensor) -> Tensor:

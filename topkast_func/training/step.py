@@ -24,9 +24,8 @@ from topkast_func.model.alone import (
     uncompiled,
 )
 from topkast_func.model.layers import stand_ins, standing_in
-from topkast_func.model.modules import hooks
 from topkast_func.training.agreement import agreement
-from topkast_func.training.call import Call, call_of, sizes_of
+from topkast_func.training.call import Call, call_of, hooks_of
 from topkast_func.training.compilation import compiled
 from topkast_func.training.ensembles import by_member, is_ensemble
 from topkast_func.training.gradients import gradients_of
@@ -189,7 +188,7 @@ def make_train_step(
         return ranks.mean(run(state, batch))
 
     parts = parts_of(model)
-    alone_with(model, partial(run_from, 0, hooks([*parts, *parts_of(criterion)])))
+    alone_with(model, partial(run_from, 0, hooks_of(parts, criterion)))
     first = RANDOM_NUMBERS if compile is False else EVERYTHING
     own, draws = claim(parts), Draws(first, ranks.rank, not ranks.several)
     trials = Trials(model, loss_fn)
@@ -232,7 +231,7 @@ def make_train_step(
         work = partial(as_written, call.parts, partial(in_its_turn, state, batch, call))
         turn = partial(in_turn, own | draws.claims(call.kind), work)
         compared, due = partial(way.compared, state), call.is_due or call.ends
-        kind = {"modes": call.mode, "sizes": sizes_of(state)}
+        kind = {"modes": call.mode, "sizes": call.sizes}
         with one_report():
             return ranks.take_part(state, batch, turn, compared=compared, due=due, **kind)
 
