@@ -16,7 +16,7 @@ import torch._dynamo  # noqa: F401  (before a function is patched that it knows 
 from torch import Tensor
 from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import topkast_func
 from topkast_func import leaves
@@ -78,7 +78,7 @@ class Pretended(Tensor):
 
 def on_cpu(tree: Any) -> Any:
     """Return a tree with its tensors on the CPU, unseen."""
-    return tree_map_only(Pretended, lambda t: t.raw, tree)
+    return tree_map_only(Pretended, _raw, tree)
 
 
 @contextmanager
@@ -91,6 +91,25 @@ def pretending() -> Iterator[torch.device]:
         patched.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
         patched.enter_context(_Mode())  # type: ignore[no-untyped-call]
         yield DEVICE
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.raw if isinstance(tensor, Pretended) else tensor
+
+
+def _mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Change each tensor among the arguments of an operator, in lists too: pytrees take longer."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {name: _mapped(change, part) for name, part in tree.items()}
+    return type(tree)(_mapped(change, t) for t in tree) if isinstance(tree, (list, tuple)) else tree
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _mapped(lambda t: found.append(t) or t, tree)
+    return found
 
 
 def _casts(kind: str, ask: Callable[[str], bool] = torch.is_autocast_enabled) -> bool:
@@ -109,7 +128,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if operator.namespace == "topkast_func":
             with self:
                 return operator._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors((args, kwargs))
         ours = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
         name = operator._schema.name.removeprefix("aten::")
         asked = kwargs.get("device")
@@ -123,12 +142,12 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 here = True
             elif here and not ours and args[0].ndim and not kwargs.get("non_blocking"):
                 _note(name)
-            found = operator(*on_cpu(args), **kwargs)
+            found = operator(*_mapped(_raw, args), **kwargs)
             return Pretended(found) if here else found
         if name == "copy_":
             if ours and not isinstance(args[0], Pretended):
                 _note(name)
-            operator(*on_cpu(args), **kwargs)
+            operator(*_mapped(_raw, args), **kwargs)
             return args[0]
         if ours:
             _refuse_strangers(operator, tensors)
@@ -148,18 +167,18 @@ def _refuse_strangers(operator: Any, tensors: list[Tensor]) -> None:
 def _selects(name: str, args: Any, kwargs: Any) -> bool:
     """Say whether the size of what an operator handles depends on the numbers in a mask."""
     if name.startswith("index"):
-        return any(isinstance(i, Tensor) and i.dtype == torch.bool for i in tree_leaves(args[1:2]))
+        return any(i.dtype == torch.bool for i in _tensors(args[1:2]))
     return name == "repeat_interleave" and kwargs.get("output_size") is None
 
 
-def _wrapped(operator: Callable[..., Any], args: Any, kwargs: Any, here: bool) -> Any:
-    found = operator(*on_cpu(args), **on_cpu(kwargs))
+def _wrapped(operator: Any, args: Any, kwargs: Any, here: bool) -> Any:
+    found = operator(*_mapped(_raw, args), **_mapped(_raw, kwargs))
     if not here:
         return found
-    known = {id(t.raw): t for t in tree_leaves((args, kwargs)) if isinstance(t, Pretended)}
-    wrapped = tree_map_only(
-        Tensor, lambda t: known[id(t)] if id(t) in known else Pretended(t), found
-    )
+    known = {id(t.raw): t for t in _tensors((args, kwargs)) if isinstance(t, Pretended)}
+    wrapped = _mapped(lambda t: known[id(t)] if id(t) in known else Pretended(t), found)
+    if all(argument.alias_info is None for argument in operator._schema.arguments):
+        return wrapped
     return return_and_correct_aliasing(operator, args, kwargs, wrapped)  # type: ignore[no-untyped-call]
 
 
