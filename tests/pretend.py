@@ -108,7 +108,7 @@ def _mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 def _tensors(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    _mapped(lambda t: found.append(t) or t, tree)
+    _mapped(lambda t: found.append(t) or t, tree)  # type: ignore[func-returns-value]
     return found
 
 

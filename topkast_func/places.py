@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from topkast_func.types import Masks
 
@@ -88,6 +89,23 @@ def places_apart(
     active, whole = sizes or counted((forward, backward))
     ghosts = places_of(backward & ~forward, max(whole - active, exploring or 0))
     return places_of(forward, active), ghosts
+
+
+def repeated(counts: Tensor, total: int) -> Tensor:
+    """Return every index of ``counts`` as often as it says, ascending.
+
+    Args:
+        counts: Integers ≥ 0, [n].
+        total: Their sum.
+
+    Returns:
+        Of the dtype of the counts, [total].
+    """
+    traced = torch.compiler.is_compiling() or is_functorch_wrapped_tensor(counts)
+    if counts.device.type != "cpu" or traced or type(counts) is not Tensor:
+        return torch.repeat_interleave(counts, output_size=total)
+    numbers = counts.numpy()  # torch asks all threads for few of them too, and waits
+    return torch.from_numpy(np.repeat(np.arange(len(numbers), dtype=numbers.dtype), numbers))
 
 
 def order_of(numbers: Tensor) -> Tensor:

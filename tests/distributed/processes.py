@@ -14,14 +14,7 @@ import torch
 import torch.distributed as dist
 
 FORKING = get_context("forkserver")
-FORKING.set_forkserver_preload([
-    "topkast_func",
-    "pytest",
-    "hypothesis",
-    "torch.distributed.checkpoint",
-    "torch._dynamo",
-    "topkast_func.kernels.numba_cpu",
-])
+FORKING.set_forkserver_preload(["tests.distributed.preloaded"])
 
 
 class Outcome(NamedTuple):

@@ -7,6 +7,7 @@ from topkast_func.kernels.inference import batched
 from topkast_func.kernels.library import define
 from topkast_func.kernels.pattern import block_of
 from topkast_func.kernels.soundness import check_indices
+from topkast_func.places import repeated
 
 
 def _compute(numbers: Tensor, values: Tensor, rows: Tensor, columns: Tensor, width: int) -> Tensor:
@@ -17,7 +18,7 @@ def _compute(numbers: Tensor, values: Tensor, rows: Tensor, columns: Tensor, wid
         raise IndexError(f"indices must be in [0, {count}), got {numbers.unique().tolist()}")
     block, within = numbers.long() // height, numbers.long() % height
     lengths = (rows[block + 1] - rows[block]).long()
-    which = torch.repeat_interleave(lengths)
+    which = repeated(lengths, int(lengths.sum()))
     first = rows[block] - (torch.cumsum(lengths, 0) - lengths)
     stored = torch.arange(which.shape[0], device=which.device) + first[which]
     lines = values.new_zeros(numbers.shape[0], width // depth, depth)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.library import define
-from topkast_func.places import order_of, places_apart
+from topkast_func.places import order_of, places_apart, repeated
 
 INDEX_LIMIT = 2**31 - 1
 """Most entries that int32 indices can count."""
@@ -162,7 +162,7 @@ def flat(
     narrow = narrow and (shape[0] + height) * shape[1] <= INDEX_LIMIT
     panels, places = (part.pointers.shape[0] - 1) // rows, part.columns.shape[0]
     ends = torch.cat((part.pointers[::panels], part.pointers.new_full((1,), places)))
-    row = torch.repeat_interleave(ends.diff(), output_size=places)
+    row = repeated(ends.diff(), places)
     column = part.columns if narrow else part.columns.long()
     corner = torch.add(column if width == 1 else column * width, row, alpha=height * shape[1])
     if block != (1, 1):
