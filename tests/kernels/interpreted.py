@@ -1,7 +1,4 @@
-"""The engine "triton" on the CPU, by Triton's interpreter: what `test_triton` runs apart.
-
-It multiplies bfloat16 wrongly, so that this dtype is for a GPU to test.
-"""
+"""The engine "triton" on the CPU, by Triton's interpreter: what `test_triton` runs apart."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +7,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
 from tests.kernels.problems import check_products, integers, problem
 from tests.kernels.test_derivatives import (
@@ -32,13 +30,26 @@ from topkast_func.kernels import engines, triton_gpu
 HALF = torch.float16
 
 
+def _wide(factor: TensorHandle) -> TensorHandle:
+    """Return a factor of a product in bfloat16 in float32: the interpreter multiplies its bits."""
+    if factor.dtype.scalar != tl.bfloat16:
+        return factor
+    return TensorHandle((factor.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes, _ = engines._RUNS["triton"]
     monkeypatch.setitem(engines._RUNS, "triton", (dtypes, ("cpu",)))
+    dot = InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        InterpreterBuilder,
+        "create_dot",
+        lambda self, a, b, *others: dot(self, _wide(a), _wide(b), *others),
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF, torch.bfloat16])
 @pytest.mark.parametrize("block", [(16, 16), (48, 32)])
 @pytest.mark.parametrize("batch", [0, 1, 37])
 def test_products_are_exact(block: tuple[int, int], batch: int, dtype: torch.dtype) -> None:

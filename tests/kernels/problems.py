@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,16 +105,15 @@ def check_products(name: str, given: Problem, batch: int) -> None:
     rows, columns = given.shape
     x, g = (integers(batch, n, dtype=given.theta.dtype) for n in (columns, rows))
     found = products(name, given, x, g)
-    arrays = (t.numpy() for t in (given.theta, given.forward, given.backward, x, g))
-    theta, forward, backward, *activations = arrays
-    double = [activation.astype(np.float64) for activation in activations]
-    oracle = reference.sparse_products(theta.astype(np.float64), forward, backward, *double)
+    theta, *activations = (t.double().numpy() for t in (given.theta, x, g))
+    sets = (given.forward.numpy(), given.backward.numpy())
+    oracle = reference.sparse_products(theta, *sets, *activations)
     y, for_x, for_theta = (torch.from_numpy(array) for array in oracle)
     expected = (y, for_x, given.gathered(for_theta))
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == given.theta.dtype
         assert ours.shape == theirs.shape
-        assert torch.equal(ours.double(), theirs)
+        assert torch.equal(ours, theirs.to(ours.dtype))
     check_unused(name, given, x, g, found[2])
     if batch and given.forward.any():
         assert y.any()
