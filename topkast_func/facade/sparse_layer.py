@@ -19,7 +19,8 @@ from torch.nn.utils.parametrize import remove_parametrizations
 from topkast_func.facade.derived import POWERPROP, UNSHARDED, misfit, readable
 from topkast_func.facade.guard import release, watch
 from topkast_func.facade.rule import Rule
-from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
+from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.model.alone import KEPT
 from topkast_func.types import Masks
 
 Layer = TypeVar("Layer", bound="SparseLayer")

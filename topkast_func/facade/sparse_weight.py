@@ -18,6 +18,7 @@ from topkast_func.facade.derived import Derived, check_whole, derive, readable
 from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
 from topkast_func.masks import masks_at
+from topkast_func.model.alone import KEPT
 from topkast_func.model.indexed import AnySets
 from topkast_func.powerprop import check_moves, phi_of, theta_of
 from topkast_func.types import Masks
@@ -238,10 +239,6 @@ class SparseWeight:
                 "have sets chosen from the weight"
             )
         self.choose(layer)
-
-
-KEPT = "_sparse_weights"
-"""Attribute of a layer that holds what `weights_of` returns."""
 
 
 def weights_of(module: nn.Module) -> Mapping[str, SparseWeight]:
