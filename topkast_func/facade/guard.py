@@ -21,6 +21,7 @@ from topkast_func.facade.derived import check_whole
 from topkast_func.facade.leaks import say_what_leaks
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.methods.exchange import Static
+from topkast_func.powerprop import phi_is_told_by
 from topkast_func.warn import warn_caller
 
 
@@ -82,6 +83,12 @@ def all_watched() -> list[tuple[nn.Module, SparseWeight]]:
         for key, weight in weights_of(layer).items()
         if layer._parameters.get(key) is not None
     ]
+
+
+@phi_is_told_by
+def _phi() -> list[Tensor]:
+    """Return the parameters that hold φ, of layers that are watched."""
+    return [w.raw(layer) for layer, w in all_watched() if w.rule.config.powerprop > 1.0]
 
 
 def steps_made() -> int:
