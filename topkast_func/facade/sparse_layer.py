@@ -6,18 +6,16 @@ weight of its output projection). So it does in a backward pass, where checkpoin
 any other time, and in ``parameters()`` always, it is θ.
 """
 
-import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import remove_parametrizations
 
 from topkast_func.facade.derived import POWERPROP, UNSHARDED, misfit, readable
 from topkast_func.facade.guard import release, watch
+from topkast_func.facade.replaced import check_kept, check_stays
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.model.alone import KEPT
@@ -63,12 +61,15 @@ def sparse_attribute(key: str) -> property:
         weights = weights_of(layer)
         if key in weights and _in_a_pass():
             return weights[key].alpha(layer)
+        if key in weights:
+            check_stays(key)
         return layer._parameters[key]
 
     def write(layer: nn.Module, value: object) -> None:
         raise AttributeError(
             f"{key!r} is sparse, and nothing but a parameter can take its place: what computes "
-            "it, as pruning does, is to be applied before tk.sparsify or after tk.densify"
+            "it, as pruning does, is to be applied before tk.sparsify or after tk.densify, and "
+            "FullyShardedDataParallel after tk.densify alone"
         )
 
     return property(read, write)
@@ -114,7 +115,7 @@ class SparseLayer(nn.Module):
         if found is None:
             raise AttributeError(f"{type(self).__name__!r} object has no 'parametrizations'")
         if not torch.compiler.is_compiling():
-            _check_kept(self._plain, sys._getframe(1))
+            check_kept(self._plain)
         return found
 
     @torch.no_grad()
@@ -160,6 +161,13 @@ class SparseLayer(nn.Module):
         for weight, sets in before:
             weight.move(self, sets)
         return self
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse: torch.jit.script compiles neither α nor the kernels."""
+        raise TypeError(
+            f"torch.jit.script does not compile a sparse {self._plain.__name__}: torch.export and "
+            "torch.jit.trace take it as it is, and torch.jit.script what tk.densify leaves"
+        )
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         """Refuse: a copy for each pass has tensors of several devices for one set of caches."""
@@ -207,17 +215,6 @@ class SparseLayer(nn.Module):
                 weight.choose(self)
             except ValueError as reason:
                 errors.append(f"{prefix}{weight.key}: {reason}")
-
-
-def _check_kept(plain: type, reader: FrameType) -> None:
-    """Check that nobody removes a parametrization that a layer had before it was sparse."""
-    if reader.f_code is not remove_parametrizations.__code__:
-        return
-    if (name := reader.f_locals["tensor_name"]) in vars(plain):
-        raise ValueError(
-            f"{name!r} was parametrized before tk.sparsify, whose layers keep what they had then: "
-            "tk.densify the model, remove the parametrization after that, and sparsify it again"
-        )
 
 
 def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from topkast_func.bits import packed
 from topkast_func.facade.alpha import SETS, alpha, masks_in
-from topkast_func.facade.derived import Derived, check_whole, derive, readable
+from topkast_func.facade.derived import Derived, bits_in, check_whole, derive, readable
 from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
 from topkast_func.masks import masks_at
@@ -97,6 +97,7 @@ class SparseWeight:
         """Return the bits, a buffer of the layer.
 
         Raises:
+            RuntimeError: They have been taken away.
             TypeError: θ is sharded.
             ValueError: θ has another shape than the weight that was made sparse.
         """
@@ -107,7 +108,7 @@ class SparseWeight:
                 f"{self.rule.shape}: put a parameter of that shape back, or tk.densify the model "
                 "before it is given others"
             )
-        return layer._buffers[self.buffer]  # type: ignore[return-value]
+        return bits_in(layer, self.buffer, self.rule.name)
 
     def masks(self, layer: nn.Module) -> Masks:
         """Return the sets; they are chosen if there are none yet."""
