@@ -182,18 +182,17 @@ class SparseLayer(nn.Module):
         for weight in weights_of(self).values():
             weight.derived(self)
             about = getattr(destination, "_metadata", {}).get(prefix[:-1], {})
-            about[POWERPROP] = weight.rule.config.powerprop
+            about.setdefault(POWERPROP, {})[weight.key] = weight.rule.config.powerprop
         super()._save_to_state_dict(destination, prefix, *arguments)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        """Load θ and its sets; those that are missing are chosen from the θ that is loaded."""
+        """Load θ, or φ that is told to be one, and its sets; if missing, these are chosen."""
         metadata, missing, errors = arguments[0], arguments[2], arguments[4]
-        weights = weights_of(self).values()
-        found = {weight: f"{prefix}{weight.buffer}" for weight in weights}
-        exponent = metadata.get(POWERPROP)
-        misfits = [misfit(state_dict.get(n), exponent, w.rule, n) for w, n in found.items()]
+        found = {w: f"{prefix}{w.buffer}" for w in weights_of(self).values()}
+        told = {w: metadata.get(POWERPROP, {}).get(w.key) for w in found}
+        misfits = [misfit(state_dict.get(n), told[w], w.rule, n) for w, n in found.items()]
         if any(misfits):
             errors.extend(filter(None, misfits))
             return
@@ -207,11 +206,13 @@ class SparseLayer(nn.Module):
                 weight.look(self)
                 continue
             try:
-                if metadata.get("assign_to_params_buffers") and weight.rule.config.powerprop > 1.0:
+                held = told[weight] or 1.0
+                others = weight.rule.config.powerprop != held
+                if metadata.get("assign_to_params_buffers") and others:
                     raw = weight.raw(self)  # whose numbers are those of the state dict's owner
                     own = nn.Parameter(raw.detach().clone(), raw.requires_grad)
                     self._parameters[weight.key] = own
-                weight.begin(self)
+                weight.begin(self, held)
                 weight.choose(self)
             except ValueError as reason:
                 errors.append(f"{prefix}{weight.key}: {reason}")

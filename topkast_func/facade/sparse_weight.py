@@ -82,8 +82,8 @@ class SparseWeight:
         return raw if exponent == 1.0 else theta_of(raw, exponent)
 
     @torch.no_grad()
-    def begin(self, layer: nn.Module) -> None:
-        """Turn the parameter from θ, as initialised or loaded, into what is trained.
+    def begin(self, layer: nn.Module, held: float = 1.0) -> None:
+        """Turn the parameter from θ, or φ of an exponent ``held``, into what is trained.
 
         Raises:
             ValueError: Under powerpropagation it is 0 everywhere.
@@ -91,7 +91,8 @@ class SparseWeight:
         raw, exponent = self.raw(layer), self.rule.config.powerprop
         if exponent > 1.0:
             check_moves(self.rule.name, raw, exponent)
-            raw.copy_(phi_of(raw, exponent))
+        if exponent != held:
+            raw.copy_(phi_of(theta_of(raw, held), exponent))
 
     def sets(self, layer: nn.Module) -> Tensor:
         """Return the bits, a buffer of the layer.
