@@ -448,6 +448,7 @@ def _unchanged(model: nn.Module, before: nn.Module) -> bool:
         (perceptron, tk.TopKastConfig(block_shape=(5, 1), sparse="0.weight"), "does not divide"),
         (lambda: torch.compile(perceptron()), CONFIG, "'model' is wrapped, traced or compiled"),
         (lambda: nn.DataParallel(perceptron()), CONFIG, "'model' is wrapped"),
+        (lambda: nn.Sequential(nn.DataParallel(perceptron())), CONFIG, "'0' is wrapped, .* before"),
         (
             lambda: nn.Sequential(nn.LazyLinear(3)),
             CONFIG,
