@@ -128,3 +128,91 @@ def test_a_step_among_other_dual_tensors_is_made() -> None:
     train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
     with forward_ad.dual_level():
         assert int(train_step(state, batch(0))[0].step) == 1
+
+
+def test_dense_gradients_and_refreshes_of_each_member_are_as_they_would_be_alone() -> None:
+    config, optimizer = replace(CONFIG, method=METHODS["rigl"]), tk.sgd(0.1)
+    states = []
+    for seed in range(MEMBERS):
+        model = network()
+        with torch.no_grad():
+            model.get_parameter("0.weight").mul_(1 + seed)
+        states.append(tk.init_state(model, config, optimizer))
+    batches = [batch(i) for i in range(MEMBERS)]
+
+    def run(state: tk.TrainState, batch: Any) -> Any:
+        gradients = tk.dense_gradients(model, mse, state, batch)
+        return gradients, tk.refresh(state, config, gradients)
+
+    found = torch.vmap(run)(stacked(states), stacked(batches))
+    for i, pair in enumerate(zip(states, batches, strict=True)):
+        assert_same(member(found, i), run(*pair))
+
+
+class Reads:
+    """A loss that closes over a number."""
+
+    factor: Any = 1.0
+
+    def __call__(self, apply: Any, batch: Any) -> Tensor:
+        loss: Tensor = mse(apply, batch) * self.factor
+        return loss
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}])
+def test_where_nothing_is_mapped_all_is_as_outside(compile: Any) -> None:
+    model, optimizer, loss = network(), tk.sgd(0.1), Reads()
+    state, given = tk.init_state(model, CONFIG, optimizer), batch(0)
+    x = given[0]
+
+    def made() -> Any:
+        train_step = tk.make_train_step(model, loss, CONFIG, optimizer, compile=compile)
+        return lambda: train_step(state, given)[1].loss
+
+    uses = [
+        (made(), made()),
+        (lambda: tk.dense_gradients(model, mse, state, given),) * 2,
+        (lambda: tk.refresh(state, CONFIG),) * 2,
+        (lambda: tk.sparse_module(state, model)(x),) * 2,
+        (lambda: torch.tensor(tk.training_flops(model, state, x)),) * 2,
+    ]
+    for use, again in uses:
+        found = torch.vmap(lambda _, use=use: use())(torch.ones(2))
+        for i in range(2):
+            assert_same(member(found, i), again())
+
+    def closed(factor: Tensor) -> Tensor:
+        loss.factor = factor
+        result: Tensor = made()()
+        return result
+
+    with pytest.raises(RuntimeError, match=r"a tensor that the model or loss_fn reads and is not"):
+        torch.vmap(closed)(torch.ones(2))
+
+
+READERS = ("dense_gradients", "refresh", "training_flops", "sparse_module")
+UNFOLLOWED = ("sparse_module", "forward mode")
+"""It reads no tensor that forward mode follows."""
+
+
+@pytest.mark.parametrize(
+    ("name", "derive"),
+    [
+        (reader, derive)
+        for reader in READERS
+        for way, derive in DERIVATIVES.items()
+        if (reader, way) != UNFOLLOWED
+    ],
+)
+def test_what_reads_numbers_is_not_differentiated(name: str, derive: Any) -> None:
+    model, optimizer = network(), tk.sgd(0.1)
+    state, (x, y) = tk.init_state(model, CONFIG, optimizer), batch(0)
+
+    uses: dict[str, Any] = {
+        "dense_gradients": lambda x: tk.dense_gradients(model, mse, state, (x, y)),
+        "refresh": lambda x: tk.refresh(state, CONFIG, {"0.weight": x}),
+        "training_flops": lambda x: torch.tensor(tk.training_flops(model, state, x)),
+        "sparse_module": lambda x: tk.sparse_module(state, model)(x),
+    }
+    with pytest.raises(RuntimeError, match=rf"^{name} is not differentiated.*tk\.penalized_loss"):
+        derive(lambda x: sum(leaf.float().sum() for leaf in tree_leaves(uses[name](x))), x)

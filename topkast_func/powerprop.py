@@ -1,7 +1,15 @@
 """Powerpropagation: weights as signed powers of what is trained."""
 
+from collections.abc import Callable, Iterable, Mapping
+
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from topkast_func.checks import dispatches
+
+_PHI: list[Callable[[], Iterable[Tensor]]] = []
+"""Who knows of parameters of modules that hold φ."""
 
 
 def theta_of(phi: Tensor, exponent: float | Tensor) -> Tensor:
@@ -43,3 +51,36 @@ def check_moves(name: str, theta: Tensor, exponent: float) -> None:
 def phi_of(theta: Tensor, exponent: float) -> Tensor:
     """Return φ = sign(θ)·abs(θ)^(1/a); inverse of `theta_of`."""
     return theta.sign() * theta.abs().pow(1 / exponent)
+
+
+def phi_is_told_by(who: Callable[[], Iterable[Tensor]]) -> Callable[[], Iterable[Tensor]]:
+    """Let `check_theta` ask somebody for parameters that hold φ, from now on; return who."""
+    _PHI.append(who)
+    return who
+
+
+def check_theta(params: Mapping[str, object]) -> None:
+    """Check that no weight is the φ that a module holds, or shares its memory.
+
+    Args:
+        params: θ by name.
+
+    Raises:
+        ValueError: One is.
+    """
+    if torch.compiler.is_compiling():
+        return
+    phi = {place for who in _PHI for tensor in who() if (place := _place(tensor))}
+    if phi and (found := [name for name, leaf in params.items() if _place(leaf) in phi]):
+        raise ValueError(
+            f"params {found} are φ of powerpropagation, which tk.sparsify has put in the place of "
+            "θ: give θ itself, as sparsifier.dense_params() returns it"
+        )
+
+
+def _place(tensor: object) -> int | None:
+    """Return where the numbers of a tensor stand; None where that is nowhere, or not told."""
+    if not isinstance(tensor, Tensor) or is_functorch_wrapped_tensor(tensor) or tensor.is_meta:
+        return None
+    strided = tensor.layout == torch.strided and not tensor.is_nested
+    return tensor.data_ptr() or None if strided and not dispatches(tensor) else None

@@ -5,9 +5,8 @@ from a set, wherever its entries stand.
 """
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import TypeAlias
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from topkast_func.elsewhere import Elsewhere
 from topkast_func.groups import grouped, ungrouped
 from topkast_func.kernels.engines import installed
 from topkast_func.places import order_of, places_of, sent
@@ -35,31 +35,23 @@ NO_RANKING = (
 )
 
 
-class _Elsewhere(threading.local):
-    """Of each thread: how to rank the tensor of which this process has a part; see `_top`."""
+Top: TypeAlias = Callable[[str, Tensor, Tensor | None, int, int], Sets]
 
-    top: Callable[[str, Tensor, Tensor | None, int, int], Sets] | None = None
-
-
-_ELSEWHERE = _Elsewhere()
+_ELSEWHERE: Elsewhere[Top] = Elsewhere()
+"""How to rank the tensor of which this process has a part; see `_top`."""
 
 
-@contextmanager
-def ranked_by(top: Callable[[str, Tensor, Tensor | None, int, int], Sets]) -> Iterator[None]:
+def ranked_by(top: Top) -> AbstractContextManager[None]:
     """Let `top_sets` and `largest_among` take from all parts of a tensor, in this thread.
 
     Args:
         top: ``top(name, scores, places, forward, backward)``: marks the largest of 1-D scores,
             which stand at ``places`` of the flat part, or are all of it.
 
-    Yields:
-        Nothing.
+    Returns:
+        The time in which they do.
     """
-    _ELSEWHERE.top = top
-    try:
-        yield
-    finally:
-        _ELSEWHERE.top = None
+    return _ELSEWHERE.by(top)
 
 
 class NaNParameterError(ValueError):
@@ -154,7 +146,7 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
     Raises:
         NaNParameterError: The score of a candidate on the CPU is NaN.
     """
-    if scores.device.type != "cpu" and _ELSEWHERE.top is None:
+    if scores.device.type != "cpu" and _ELSEWHERE.taken is None:
         among = torch.where(candidates, scores.abs(), -1.0).flatten()
         return _top_in_order(among, _keys(among), count, count)[0].view(candidates.shape)
     marked = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
@@ -166,8 +158,8 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
 
 def _top(name: str, scores: Tensor, places: Tensor | None, forward: int, backward: int) -> Sets:
     """Mark the largest of 1-D scores, which stand at ``places`` (all of them at None)."""
-    if _ELSEWHERE.top is not None:
-        return _ELSEWHERE.top(name, scores, places, forward, backward)
+    if (top := _ELSEWHERE.taken) is not None:
+        return top(name, scores, places, forward, backward)
     if scores.device.type != "cpu":
         return _top_in_order(scores.abs(), _keys(scores), forward, backward)
     many = scores.numel() >= MANY and installed("numba")

@@ -89,7 +89,8 @@ class Staged:
     sparsities: tuple[float, ...]
 
     def at(self, step: int) -> float:
-        """Return the sparsity in force at a step."""
+        """Return the sparsity in force at a step, an integer of at least 0."""
+        step = check_count("step", step, 0)
         begun = [i for i, start in enumerate(self.steps) if start <= step]
         return self.sparsities[begun[-1]]
 

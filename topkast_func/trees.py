@@ -3,6 +3,7 @@
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from topkast_func.leaves import check_leaf, check_mask, check_plain, check_shaped, check_tensor
+from topkast_func.powerprop import check_theta
 from topkast_func.types import Masks, Params
 
 
@@ -51,9 +52,11 @@ def check_params(params: Params) -> None:
     Raises:
         TypeError: The tree is not a mapping, or a leaf is no strided tensor of floating-point
             or complex numbers, one of 8 bits, or one that computes in a way of its own.
-        ValueError: A leaf is empty, or has no values, or a name cannot be written to files.
+        ValueError: A leaf is empty, or has no values, or is φ of a module, or a name cannot be
+            written to files.
     """
     check_named("params", params)
+    check_theta(params)
     check_text("params", params)
     for name, leaf in params.items():
         what = f"params[{name!r}]"

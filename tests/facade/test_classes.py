@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import topkast_func as tk
 from tests.facade.networks import CONFIG, perceptron
@@ -109,6 +109,72 @@ def test_a_parametrization_that_came_before_is_to_be_removed_after_densify(
     parametrize.remove_parametrizations(model[0], key)
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model(x), expected)
+
+
+REMOVALS: dict[str, tuple[Any, Any, str]] = {
+    "weight norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm, "weight_v"),
+    "spectral norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm, "weight_orig"),
+    "pruning": (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.1),  # type: ignore[no-untyped-call]
+        lambda layer: prune.remove(layer, "weight"),  # type: ignore[no-untyped-call]
+        "weight_orig",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize(("name", "case"), REMOVALS.items(), ids=REMOVALS)
+def test_what_computes_a_weight_from_a_sparse_one_is_to_be_removed_after_densify(
+    name: str, case: tuple[Any, Any, str]
+) -> None:
+    apply, remove, key = case
+    model, x = perceptron().eval(), torch.randn(2, 16)
+    apply(model[0])
+    tk.sparsify(model, replace(CONFIG, sparse=f"0.{key}"))
+    held, expected = copy.deepcopy(model.state_dict()), model(x)
+    told = f"^'{key}' was part of a {name} before tk.sparsify, .* tk.densify the model, remove the"
+    with pytest.raises(ValueError, match=told):
+        remove(model[0])
+    torch.testing.assert_close(model.state_dict(), held, rtol=0, atol=0)
+    assert torch.equal(model(x), expected)
+    tk.densify(model)
+    expected = model(x)
+    remove(model[0])
+    torch.testing.assert_close(model(x), expected)
+    assert isinstance(model[0].weight, nn.Parameter)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("case", REMOVALS.values(), ids=REMOVALS)
+def test_what_computes_a_weight_that_is_not_sparse_is_removed(case: tuple[Any, Any, str]) -> None:
+    apply, remove, _ = case
+    model, x = perceptron().eval(), torch.randn(2, 16)
+    apply(model[0])
+    tk.sparsify(model, replace(CONFIG, sparse="2.weight"))
+    expected = model(x)
+    remove(model[0])
+    torch.testing.assert_close(model(x), expected)
+    assert type(tk.densify(model)[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_sets_that_a_shallow_copy_took_along_are_missed_by_name(first: bool) -> None:
+    layer = nn.Linear(16, 8)
+    tk.sparsify(layer, tk.TopKastConfig(0.75, 0.5))
+    pair, x = [layer, copy.copy(layer)], torch.ones(2, 16)
+    assert torch.equal(pair[0](x), pair[1](x))
+    tk.densify(pair.pop(not first))
+    with pytest.raises(RuntimeError, match=r"'weight' has no sets any more, .* copy\.deepcopy"):
+        pair[0](x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_torch_script_is_refused_with_the_ways_on() -> None:
+    model = perceptron()
+    tk.sparsify(model, CONFIG)
+    with pytest.raises(TypeError, match=r"script does not compile a sparse Sequential: .*densify"):
+        torch.jit.script(model)
+    torch.jit.script(tk.densify(model))
 
 
 def test_a_layer_that_is_parametrized_before_and_after_is_named() -> None:

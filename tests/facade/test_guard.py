@@ -219,6 +219,90 @@ def test_a_run_resumed_at_any_time_equals_the_uninterrupted_one(make: Make, step
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
+class _Sharpness(Optimizer):
+    """Takes the gradient at weights nearby, and puts those back that it had, as SAM does."""
+
+    def __init__(self, params: Iterable[Tensor], make: Make) -> None:
+        super().__init__(params, {})
+        self.base = make(self.param_groups)  # type: ignore[arg-type]
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for parameter in parameters:
+            self.state[parameter]["old_p"] = parameter.data.clone()
+            parameter.add_(parameter.grad, alpha=0.05)
+        self.zero_grad()
+        torch.enable_grad()(closure)()
+        for parameter in parameters:
+            parameter.data = self.state[parameter]["old_p"]
+        self.base.step()
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["adamw"], OPTIMIZERS["momentum"]])
+def test_weights_that_an_optimizer_puts_back_are_no_slot_of_it(make: Make) -> None:
+    layer = _layer()
+    twin = copy.deepcopy(layer)
+    optimizer, plain = _Sharpness(layer.parameters(), make), make(twin.parameters())
+    for t, batch in enumerate(_batches(6)):
+        if t == 3:
+            layer.update_active_param_set()
+        before, outside = layer.weight.detach().clone(), ~layer.masks.backward
+
+        def closure(batch: Batch = batch) -> None:
+            mse_loss(layer(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+
+        optimizer.zero_grad()
+        closure()
+        optimizer.step(closure)
+        assert torch.equal(layer.weight[outside], before[outside])
+        assert before[outside].all()
+        _step(twin, plain, batch)
+        assert not torch.equal(layer.weight, twin.weight)  # its gradient is that of elsewhere
+
+
+class _Lookahead(Optimizer):
+    """Keeps weights that follow those of another optimiser slowly, and are taken now and then."""
+
+    def __init__(self, base: Optimizer) -> None:
+        super().__init__(base.param_groups, {})
+        self.base, self.param_groups, self.count = base, base.param_groups, 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter].setdefault("slow", parameter.detach().clone())
+        self.base.step()
+        self.count += 1
+        for parameter in self.param_groups[0]["params"] if self.count % 2 == 0 else ():
+            slow = self.state[parameter]["slow"]
+            parameter.copy_(slow.lerp_(parameter, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_slot_that_follows_the_weight_begins_as_the_weight(dtype: torch.dtype) -> None:
+    layer = _layer(bias=False, dtype=dtype)
+    optimizer = _Lookahead(torch.optim.SGD(layer.parameters(), lr=1.5))
+    entered = 0
+    for t, batch in enumerate(_batches(12, dtype)):
+        known = layer.masks.backward
+        if t in {3, 6, 9}:
+            layer.update_active_param_set()
+        inside, before = layer.masks.backward, layer.weight.detach().clone()
+        _step(layer, optimizer, batch)
+        slow = optimizer.state[layer.weight]["slow"]
+        assert torch.equal(layer.weight[~inside], before[~inside])
+        assert torch.equal(slow[~inside], before[~inside])
+        came = inside & ~known
+        entered += int(came.sum())
+        gradient = layer.weight.grad
+        assert gradient is not None
+        close = ((layer.weight - before).abs() <= 1.5 * gradient.abs() + 1e-6)[came]
+        assert dtype == torch.bfloat16 or close.all()
+    assert entered > 2
+
+
 class _Perturbed(Optimizer):
     """Moves all of θ, and then lets another optimiser make its step, as SAM does."""
 
@@ -432,4 +516,5 @@ def test_slots_outside_b_are_those_of_a_parameter_that_is_new(make: Make) -> Non
     outside = ~layer.masks.backward
     for name, slot in optimizer.state[layer.weight].items():
         if isinstance(slot, Tensor) and slot.shape == fresh.shape:
-            torch.testing.assert_close(slot[outside], other.state[fresh][name][outside])
+            begun = layer.weight.detach() if name == "ax" else other.state[fresh][name]
+            torch.testing.assert_close(slot[outside], begun[outside])

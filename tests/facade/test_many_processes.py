@@ -7,6 +7,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_module
 
 import topkast_func as tk
 from tests.distributed.processes import results
@@ -82,23 +83,32 @@ class _Outer(nn.Module):
         return out
 
 
+TOLD = r"'0\.weight' is sparse and has been sharded, .*shard=\"owners\""
+
+
 def _sharded(rank: int) -> None:
-    mesh, model, other = init_device_mesh("cpu", (1,)), _Outer(), nn.Sequential(nn.Linear(16, 12))
-    handle = tk.sparsify(model.part, tk.TopKastConfig(0.75, 0.5))
-    tk.sparsify(other, handle.config)
-    fully_shard(model, mesh=mesh)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
-    for network in (model, other):
-        network(torch.ones(2, 16)).sum().backward()
-    before: Any = [parameter.detach().clone() for parameter in model.parameters()]
-    told = r"'0\.weight' is sparse and has been sharded, .*shard=\"owners\""
-    for use in (optimizers[0].step, lambda: tk.densify(model)):
-        with pytest.raises(TypeError, match=told):
+    mesh, other = init_device_mesh("cpu", (1,)), nn.Sequential(nn.Linear(16, 12))
+    for reshard in (True, False, None):
+        model = _Outer()
+        tk.sparsify(model.part, tk.TopKastConfig(0.75, 0.5))
+        with pytest.raises(TypeError, match=TOLD):
+            fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+    seed = nn.Sequential(tk.TopKastLinear(16, 12, 0.75, 0.5))
+    with pytest.raises(TypeError, match="'weight' is sparse and has been sharded"):
+        fully_shard(seed, mesh=mesh)
+    tk.sparsify(other, tk.TopKastConfig(0.75, 0.5))
+    other(torch.ones(2, 16)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+
+
+def _distributed(rank: int) -> None:
+    model = _Outer()
+    tk.sparsify(model.part, tk.TopKastConfig(0.75, 0.5))
+    distribute_module(model, init_device_mesh("cpu", (1,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for use in (lambda: model(torch.ones(2, 16)), optimizer.step, lambda: tk.densify(model)):
+        with pytest.raises(TypeError, match=TOLD):
             use()
-    after: Any = model.parameters()
-    for parameter, kept in zip(after, before, strict=True):
-        assert torch.equal(parameter.full_tensor(), kept.full_tensor())
-    optimizers[1].step()
 
 
 def _sparse() -> Any:
@@ -110,8 +120,11 @@ def _sparse() -> Any:
 def _sharded_itself(rank: int) -> None:
     mesh = init_device_mesh("cpu", (1,))
     for part in (_sparse(), _sparse()[0], tk.TopKastLinear(16, 12, 0.75, 0.5)):
-        with pytest.raises(TypeError, match=r"^fully_shard of a sparse \w+ is not supported: "):
+        with pytest.raises(TypeError, match=r"sparse and has been sharded, as fully_shard does"):
             fully_shard(part, mesh=mesh)
+    part = _sparse()
+    with pytest.raises(TypeError, match=r"^fully_shard of a sparse \w+ is not supported: "):
+        fully_shard(part, mesh=mesh, ignored_params={*part.parameters()})
     fully_shard(tk.densify(_sparse()), mesh=mesh)
 
 
@@ -119,5 +132,8 @@ def test_a_sparse_module_is_not_sharded() -> None:
     results(_sharded_itself, ranks=1)
 
 
-def test_a_sparse_part_of_a_module_that_is_sharded_is_told_what_does_it_before_it_moves() -> None:
-    results(_sharded, ranks=1)
+@pytest.mark.parametrize("shard", [_sharded, _distributed])
+def test_a_sparse_part_of_a_module_that_is_sharded_is_told_what_does_it_before_it_moves(
+    shard: Any,
+) -> None:
+    results(shard, ranks=1)

@@ -130,6 +130,39 @@ def test_a_state_dict_of_another_exponent_is_refused(saved: float, own: float) -
     assert ours.steps == 0
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(("saved", "own"), [(2.0, 2.0), (2.0, 1.0), (1.0, 2.0), (2.0, 3.0)])
+def test_a_state_dict_without_its_sets_is_taken_for_what_it_tells(
+    saved: float, own: float, assign: bool
+) -> None:
+    theirs, model = network(), network()
+    handle = tk.sparsify(theirs, replace(CONFIG, powerprop=saved))
+    train(theirs, handle, range(2))
+    state = theirs.state_dict()
+    for name in [name for name in state if name.endswith("_sets")]:
+        del state[name]
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    ours = tk.sparsify(model, replace(CONFIG, powerprop=own))
+    model.load_state_dict(state, assign=assign)
+    torch.testing.assert_close(ours.dense_params(), handle.dense_params())
+    torch.testing.assert_close(dict(state), before, rtol=0, atol=0)
+    if saved == own:
+        assert torch.equal(model[0].weight, theirs[0].weight)
+    chosen = tk.compute_masks(handle.dense_params(), ours.config)
+    assert torch.equal(ours.masks()["0.weight"].forward, chosen["0.weight"].forward)
+
+
+def test_of_a_layer_each_weight_is_taken_for_what_is_told_of_it() -> None:
+    theirs, model = (nn.LSTM(4, 5).double() for _ in range(2))
+    config = replace(CONFIG, sparse="weight_ih_l0")
+    handle = tk.sparsify(theirs, config)
+    state = theirs.state_dict()
+    del state["weight_ih_l0_sets"]
+    ours = tk.sparsify(model, replace(config, sparse="weight_*"))
+    model.load_state_dict(state)
+    torch.testing.assert_close(ours.dense_params(), handle.dense_params())
+
+
 def test_tied_weights_become_phi_once() -> None:
     model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double()
     model[1].weight = model[0].weight

@@ -448,6 +448,7 @@ def _unchanged(model: nn.Module, before: nn.Module) -> bool:
         (perceptron, tk.TopKastConfig(block_shape=(5, 1), sparse="0.weight"), "does not divide"),
         (lambda: torch.compile(perceptron()), CONFIG, "'model' is wrapped, traced or compiled"),
         (lambda: nn.DataParallel(perceptron()), CONFIG, "'model' is wrapped"),
+        (lambda: nn.Sequential(nn.DataParallel(perceptron())), CONFIG, "'0' is wrapped, .* before"),
         (
             lambda: nn.Sequential(nn.LazyLinear(3)),
             CONFIG,
@@ -508,6 +509,43 @@ def test_a_wrong_argument_is_refused(
         tk.sparsify(**given)
     assert "weight_sets" not in dir(given["model"])
     assert type(given["model"]) in (nn.Sequential, str)
+
+
+def test_gradients_of_ones_own_are_to_be_put_into_the_parameters() -> None:
+    model = perceptron()
+    handle = tk.sparsify(model, CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = _loss_fn(model, (torch.randn(4, 16), torch.randn(4, 5)))
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad .* into parameter\.grad"):
+        handle.step()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    handle.step()
+    assert handle.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ((perceptron(),), TypeError, r"optimizer must be one .* Sequential: sparsifier\.penalty"),
+        ((torch.ones(()),), TypeError, r"optimizer must be one of torch\.optim, .* got Tensor"),
+        (("optimizer", True), TypeError, "scale must be a number"),
+        (("optimizer", -1.0), ValueError, "scale must be in"),
+        (("optimizer", math.nan), ValueError, "scale must be in"),
+    ],
+)
+def test_what_the_penalty_is_added_to_is_an_optimizer(
+    given: tuple[Any, ...], error: type[Exception], told: str
+) -> None:
+    model = perceptron()
+    handle = tk.sparsify(model, CONFIG)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(error, match=told):
+        handle.penalize(*(optimizer if part == "optimizer" else part for part in given))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert handle.penalize(optimizer)
 
 
 def test_a_step_without_a_backward_pass_is_refused() -> None:

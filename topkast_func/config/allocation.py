@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from topkast_func.checks import check_order, check_type
+from topkast_func.checks import check_count, check_order, check_type
 from topkast_func.config.selection import matched_by, select, undivided
 from topkast_func.config.topkast_config import TopKastConfig
 from topkast_func.ranking import kept
@@ -32,10 +32,11 @@ def allocate(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[st
         The sparsities by name. Dense parameters are absent.
 
     Raises:
-        TypeError: A leaf is not a floating-point tensor, or ``config`` no configuration.
-        ValueError: A leaf is empty, a pattern matches no name, two patterns disagree, or a
-            parameter has a forward but no backward sparsity, or one larger than it, or is not
-            divisible into blocks or groups.
+        TypeError: A leaf is not a floating-point tensor, ``config`` no configuration, or ``step``
+            no integer.
+        ValueError: A leaf is empty, ``step`` is negative, a pattern matches no name, two patterns
+            disagree, or a parameter has a forward but no backward sparsity, or one larger than it,
+            or is not divisible into blocks or groups.
 
     Example:
         >>> import torch
@@ -45,6 +46,7 @@ def allocate(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[st
         {'a.weight': 0.390625, 'b.weight': 0.9375}
     """
     check_type("config", config, TopKastConfig)
+    step = check_count("step", step, 0)
     check_params(params)
     if not config.method.sparsifies:
         return {}

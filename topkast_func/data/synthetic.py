@@ -11,15 +11,15 @@ class SyntheticDataset(TensorDataset):
 
     Args:
         n_obs: Number n of observations, at least 1.
-        seed: Seed of the noise u.
+        seed: Seed of the noise u, at least 0.
 
     Attributes:
         features: float32, [n_obs, 2].
         target: float32, [n_obs].
 
     Raises:
-        TypeError: ``n_obs`` is no integer.
-        ValueError: ``n_obs`` is below 1.
+        TypeError: ``n_obs`` or ``seed`` is no integer.
+        ValueError: ``n_obs`` is below 1, or ``seed`` below 0.
 
     Departures:
         The seed's code reshapes where it means to stack, so that its rows are pairs of
@@ -32,7 +32,7 @@ class SyntheticDataset(TensorDataset):
     """
 
     def __init__(self, n_obs: int, seed: int = 0) -> None:
-        chance = torch.Generator("cpu").manual_seed(seed)
+        chance = torch.Generator("cpu").manual_seed(check_count("seed", seed, 0))
         size = check_count("n_obs", n_obs, 1)
         x = torch.arange(size, dtype=torch.float32, device="cpu") / n_obs
         noise = torch.rand(size, generator=chance, dtype=torch.float32, device="cpu")

@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from topkast_func.facade.derived import check_whole
 from topkast_func.facade.sparse_attention import SparseAttention
 from topkast_func.facade.sparse_convolution import SparseConvolution
 from topkast_func.facade.sparse_layer import SparseLayer, sparse_attribute
 from topkast_func.facade.sparse_linear import SparseLinear
+from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.convolution import ConvolutionStandIn
 from topkast_func.model.stand_in import StandIn, TransposedStandIn
@@ -54,11 +56,18 @@ def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
             raise TypeError(f"{plain.__name__} copies itself in its own way: densify it first")
         return _blank, (plain, keys), *state
 
+    def assign(self: Any, name: str, value: Any) -> None:
+        if name in keys and name in weights_of(self):
+            check_whole(value, weights_of(self)[name].rule.name)
+        plain.__setattr__(self, name, value)
+
     members: dict[str, Any] = {key: sparse_attribute(key) for key in keys}
     named = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "_plain": plain}
     transposed = TransposedStandIn.is_of(plain)
     own = {"__init__": init, "forward": forward, "__reduce_ex__": reduce}
     members |= {**named, **own, "_transposed": transposed}
+    if keys:  # a part that has none may be changed in its forward pass, as Dynamo follows
+        members["__setattr__"] = assign
     made = type(plain.__name__, (mixed, plain), members)
     return made
 

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import dispatches
@@ -151,6 +151,29 @@ def check_whole(theta: Tensor, name: str) -> None:
         raise TypeError(
             f"{name!r} is sparse and has been sharded, as fully_shard does, which is {UNSHARDED}"
         )
+
+
+def bits_in(layer: nn.Module, buffer: str, name: str) -> Tensor:
+    """Return the bits of a weight, a buffer of its layer.
+
+    Args:
+        layer: The layer.
+        buffer: Name of the buffer.
+        name: Name of the weight.
+
+    Returns:
+        The bits.
+
+    Raises:
+        RuntimeError: The layer has them no more.
+    """
+    if (found := layer._buffers.get(buffer)) is None:
+        raise RuntimeError(
+            f"{name!r} has no sets any more, which are the buffer {buffer!r} of its layer: they "
+            "were deleted, or a shallow copy of the layer, which shares them, was densified; "
+            "make copies by copy.deepcopy, and sparsify a plain model again"
+        )
+    return found
 
 
 def readable(tensor: Tensor) -> bool:

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
+from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -19,8 +19,10 @@ from topkast_func.checks import dispatches
 from topkast_func.config import TopKastConfig
 from topkast_func.facade.derived import check_whole
 from topkast_func.facade.leaks import say_what_leaks
+from topkast_func.facade.slots import as_it_begins, slots_of
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.methods.exchange import Static
+from topkast_func.powerprop import phi_is_told_by
 from topkast_func.warn import warn_caller
 
 
@@ -41,9 +43,6 @@ class Held(NamedTuple):
     before: Tensor
     group: Mapping[str, Any]
 
-
-FIRST_VALUES = {(Adagrad, "sum"): "initial_accumulator_value", (Rprop, "step_size"): "lr"}
-"""What a slot of a fresh parameter holds, of optimisers whose slots do not all begin at 0."""
 
 _LAYERS: "WeakValueDictionary[int, nn.Module]" = WeakValueDictionary()
 _HELD: "WeakKeyDictionary[Optimizer, list[Held]]" = WeakKeyDictionary()
@@ -82,6 +81,12 @@ def all_watched() -> list[tuple[nn.Module, SparseWeight]]:
         for key, weight in weights_of(layer).items()
         if layer._parameters.get(key) is not None
     ]
+
+
+@phi_is_told_by
+def _phi() -> list[Tensor]:
+    """Return the parameters that hold φ, of layers that are watched."""
+    return [w.raw(layer) for layer, w in all_watched() if w.rule.config.powerprop > 1.0]
 
 
 def steps_made() -> int:
@@ -124,9 +129,9 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         weight.steps += theta.grad is not None
         inside = weight.backward_bits(layer)
         _keep_within(inside, theta, before)
-        for name, slot in optimizer.state.get(theta, {}).items():
-            if isinstance(slot, Tensor) and slot.shape == theta.shape and slot.is_floating_point():
-                _keep_within(inside, slot, _as_it_begins(slot, optimizer, group, name))
+        for name, slot in slots_of(optimizer, theta).items():
+            begun = as_it_begins(name, slot, theta, inside, optimizer, group)
+            _keep_within(inside, slot, begun)
     _COPIES[optimizer] = {id(h.theta): h.before for h in held if h.before.device.type == "cpu"}
     if late := [h.weight for h in held if h.weight.steps > h.weight.overdue]:
         _say_that_it_is_forgotten(late)
@@ -141,19 +146,6 @@ def _copied(theta: Tensor, known: Tensor | None) -> Tensor:
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _as_it_begins(
-    slot: Tensor, optimizer: Optimizer, group: Mapping[str, Any], name: str
-) -> Tensor | None:
-    """Return the slot of a parameter that has made no step yet; None for 0."""
-    keys = [
-        key
-        for (kind, slot_name), key in FIRST_VALUES.items()
-        if slot_name == name and isinstance(optimizer, kind)
-    ]
-    first = float(group[keys[0]]) if keys else 0.0
-    return torch.full_like(slot, first) if first else None
 
 
 def _keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None:

@@ -19,6 +19,30 @@ GONE = (
 )
 
 
+NO_OPTIMIZER = (
+    "optimizer must be one of torch.optim, whose step comes next, got {}: sparsifier.penalty() "
+    "returns the penalty, to be added to a loss"
+)
+
+
+def held_by(optimizer: object) -> set[int]:
+    """Return the ids of the parameters of an optimiser.
+
+    Args:
+        optimizer: One of torch, or what wraps it.
+
+    Returns:
+        The ids.
+
+    Raises:
+        TypeError: It is none.
+    """
+    groups: Any = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        raise TypeError(NO_OPTIMIZER.format(type(optimizer).__name__))
+    return {id(parameter) for group in groups for parameter in group["params"]}
+
+
 class Progress:
     """Notes backward passes and steps of optimisers, from one step that is counted to the next.
 
@@ -48,7 +72,9 @@ class Progress:
         if trained and not self._reached and not optimized:
             raise RuntimeError(
                 "no backward pass has reached a sparse weight since the last step(): call "
-                "loss.backward() and optimizer.step() first"
+                "loss.backward() and optimizer.step() first; a loop that takes its gradients by "
+                "torch.autograd.grad or torch.func is to put them into parameter.grad, and to let "
+                "an optimizer move the parameters"
             )
         if trained and not optimized and steps_made() > self._made and not _overflown(trained):
             if not any(steps.values()):

@@ -6,20 +6,19 @@ weight of its output projection). So it does in a backward pass, where checkpoin
 any other time, and in ``parameters()`` always, it is θ.
 """
 
-import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import remove_parametrizations
 
 from topkast_func.facade.derived import POWERPROP, UNSHARDED, misfit, readable
 from topkast_func.facade.guard import release, watch
+from topkast_func.facade.replaced import check_kept, check_stays
 from topkast_func.facade.rule import Rule
-from topkast_func.facade.sparse_weight import KEPT, SparseWeight, weights_of
+from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.model.alone import KEPT
 from topkast_func.types import Masks
 
 Layer = TypeVar("Layer", bound="SparseLayer")
@@ -62,12 +61,15 @@ def sparse_attribute(key: str) -> property:
         weights = weights_of(layer)
         if key in weights and _in_a_pass():
             return weights[key].alpha(layer)
+        if key in weights:
+            check_stays(key)
         return layer._parameters[key]
 
     def write(layer: nn.Module, value: object) -> None:
         raise AttributeError(
             f"{key!r} is sparse, and nothing but a parameter can take its place: what computes "
-            "it, as pruning does, is to be applied before tk.sparsify or after tk.densify"
+            "it, as pruning does, is to be applied before tk.sparsify or after tk.densify, and "
+            "FullyShardedDataParallel after tk.densify alone"
         )
 
     return property(read, write)
@@ -113,7 +115,7 @@ class SparseLayer(nn.Module):
         if found is None:
             raise AttributeError(f"{type(self).__name__!r} object has no 'parametrizations'")
         if not torch.compiler.is_compiling():
-            _check_kept(self._plain, sys._getframe(1))
+            check_kept(self._plain)
         return found
 
     @torch.no_grad()
@@ -160,6 +162,13 @@ class SparseLayer(nn.Module):
             weight.move(self, sets)
         return self
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse: torch.jit.script compiles neither α nor the kernels."""
+        raise TypeError(
+            f"torch.jit.script does not compile a sparse {self._plain.__name__}: torch.export and "
+            "torch.jit.trace take it as it is, and torch.jit.script what tk.densify leaves"
+        )
+
     def _replicate_for_data_parallel(self) -> nn.Module:
         """Refuse: a copy for each pass has tensors of several devices for one set of caches."""
         raise TypeError(
@@ -173,18 +182,17 @@ class SparseLayer(nn.Module):
         for weight in weights_of(self).values():
             weight.derived(self)
             about = getattr(destination, "_metadata", {}).get(prefix[:-1], {})
-            about[POWERPROP] = weight.rule.config.powerprop
+            about.setdefault(POWERPROP, {})[weight.key] = weight.rule.config.powerprop
         super()._save_to_state_dict(destination, prefix, *arguments)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        """Load θ and its sets; those that are missing are chosen from the θ that is loaded."""
+        """Load θ, or φ that is told to be one, and its sets; if missing, these are chosen."""
         metadata, missing, errors = arguments[0], arguments[2], arguments[4]
-        weights = weights_of(self).values()
-        found = {weight: f"{prefix}{weight.buffer}" for weight in weights}
-        exponent = metadata.get(POWERPROP)
-        misfits = [misfit(state_dict.get(n), exponent, w.rule, n) for w, n in found.items()]
+        found = {w: f"{prefix}{w.buffer}" for w in weights_of(self).values()}
+        told = {w: metadata.get(POWERPROP, {}).get(w.key) for w in found}
+        misfits = [misfit(state_dict.get(n), told[w], w.rule, n) for w, n in found.items()]
         if any(misfits):
             errors.extend(filter(None, misfits))
             return
@@ -198,25 +206,16 @@ class SparseLayer(nn.Module):
                 weight.look(self)
                 continue
             try:
-                if metadata.get("assign_to_params_buffers") and weight.rule.config.powerprop > 1.0:
+                held = told[weight] or 1.0
+                others = weight.rule.config.powerprop != held
+                if metadata.get("assign_to_params_buffers") and others:
                     raw = weight.raw(self)  # whose numbers are those of the state dict's owner
                     own = nn.Parameter(raw.detach().clone(), raw.requires_grad)
                     self._parameters[weight.key] = own
-                weight.begin(self)
+                weight.begin(self, held)
                 weight.choose(self)
             except ValueError as reason:
                 errors.append(f"{prefix}{weight.key}: {reason}")
-
-
-def _check_kept(plain: type, reader: FrameType) -> None:
-    """Check that nobody removes a parametrization that a layer had before it was sparse."""
-    if reader.f_code is not remove_parametrizations.__code__:
-        return
-    if (name := reader.f_locals["tensor_name"]) in vars(plain):
-        raise ValueError(
-            f"{name!r} was parametrized before tk.sparsify, whose layers keep what they had then: "
-            "tk.densify the model, remove the parametrization after that, and sparsify it again"
-        )
 
 
 def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:

@@ -14,10 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from topkast_func.bits import packed
 from topkast_func.facade.alpha import SETS, alpha, masks_in
-from topkast_func.facade.derived import Derived, check_whole, derive, readable
+from topkast_func.facade.derived import Derived, bits_in, check_whole, derive, readable
 from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
 from topkast_func.masks import masks_at
+from topkast_func.model.alone import KEPT
 from topkast_func.model.indexed import AnySets
 from topkast_func.powerprop import check_moves, phi_of, theta_of
 from topkast_func.types import Masks
@@ -81,8 +82,8 @@ class SparseWeight:
         return raw if exponent == 1.0 else theta_of(raw, exponent)
 
     @torch.no_grad()
-    def begin(self, layer: nn.Module) -> None:
-        """Turn the parameter from θ, as initialised or loaded, into what is trained.
+    def begin(self, layer: nn.Module, held: float = 1.0) -> None:
+        """Turn the parameter from θ, or φ of an exponent ``held``, into what is trained.
 
         Raises:
             ValueError: Under powerpropagation it is 0 everywhere.
@@ -90,12 +91,14 @@ class SparseWeight:
         raw, exponent = self.raw(layer), self.rule.config.powerprop
         if exponent > 1.0:
             check_moves(self.rule.name, raw, exponent)
-            raw.copy_(phi_of(raw, exponent))
+        if exponent != held:
+            raw.copy_(phi_of(theta_of(raw, held), exponent))
 
     def sets(self, layer: nn.Module) -> Tensor:
         """Return the bits, a buffer of the layer.
 
         Raises:
+            RuntimeError: They have been taken away.
             TypeError: θ is sharded.
             ValueError: θ has another shape than the weight that was made sparse.
         """
@@ -106,7 +109,7 @@ class SparseWeight:
                 f"{self.rule.shape}: put a parameter of that shape back, or tk.densify the model "
                 "before it is given others"
             )
-        return layer._buffers[self.buffer]  # type: ignore[return-value]
+        return bits_in(layer, self.buffer, self.rule.name)
 
     def masks(self, layer: nn.Module) -> Masks:
         """Return the sets; they are chosen if there are none yet."""
@@ -238,10 +241,6 @@ class SparseWeight:
                 "have sets chosen from the weight"
             )
         self.choose(layer)
-
-
-KEPT = "_sparse_weights"
-"""Attribute of a layer that holds what `weights_of` returns."""
 
 
 def weights_of(module: nn.Module) -> Mapping[str, SparseWeight]:

@@ -3,13 +3,14 @@
 import math
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from topkast_func.checks import check_count
+from topkast_func.checks import check_count, check_number
 from topkast_func.config import TopKastConfig
 from topkast_func.facade.derived import POWERPROP
 from topkast_func.facade.guard import patience
@@ -24,7 +25,8 @@ from topkast_func.facade.owners import (
     parameters_of,
     summary_of,
 )
-from topkast_func.facade.progress import Progress
+from topkast_func.facade.probes import ask_for_gradients, gradients_asked_for
+from topkast_func.facade.progress import Progress, held_by
 from topkast_func.facade.room import whole
 from topkast_func.penalty import summed_penalty
 from topkast_func.ranking import NaNParameterError
@@ -41,7 +43,7 @@ class Sparsifier:
     Args:
         model: The module.
         config: The configuration.
-        seed: Seed of the methods that draw.
+        seed: Seed of the methods that draw, at least 0.
 
     Attributes:
         model: The module.
@@ -51,7 +53,8 @@ class Sparsifier:
     """
 
     def __init__(self, model: nn.Module, config: TopKastConfig, seed: int = 0) -> None:
-        self.model, self.config, self.seed, self.steps = model, config, seed, 0
+        self.model, self.config, self.steps = model, config, 0
+        self.seed = check_count("seed", seed, 0)
         self._patience, self._mark, self._loaded = patience(config, 0), claimed(model), False
         self._progress = Progress(self._owners())
         if config.schedule.refreshes_at(0):
@@ -160,14 +163,27 @@ class Sparsifier:
 
         Returns:
             Whether the optimiser has parameters of the module, so that its step is to be counted.
+
+        Raises:
+            TypeError: It is no optimiser, or ``scale`` no number.
+            ValueError: ``scale`` is negative, NaN or infinite.
         """
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held, scale = held_by(optimizer), check_number("scale", scale, 0.0)
         own = parameters_of(self._owners()).values()
         raw = [p for p in own if p.requires_grad and id(p) in held]
         penalty = scale * self.penalty()
         if raw and penalty.requires_grad:
             torch.autograd.backward(penalty, inputs=raw)
         return not held.isdisjoint(map(id, self.model.parameters()))
+
+    def dense_params(self) -> Tensors:
+        """Return copies of θ of all parameters by name, as `init_state` or a plain module takes it.
+
+        Under powerpropagation these are powers of what the parameters hold.
+        """
+        sparse = {n: w.theta(layer) for n, (layer, w) in first(self._owners()).items()}
+        found = dict(self.model.named_parameters()) | sparse
+        return {name: theta.detach().clone() for name, theta in found.items()}
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B of the sparse weights by name."""
@@ -222,27 +238,13 @@ class Sparsifier:
         asked = method.reads_gradient and (
             by_hand or self.config.schedule.refreshes_at(self.steps + 1) or self._is_behind()
         )
-        for owners in self._owners().values():
-            raw = owners[0][1].raw(owners[0][0])
-            probe = torch.zeros_like(raw, requires_grad=True) if asked else None
-            for _, weight in owners:
-                weight.probe = probe
-                weight.overdue = weight.steps + self._patience
+        owners = self._owners()
+        ask_for_gradients(owners, asked)
+        for _, weight in chain.from_iterable(owners.values()):
+            weight.overdue = weight.steps + self._patience
 
     def _gradients(self) -> Tensors | None:
         """Return the gradients that the method reads, summed over the processes."""
         if not self.config.method.reads_gradient or self.config.schedule.settled(self.steps):
             return None
-        probes = {name: weight.probe for name, (_, weight) in first(self._owners()).items()}
-        if all(probe is None or probe.grad is None for probe in probes.values()):
-            raise RuntimeError(
-                f"{self.config.method} chooses by the gradient at α, and there is none: a backward "
-                "pass comes before; with refresh_every=None that of any step is kept"
-            )
-        found = {}
-        for name, probe in probes.items():
-            if probe is not None:  # zeros where the loss did not depend on the weight
-                found[name] = torch.zeros_like(probe) if probe.grad is None else probe.grad
-                if distributed.is_available() and distributed.is_initialized():
-                    distributed.all_reduce(found[name])
-        return found
+        return gradients_asked_for(self._owners(), self.config.method)

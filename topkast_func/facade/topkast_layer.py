@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from topkast_func.checks import check_number, check_order
 from topkast_func.config import TopKastConfig
+from topkast_func.facade.derived import check_whole
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import (
     SparseLayer,
@@ -190,6 +191,7 @@ class TopKastLayer(SparseLayer):
         if name != "weight" or theta is None or not isinstance(value, Tensor):
             super().__setattr__(name, value)
             return
+        check_whole(value, name)
         if tuple(value.shape) not in (tuple(theta.shape), (theta.numel(),)):
             raise ValueError(
                 f"weight must have shape {tuple(theta.shape)}, got {tuple(value.shape)}"

@@ -17,10 +17,11 @@ from topkast_func.inference.pointwise import SparsePointwise
 from topkast_func.inference.replaceable import replaceable
 from topkast_func.inference.stored import Stored
 from topkast_func.leaves import check_present
-from topkast_func.model.alone import alone_with, check_uncompiled, uncompiled
+from topkast_func.model.alone import alone_with, as_plain, check_uncompiled, uncompiled
 from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.layers import stand_ins
 from topkast_func.model.stand_in import StandIn, TransposedStandIn
+from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.fits_model import check_tensors
 from topkast_func.training.state import TrainState, alpha_in, check_state, masks_of
 
@@ -59,6 +60,7 @@ def sparse_module(
         TypeError: ``model`` is no module, ``state`` none beside it, or ``batch_size`` no integer.
         ValueError: The state is of another model, ``batch_size`` is below 1, or a part of the
             model is compiled.
+        RuntimeError: It is differentiated.
 
     Example:
         >>> from topkast_func import TopKastConfig, init_state, sgd
@@ -72,7 +74,7 @@ def sparse_module(
         )
     """
     batch = check_count("batch_size", batch_size, 1)
-    given = uncompiled(state if model is None else model)
+    given = uncompiled(state) if model is None else as_plain(model)
     if not isinstance(given, nn.Module):
         raise TypeError(
             "model must be a torch.nn.Module, that of the state or one that sparsify has "
@@ -84,7 +86,8 @@ def sparse_module(
     else:
         check_state(state)
         stored = partial(_of_state, cast(TrainState, state), given)
-    return alone_with(given, lambda: _converted(*stored(batch)))
+    convert = partial(alone_with, given, lambda: _converted(*stored(batch)))
+    return mapped(convert) if is_mapped("sparse_module", ()) else convert()
 
 
 def _of_state(state: TrainState, model: nn.Module, batch: int) -> tuple[nn.Module, Stored]:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from topkast_func.facade import Sparsifier, densify
+from topkast_func.facade.progress import held_by
 from topkast_func.facade.sparse_weight import weights_of
 
 RESUMED = (
@@ -51,8 +52,7 @@ class Hosted:
                 f"the callback what it returns{RESUMED if resumed else ''}"
             )
         trained = {key for key, raw in sparse.items() if raw.requires_grad}
-        groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-        held = {id(parameter) for group in groups for parameter in group["params"]}
+        held = set[int]().union(*map(held_by, optimizers))
         if trained and trained.isdisjoint(held):
             raise ValueError(
                 "the optimizer holds none of the sparse weights: build it from model.parameters()"

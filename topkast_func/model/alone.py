@@ -18,6 +18,16 @@ WRAPPERS = (
 )
 """Modules that `torch.func.functional_call` does not run, or not with what they are for."""
 
+KEPT = "_sparse_weights"
+"""Attribute of a layer, of the facade, that has sets of its own for some of its weights."""
+
+SPARSE = (
+    "the weights {} of the model have sets of their own, as tk.sparsify or a layer such as "
+    "TopKastLinear gives them, and its forward pass would apply these beside those of a state: "
+    "train it in an ordinary loop, or give a plain module, that loads sparsifier.dense_params(), "
+    "say, with strict=False; tk.densify makes it plain, with α for weights"
+)
+
 Compiled = TypeVar("Compiled")
 Result = TypeVar("Result")
 
@@ -97,6 +107,34 @@ def uncompiled(model: Compiled) -> Compiled:
     if isinstance(model, FunctionType):
         return vars(model).get("_torchdynamo_orig_callable", model)  # type: ignore[no-any-return]
     return model
+
+
+def as_plain(model: Compiled) -> Compiled:
+    """Return what `uncompiled` does, if its weights are what they seem to be.
+
+    Args:
+        model: A module, a function, or anything else.
+
+    Returns:
+        It, without what torch.compile made of it.
+
+    Raises:
+        TypeError: See `uncompiled`.
+        ValueError: It has weights to be trained that have sets of their own.
+    """
+    found = uncompiled(model)
+    if isinstance(found, nn.Module):
+        names = {id(p): name for name, p in found.named_parameters() if p.requires_grad}
+        held = [part._parameters.get(key) for part in found.modules() for key in _own_sets(part)]
+        if sparse := dict.fromkeys(names[id(p)] for p in held if id(p) in names):
+            raise ValueError(SPARSE.format([*sparse]))
+    return found
+
+
+def _own_sets(part: nn.Module) -> Iterable[str]:
+    """Return the keys of the weights of a layer that have sets of their own."""
+    keys: Iterable[str] = vars(part).get(KEPT, ())
+    return keys
 
 
 def check_uncompiled(model: object) -> None:

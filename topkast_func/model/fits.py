@@ -8,6 +8,7 @@ from torch import Tensor
 from topkast_func.leaves import check_leaf, check_shape, check_tensor
 from topkast_func.model.indexed import AnySets, Indexed
 from topkast_func.model.modules import check_names, tensors_of
+from topkast_func.powerprop import check_theta
 from topkast_func.trees import check_known, check_mask_pair, check_named
 from topkast_func.types import Masks, Model, Params
 
@@ -25,6 +26,7 @@ def check_sets(model: Model, params: Params, masks: Mapping[str, AnySets]) -> No
         ValueError: See `sparse_forward`.
     """
     check_named("params", params)
+    check_theta(params)
     check_names(model, params.keys())
     own = tensors_of(model)
     for name, leaf in params.items():
@@ -46,6 +48,7 @@ def check_sets_of(params: Params, masks: Mapping[str, AnySets]) -> None:
         ValueError: See `sparse_forward`.
     """
     check_named("params", params)
+    check_theta(params)
     for name, leaf in params.items():
         check_tensor(f"params[{name!r}]", leaf)
     _check_masks(params, masks)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from topkast_func.model.alone import alone_with, may_draw, uncompiled
+from topkast_func.model.alone import alone_with, as_plain, may_draw
 from topkast_func.model.alpha import alpha_when_read, straight_through
 from topkast_func.model.fits import check_sets, several_kinds
 from topkast_func.model.indexed import AnySets, Indexed
@@ -82,7 +82,7 @@ def run_at_alpha(
         ValueError: See `sparse_forward`.
         RuntimeError: The model raises one that the kinds of its parameters do not explain.
     """
-    model = uncompiled(model)
+    model = as_plain(model)
 
     def run() -> Result:
         check_sets(model, params, masks)

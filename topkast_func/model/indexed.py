@@ -11,7 +11,7 @@ from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import check_block_shape, check_callable
 from topkast_func.kernels.pattern import Pattern, gathered, is_indexed, pattern_of, places_in
 from topkast_func.leaves import check_present
-from topkast_func.model.alone import alone_with, uncompiled
+from topkast_func.model.alone import alone_with, as_plain
 from topkast_func.model.layers import kernel_weights
 from topkast_func.model.modules import tensors_of
 from topkast_func.trees import check_known, check_mask_pair, check_named
@@ -80,7 +80,7 @@ def index_masks(
         tensor([[  0.,   0.,   0., 220.]])
     """
     block_shape = check_block_shape("block_shape", block_shape)
-    model = uncompiled(model)
+    model = as_plain(model)
     check_callable("model", model)
     check_named("masks", masks, "Masks")
     check_known("masks", masks, tensors_of(model) or masks)

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from topkast_func.checks import check_callable
-from topkast_func.model.alone import alone_with, uncompiled
+from topkast_func.model.alone import alone_with, as_plain
+from topkast_func.training.ensembles import is_mapped
 from topkast_func.training.fits_model import check_tensors
 from topkast_func.training.state import TrainState, forward_params, masks_of
 from topkast_func.turns import EVERYTHING
@@ -64,6 +65,7 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
     Raises:
         TypeError: The model cannot be called, or ``state`` is no state.
         ValueError: The state is of another model, or other ranks own a part of it.
+        RuntimeError: It is differentiated.
 
     Example:
         >>> from topkast_func import TopKastConfig, init_state, sgd
@@ -73,7 +75,8 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
         TrainingFlops(sparse=6400.0, dense=48000.0)
     """
     check_callable("model", model)
-    model = uncompiled(model)
+    is_mapped("training_flops", (inputs, options))
+    model = as_plain(model)
     tensors = forward_params(state)
     owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
     devices = {t.device.index for t in tensors.values() if t.device.type == "cuda"}

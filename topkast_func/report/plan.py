@@ -10,7 +10,7 @@ from torch import nn
 from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.distributed.models import averaged_buffers
-from topkast_func.model.alone import alone_with, uncompiled
+from topkast_func.model.alone import alone_with, as_plain
 from topkast_func.model.modules import frozen
 from topkast_func.report.shares import Share, bytes_of, most, shares_of, total
 from topkast_func.report.table import in_bytes, paragraph, table
@@ -136,7 +136,7 @@ def plan(
     memory = None if memory is None else check_count("memory", memory, 1)
     optimizer = adamw(1e-3) if optimizer is None else optimizer
     check_optimizer(optimizer)
-    model = uncompiled(model)
+    model = as_plain(model)
     work = partial(_layouts, model, config, world_size, optimizer, master)
     layouts, notes = alone_with(model, work)
     return Plan(layouts, world_size, memory, notes)

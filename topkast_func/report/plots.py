@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 
+from topkast_func.checks import check_count
 from topkast_func.report.history import Refresh
 from topkast_func.types import Masks
 
@@ -83,6 +84,7 @@ def losses(
         style = "--" if others and label in others else "-"
         axes.plot(range(1, len(curve) + 1), curve, style, label=label)
     if best is not None:
+        best = check_count("best", best, 0)
         label = f"best {xlabel}, {best + 1}"
         axes.axvline(best + 1, color="grey", linestyle=":", label=label)
     logarithmic = not any((curve <= 0).any() for curve in drawn.values())

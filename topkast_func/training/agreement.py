@@ -110,7 +110,8 @@ def agreement(
             role = tied.get(name, name) in state.frozen
             if parameter.requires_grad == role:
                 raise ValueError(EXCHANGED.format(name, *ROLES[role]))
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            hooks = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+            if hooks and not role:
                 raise ValueError(HOOKED.format(name))
         if (looks := (_looks(state, schedule), _held(parts))) == agreed:
             return

@@ -14,7 +14,7 @@ from topkast_func.config.as_json import code_of, described, made, told
 from topkast_func.devices import check_device
 from topkast_func.files.container import damage_of, opened, write
 from topkast_func.files.drafts import path_of, replacing
-from topkast_func.model.alone import alone_with, uncompiled
+from topkast_func.model.alone import alone_with, as_plain
 from topkast_func.model.modules import check_names, trainable
 from topkast_func.training.agreement import disagreements
 from topkast_func.training.fits_config import outlines
@@ -238,7 +238,7 @@ def agreed(path: Path, header: Mapping[str, Any], given: TopKastConfig | None) -
 def _problems(
     state: TrainState, config: TopKastConfig, model: Model | None, optimizer: Optimizer | None
 ) -> list[str]:
-    model = None if model is None else uncompiled(model)
+    model = None if model is None else as_plain(model)
     if model is not None and not isinstance(model, nn.Module):
         check_names(model, ())
 

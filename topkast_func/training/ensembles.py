@@ -1,4 +1,4 @@
-"""Steps within transforms of `torch.func`: ensembles one member after another, derivatives not."""
+"""Work within transforms of `torch.func`: ensembles one member after another, derivatives not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,37 +6,69 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, is_batchedtensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 DERIVED = (
-    "a step is not differentiated, so that it does not run within torch.func.grad, jacrev, jvp and "
+    "{} is not differentiated, so that it does not run within torch.func.grad, jacrev, jvp and "
     "their like, nor takes dual tensors (torch.vmap works): call it outside, and take derivatives "
     "of tk.penalized_loss or tk.sparse_forward, at tk.dense_params(state) and tk.masks_of(state)"
+)
+
+ESCAPED = "may have escaped from inside a function being vmapped"
+"""What torch says of a tensor that is mapped over where nothing is."""
+
+CLOSED_OVER = (
+    "torch.vmap maps over a tensor that the model or loss_fn reads and is not given: make it a "
+    "part of the batch"
 )
 
 Leaves = tuple[Any, ...]
 
 
-def is_ensemble(tree: Any) -> bool:
-    """Return whether `torch.vmap` maps over a tensor of a tree.
+def is_mapped(what: str, tree: Any) -> bool:
+    """Return whether `torch.vmap` is at work, so that `mapped` is to do what is called.
 
     Args:
-        tree: What a step takes.
+        what: What is called, for the error.
+        tree: What it takes.
 
     Returns:
-        Whether it does.
+        Whether it is.
 
     Raises:
-        RuntimeError: A transform other than `torch.vmap` is at work, for which all that a step
-            returns would be constant.
+        RuntimeError: Another transform is at work, for which all that is returned would be
+            constant.
     """
     transforms = get_interpreter_stack() or ()
     if any(transform.key() != TransformType.Vmap for transform in transforms) or _is_dual(tree):
-        raise RuntimeError(DERIVED)
-    if not transforms:
-        return False
-    return any(isinstance(leaf, Tensor) and is_batchedtensor(leaf) for leaf in tree_leaves(tree))
+        raise RuntimeError(DERIVED.format(what))
+    return bool(transforms)
+
+
+def mapped(run: Callable[..., Any], *trees: Any) -> Any:
+    """Run a function within `torch.vmap`: on each member that it maps over, or else once.
+
+    Args:
+        run: From trees to a tree of tensors, of the same structure and shapes for each member.
+        *trees: Its arguments.
+
+    Returns:
+        What it returns, mapped over where an argument is.
+
+    Raises:
+        RuntimeError: `torch.vmap` maps over what is no argument.
+    """
+    try:
+        if any(isinstance(leaf, Tensor) and is_batchedtensor(leaf) for leaf in tree_leaves(trees)):
+            return _by_member(run, *trees)
+        with temporarily_clear_interpreter_stack():
+            return run(*trees)
+    except RuntimeError as reason:
+        if ESCAPED not in str(reason):
+            raise
+        raise RuntimeError(CLOSED_OVER) from reason
 
 
 def _is_dual(tree: Any) -> bool:
@@ -48,16 +80,8 @@ def _is_dual(tree: Any) -> bool:
     return any(unpack(leaf).tangent is not None for leaf in leaves)
 
 
-def by_member(run: Callable[..., Any], *trees: Any) -> Any:
-    """Run a function on each member of an ensemble.
-
-    Args:
-        run: From trees to a tree of tensors, of the same structure and shapes for each member.
-        *trees: Its arguments, over some of whose tensors `torch.vmap` maps.
-
-    Returns:
-        What it returns, mapped over.
-    """
+def _by_member(run: Callable[..., Any], *trees: Any) -> Any:
+    """Run a function on each member of an ensemble."""
     leaves, structure = tree_flatten(trees)
     found: list[TreeSpec] = []
 

@@ -1,15 +1,17 @@
 """The gradient of the loss at α, dense."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from topkast_func.checks import check_callable
-from topkast_func.model.alone import alone_with, uncompiled
+from topkast_func.model.alone import alone_with, as_plain, uncompiled
 from topkast_func.model.modules import bind, ties
 from topkast_func.training.derivative import gradient_and_value
+from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.fits_model import check_tensors
 from topkast_func.training.loss import check_loss_fn, loss_and_aux
 from topkast_func.training.random_numbers import random_numbers_of
@@ -22,7 +24,8 @@ from topkast_func.types import LossFn, Model, Tensors
 def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> Tensors:
     """Return the gradient of the loss at α with respect to every entry of the sparse weights.
 
-    It takes the memory and the time of the dense model. `rigl` grows by it.
+    It takes the memory and the time of the dense model. `rigl` grows by it. Under `torch.vmap` it
+    does so for each member of an ensemble, of states that were stacked, batches, or both.
 
     Args:
         model: A module, or a pure function ``apply(params, *inputs)``.
@@ -38,11 +41,15 @@ def dense_gradients(model: Model, loss_fn: LossFn, state: TrainState, batch: Any
             cannot be called.
         ValueError: The state is of another model, the loss does not depend on what is trained, or
             the forward pass is not pure.
+        RuntimeError: It is differentiated.
     """
     check_state(state)
     check_callable("model", model)
     check_loss_fn(loss_fn, model)
-    model, loss_fn = uncompiled(model), uncompiled(loss_fn)
+    model, loss_fn = as_plain(model), uncompiled(loss_fn)
+    if is_mapped("dense_gradients", (state, batch)):
+        ensemble: Tensors = mapped(partial(dense_gradients, model, loss_fn), state, batch)
+        return ensemble
 
     def gradients() -> Tensors:
         if isinstance(model, nn.Module):

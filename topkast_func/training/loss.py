@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from topkast_func.checks import check_callable, check_type
+from topkast_func.checks import check_callable, check_count, check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.model.fits import check_sets_of
 from topkast_func.model.forward import run_at_alpha
@@ -36,9 +36,9 @@ def exploration_penalty(
         The penalty, 0-d; zero where ``config.penalty`` is None or the method does not explore.
 
     Raises:
-        TypeError: ``config`` is no configuration, or see `sparse_forward`.
-        ValueError: The configuration gives a masked parameter no sparsity, or masks are not those
-            of the parameters, see `sparse_forward`.
+        TypeError: ``config`` is no configuration, ``step`` no integer, or see `sparse_forward`.
+        ValueError: ``step`` is negative, the configuration gives a masked parameter no sparsity,
+            or masks are not those of the parameters, see `sparse_forward`.
 
     Departures:
         The paper prints one norm and calls it L2; the three readings in use are offered.
@@ -53,6 +53,7 @@ def exploration_penalty(
         tensor(5.)
     """
     check_type("config", config, TopKastConfig)
+    step = check_count("step", step, 0)
     check_sets_of(params, masks)
     shapes = {name: params[name].shape for name in masks}
     device = next((theta.device for theta in params.values()), torch.device("cpu"))
@@ -95,11 +96,14 @@ def penalized_loss(
         The loss, 0-d.
 
     Raises:
-        TypeError: ``loss_fn`` is no function of (apply, batch) or returns no scalar tensor, or
-            see `sparse_forward`.
-        ValueError: The parameters are not those of the model, nor the masks theirs.
+        TypeError: ``loss_fn`` is no function of (apply, batch) or returns no scalar tensor,
+            ``config`` is no configuration, ``step`` no integer, or see `sparse_forward`.
+        ValueError: ``step`` is negative, or the parameters are not those of the model, nor the
+            masks theirs.
     """
     check_loss_fn(loss_fn, model)
+    check_type("config", config, TopKastConfig)
+    step = check_count("step", step, 0)
 
     def use(apply: Callable[..., Any]) -> Tensor:
         return loss_and_aux(loss_fn(apply, batch))[0]

@@ -12,6 +12,7 @@ from topkast_func.config.allocation import shared_among_all
 from topkast_func.entry import entered
 from topkast_func.masks import counts_among, masks_at
 from topkast_func.ranking import NaNParameterError
+from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.fits_config import check_gradients, check_refresh, is_of_stage
 from topkast_func.training.optim import Optimizer
 from topkast_func.training.state import (
@@ -35,7 +36,8 @@ def refresh(
 ) -> TrainState:
     """Choose A and B anew; from step ``config.explore_until`` on, let B be A.
 
-    An optimiser slot stays with its weight; an entry that newly enters B starts at zero.
+    An optimiser slot stays with its weight; an entry that newly enters B starts at zero. Under
+    `torch.vmap` it does so for each member of an ensemble, of states that were stacked.
 
     Args:
         state: The state; it is not written to.
@@ -52,10 +54,14 @@ def refresh(
             shapes or without values, or the configuration has other sparse parameters, other
             blocks or another exponent, or a method that is to train densely.
         NaNParameterError: A sparse parameter holds NaN; a ValueError too.
+        RuntimeError: It is differentiated.
         torch.OutOfMemoryError: The device has too little memory; the text says the way on.
     """
     check_state(state)
     check_type("config", config, TopKastConfig)
+    if is_mapped("refresh", (state, gradients)):
+        ensemble: TrainState = mapped(lambda s, g: refresh(s, config, g), state, gradients)
+        return ensemble
     state = ordinary(state) if state.step.is_inference() else state
     check_at_hand(state)
     check_refresh(state, config)

@@ -10,7 +10,7 @@ from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import matches, warn_of_other_names
 from topkast_func.devices import check_device
-from topkast_func.model.alone import alone_with, uncompiled
+from topkast_func.model.alone import alone_with, as_plain
 from topkast_func.model.modules import frozen, tensors_of, ties
 from topkast_func.sparsity import ByPattern
 from topkast_func.training.agreement import COMPACT
@@ -41,9 +41,8 @@ def init_state(
     Args:
         model_or_params: A module, of which the parameters that require a gradient are
             trained, or weights by name. Both are θ, under powerpropagation too, which turns them
-            into φ. What `sparsify` has made sparse under it holds φ; to go on from that, give
-            ``{n: p * p.abs() ** (a - 1) if n in sparsifier.masks() else p for n, p in
-            model.named_parameters()}``, a = ``config.powerprop``.
+            into φ. To go on from a module that `sparsify` has made sparse, let a plain one load
+            ``sparsifier.dense_params()``, or give that.
         config: The configuration.
         optimizer: The optimiser.
         storage: "compact" keeps values, slots and gradients of B, and θ apart; "dense" keeps
@@ -99,7 +98,7 @@ def init_state(
     check_optimizer(optimizer)
     if storage == "compact" and not optimizer.elementwise:
         raise ValueError(COMPACT.format(optimizer))
-    model = uncompiled(model_or_params)
+    model = as_plain(model_or_params)
     seed = check_count("seed", seed, 0)
     mask_seed = seed if mask_seed is None else check_count("mask_seed", mask_seed, 0)
     check_master(master)

@@ -17,6 +17,7 @@ from topkast_func.distributed.joined import data_parallel
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.model.alone import (
     alone_with,
+    as_plain,
     as_written,
     check_uncompiled,
     claim,
@@ -27,7 +28,7 @@ from topkast_func.model.layers import stand_ins, standing_in
 from topkast_func.training.agreement import agreement
 from topkast_func.training.call import Call, call_of, hooks_of
 from topkast_func.training.compilation import compiled
-from topkast_func.training.ensembles import by_member, is_ensemble
+from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.gradients import gradients_of
 from topkast_func.training.loss import check_loss_fn
 from topkast_func.training.metrics import StepMetrics
@@ -161,7 +162,7 @@ def make_train_step(
     check_optimizer(optimizer)
     check_callable("model", model)
     check_loss_fn(loss_fn, model)
-    model, loss_fn = uncompiled(model), uncompiled(loss_fn)
+    model, loss_fn = as_plain(model), uncompiled(loss_fn)
     check_uncompiled(model)
     options = described(compile) if isinstance(compile, Mapping) else compile
     given = {"optimizer": repr(optimizer), "engine": engine, "compile": options}
@@ -222,8 +223,8 @@ def make_train_step(
     @torch.inference_mode(False)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         check_state(state)
-        if is_ensemble((state, batch)):
-            ensemble: tuple[TrainState, StepMetrics] = by_member(train_step, state, batch)
+        if is_mapped("a step", (state, batch)):
+            ensemble: tuple[TrainState, StepMetrics] = mapped(train_step, state, batch)
             return ensemble
         state = ordinary(state) if state.step.is_inference() else state
         state, batch = way.part(state), ordinary(batch)

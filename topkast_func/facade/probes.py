@@ -1,0 +1,50 @@
+"""Gradients at α of every entry, for methods that choose by them: those of zeros added to α."""
+
+import torch
+from torch import distributed
+
+from topkast_func.facade.owners import Owners, first
+from topkast_func.methods import Method
+from topkast_func.types import Tensors
+
+
+def ask_for_gradients(owners: Owners, asked: bool) -> None:
+    """Let the next backward pass leave the gradient of every entry, or no more.
+
+    Args:
+        owners: The sparse weights.
+        asked: Whether it is to.
+    """
+    for several in owners.values():
+        layer, weight = several[0]
+        probe = torch.zeros_like(weight.raw(layer), requires_grad=True) if asked else None
+        for _, weight in several:
+            weight.probe = probe
+
+
+def gradients_asked_for(owners: Owners, method: Method) -> Tensors:
+    """Return the gradients that backward passes have left, summed over the processes.
+
+    Args:
+        owners: The sparse weights.
+        method: Who reads them.
+
+    Returns:
+        Gradients by name, zeros where the loss did not depend on the weight.
+
+    Raises:
+        RuntimeError: There are none.
+    """
+    probes = {name: weight.probe for name, (_, weight) in first(owners).items()}
+    if all(probe is None or probe.grad is None for probe in probes.values()):
+        raise RuntimeError(
+            f"{method} chooses by the gradient at α, and there is none: a backward "
+            "pass comes before; with refresh_every=None that of any step is kept"
+        )
+    found = {}
+    for name, probe in probes.items():
+        if probe is not None:
+            found[name] = torch.zeros_like(probe) if probe.grad is None else probe.grad
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.all_reduce(found[name])
+    return found
