@@ -1,9 +1,8 @@
 """Data parallel: what a step does beside its own work where several processes share a batch."""
 
-import hashlib
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,14 +14,10 @@ from topkast_func.distributed.batches import Samples, filled
 from topkast_func.distributed.bucket import mean_over
 from topkast_func.distributed.models import is_mean
 from topkast_func.distributed.ranks import Ranks
+from topkast_func.distributed.roll import BROKEN, call_roll, digest
 from topkast_func.types import LossFn, Tensors
 
 Result = TypeVar("Result")
-
-BROKEN = (
-    "a rank that catches an error of train_step cannot go on without the others: end the process, "
-    "and begin again on all ranks, from a checkpoint"
-)
 
 
 class Found(NamedTuple):
@@ -160,47 +155,42 @@ class DataParallel(Alone):
         step = int(state.step)
         if self._failed is not None:
             told = f"its step {self._failed} failed"
-            raise RuntimeError(
-                f"rank {self.rank} of {self.ranks.size}, step {step}: {told}; {BROKEN}"
-            )
+            raise RuntimeError(f"{self._at(step)}: {told}; {BROKEN}")
         self._failed = step
+        with self.ranks.waiting(f"in step {step}", fewer=True):
+            checks, samples = self._roll(state, batch, kind | {"due": due})
         with self.ranks.waiting(f"in step {step}"):
-            samples = self._roll(state, batch, compared, kind | {"due": due})
+            if checks:
+                checksums.check_same(self.ranks, self._at(step), compared())
             self.share = (samples[self.rank] / samples.sum()).reshape(1)
             after, result = run()
         self._failed, self._last = None, [weakref.ref(leaf) for leaf in tree_leaves(after)]
         return after, result
 
-    def _roll(
-        self,
-        state: Any,
-        batch: Any,
-        compared: Callable[[], Any],
-        kind: dict[str, object],
-    ) -> Tensor:
-        """Check that the ranks are about to do the same, and return the samples of each."""
+    def _at(self, step: int) -> str:
+        return f"rank {self.rank} of {self.ranks.size}, step {step}"
+
+    def _roll(self, state: Any, batch: Any, kind: dict[str, object]) -> tuple[bool, Tensor]:
+        """Return whether states are to be compared, and the samples of each, of a step of all."""
         step, leaves = int(state.step), tree_leaves(state)
         kind |= {"tensors in the state": len(leaves)}
-        doing = [step, int(state.optimizer.step), _digest(kind)]
-        check = kind["due"] or self._are_others(leaves)
+        check = bool(kind["due"]) or self._are_others(leaves)
         samples = torch.tensor([float(self._samples(batch))], dtype=torch.float64, device="cpu")
-        own = torch.tensor([*doing, check, *samples.view(torch.int64)], device="cpu")
-        *told, checks, weights = self.ranks.gathered(own).unbind(1)
-        where = f"rank {self.rank} of {self.ranks.size}, step {step}"
-        for what, numbers in zip(("step", "call of the optimiser"), told, strict=False):
-            if (numbers != numbers[0]).any():
-                raise RuntimeError(f"{where}: the ranks are at {what} {numbers.tolist()}; {BROKEN}")
-        if (told[-1] != told[-1][0]).any():
+        own = [int(state.optimizer.step), digest(kind), check, *samples.view(torch.int64)]
+        rows = call_roll(self.ranks, f"in step {step}", own)
+        calls, kinds, checks, weights = rows.unbind(1)
+        if (calls != calls[0]).any():
+            told = f"the ranks are at call of the optimiser {calls.tolist()}"
+            raise RuntimeError(f"{self._at(step)}: {told}; {BROKEN}")
+        if (kinds != kinds[0]).any():
             self.ranks.check_alike(kind, f"in step {step}")
-        if checks.any():
-            checksums.check_same(self.ranks, where, compared())
         counts = weights.view(torch.float64)
         if not ((counts >= 0).all() and 0 < counts.sum() < math.inf):
             raise ValueError(
-                f"{where}: the ranks have {counts.tolist()} samples: numbers of at least 0 are "
-                "asked for, and one above"
+                f"{self._at(step)}: the ranks have {counts.tolist()} samples: numbers of at least "
+                "0 are asked for, and one above"
             )
-        return counts
+        return bool(checks.any()), counts
 
     def _are_others(self, leaves: list[Tensor]) -> bool:
         """Return whether a state is another than the last step left."""
@@ -208,7 +198,3 @@ class DataParallel(Alone):
         return len(leaves) != len(known) or any(
             leaf is not last for leaf, last in zip(leaves, known, strict=True)
         )
-
-
-def _digest(value: Mapping[str, object]) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")
