@@ -281,9 +281,51 @@ def _elsewhere(rank: int) -> dict[str, str]:
     return found
 
 
+A, B, C = {"a": torch.float32}, {"b": torch.float64}, {"c": torch.float32}
+BESIDE: dict[str, tuple[list[dict[str, torch.dtype]], int, str]] = {
+    "another number": ([A, A | B], 0, r"in step 0, .* \['a'\] of float32, \['b'\] of float64\. "),
+    "another key": (
+        [A, {"c": torch.float32}],
+        0,
+        r"in step 0, .*'a'\] of .* and rank 1 .*'c'\] of",
+    ),
+    "another order": ([A | B, B | A], 0, r"in step 0, .*'a'.*'b'.* and rank 1 .*'b'.*'a'"),
+    "another dtype": (
+        [B, {"b": torch.float32}],
+        0,
+        r"in step 0, .* of float64 .* of float32",
+    ),
+    "nothing": ([A, {}], 0, r"rank 1 is in step 0, .* no floating 0-d tensor\. "),
+    "more in time": (
+        [A, A | B],
+        3,
+        r"rank 0 is in step 4 and .* at the end of step 3, .*'b'",
+    ),
+    "others in time": ([A, C], 3, r"in step 4 .* the end of step 3, .*'c'.*, and before .*'a'"),
+}
+"""What ranks return beside the loss, and from which step on; before that as rank 0 does."""
+
+
+def _beside(rank: int, name: str) -> None:
+    told, at, _ = BESIDE[name]
+    model, now = _network(), 0
+
+    def loss_fn(apply: Callable[..., Tensor], batch: Tensor) -> Any:
+        dtypes = told[rank if now >= at else 0]
+        return _loss(apply, batch), {key: torch.ones((), dtype=d) for key, d in dtypes.items()}
+
+    group = dist.group.WORLD
+    step = tk.make_train_step(model, loss_fn, CONFIG, ADAM, compile=False, process_group=group)
+    state = tk.init_state(model, CONFIG, ADAM)
+    for number in range(STEPS):
+        now = number
+        state, _ = step(state, torch.ones(4, 6))
+
+
 def _compare(rank: int) -> dict[str, str]:
     changes = {n: _error(partial(_change, rank, *c[:2])) for n, c in CHANGES.items()}
-    return _elsewhere(rank) | _differ(rank) | changes
+    beside = {name: _error(partial(_beside, rank, name)) for name in BESIDE}
+    return _elsewhere(rank) | beside | _differ(rank) | changes
 
 
 ALIKE = r"ValueError: ranks must train alike: in make_train_step "
@@ -311,7 +353,7 @@ ELSEWHERE = {
     name: rf"in .*: rank 0 is in step 0 and rank 1 is in {name.removeprefix('async_')}{at}\. "
     for name, (_, at) in CALLS.items()
 }
-TOLD = {**ELSEWHERE, **{name: told for name, (*_, told) in CHANGES.items()}}
+TOLD = {**ELSEWHERE, **{name: told for name, (*_, told) in (BESIDE | CHANGES).items()}}
 EXPECTED = DIFFERENCES | {n: rf"RuntimeError: rank \d of 2, .*{told}" for n, told in TOLD.items()}
 
 

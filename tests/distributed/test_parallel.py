@@ -281,8 +281,33 @@ def _padded(rank: int | None) -> dict[str, Tensor]:
     return tk.dense_params(state)
 
 
+def _changing(rank: int | None, compile: Any) -> list[dict[str, Tensor]]:
+    """Return what comes with the loss, by step, of other keys, numbers and dtypes at some."""
+    model, config, phase = network().double(), tk.TopKastConfig(0.8, 0.5), 0
+
+    def loss(apply: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Any:
+        errors = (apply(batch[0]) - batch[1]).detach().square().mean(1)
+        told = {"mean": errors.mean()}
+        if phase == 1:
+            told |= {"narrow": errors.float().mean(), "twice": 2 * errors.mean()}
+        if phase == 2:
+            told = {"half": errors.mean() / 2}
+        return loss_fn(apply, batch)[0], told
+
+    group = None if rank is None else dist.group.WORLD
+    step = tk.make_train_step(model, loss, config, ADAM, compile=compile, process_group=group)
+    state, found = tk.init_state(model, config, ADAM), []
+    for number, (*batch, (first, _)) in enumerate(batches(8, ((4, 4),))):
+        phase = (0, 0, 0, 1, 1, 2, 0, 0)[number]
+        part = {None: slice(None), 0: slice(first), 1: slice(first, None)}[rank]
+        state, metrics = step(state, tuple(tensor[part] for tensor in batch))
+        found.append(metrics.aux)
+    return found
+
+
 def _particulars(rank: int) -> dict[str, Any]:
-    return {"normed": _train_normed(rank), "dropping": _dropping(rank), "padded": _padded(rank)}
+    found = {"normed": _train_normed(rank), "dropping": _dropping(rank), "padded": _padded(rank)}
+    return found | {"changing": [_changing(rank, compile) for compile in (False, COMPILED)]}
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +336,14 @@ def test_dropout_differs_by_rank_and_the_sets_do_not(particular: Any) -> None:
         assert not torch.equal(own, other)
     assert torch.equal(first[-1], second[-1])
     assert torch.equal(first[0], _dropping(None)[0])
+
+
+def test_numbers_beside_the_loss_are_averaged_when_they_change_too(particular: Any) -> None:
+    one = _changing(None, False)
+    assert [len(told) for told in one] == [1, 1, 1, 3, 3, 1, 1, 1]
+    for found in particular:
+        for told in found["changing"]:
+            assert_close(told, one)
 
 
 def test_batches_count_as_samples_says(particular: Any) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from topkast_func.distributed import checksums
 from topkast_func.distributed.batches import Samples, filled
 from topkast_func.distributed.bucket import mean_over
-from topkast_func.distributed.models import is_mean
+from topkast_func.distributed.numbers import Numbers
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.distributed.roll import BROKEN, call_roll, digest
 from topkast_func.types import LossFn, Tensors
@@ -57,6 +57,13 @@ class Alone:
         """Return tensors averaged over the samples of the step."""
         return tensors
 
+    def expect(self, step: int) -> None:
+        """Let the ranks agree on what a trial has found, before a step that sends it."""
+
+    def agreed(self, aux: tuple[Any, ...], step: int) -> tuple[Any, ...]:
+        """Return what came with the loss of a step, once the ranks agree on what that is."""
+        return aux
+
     def take_part(
         self,
         state: Any,
@@ -65,6 +72,7 @@ class Alone:
         *,
         compared: Callable[[], Any],
         due: bool,
+        modes: Hashable,
         **kind: object,
     ) -> tuple[Any, Result]:
         """Run a step.
@@ -75,6 +83,7 @@ class Alone:
             run: The step of this rank.
             compared: ``compared()`` to what of the state all ranks hold alike; see `check_same`.
             due: Whether a refresh is due before or after it.
+            modes: Mode of the model.
             **kind: What else must be alike on all ranks, by what it is called.
 
         Returns:
@@ -96,6 +105,7 @@ class DataParallel(Alone):
     def __init__(self, ranks: Ranks, samples: Samples, averaged: tuple[str, ...]) -> None:
         self.ranks, self.rank = ranks, ranks.rank
         self._samples, self._averaged = samples, averaged
+        self._numbers = Numbers(ranks)
         self._failed: int | None = None
         self._last: list[weakref.ref[Tensor]] = []
 
@@ -103,9 +113,22 @@ class DataParallel(Alone):
         """Return a loss function that sees rows of zeros where the batch has none."""
 
         def fed(apply: Callable[..., Any], batch: Any) -> Any:
-            return loss_fn(apply, filled(batch))
+            result = loss_fn(apply, filled(batch))
+            if not torch.compiler.is_compiling():
+                self._numbers.see(result)
+            return result
 
         return fed
+
+    def expect(self, step: int) -> None:
+        """Let the ranks agree on what a trial has found; see `Alone.expect`."""
+        self._numbers.expect(step)
+
+    def agreed(self, aux: tuple[Any, ...], step: int) -> tuple[Any, ...]:
+        """Return what came with the loss; see `Alone.agreed`."""
+        return (
+            aux if self.share is None else self._numbers.agreed(aux, step, self.share.reshape(()))
+        )
 
     def mean(self, tensors: Tensors) -> Tensors:
         """Return tensors averaged over the samples of the step."""
@@ -127,15 +150,14 @@ class DataParallel(Alone):
         """
         grads, loss, aux, after = own
         leaves, structure = tree_flatten(aux)
-        numbers = [i for i, leaf in enumerate(leaves) if leaf.ndim == 0 and is_mean(leaf)]
+        numbers = self._numbers.sent(leaves, loss.device)
         changes = [
             torch.where(after[name] == before[name], 0.0, after[name] - before[name])
             for name in self._averaged
         ]
-        sent = [loss, *(leaves[i] for i in numbers), *changes, *grads.values()]
+        sent = [loss, *numbers, *changes, *grads.values()]
         means = mean_over(self.ranks.group, share.reshape(()), sent)
-        for i, number in zip(numbers, means[1:], strict=False):
-            leaves[i] = number
+        leaves = self._numbers.put(leaves, means[1 : 1 + len(numbers)])
         moved = means[1 + len(numbers) : len(means) - len(grads)]
         buffers = {n: before[n] + move for n, move in zip(self._averaged, moved, strict=True)}
         grads = dict(zip(grads, means[len(means) - len(grads) :], strict=True))
@@ -149,6 +171,7 @@ class DataParallel(Alone):
         *,
         compared: Callable[[], Any],
         due: bool,
+        modes: Hashable,
         **kind: object,
     ) -> tuple[Any, Result]:
         """Run a step once all ranks are about to make the same; see `Alone.take_part`."""
@@ -157,8 +180,9 @@ class DataParallel(Alone):
             told = f"its step {self._failed} failed"
             raise RuntimeError(f"{self._at(step)}: {told}; {BROKEN}")
         self._failed = step
+        self._numbers.begin(modes)
         with self.ranks.waiting(f"in step {step}", fewer=True):
-            checks, samples = self._roll(state, batch, kind | {"due": due})
+            checks, samples = self._roll(state, batch, kind | {"modes": modes, "due": due})
         with self.ranks.waiting(f"in step {step}"):
             if checks:
                 checksums.check_same(self.ranks, self._at(step), compared())
