@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from topkast_func.checks import check_count
@@ -26,6 +26,7 @@ from topkast_func.facade.owners import (
 )
 from topkast_func.facade.progress import Progress
 from topkast_func.facade.room import whole
+from topkast_func.facade.within import check_alike, summed
 from topkast_func.penalty import summed_penalty
 from topkast_func.ranking import NaNParameterError
 from topkast_func.report.summary import Summary
@@ -53,7 +54,7 @@ class Sparsifier:
     def __init__(self, model: nn.Module, config: TopKastConfig, seed: int = 0) -> None:
         self.model, self.config, self.seed, self.steps = model, config, seed, 0
         self._patience, self._mark, self._loaded = patience(config, 0), claimed(model), False
-        self._progress = Progress(self._owners())
+        self._progress, self._alike = Progress(self._owners()), False
         if config.schedule.refreshes_at(0):
             self.refresh()
         self._ask_for_gradients()
@@ -69,15 +70,16 @@ class Sparsifier:
 
         Raises:
             RuntimeError: No backward pass has reached the sparse weights since the last call, the
-                optimiser that made a step has none of them, the model is dense again, or its
-                sparse weights are not those that were made sparse; nothing has changed. Or see
-                `refresh`.
+                optimiser that made a step has none of them, the model is dense again, or its sparse
+                weights are not those that were made sparse; nothing has changed. Or see `refresh`,
+                or ranks of DistributedDataParallel have other sets.
             torch.OutOfMemoryError: See `refresh`.
         """
         owners = self._owners()
         if not owners and self.config.method.sparsifies:
             raise RuntimeError("model has no sparse weights any more: it was densified")
         self._progress.check(owners)
+        self._alike = self._alike or check_alike(owners, self.steps)
         behind, self._loaded, self._patience = self._is_behind(), False, math.inf
         self.steps += 1
         if due := behind or self.config.schedule.refreshes_at(self.steps):
@@ -90,6 +92,8 @@ class Sparsifier:
                 self.steps, self._loaded = self.steps - 1, behind
                 self._progress.undo()
                 raise
+        if due:
+            check_alike(self._owners(), self.steps)
         self._ask_for_gradients()
         return due
 
@@ -106,8 +110,7 @@ class Sparsifier:
             torch.OutOfMemoryError: The device has too little memory; nothing has changed, and what
                 was called can be called again.
         """
-        owners = self._owners()
-        check_stage(owners)
+        check_stage(owners := self._owners())
         trained = parameters_of(owners)
         raw = {name: parameter.detach() for name, parameter in trained.items()}
         exponent = torch.tensor(self.config.powerprop, dtype=torch.float64, device="cpu")
@@ -239,10 +242,9 @@ class Sparsifier:
                 f"{self.config.method} chooses by the gradient at α, and there is none: a backward "
                 "pass comes before; with refresh_every=None that of any step is kept"
             )
-        found = {}
-        for name, probe in probes.items():
-            if probe is not None:  # zeros where the loss did not depend on the weight
-                found[name] = torch.zeros_like(probe) if probe.grad is None else probe.grad
-                if distributed.is_available() and distributed.is_initialized():
-                    distributed.all_reduce(found[name])
-        return found
+        found = {  # zeros where the loss did not depend on the weight
+            name: torch.zeros_like(probe) if probe.grad is None else probe.grad
+            for name, probe in probes.items()
+            if probe is not None
+        }
+        return summed(self._owners(), found)
