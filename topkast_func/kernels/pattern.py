@@ -115,15 +115,20 @@ def pattern_of(
     stored, others = places_apart(
         active, chosen, exploring, sizes and (sizes[0] // size, sizes[1] // size)
     )
-    row, column = stored // width, stored % width
-    order = order_of(_short(column, width))
-    turned = (column * height + row)[order]
+    order, turned = _by_columns(stored, height, width)
     return Pattern(
         _block_rows(stored, (height, width), size, columns),
         _block_rows(others, (height, width), size, columns),
         _block_rows(turned, (width, height), size, rows),
         order.int(),
     )
+
+
+def _by_columns(places: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the order of blocks by columns, and where they then stand in the transpose."""
+    row, column = places // width, places % width
+    order = order_of(_short(column, width))
+    return order, (column * height + row)[order]
 
 
 def is_indexed(shape: Sequence[int], block: tuple[int, int]) -> bool:
