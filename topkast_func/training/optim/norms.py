@@ -14,7 +14,8 @@ from topkast_func.types import Params
 class _Elsewhere(threading.local):
     """Of each thread: how to sum over the processes that have some of the tensors each."""
 
-    total: Callable[[Tensor], Tensor] | None = None
+    def __init__(self) -> None:  # in each thread: Dynamo guards what the instance itself holds
+        self.total: Callable[[Tensor], Tensor] | None = None
 
 
 _ELSEWHERE = _Elsewhere()
