@@ -15,7 +15,8 @@ class Elsewhere(threading.local, Generic[Function]):
         taken: It; None where this process has all.
     """
 
-    taken: Function | None = None
+    def __init__(self) -> None:  # in each thread: Dynamo guards what the instance itself holds
+        self.taken: Function | None = None
 
     @contextmanager
     def by(self, function: Function) -> Iterator[None]:

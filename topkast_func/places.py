@@ -113,3 +113,20 @@ def order_of(numbers: Tensor) -> Tensor:
     if numbers.device.type != "cpu":
         return torch.sort(numbers, stable=True).indices
     return torch.from_numpy(np.argsort(numbers.numpy(), kind="stable"))  # radix, of 16 bits
+
+
+def by_columns(places: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the order of places by columns, and where they stand in the transpose.
+
+    Args:
+        places: Flat indices into a matrix, int64, [n], ascending.
+        height: Rows of it.
+        width: Columns of it.
+
+    Returns:
+        Which of the places comes when, and flat indices into the transpose, ascending; int64, [n].
+    """
+    row, column = places // width, places % width
+    short = width <= 2**16  # 16 bits are sorted in linear time
+    order = order_of((column - 2**15).short() if short else column)
+    return order, (column * height + row)[order]

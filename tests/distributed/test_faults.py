@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -88,11 +88,25 @@ def _faulty(fault: Any, catches: bool = False) -> list[Outcome]:
     return together(_train_with, fault, catches, patience=SHORT if fault is _hangs else 60.0)
 
 
+def _goes_its_own_way(rank: int) -> None:
+    """Let rank 1 end with its batches, and begin a collective of its own."""
+    _train_with(rank, None, catches=False)
+    dist.all_gather([torch.ones(1)] * 2, torch.ones(1))
+
+
+class Waited(NamedTuple):
+    """What came of ranks that hang, and that are elsewhere."""
+
+    hung: Future[list[Outcome]]
+    elsewhere: Future[list[Outcome]]
+
+
 @pytest.fixture(scope="module", autouse=True)
-def hung() -> Iterator[Future[list[Outcome]]]:
-    """Outcome of a rank that hangs, which is waited for beside the other tests."""
-    with ThreadPoolExecutor(1) as beside:
-        yield beside.submit(_faulty, _hangs)
+def waited() -> Iterator[Waited]:
+    """Outcomes that take the time-out of a group, which are waited for beside the other tests."""
+    with ThreadPoolExecutor(2) as beside:
+        elsewhere = beside.submit(together, _goes_its_own_way, patience=SHORT)
+        yield Waited(beside.submit(_faulty, _hangs), elsewhere)
 
 
 def test_a_rank_that_raises_ends_the_others() -> None:
@@ -140,12 +154,16 @@ def test_a_rank_without_a_compiler_does_not_run_eager_beside_the_others() -> Non
     assert_says(second, r"this rank cannot compile train_step: .*OSError: no compiler")
 
 
-def test_a_rank_that_hangs_ends_the_others_after_the_time_out(
-    hung: Future[list[Outcome]],
-) -> None:
-    first, second = hung.result()
+def test_a_rank_that_hangs_ends_the_others_after_the_time_out(waited: Waited) -> None:
+    first, second = waited.hung.result()
     assert_says(first, LOST + r".*(Timed out|timeout)")
     assert_says(second, r"rank 1 of 2 waited in vain for rank 0 in step 7")
+
+
+def test_a_collective_of_the_callers_own_is_not_taken_for_a_step(waited: Waited) -> None:
+    first, second = waited.elsewhere.result()
+    assert_says(first, LOST + r", or has no batch left.*(Timed out|timeout)")
+    assert_says(second, r"(Timed out|timeout|closed)")
 
 
 def assert_says(outcome: Outcome, pattern: str) -> None:
@@ -193,7 +211,7 @@ CHANGES: dict[str, tuple[Any, int, str]] = {
     "one bit": (_flipped, 2, r"step 2: rank 1 holds another state .*\['0.weight'\] the first"),
     "a bit in place": (_flipped_in_place, 2, r"step 5: rank 1 holds another state .*\['2.bias'\]"),
     "other sets": (_of_other_sets, 3, r"step 3: rank 1 holds another state .*patterns"),
-    "another step": (_of_earlier, 3, r"step [23]: the ranks are at step \[3, 2\]; a rank that"),
+    "another step": (_of_earlier, 3, r"in step [23]: rank 0 is in step 3 and rank 1 is in step 2"),
     "a refresh": (_refreshed, 4, r"step 4: rank 1 holds another state .*mask_seed"),
 }
 
@@ -241,9 +259,73 @@ def _differ(rank: int) -> dict[str, str]:
     return found | {"torch": _error(lambda: _step(model))}
 
 
+CALLS: dict[str, tuple[Callable[[tk.TrainState], Any], str]] = {
+    "save_sharded": (lambda state: tk.save_sharded(state, "none"), " at step 0"),
+    "async_save_sharded": (lambda state: tk.async_save_sharded(state, "none"), " at step 0"),
+    "load_sharded": (lambda state: tk.load_sharded("none"), ""),
+    "gather": (tk.gather, " at step 0"),
+    "make_train_step": (lambda state: _step(_network()), ""),
+}
+"""Calls of all ranks, with how errors tell of their step."""
+
+
+def _elsewhere(rank: int) -> dict[str, str]:
+    """Return what ranks say of which one makes a step and the other another call, by that."""
+    model, found = _network(), {}
+    state = tk.init_state(model, CONFIG, ADAM)
+    for name, (call, _) in CALLS.items():
+        step = _step(model)
+        found[name] = _error(
+            partial(call, state) if rank else partial(step, state, torch.ones(4, 6))
+        )
+    return found
+
+
+A, B, C = {"a": torch.float32}, {"b": torch.float64}, {"c": torch.float32}
+BESIDE: dict[str, tuple[list[dict[str, torch.dtype]], int, str]] = {
+    "another number": ([A, A | B], 0, r"in step 0, .* \['a'\] of float32, \['b'\] of float64\. "),
+    "another key": (
+        [A, {"c": torch.float32}],
+        0,
+        r"in step 0, .*'a'\] of .* and rank 1 .*'c'\] of",
+    ),
+    "another order": ([A | B, B | A], 0, r"in step 0, .*'a'.*'b'.* and rank 1 .*'b'.*'a'"),
+    "another dtype": (
+        [B, {"b": torch.float32}],
+        0,
+        r"in step 0, .* of float64 .* of float32",
+    ),
+    "nothing": ([A, {}], 0, r"rank 1 is in step 0, .* no floating 0-d tensor\. "),
+    "more in time": (
+        [A, A | B],
+        3,
+        r"rank 0 is in step 4 and .* at the end of step 3, .*'b'",
+    ),
+    "others in time": ([A, C], 3, r"in step 4 .* the end of step 3, .*'c'.*, and before .*'a'"),
+}
+"""What ranks return beside the loss, and from which step on; before that as rank 0 does."""
+
+
+def _beside(rank: int, name: str) -> None:
+    told, at, _ = BESIDE[name]
+    model, now = _network(), 0
+
+    def loss_fn(apply: Callable[..., Tensor], batch: Tensor) -> Any:
+        dtypes = told[rank if now >= at else 0]
+        return _loss(apply, batch), {key: torch.ones((), dtype=d) for key, d in dtypes.items()}
+
+    group = dist.group.WORLD
+    step = tk.make_train_step(model, loss_fn, CONFIG, ADAM, compile=False, process_group=group)
+    state = tk.init_state(model, CONFIG, ADAM)
+    for number in range(STEPS):
+        now = number
+        state, _ = step(state, torch.ones(4, 6))
+
+
 def _compare(rank: int) -> dict[str, str]:
     changes = {n: _error(partial(_change, rank, *c[:2])) for n, c in CHANGES.items()}
-    return _differ(rank) | changes
+    beside = {name: _error(partial(_beside, rank, name)) for name in BESIDE}
+    return _elsewhere(rank) | beside | _differ(rank) | changes
 
 
 ALIKE = r"ValueError: ranks must train alike: in make_train_step "
@@ -267,9 +349,12 @@ def compared() -> list[dict[str, str]]:
     return results(_compare)
 
 
-EXPECTED = DIFFERENCES | {
-    name: f"RuntimeError: rank \\d of 2, {c[2]}" for name, c in CHANGES.items()
+ELSEWHERE = {
+    name: rf"in .*: rank 0 is in step 0 and rank 1 is in {name.removeprefix('async_')}{at}\. "
+    for name, (_, at) in CALLS.items()
 }
+TOLD = {**ELSEWHERE, **{name: told for name, (*_, told) in (BESIDE | CHANGES).items()}}
+EXPECTED = DIFFERENCES | {n: rf"RuntimeError: rank \d of 2, .*{told}" for n, told in TOLD.items()}
 
 
 @pytest.mark.parametrize("name", EXPECTED)

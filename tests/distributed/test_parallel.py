@@ -184,17 +184,22 @@ def test_ranks_and_owners_are_the_same_bit_for_bit_in_float32() -> None:
         assert_close(other, first, rtol=0.0, atol=0.0)
 
 
-def _compiled(rank: int) -> list[tuple[Trained, int, int]]:
+def _compiled(rank: int) -> tuple[list[tuple[Trained, int, int]], list[dict[str, Tensor]]]:
     found = []
     for shard in SHARED:
         counters.clear()
         ran = trained(rank, compile=COMPILED, steps=10, cycle=TWO_SHAPES, shard=shard)
         found.append((ran, len(counters["graph_break"]), counters["stats"]["unique_graphs"]))
-    return found
+    return found, _changing(rank, COMPILED, 3)
 
 
-def test_compiled_ranks_train_as_an_eager_process_in_a_graph_for_each_shape() -> None:
-    one, pair = trained(None, steps=10, cycle=TWO_SHAPES), results(_compiled)
+@pytest.fixture(scope="module")
+def compiled() -> list[tuple[list[tuple[Trained, int, int]], list[dict[str, Tensor]]]]:
+    return results(_compiled)
+
+
+def test_compiled_ranks_train_as_an_eager_process_in_a_graph_for_each_shape(compiled: Any) -> None:
+    one, pair = trained(None, steps=10, cycle=TWO_SHAPES), (found for found, _ in compiled)
     start, sets = network().get_parameter("0.weight").double(), one.masks["0.weight"]
     assert (one.theta["0.weight"] - start)[sets.backward & ~sets.forward].abs().max() > 0
     for (first, breaks, graphs), (second, others, of_second) in zip(*pair, strict=True):
@@ -281,8 +286,36 @@ def _padded(rank: int | None) -> dict[str, Tensor]:
     return tk.dense_params(state)
 
 
+PHASES = (0, 0, 1, 1, 2, 0)
+
+
+def _changing(rank: int | None, compile: Any, steps: int = len(PHASES)) -> list[dict[str, Tensor]]:
+    """Return what comes with the loss, by step, of other keys, numbers and dtypes at some."""
+    model, config, phase = network().double(), tk.TopKastConfig(0.8, 0.5), 0
+
+    def loss(apply: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Any:
+        errors = (apply(batch[0]) - batch[1]).detach().square().mean(1)
+        told = {"mean": errors.mean()}
+        if phase == 1:
+            told |= {"narrow": errors.float().mean(), "twice": 2 * errors.mean()}
+        if phase == 2:
+            told = {"half": errors.mean() / 2}
+        return loss_fn(apply, batch)[0], told
+
+    group = None if rank is None else dist.group.WORLD
+    step = tk.make_train_step(model, loss, config, ADAM, compile=compile, process_group=group)
+    state, found = tk.init_state(model, config, ADAM), []
+    for number, (*batch, (first, _)) in enumerate(batches(steps, ((5, 3),))):
+        phase = PHASES[number]
+        part = {None: slice(None), 0: slice(first), 1: slice(first, None)}[rank]
+        state, metrics = step(state, tuple(tensor[part] for tensor in batch))
+        found.append(metrics.aux)
+    return found
+
+
 def _particulars(rank: int) -> dict[str, Any]:
-    return {"normed": _train_normed(rank), "dropping": _dropping(rank), "padded": _padded(rank)}
+    found = {"normed": _train_normed(rank), "dropping": _dropping(rank), "padded": _padded(rank)}
+    return found | {"changing": _changing(rank, False)}
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +344,17 @@ def test_dropout_differs_by_rank_and_the_sets_do_not(particular: Any) -> None:
         assert not torch.equal(own, other)
     assert torch.equal(first[-1], second[-1])
     assert torch.equal(first[0], _dropping(None)[0])
+
+
+def test_numbers_beside_the_loss_are_averaged_when_they_change_too(
+    particular: Any, compiled: Any
+) -> None:
+    one = _changing(None, False)
+    assert [len(told) for told in one] == [1, 1, 3, 3, 1, 1]
+    for found in particular:
+        assert_close(found["changing"], one)
+    for _, told in compiled:
+        assert_close(told, one[: len(told)])
 
 
 def test_batches_count_as_samples_says(particular: Any) -> None:

@@ -1,5 +1,6 @@
 """DistributedDataParallel over sparse modules: two processes, one network."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,86 @@ def _train(rank: int, method: tk.Method) -> None:
 @pytest.mark.parametrize("method", [tk.topkast(), tk.rigl()], ids=str)
 def test_two_processes_train_the_network_of_one(method: tk.Method) -> None:
     results(_train, method)
+
+
+CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=2)
+
+
+def _steps(
+    model: nn.Module, sparsifier: tk.Sparsifier, run: Any, inputs: torch.Tensor, count: int = 3
+) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(count):
+        optimizer.zero_grad()
+        run(inputs).square().mean().backward()
+        optimizer.step()
+        sparsifier.step()
+
+
+def _apart(rank: int, seed: int, own: int, compile: bool, **options: Any) -> str:
+    """Train ranks of other seeds, of the model or of the sets; return the error."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    method = tk.set() if own else tk.topkast()
+    sparsifier = tk.sparsify(model, replace(CONFIG, method=method), seed=own)
+    run: Any = nn.parallel.DistributedDataParallel(model, **options)
+    run = torch.compile(run, backend="aot_eager") if compile else run
+    try:
+        _steps(model, sparsifier, run, torch.ones(2, 16))
+    except RuntimeError as reason:
+        return str(reason)
+    return "none"
+
+
+def _grown(seed: int, group: Any = None) -> dict[str, torch.Tensor]:
+    """Train by a method that reads gradients, in a group or alone; return θ and the sets."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    sparsifier = tk.sparsify(model, replace(CONFIG, method=tk.rigl()))
+    run = nn.parallel.DistributedDataParallel(model, process_group=group) if group else model
+    _steps(model, sparsifier, run, torch.randn(8, 16), count=5)
+    return model.state_dict()
+
+
+def _of_ranks(rank: int) -> dict[str, Any]:
+    """Return what comes of ranks that begin apart, and of groups; run in one pair of processes."""
+    found = {
+        "weights": _apart(rank, rank, 0, False, broadcast_buffers=False),
+        "compiled": _apart(rank, rank, 0, True, broadcast_buffers=False),
+        "seeds": _apart(rank, 0, 1 + rank, False),
+        "alike": _apart(rank, 0, 0, False, broadcast_buffers=False),
+        "sent": _apart(rank, rank, 0, False),
+    }
+    groups = [distributed.new_group([member]) for member in range(2)]
+    return {**found, "grown": _grown(rank, groups[rank])}
+
+
+@pytest.fixture(scope="module")
+def pair() -> list[dict[str, Any]]:
+    return results(_of_ranks)
+
+
+APART = {
+    "weights": r"before step 0: rank 1 holds another .*'0.weight'\] the first.*leave broadcast_buf",
+    "compiled": r"before step 0: rank 1 holds another state than rank 0, .*'0.weight'\] the first",
+    "seeds": r"before step 2: rank 1 holds another state than rank 0, .*give tk.sparsify one seed",
+    "alike": "none",
+    "sent": "none",
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_ranks_whose_sets_differ_all_say_so(name: str, pair: list[dict[str, Any]]) -> None:
+    for found in pair:
+        with pytest.raises(AssertionError, match=APART[name]):
+            raise AssertionError(found[name])
+
+
+def test_gradients_for_new_sets_are_those_of_the_group_of_the_wrapper(
+    pair: list[dict[str, Any]],
+) -> None:
+    for rank, found in enumerate(pair):
+        torch.testing.assert_close(found["grown"], _grown(rank))
 
 
 def _compiled(rank: int) -> list[float]:

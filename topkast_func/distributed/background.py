@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from topkast_func.distributed.ranks import Ranks
+from topkast_func.distributed.roll import with_own_group
 
 Result = TypeVar("Result")
 
@@ -24,11 +25,7 @@ class Background:
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        members = dist.get_process_group_ranks(ranks.group)
-        group = dist.new_group(
-            members, ranks.patience(), backend="gloo", use_local_synchronization=True
-        )
-        self._ranks = Ranks(group)
+        self._ranks = with_own_group(ranks)
         self._thread = ThreadPoolExecutor(1, "topkast_func")
 
     def begin(self, work: Callable[[Ranks], Result]) -> Future[Result]:

@@ -10,6 +10,9 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.types import Tensors
 
+ONE_START = (
+    "Ranks are to begin with one state (of one seed or file) and to move it by train_step alone"
+)
 CHUNK = 1 << 20  # entries that are weighted at a time, for the memory it takes
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,7 +31,7 @@ def checksum(tensor: Tensor) -> int:
     return int(_checksum(tensor))
 
 
-def check_same(ranks: Ranks, where: str, tree: Any) -> list[int]:
+def check_same(ranks: Ranks, where: str, tree: Any, advice: str = ONE_START) -> list[int]:
     """Check that all ranks hold the same tensors, bit for bit.
 
     A tensor on the meta device is with other ranks.
@@ -37,6 +40,7 @@ def check_same(ranks: Ranks, where: str, tree: Any) -> list[int]:
         ranks: The processes.
         where: Which rank this is, and where in the training, for the error.
         tree: A tree of tensors, of the same structure on all ranks.
+        advice: What is to be done, for the error.
 
     Returns:
         The checksum of each.
@@ -56,8 +60,7 @@ def check_same(ranks: Ranks, where: str, tree: Any) -> list[int]:
     count = int(differs[rank].sum())
     raise RuntimeError(
         f"{where}: rank {rank} holds another state than rank {int(first[place])}, in {count} of "
-        f"its tensors, {paths[place]} the first. Ranks are to begin with one state (of one seed "
-        "or file) and to move it by train_step alone"
+        f"its tensors, {paths[place]} the first. {advice}"
     )
 
 

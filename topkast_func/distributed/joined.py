@@ -8,6 +8,7 @@ from topkast_func.distributed.models import about, averaged_buffers, check_unsyn
 from topkast_func.distributed.owners import Owners
 from topkast_func.distributed.parallel import Alone, DataParallel
 from topkast_func.distributed.ranks import ranks_of
+from topkast_func.distributed.roll import calling
 
 OWNERS = "owners"
 
@@ -50,7 +51,7 @@ def data_parallel(
     check_unsynced(model)
     if ranks.size == 1:
         return Alone()
-    with ranks.waiting("in make_train_step"):
+    with calling(ranks, "in make_train_step"):
         ranks.check_alike({**facts, "shard": shard, **about(model)}, "in make_train_step")
     kind = DataParallel if shard is None else Owners
     return kind(ranks, samples or rows, tuple(averaged_buffers(model)))

@@ -1,9 +1,8 @@
 """Data parallel: what a step does beside its own work where several processes share a batch."""
 
-import hashlib
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,16 +12,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from topkast_func.distributed import checksums
 from topkast_func.distributed.batches import Samples, filled
 from topkast_func.distributed.bucket import mean_over
-from topkast_func.distributed.models import is_mean
+from topkast_func.distributed.numbers import Numbers
 from topkast_func.distributed.ranks import Ranks
+from topkast_func.distributed.roll import BROKEN, call_roll, digest
 from topkast_func.types import LossFn, Tensors
 
 Result = TypeVar("Result")
-
-BROKEN = (
-    "a rank that catches an error of train_step cannot go on without the others: end the process, "
-    "and begin again on all ranks, from a checkpoint"
-)
 
 
 class Found(NamedTuple):
@@ -62,6 +57,13 @@ class Alone:
         """Return tensors averaged over the samples of the step."""
         return tensors
 
+    def expect(self, step: int) -> None:
+        """Let the ranks agree on what a trial has found, before a step that sends it."""
+
+    def agreed(self, aux: tuple[Any, ...], step: int) -> tuple[Any, ...]:
+        """Return what came with the loss of a step, once the ranks agree on what that is."""
+        return aux
+
     def take_part(
         self,
         state: Any,
@@ -70,6 +72,7 @@ class Alone:
         *,
         compared: Callable[[], Any],
         due: bool,
+        modes: Hashable,
         **kind: object,
     ) -> tuple[Any, Result]:
         """Run a step.
@@ -80,6 +83,7 @@ class Alone:
             run: The step of this rank.
             compared: ``compared()`` to what of the state all ranks hold alike; see `check_same`.
             due: Whether a refresh is due before or after it.
+            modes: Mode of the model.
             **kind: What else must be alike on all ranks, by what it is called.
 
         Returns:
@@ -101,6 +105,7 @@ class DataParallel(Alone):
     def __init__(self, ranks: Ranks, samples: Samples, averaged: tuple[str, ...]) -> None:
         self.ranks, self.rank = ranks, ranks.rank
         self._samples, self._averaged = samples, averaged
+        self._numbers = Numbers(ranks)
         self._failed: int | None = None
         self._last: list[weakref.ref[Tensor]] = []
 
@@ -108,9 +113,22 @@ class DataParallel(Alone):
         """Return a loss function that sees rows of zeros where the batch has none."""
 
         def fed(apply: Callable[..., Any], batch: Any) -> Any:
-            return loss_fn(apply, filled(batch))
+            result = loss_fn(apply, filled(batch))
+            if not torch.compiler.is_compiling():
+                self._numbers.see(result)
+            return result
 
         return fed
+
+    def expect(self, step: int) -> None:
+        """Let the ranks agree on what a trial has found; see `Alone.expect`."""
+        self._numbers.expect(step)
+
+    def agreed(self, aux: tuple[Any, ...], step: int) -> tuple[Any, ...]:
+        """Return what came with the loss; see `Alone.agreed`."""
+        return (
+            aux if self.share is None else self._numbers.agreed(aux, step, self.share.reshape(()))
+        )
 
     def mean(self, tensors: Tensors) -> Tensors:
         """Return tensors averaged over the samples of the step."""
@@ -132,15 +150,14 @@ class DataParallel(Alone):
         """
         grads, loss, aux, after = own
         leaves, structure = tree_flatten(aux)
-        numbers = [i for i, leaf in enumerate(leaves) if leaf.ndim == 0 and is_mean(leaf)]
+        numbers = self._numbers.sent(leaves, loss.device)
         changes = [
             torch.where(after[name] == before[name], 0.0, after[name] - before[name])
             for name in self._averaged
         ]
-        sent = [loss, *(leaves[i] for i in numbers), *changes, *grads.values()]
+        sent = [loss, *numbers, *changes, *grads.values()]
         means = mean_over(self.ranks.group, share.reshape(()), sent)
-        for i, number in zip(numbers, means[1:], strict=False):
-            leaves[i] = number
+        leaves = self._numbers.put(leaves, means[1 : 1 + len(numbers)])
         moved = means[1 + len(numbers) : len(means) - len(grads)]
         buffers = {n: before[n] + move for n, move in zip(self._averaged, moved, strict=True)}
         grads = dict(zip(grads, means[len(means) - len(grads) :], strict=True))
@@ -154,53 +171,50 @@ class DataParallel(Alone):
         *,
         compared: Callable[[], Any],
         due: bool,
+        modes: Hashable,
         **kind: object,
     ) -> tuple[Any, Result]:
         """Run a step once all ranks are about to make the same; see `Alone.take_part`."""
         step = int(state.step)
         if self._failed is not None:
             told = f"its step {self._failed} failed"
-            raise RuntimeError(
-                f"rank {self.rank} of {self.ranks.size}, step {step}: {told}; {BROKEN}"
-            )
+            raise RuntimeError(f"{self._at(step)}: {told}; {BROKEN}")
         self._failed = step
+        self._numbers.begin(modes)
+        with self.ranks.waiting(f"in step {step}", fewer=True):
+            checks, samples = self._roll(state, batch, kind | {"modes": modes, "due": due})
         with self.ranks.waiting(f"in step {step}"):
-            samples = self._roll(state, batch, compared, kind | {"due": due})
+            if checks:
+                checksums.check_same(self.ranks, self._at(step), compared())
             self.share = (samples[self.rank] / samples.sum()).reshape(1)
             after, result = run()
         self._failed, self._last = None, [weakref.ref(leaf) for leaf in tree_leaves(after)]
         return after, result
 
-    def _roll(
-        self,
-        state: Any,
-        batch: Any,
-        compared: Callable[[], Any],
-        kind: dict[str, object],
-    ) -> Tensor:
-        """Check that the ranks are about to do the same, and return the samples of each."""
+    def _at(self, step: int) -> str:
+        return f"rank {self.rank} of {self.ranks.size}, step {step}"
+
+    def _roll(self, state: Any, batch: Any, kind: dict[str, object]) -> tuple[bool, Tensor]:
+        """Return whether states are to be compared, and the samples of each, of a step of all."""
         step, leaves = int(state.step), tree_leaves(state)
         kind |= {"tensors in the state": len(leaves)}
-        doing = [step, int(state.optimizer.step), _digest(kind)]
-        check = kind["due"] or self._are_others(leaves)
+        check = bool(kind["due"]) or self._are_others(leaves)
         samples = torch.tensor([float(self._samples(batch))], dtype=torch.float64, device="cpu")
-        own = torch.tensor([*doing, check, *samples.view(torch.int64)], device="cpu")
-        *told, checks, weights = self.ranks.gathered(own).unbind(1)
-        where = f"rank {self.rank} of {self.ranks.size}, step {step}"
-        for what, numbers in zip(("step", "call of the optimiser"), told, strict=False):
-            if (numbers != numbers[0]).any():
-                raise RuntimeError(f"{where}: the ranks are at {what} {numbers.tolist()}; {BROKEN}")
-        if (told[-1] != told[-1][0]).any():
+        own = [int(state.optimizer.step), digest(kind), check, *samples.view(torch.int64)]
+        rows = call_roll(self.ranks, f"in step {step}", own)
+        calls, kinds, checks, weights = rows.unbind(1)
+        if (calls != calls[0]).any():
+            told = f"the ranks are at call of the optimiser {calls.tolist()}"
+            raise RuntimeError(f"{self._at(step)}: {told}; {BROKEN}")
+        if (kinds != kinds[0]).any():
             self.ranks.check_alike(kind, f"in step {step}")
-        if checks.any():
-            checksums.check_same(self.ranks, where, compared())
         counts = weights.view(torch.float64)
         if not ((counts >= 0).all() and 0 < counts.sum() < math.inf):
             raise ValueError(
-                f"{where}: the ranks have {counts.tolist()} samples: numbers of at least 0 are "
-                "asked for, and one above"
+                f"{self._at(step)}: the ranks have {counts.tolist()} samples: numbers of at least "
+                "0 are asked for, and one above"
             )
-        return counts
+        return bool(checks.any()), counts
 
     def _are_others(self, leaves: list[Tensor]) -> bool:
         """Return whether a state is another than the last step left."""
@@ -208,7 +222,3 @@ class DataParallel(Alone):
         return len(leaves) != len(known) or any(
             leaf is not last for leaf, last in zip(leaves, known, strict=True)
         )
-
-
-def _digest(value: Mapping[str, object]) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")

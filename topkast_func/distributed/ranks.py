@@ -18,10 +18,10 @@ KINDS = (NaNParameterError, FileNotFoundError, OSError, TypeError, ValueError, R
 """Kinds of errors that all ranks raise where one does."""
 
 LOST = (
-    "rank {rank} of {size} waited in vain for {others} {where}: a process has ended or hangs, or "
-    "has no batch left (its own message says which; a rank without data is to give empty "
-    "batches). {reason}"
+    "rank {rank} of {size} waited in vain for {others} {where}: a process has ended or "
+    "hangs{fewer} (its own message says which). {reason}"
 )
+FEWER = ", or has no batch left where it is to give empty ones"
 
 
 class Ranks:
@@ -156,11 +156,12 @@ class Ranks:
                     )
 
     @contextmanager
-    def waiting(self, where: str) -> Iterator[None]:
+    def waiting(self, where: str, fewer: bool = False) -> Iterator[None]:
         """Add the rank and the place to an error, and to one of a lost rank what it means.
 
         Args:
             where: Where in the training this is, such as "in step 7".
+            fewer: Whether the other may have come to the end of its batches.
 
         Yields:
             Nothing.
@@ -173,8 +174,9 @@ class Ranks:
         except Exception as reason:
             if _is_lost(reason):
                 others = f"rank {1 - self.rank}" if self.size == 2 else "the other ranks"
-                told = {"rank": self.rank, "size": self.size, "others": others}
-                raise RuntimeError(LOST.format(**told, where=where, reason=reason)) from reason
+                told = {"rank": self.rank, "size": self.size, "others": others, "where": where}
+                told |= {"fewer": FEWER if fewer else "", "reason": reason}
+                raise RuntimeError(LOST.format(**told)) from reason
             if hasattr(reason, "add_note"):  # from Python 3.11 on
                 reason.add_note(f"on rank {self.rank} of {self.size}, {where}")
             raise

@@ -1,7 +1,6 @@
 """Gradients at α of every entry, for methods that choose by them: those of zeros added to α."""
 
 import torch
-from torch import distributed
 
 from topkast_func.facade.owners import Owners, first
 from topkast_func.methods import Method
@@ -23,7 +22,7 @@ def ask_for_gradients(owners: Owners, asked: bool) -> None:
 
 
 def gradients_asked_for(owners: Owners, method: Method) -> Tensors:
-    """Return the gradients that backward passes have left, summed over the processes.
+    """Return the gradients that backward passes of this process have left.
 
     Args:
         owners: The sparse weights.
@@ -41,10 +40,8 @@ def gradients_asked_for(owners: Owners, method: Method) -> Tensors:
             f"{method} chooses by the gradient at α, and there is none: a backward "
             "pass comes before; with refresh_every=None that of any step is kept"
         )
-    found = {}
-    for name, probe in probes.items():
-        if probe is not None:
-            found[name] = torch.zeros_like(probe) if probe.grad is None else probe.grad
-            if distributed.is_available() and distributed.is_initialized():
-                distributed.all_reduce(found[name])
-    return found
+    return {
+        name: torch.zeros_like(probe) if probe.grad is None else probe.grad
+        for name, probe in probes.items()
+        if probe is not None
+    }

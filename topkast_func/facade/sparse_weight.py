@@ -17,6 +17,7 @@ from topkast_func.facade.alpha import SETS, alpha, masks_in
 from topkast_func.facade.derived import Derived, bits_in, check_whole, derive, readable
 from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
+from topkast_func.facade.wrappers import note_wrapper
 from topkast_func.masks import masks_at
 from topkast_func.model.alone import KEPT
 from topkast_func.model.indexed import AnySets
@@ -181,6 +182,8 @@ class SparseWeight:
         """
         if torch.compiler.is_dynamo_compiling():
             self._catch_up(self.raw(layer).dtype)
+        else:
+            note_wrapper(self)
         sets, known = self.sets(layer), self._derived
         if known is None or known.sets is not sets:
             if torch.compiler.is_compiling() or not readable(sets):
@@ -198,6 +201,7 @@ class SparseWeight:
 
     def _catch_up(self, dtype: torch.dtype) -> None:
         """Look at bits that have been written to, while Dynamo traces what reads them."""
+        note_wrapper(self)
         known = self._derived
         if known is not None and known.outdated:
             like = known.sets.new_empty((), dtype=dtype).expand(self.rule.shape)
@@ -211,12 +215,7 @@ class SparseWeight:
         return self._derived
 
     def move(self, layer: nn.Module, before: Tensor) -> None:
-        """Follow θ to another device, and let nothing else happen to the bits.
-
-        Args:
-            layer: The layer, of which all tensors have been moved or cast.
-            before: The bits as they were.
-        """
+        """Follow θ to another device, where a layer was moved or cast, with the bits of before."""
         device = self.sets(layer).device
         lost = before.is_meta and device.type != "meta"
         bits = torch.zeros_like(before, device=device) if lost else before.to(device)

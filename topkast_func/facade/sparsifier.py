@@ -28,6 +28,7 @@ from topkast_func.facade.owners import (
 from topkast_func.facade.probes import ask_for_gradients, gradients_asked_for
 from topkast_func.facade.progress import Progress, held_by
 from topkast_func.facade.room import whole
+from topkast_func.facade.within import check_alike, summed
 from topkast_func.penalty import summed_penalty
 from topkast_func.ranking import NaNParameterError
 from topkast_func.report.summary import Summary
@@ -56,7 +57,7 @@ class Sparsifier:
         self.model, self.config, self.steps = model, config, 0
         self.seed = check_count("seed", seed, 0)
         self._patience, self._mark, self._loaded = patience(config, 0), claimed(model), False
-        self._progress = Progress(self._owners())
+        self._progress, self._alike = Progress(self._owners()), False
         if config.schedule.refreshes_at(0):
             self.refresh()
         self._ask_for_gradients()
@@ -72,15 +73,16 @@ class Sparsifier:
 
         Raises:
             RuntimeError: No backward pass has reached the sparse weights since the last call, the
-                optimiser that made a step has none of them, the model is dense again, or its
-                sparse weights are not those that were made sparse; nothing has changed. Or see
-                `refresh`.
+                optimiser that made a step has none of them, the model is dense again, or its sparse
+                weights are not those that were made sparse; nothing has changed. Or see `refresh`,
+                or ranks of DistributedDataParallel have other sets.
             torch.OutOfMemoryError: See `refresh`.
         """
         owners = self._owners()
         if not owners and self.config.method.sparsifies:
             raise RuntimeError("model has no sparse weights any more: it was densified")
         self._progress.check(owners)
+        self._alike = self._alike or check_alike(owners, self.steps)
         behind, self._loaded, self._patience = self._is_behind(), False, math.inf
         self.steps += 1
         if due := behind or self.config.schedule.refreshes_at(self.steps):
@@ -93,6 +95,8 @@ class Sparsifier:
                 self.steps, self._loaded = self.steps - 1, behind
                 self._progress.undo()
                 raise
+        if due:
+            check_alike(self._owners(), self.steps)
         self._ask_for_gradients()
         return due
 
@@ -109,8 +113,7 @@ class Sparsifier:
             torch.OutOfMemoryError: The device has too little memory; nothing has changed, and what
                 was called can be called again.
         """
-        owners = self._owners()
-        check_stage(owners)
+        check_stage(owners := self._owners())
         trained = parameters_of(owners)
         raw = {name: parameter.detach() for name, parameter in trained.items()}
         exponent = torch.tensor(self.config.powerprop, dtype=torch.float64, device="cpu")
@@ -177,10 +180,7 @@ class Sparsifier:
         return not held.isdisjoint(map(id, self.model.parameters()))
 
     def dense_params(self) -> Tensors:
-        """Return copies of θ of all parameters by name, as `init_state` or a plain module takes it.
-
-        Under powerpropagation these are powers of what the parameters hold.
-        """
+        """Return copies of θ of all parameters by name, that of powerpropagation too."""
         sparse = {n: w.theta(layer) for n, (layer, w) in first(self._owners()).items()}
         found = dict(self.model.named_parameters()) | sparse
         return {name: theta.detach().clone() for name, theta in found.items()}
@@ -206,8 +206,7 @@ class Sparsifier:
 
         Raises:
             TypeError: The values are no integers.
-            ValueError: These are not the keys, a number is out of range, or the parameters of that
-                run are powers of another exponent.
+            ValueError: These are not the keys, a number is out of range, or powerprop is another.
         """
         if state.keys() - {POWERPROP} != {"steps", "seed"}:
             raise ValueError(f"state must have the keys 'steps' and 'seed', got {sorted(state)}")
@@ -216,9 +215,8 @@ class Sparsifier:
                 f"state is of a run of powerprop={other}, this is of {self.config.powerprop}"
             )
         steps, seed = (check_count(name, state[name], 0) for name in ("steps", "seed"))
-        for owners in self._owners().values():
-            for _, weight in owners:
-                weight.given = None
+        for _, weight in chain.from_iterable(self._owners().values()):
+            weight.given = None
         self.steps, self.seed, self._loaded = steps, seed, True
         self._patience = patience(self.config, steps)
         follow(self._owners(), self.config, steps, seed)
@@ -247,4 +245,5 @@ class Sparsifier:
         """Return the gradients that the method reads, summed over the processes."""
         if not self.config.method.reads_gradient or self.config.schedule.settled(self.steps):
             return None
-        return gradients_asked_for(self._owners(), self.config.method)
+        owners = self._owners()
+        return summed(owners, gradients_asked_for(owners, self.config.method))

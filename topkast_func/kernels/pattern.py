@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.library import define
-from topkast_func.places import order_of, places_apart, repeated
+from topkast_func.places import by_columns, places_apart, repeated
 
 INDEX_LIMIT = 2**31 - 1
 """Most entries that int32 indices can count."""
@@ -115,9 +115,7 @@ def pattern_of(
     stored, others = places_apart(
         active, chosen, exploring, sizes and (sizes[0] // size, sizes[1] // size)
     )
-    row, column = stored // width, stored % width
-    order = order_of(_short(column, width))
-    turned = (column * height + row)[order]
+    order, turned = by_columns(stored, height, width)
     return Pattern(
         _block_rows(stored, (height, width), size, columns),
         _block_rows(others, (height, width), size, columns),
@@ -243,8 +241,3 @@ def _panels(columns: int, width: int, features: float) -> int:
     """Return into how many panels of about ``features`` features to cut the columns."""
     least, most = PANEL
     return max(1, round(columns * width / min(max(features, least), most)))
-
-
-def _short(numbers: Tensor, limit: int) -> Tensor:
-    """Return the numbers in 16 bits, in the same order, if they fit: they sort in linear time."""
-    return (numbers - 2**15).short() if limit <= 2**16 else numbers

@@ -17,6 +17,7 @@ from topkast_func.storage.compact import compact
 from topkast_func.storage.dense import DenseWeights
 from topkast_func.training.fits_config import check_masks
 from topkast_func.training.materialize import Source
+from topkast_func.training.memory import LARGE, give_back
 from topkast_func.training.state import Storage, Weights
 from topkast_func.trees import check_params
 from topkast_func.types import Masks, Params, Tensors
@@ -70,11 +71,12 @@ def first_weights(
     powers = given_sparsity(params, config) if config.powerprop > 1.0 else []
     at_hand = [name for name, theta in params.items() if not theta.is_meta]
     apart = [[name] for name, theta in params.items() if theta.is_meta]
-    parts = [
-        _stored({n: source(n, params[n]) for n in names}, allocations, layers, powers, manner)
-        for names in (at_hand, *apart)
-        if names
-    ]
+    parts = []
+    for names in filter(None, (at_hand, *apart)):
+        made = {name: source(name, params[name]) for name in names}
+        parts.append(_stored(made, allocations, layers, powers, manner))
+        if sum(params[name].nbytes for name in names) >= LARGE:
+            give_back()
     return _joined(parts, list(params)), powers
 
 
@@ -163,15 +165,16 @@ def _stored(
     powers: Collection[str],
     manner: Manner,
 ) -> Weights:
-    sets = _sets(params, allocations, manner)
-    raw = {name: _raised(theta, manner.master) for name, theta in params.items()}
-    exponent = manner.config.powerprop
+    sets, exponent = _sets(params, allocations, manner), manner.config.powerprop
+    raw = {name: _raised(theta, manner.master).clone() for name, theta in params.items()}
+    params.clear()  # what was made for the state goes before it is indexed, which takes memory too
     for name in [name for name in powers if name in raw]:
         check_moves(name, raw[name], exponent)
         raw[name] = phi_of(raw[name], exponent)
     if manner.storage == "compact":
-        return compact(raw, sets, layers, manner.config.block_shape, manner.theta_device)
-    return DenseWeights({name: theta.clone() for name, theta in raw.items()}, sets)
+        block, place = manner.config.block_shape, manner.theta_device
+        return compact(raw, sets, layers, block, place, copied=False)
+    return DenseWeights(raw, sets)
 
 
 def _sets(

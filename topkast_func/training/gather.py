@@ -6,6 +6,7 @@ from torch import Tensor
 
 from topkast_func.distributed.launched import world
 from topkast_func.distributed.ranks import Ranks
+from topkast_func.distributed.roll import calling
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.parted import with_theta
 from topkast_func.training.split import LOST, check_parts, joined
@@ -35,7 +36,7 @@ def gather(state: TrainState, process_group: dist.ProcessGroup | None = None) ->
     """
     check_state(state)
     ranks = Ranks(process_group or world())
-    with ranks.waiting(f"in gather at step {int(state.step)}"):
+    with calling(ranks, f"in gather at step {int(state.step)}"):
         kinds = {name: theta.device.type for name, theta in state.weights.theta.items()}
         check_parts(ranks, state)
         state = joined(ranks, state)

@@ -15,6 +15,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.distributed.background import in_background
 from topkast_func.distributed.launched import world
 from topkast_func.distributed.ranks import Ranks
+from topkast_func.distributed.roll import calling
 from topkast_func.files.container import damage_of
 from topkast_func.files.drafts import path_of
 from topkast_func.training.checkpoint import agreed, put_together, taken_apart
@@ -118,7 +119,7 @@ def _saving(
         header, tensors = with_pieces(ranks, state, ranges, *taken_apart(state, config))
         return header, staged(state, tensors)
 
-    with ranks.waiting(f"in save_sharded at step {step}"):
+    with calling(ranks, f"in save_sharded at step {step}"):
         check_parts(ranks, state)
         ranges = up_to_date(ranks, state)
         header, tensors = ranks.attempted(taken)
@@ -186,6 +187,6 @@ def load_sharded(
             parts = stored(header, without_pieces(header, tensors))
         return put_together(path, parts, own, model, optimizer, device, theta_device)
 
-    with ranks.waiting("in load_sharded"):
+    with calling(ranks, "in load_sharded"):
         path, header, tensors = read(ranks, place)
         return ranks.attempted(put)

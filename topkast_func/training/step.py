@@ -89,11 +89,12 @@ def make_train_step(
     together: the loss is to be a mean over the samples of a batch, gradients are averaged with
     the samples of each rank as weights, and a rank without data takes part with an empty batch.
     What is sent is one number for each value that is stored, those of B and of dense parameters.
-    Of ``aux`` floating 0-d tensors are averaged, others are those of the rank, where its batch is
-    empty of two rows of zeros. Floating buffers that are saved with the module, such as running
-    statistics, are averaged; others must be the same on all ranks. Dropout differs by rank, the
-    sets never do. That all ranks hold the same state is checked at the first step, at a refresh,
-    and where a state is not the one that the step before returned.
+    Of ``aux`` floating 0-d tensors are averaged, under the same keys in the same order on all
+    ranks; others are those of the rank, where its batch is empty of two rows of zeros. Floating
+    buffers that are saved with the module, such as running statistics, are averaged; others must be
+    the same on all ranks. Dropout differs by rank, the sets never do. That all ranks hold the same
+    state is checked at the first step, at a refresh, and where a state is not the one that the step
+    before returned.
 
     With ``shard="owners"`` one rank owns each tensor: it alone has slots and θ outside A, and sends
     α and the sets to the others. Where a rank would have over a tenth more entries than its share,
@@ -212,12 +213,14 @@ def make_train_step(
 
         moved, numbers, aux = draws.run(call.kind, state, step)
         after = anew(moved, batch, call) if call.ends else moved
+        aux = ranks.agreed(aux, int(state.step))
         told = torch.tensor(refreshed or after is not moved, device="cpu")
         return after, StepMetrics(*numbers, told, *(aux or ((),)))
 
     def in_its_turn(state: TrainState, batch: Any, call: Call) -> tuple[TrainState, StepMetrics]:
         check(state, call.parts)
         with trials.around(call.mode, state, batch):
+            ranks.expect(int(state.step))
             return stepped(state, batch, call)
 
     @torch.inference_mode(False)
