@@ -108,7 +108,7 @@ def _topkast(own: Problem, p: Parameters, shard: str | None = None) -> Rank:
         under_way.result()
         return {"checkpoint": saved - start, "stall": stalled - saved}
 
-    return Rank(step, lambda: (state()[3:], state().weights.values()), save)
+    return Rank(step, lambda: (state()[3:], state().weights.values), save)
 
 
 WAYS: dict[str, Callable[[Problem, Parameters], Rank]] = {

@@ -69,7 +69,7 @@ def _differing(one: tk.TrainState, other: tk.TrainState) -> list[str]:
 
 def same_leaves(one: tk.TrainState, other: tk.TrainState) -> bool:
     """Whether two states hold the very same values and slots, in one storage."""
-    leaves = [tree_flatten((s.weights.values(), s.optimizer))[0] for s in (one, other)]
+    leaves = [tree_flatten((s.weights.values, s.optimizer))[0] for s in (one, other)]
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
@@ -152,7 +152,7 @@ def test_every_dtype_name_and_shape_comes_back_in_order(
         "scale": torch.tensor(0.5),
     }
     state = tk.init_state(theta, CONFIG, optimizer, storage=storage)
-    values = state.weights.values()
+    values = state.weights.values
     gradients = {name: torch.ones_like(leaf) for name, leaf in values.items()}
     _, moved = optimizer.update(gradients, state.optimizer, values)
     state = state._replace(optimizer=moved)
@@ -584,8 +584,8 @@ def test_unused_places_come_back_and_with_them_the_choice_of_engines(path: Path)
     tk.save(state, path)
     loaded = tk.load(path, tk.TopKastConfig(0.75, 0.5, refresh_every=3, explore_until=2))
     assert same_leaves(loaded, state)
-    shapes = {name: value.shape for name, value in state.weights.values().items()}
-    assert {name: value.shape for name, value in loaded.weights.values().items()} == shapes
+    shapes = {name: value.shape for name, value in state.weights.values.items()}
+    assert {name: value.shape for name, value in loaded.weights.values.items()} == shapes
     assert tk.explain(loaded) == tk.explain(state)
 
 

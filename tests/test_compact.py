@@ -150,10 +150,10 @@ def test_only_b_is_held() -> None:
     state = tk.init_state(network(), CONFIG, tk.adam())
     for name, masks in tk.masks_of(state).items():
         count = int(masks.backward.sum())
-        assert state.weights.values()[name].numel() == count
+        assert state.weights.values[name].numel() == count
         assert all(tree[name].numel() == count for tree in state.optimizer.slots.values())
     blocks = tk.init_state(network(), replace(CONFIG, block_shape=(4, 2)), tk.adam())
-    assert blocks.weights.values()["0.weight"].shape[1:] == (4, 2)
+    assert blocks.weights.values["0.weight"].shape[1:] == (4, 2)
 
 
 # B becomes A: no shape changes, and nothing outside A moves.
@@ -324,7 +324,7 @@ def test_linear_maps_are_on_kernels(make: Any, on_kernels: set[str]) -> None:
     weights = tk.init_state(make(), CONFIG, tk.sgd(0.1)).weights
     assert isinstance(weights, CompactWeights)
     assert set(weights.patterns) == on_kernels
-    assert set(weights.positions) == set(weights.sparse()) - on_kernels
+    assert set(weights.positions) == set(weights.sparse_names) - on_kernels
 
 
 class Attention(nn.Module):
@@ -349,7 +349,7 @@ def test_attention_trains_as_in_dense_storage(make: Any, training: bool, compile
     batches, make_optimizer = batches_of((3, 5, 8), (3, 5, 8)), OPTIMIZERS["momentum"]
     model = make().double().train(training)
     compact = trajectory(model, "compact", make_optimizer, batches=batches, compile=compile)
-    assert compact[0].weights.layers().keys() == set(compact[0].weights.sparse())
+    assert compact[0].weights.patterns.keys() == set(compact[0].weights.sparse_names)
     assert_agree(compact, trajectory(model, "dense", make_optimizer, batches=batches))
 
 
@@ -357,7 +357,7 @@ def test_attention_trains_as_in_dense_storage(make: Any, training: bool, compile
 def test_linear_layers_of_gpt2_train_as_in_dense_storage(compile: Any) -> None:
     model = nn.Sequential(Conv1D(16, 8), nn.GELU(), Conv1D(4, 16))  # type: ignore[no-untyped-call]
     states = check(model.double(), batches=batches_of((3, 5, 8), (3, 5, 4)), compile=compile)
-    assert states[0].weights.layers().keys() == {"0.weight", "2.weight"}
+    assert states[0].weights.patterns.keys() == {"0.weight", "2.weight"}
 
 
 def test_the_mode_of_the_module_is_followed_and_it_is_left_alone() -> None:

@@ -31,6 +31,7 @@ from topkast_func.places import counted, order_of, places_of, sent
 from topkast_func.ranking import drawn_among, largest_among, top_sets
 from topkast_func.testing import weights
 from topkast_func.training import update
+from topkast_func.types import changed
 
 READ = pretend.Wait("places.counted", "_to_copy")
 STEADY = [method for method in METHODS if not config_of(method).schedule.starts]
@@ -86,11 +87,11 @@ def test_numbers_reach_a_graph_on_its_device(device: torch.device) -> None:
 
 def test_numbers_stay_on_the_host_for_values_on_several_devices(device: torch.device) -> None:
     state = tk.init_state(network(), config_of(tk.topkast()), tk.sgd(0.1))
-    values = dict(state.weights.values())
+    values = dict(state.weights.values)
     values["5.bias"] = values["5.bias"].to(device)
     rate = torch.tensor(0.1, dtype=torch.float64)
-    for held, expected in ((values, rate), (state.weights.values(), rate.reshape(1))):
-        weights = state.weights._replace(held=held)  # type: ignore[call-arg]
+    for held, expected in ((values, rate), (state.weights.values, rate.reshape(1))):
+        weights = changed(state.weights, values=held)
         place = update._place_of(state._replace(weights=weights))
         assert same((update._number(place, rate),), (expected,))
 
@@ -114,7 +115,7 @@ def test_the_host_waits_for_sizes_alone(
     assert not WAITS
     state = tk.refresh(state, config, gradients)
     assert Counter(WAITS) == {READ: 1 + config.method.reads_sets}
-    assert len(state.weights.sparse()) >= len(WAITS)
+    assert len(state.weights.sparse_names) >= len(WAITS)
     WAITS.clear()
     train_step(state._replace(step=state.step + 1), batch(device))
     asked = {READ: 1 + (pattern is not None)}  # the step asks for their sizes, and of groups
@@ -147,9 +148,9 @@ def test_theta_that_rests_on_the_host_is_waited_for_at_a_refresh_alone(
 def test_nan_is_refused_on_the_device_too(method: tk.Method, device: torch.device) -> None:
     config = config_of(method)
     state, _ = run(device, config, tk.sgd(0.1), steps=1)
-    values = dict(state.weights.values())
+    values = dict(state.weights.values)
     values["3.weight"] = values["3.weight"] * torch.nan
-    broken = state._replace(weights=state.weights._replace(held=values))  # type: ignore[call-arg]
+    broken = state._replace(weights=changed(state.weights, values=values))
     with pytest.raises(ValueError, match=r"params\['3.weight'\] holds NaN"):
         tk.refresh(broken, config)
 

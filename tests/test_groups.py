@@ -28,6 +28,7 @@ from topkast_func.testing import (
     check_outside_untouched,
     patterned,
 )
+from topkast_func.types import changed
 
 PAPER = tk.topkast("value", exchange=None)
 METHODS = OTHERS | {
@@ -203,7 +204,7 @@ def test_what_stays_is_the_largest_of_the_tensor_and_groups_are_filled_beside_it
     state = tk.init_state({"weight": torch.randn(10, 16)}, config, tk.sgd(0.1), storage="dense")
     old = tk.masks_of(state)["weight"].forward
     other = torch.randn(10, 16)
-    moved = state._replace(weights=state.weights._replace(theta={"weight": other}))
+    moved = state._replace(weights=changed(state.weights, theta={"weight": other}))
     theta = tk.dense_params(moved)["weight"].double().numpy()
     places = [int(i) for i in old.flatten().nonzero()]
     stay = np.zeros(theta.shape, bool)

@@ -96,7 +96,7 @@ def test_a_start_from_the_meta_device_is_that_of_a_module_in_memory(
     state = tk.init_state(_on_meta(), CONFIG, optimizer, materialize=_drawn, **options)
     expected = tk.init_state(_loaded(state), CONFIG, optimizer, **options)
     _same(state, expected)
-    assert list(state.weights.values()) == list(expected.weights.values())
+    assert list(state.weights.values) == list(expected.weights.values)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_what_has_values_keeps_them() -> None:
     assert torch.equal(tk.dense_params(state)["last.weight"], model.last.weight)
     assert not any(name.startswith("last") for name in asked)
     assert len(asked) == len({*asked}) == len(state.weights.shapes()) - 2 + len(state.buffers)
-    assert list(state.weights.values()) == [name for name, _ in model.named_parameters()]
+    assert list(state.weights.values) == [name for name, _ in model.named_parameters()]
 
 
 @pytest.mark.parametrize("storage", STORAGES)

@@ -55,7 +55,7 @@ def test_bytes_are_those_of_the_state_that_training_begins_with(
         if layout.options is None or layout.shard:
             continue
         state = tk.init_state(_network(), config, optimizer, master=master, **layout.options)
-        gradients = _bytes(state.weights.values())
+        gradients = _bytes(state.weights.values)
         held = (state.weights, state.buffers, state.frozen, state.optimizer.slots)
         assert layout.device + layout.host == _bytes(held) + gradients
         if layout.host:
@@ -83,7 +83,7 @@ def test_bytes_of_owners_are_those_of_the_part_with_most(
             _here((own.weights.theta, rest)) if layout.host else 0
             for own, rest in zip(parts, split, strict=True)
         ]
-        gradients = _bytes(state.weights.values())
+        gradients = _bytes(state.weights.values)
         held = [
             (
                 own.weights,

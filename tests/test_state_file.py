@@ -212,7 +212,7 @@ def _with_masks(state: tk.TrainState, masks: dict[str, tk.Masks]) -> tk.TrainSta
         def masks(self) -> dict[str, tk.Masks]:
             return masks
 
-    return state._replace(weights=Other(*state.weights))
+    return state._replace(weights=Other(*state.weights))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("storage", ["compact", "dense"])

@@ -22,6 +22,7 @@ from topkast_func.testing import (
     patterned,
     weights,
 )
+from topkast_func.types import changed
 
 reach = partial(find, settings=settings(max_examples=2000, phases=(Phase.generate,)))
 """Find an example; it need not be the smallest."""
@@ -169,20 +170,20 @@ def test_an_entry_that_moved_outside_b_is_found() -> None:
     state = tk.init_state(PARAMS, CONFIG, tk.sgd(0.1), storage="dense")
     check_outside_untouched(state, state)
     moved = {"w": torch.where(tk.masks_of(state)["w"].backward, 9.0, PARAMS["w"])}
-    check_outside_untouched(state, state._replace(weights=state.weights._replace(theta=moved)))
+    check_outside_untouched(state, state._replace(weights=changed(state.weights, theta=moved)))
     other_zero = {"w": torch.where(tk.masks_of(state)["w"].backward, PARAMS["w"], -0.0)}
     zero = {"w": torch.where(tk.masks_of(state)["w"].backward, PARAMS["w"], 0.0)}
     at_zero, at_minus_zero = (
-        state._replace(weights=state.weights._replace(theta=t)) for t in (zero, other_zero)
+        state._replace(weights=changed(state.weights, theta=t)) for t in (zero, other_zero)
     )
     with pytest.raises(AssertionError, match="w: 3 entries outside B have moved"):
         check_outside_untouched(at_zero, at_minus_zero)
     nan = {"w": torch.where(tk.masks_of(state)["w"].backward, PARAMS["w"], math.nan)}
-    unchanged = state._replace(weights=state.weights._replace(theta=nan))
+    unchanged = state._replace(weights=changed(state.weights, theta=nan))
     check_outside_untouched(unchanged, unchanged)
     wrong = {"w": PARAMS["w"] + 1}
     with pytest.raises(AssertionError, match="w: 3 entries outside B have moved"):
-        check_outside_untouched(state, state._replace(weights=state.weights._replace(theta=wrong)))
+        check_outside_untouched(state, state._replace(weights=changed(state.weights, theta=wrong)))
 
 
 def test_patterns_reach_several_groups_ties_and_kernels() -> None:

@@ -21,7 +21,7 @@ and a tree of tensors."""
 BlockNorm: TypeAlias = Literal["l2", "l1"]
 """By which norm blocks are ranked."""
 
-Fields = TypeVar("Fields", bound=tuple[Any, ...])
+Fields = TypeVar("Fields")
 """A named tuple."""
 
 

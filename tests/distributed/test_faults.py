@@ -17,6 +17,7 @@ from torch._dynamo import register_backend
 
 import topkast_func as tk
 from tests.distributed.processes import Outcome, results, together
+from topkast_func.types import changed
 
 CONFIG, ADAM = tk.TopKastConfig(0.75, 0.5, refresh_every=5), tk.adamw(lr=0.01)
 AT, STEPS, SHORT = 7, 12, 5.0
@@ -177,17 +178,17 @@ def assert_says(outcome: Outcome, pattern: str) -> None:
 
 def _held(state: tk.TrainState, name: str, value: Tensor) -> tk.TrainState:
     weights: Any = state.weights
-    return state._replace(weights=weights._replace(held={**weights.held, name: value}))
+    return state._replace(weights=changed(weights, values={**weights.values, name: value}))
 
 
 def _flipped(state: tk.TrainState) -> tk.TrainState:
-    value = state.weights.values()["0.weight"].clone()
+    value = state.weights.values["0.weight"].clone()
     value.view(torch.int32)[3] ^= 1
     return _held(state, "0.weight", value)
 
 
 def _flipped_in_place(state: tk.TrainState) -> tk.TrainState:
-    state.weights.values()["2.bias"].view(torch.int32)[1] ^= 1
+    state.weights.values["2.bias"].view(torch.int32)[1] ^= 1
     return state
 
 
@@ -195,7 +196,7 @@ def _of_other_sets(state: tk.TrainState) -> tk.TrainState:
     theta = tk.dense_params(state)
     other = tk.init_state({**theta, "0.weight": theta["0.weight"].flip(0)}, CONFIG, ADAM)
     weights: Any = state.weights
-    return state._replace(weights=weights._replace(patterns=other.weights.layers()))
+    return state._replace(weights=changed(weights, patterns=other.weights.patterns))
 
 
 def _of_earlier(state: tk.TrainState) -> tk.TrainState:

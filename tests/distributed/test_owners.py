@@ -19,6 +19,7 @@ from topkast_func.distributed.owners import Owners, from_owners, mean_at
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.training.parts import part
 from topkast_func.training.state import elsewhere
+from topkast_func.types import changed
 
 CONFIG = tk.TopKastConfig(0.8, 0.5, refresh_every=3, explore_until=7, penalty=None)
 STEPS = 9
@@ -66,11 +67,11 @@ def _told(work: Callable[[], Any]) -> str:
 
 
 def _flipped(state: tk.TrainState, name: str, where: bool) -> tk.TrainState:
-    held = dict(state.weights.values())
+    held = dict(state.weights.values)
     if where:
         held[name] = held[name].clone()
         held[name][0] += 1
-    return state._replace(weights=state.weights._replace(held=held))  # type: ignore[call-arg]
+    return state._replace(weights=changed(state.weights, values=held))
 
 
 def _bit_flipped(rank: int) -> tk.TrainState:
@@ -89,7 +90,7 @@ def _with_nan(state: tk.TrainState, name: str) -> tk.TrainState:
     if not theta[name].is_meta:
         outside = ~tk.masks_of(state)[name].backward
         theta[name] = torch.where(outside, torch.nan, theta[name])
-    return state._replace(weights=state.weights._replace(theta=theta))
+    return state._replace(weights=changed(state.weights, theta=theta))
 
 
 def _parts(rank: int, folder: Path) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def _parts(rank: int, folder: Path) -> dict[str, Any]:
 
 def _lost(state: tk.TrainState, name: str) -> tk.TrainState:
     theta = {n: t.to("meta") if n == name else t for n, t in state.weights.theta.items()}
-    return state._replace(weights=state.weights._replace(theta=theta))
+    return state._replace(weights=changed(state.weights, theta=theta))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_each_tensor_has_one_owner_and_all_ranks_have_alpha(pair: list[dict[str,
 
 def _same(one: tk.TrainState, other: tk.TrainState) -> None:
     """Compare states bit for bit, but for what θ at rest holds on B, which no one reads."""
-    for read in (tk.dense_params, tk.masks_of, lambda s: (s[:3], s[4:], s.weights.values())):
+    for read in (tk.dense_params, tk.masks_of, lambda s: (s[:3], s[4:], s.weights.values)):
         assert_close(read(one), read(other), rtol=0.0, atol=0.0)
 
 

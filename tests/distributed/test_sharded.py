@@ -24,6 +24,7 @@ import topkast_func as tk
 from tests.distributed.processes import FORKING, results, together
 from tests.storage import STORAGES
 from topkast_func.distributed import folder
+from topkast_func.types import changed
 
 CONFIG, ADAM = tk.TopKastConfig(0.75, 0.5, refresh_every=3), tk.adamw(lr=0.05)
 
@@ -62,7 +63,7 @@ def same(one: tk.TrainState, other: tk.TrainState) -> None:
 
 def _read(state: tk.TrainState) -> tuple[Any, ...]:
     theta, sets = tk.dense_params(state), tk.masks_of(state)
-    return theta, sets, state.weights.values(), state[:3], state[4:]
+    return theta, sets, state.weights.values, state[:3], state[4:]
 
 
 def _error(work: Callable[[], Any]) -> str:
@@ -113,7 +114,7 @@ def _beside(rank: int, folder: Path) -> dict[str, Any]:
     release = _held_up(rank, lambda: may.wait(30))
     future = tk.async_save_sharded(first, folder, CONFIG)
     found["state"] = pickle.loads(pickle.dumps(first))
-    first.weights.values()["0.bias"].zero_()  # a caller's own doing, the same on both
+    first.weights.values["0.bias"].zero_()  # a caller's own doing, the same on both
     second = _train(_train(_start(), 2), 6)
     found["early"] = (future.done(), latest.exists(), (folder / "step-2").exists())
     release()
@@ -365,9 +366,9 @@ def _save_until_killed(folder: Path, end: Any) -> None:
     state = _start()
     while True:
         state = state._replace(step=state.step + 1)
-        marked = {n: v + float(state.step) for n, v in state.weights.values().items()}
+        marked = {n: v + float(state.step) for n, v in state.weights.values.items()}
         weights: Any = state.weights
-        tk.save_sharded(state._replace(weights=weights._replace(held=marked)), folder, keep=2)
+        tk.save_sharded(state._replace(weights=changed(weights, values=marked)), folder, keep=2)
         end.send(int(state.step))
 
 
@@ -386,7 +387,7 @@ def killed_while_saving(folder: Path, seconds: float) -> tuple[int, int]:
             saved = own.recv()
     except EOFError:
         state = tk.load_sharded(folder, CONFIG)
-    values, start = state.weights.values(), _start().weights.values()
+    values, start = state.weights.values, _start().weights.values
     for name, value in values.items():
         assert_close(value - start[name], torch.full_like(value, float(state.step)))
     return saved, int(state.step)

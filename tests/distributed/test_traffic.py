@@ -63,7 +63,7 @@ def _sent(rank: int) -> Sent:
         state, metrics = step(state, BATCH)
         refreshes += int(metrics.refreshed)
     assert refreshes == 1
-    ours, values = counted.bytes, state.weights.values().values()
+    ours, values = counted.bytes, state.weights.values.values()
     planned = tk.plan(model, config, 2, optimizer).layouts
     of_fsdp, held = _of_fsdp()
     return Sent(ours, _of_ddp(model), of_fsdp, sum(v.numel() for v in values), held, planned)

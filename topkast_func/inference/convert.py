@@ -99,7 +99,7 @@ def _of_state(state: TrainState, model: nn.Module, batch: int) -> tuple[nn.Modul
         if not buffer.equal(state.buffers[name]):
             buffer.copy_(state.buffers[name])
     masks = {name: sets.forward for name, sets in masks_of(state).items()}
-    return plain, Stored(alpha, masks, state.weights.values(), batch)
+    return plain, Stored(alpha, masks, state.weights.values, batch)
 
 
 def _of_module(model: nn.Module, batch: int) -> tuple[nn.Module, Stored]:

@@ -56,17 +56,17 @@ def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str,
     """Return which engine computes each sparse parameter; see `explain`."""
     check_state(state)
     batch = check_count("batch_size", batch_size, 1)
-    values, shapes = narrowed(state.weights.values(), state.narrow), state.weights.shapes()
-    patterns = state.weights.layers()
+    values, shapes = narrowed(state.weights.values, state.narrow), state.weights.shapes()
+    patterns = state.weights.patterns
     chosen = {}
-    for name in state.weights.sparse():
+    for name in state.weights.sparse_names:
         if name in patterns:
             shape = shapes[name]
             matrix = shape[0], math.prod(shape[1:])
             layer = layer_of(values[name], patterns[name], matrix, batch)
             chosen[name] = choose(engine, layer._replace(rows=channels_of(shape)))
         else:
-            compact = state.weights.stands(name) is not None
+            compact = state.weights.index_of(name) is not None
             why = UNKNOWN if compact else "storage='dense'"
             chosen[name] = Choice("dense", ALPHA + why)
     return chosen

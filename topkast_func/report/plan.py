@@ -155,7 +155,7 @@ def _layouts(
 
     def trained(weights: Weights) -> tuple[int, int]:
         """Return the bytes of gradients, and those of gradients and slots."""
-        values = weights.values()
+        values = weights.values
         gradients = bytes_of(values)
         return gradients, gradients + bytes_of(optimizer.init(values).slots)
 

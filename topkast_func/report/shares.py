@@ -50,7 +50,7 @@ class Most(NamedTuple):
 
 def shares_of(weights: Weights, optimizer: Optimizer) -> dict[str, Share]:
     """Return the bytes of each parameter by name."""
-    values, alpha = weights.values(), sent_by_owners(weights)
+    values, alpha = weights.values, sent_by_owners(weights)
     slots = optimizer.init(values).slots.values()
     return {
         name: Share(

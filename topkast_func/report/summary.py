@@ -127,7 +127,7 @@ def summary(
         check_type("config", config, TopKastConfig)
     chosen, masks = choices(state, batch_size, engine), masks_of(state)
     model = uncompiled(model)
-    values, axes = state.weights.values(), axes_by_name(model)
+    values, axes = state.weights.values, axes_by_name(model)
     rows = []
     for name, shape in state.weights.shapes().items():
         size = shape.numel()
@@ -157,7 +157,7 @@ def _frozen(name: str, tensor: Tensor) -> Row:
 def _bytes(state: TrainState, name: str) -> int:
     slots = [tree[name] for tree in state.optimizer.slots.values() if name in tree]
     part = state.split[name].slots if name in state.split else {}
-    trained = (state.weights.values()[name], state.weights.stands(name), slots, part)
+    trained = (state.weights.values[name], state.weights.index_of(name), slots, part)
     return sum(leaf.nbytes for leaf in tree_leaves(trained) if _is_here(leaf))
 
 

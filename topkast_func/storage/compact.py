@@ -17,65 +17,58 @@ from topkast_func.types import Masks, Params, Tensors, changed
 
 
 class CompactWeights(NamedTuple):
-    """The weights of a state, stored as the values of B.
+    """`Weights`, stored as the values of B.
 
     After B has become A, the places of B∖A are unused: their values, gradients and slots are
     zero and stay so, and no shape has changed.
 
     Attributes:
-        held: θ on B of the sparse parameters, [|B|] or [blocks, r, c], those of A first; all
+        values: θ on B of the sparse parameters, [|B|] or [blocks, r, c], those of A first; all
             of θ of the others.
         patterns: Sets of the sparse parameters that kernels compute.
         positions: Sets of the other sparse parameters.
         theta: θ of the sparse parameters as it was at the last refresh; right outside B, and
-            out of date on B. On the meta device where another process owns it: `held` then has
-            zeros on B∖A.
+            out of date on B. On the meta device where another process owns it: `values` then
+            has zeros on B∖A.
     """
 
-    held: Tensors
+    values: Tensors
     patterns: dict[str, Pattern]
     positions: dict[str, Positions]
     theta: Tensors
 
-    def values(self) -> Tensors:
-        """Return what is differentiated and updated; optimiser slots have its shapes."""
-        return self.held
-
-    def alpha(self, values: Tensors) -> Tensors:
-        """Return what the model computes with; see `DenseWeights.alpha`."""
-        return self._alpha(values, alpha_when_read)
-
-    def layers(self) -> dict[str, Pattern]:
-        """Return the sets of the parameters that kernels can compute."""
-        return self.patterns
-
-    def sparse(self) -> tuple[str, ...]:
-        """Return the names of the sparse parameters."""
+    @property
+    def sparse_names(self) -> tuple[str, ...]:
+        """Names of the sparse parameters."""
         return tuple(self.theta)
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of every parameter."""
-        return {n: self.theta.get(n, value).shape for n, value in self.held.items()}
+        return {n: self.theta.get(n, value).shape for n, value in self.values.items()}
 
     def sets(self, name: str) -> Index:
         """Return the sets of a sparse parameter."""
         return self.patterns[name] if name in self.patterns else self.positions[name]
 
-    def stands(self, name: str) -> Index | None:
-        """Return the index of the values of a parameter; None for a dense one."""
+    def index_of(self, name: str) -> Index | None:
+        """Return the index of a sparse parameter, None for a dense one."""
         return self.sets(name) if name in self.theta else None
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return how many entries A and B have, by name."""
         used = [self._where(name) < theta.numel() for name, theta in self.theta.items()]
         return {
-            name: (self.sets(name).active_count * math.prod(self.held[name].shape[1:]), count)
+            name: (self.sets(name).active_count * math.prod(self.values[name].shape[1:]), count)
             for name, count in zip(self.theta, counted(used), strict=True)
         }
 
+    def alpha(self, values: Tensors) -> Tensors:
+        """Return α, put together where it is read."""
+        return self._alpha(values, alpha_when_read)
+
     def sets_key(self) -> Hashable:
         """Return a key that changes with the sets, without counting them."""
-        return tuple((n, self.sets(n).active_count, self.held[n].shape) for n in self.theta)
+        return tuple((n, self.sets(n).active_count, self.values[n].shape) for n in self.theta)
 
     def penalty(
         self,
@@ -106,12 +99,12 @@ class CompactWeights(NamedTuple):
         device = next(iter(values.values())).device
         return summed_penalty(shapes, parts, config, device, step)
 
-    def moved(self, updates: Tensors) -> "CompactWeights":
+    def add(self, updates: Tensors) -> "CompactWeights":
         """Add ``updates``: all that is held is in B."""
-        held = {name: value + updates[name] for name, value in self.held.items()}
-        return changed(self, held=held)
+        values = {name: value + updates[name] for name, value in self.values.items()}
+        return changed(self, values=values)
 
-    def restricted(self, slots: dict[str, Tensors]) -> dict[str, Tensors]:
+    def mask_slots(self, slots: dict[str, Tensors]) -> dict[str, Tensors]:
         """Return the slots as they are: they have no entry outside B."""
         return slots
 
@@ -119,30 +112,30 @@ class CompactWeights(NamedTuple):
         """Return θ, up to date: the sparse parameters where θ rests, on meta included."""
         return {
             name: merge(value, self.theta[name], self._where(name)) if name in self.theta else value
-            for name, value in self.held.items()
+            for name, value in self.values.items()
         }
 
     def forward(self) -> Tensors:
         """Return α."""
-        return self._alpha(self.held, alpha)
+        return self._alpha(self.values, alpha)
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B, on the device of the values."""
         return {name: self._masks(name) for name in self.theta}
 
-    def chosen(
+    def reindexed(
         self,
         dense: Params,
         masks: Mapping[str, Masks],
         slots: dict[str, Tensors],
         sizes: Mapping[str, tuple[int, int]],
     ) -> tuple["CompactWeights", dict[str, Tensors]]:
-        """Take over new sets; see `DenseWeights.chosen`."""
-        held, moved = dict(self.held), {}
+        """Take over new sets."""
+        held, moved = dict(self.values), {}
         theta = {name: dense[name] for name in self.theta}
         index: dict[str, Index] = {}
         for name, merged in theta.items():
-            value = self.held[name]
+            value = self.values[name]
             here = Masks(*(mask.to(value.device) for mask in masks[name]))
             sets = reindex(self.sets(name), here, block_of(value), sizes[name])
             new = sets.flat_index(block_of(value), merged.shape)
@@ -154,7 +147,7 @@ class CompactWeights(NamedTuple):
             index[name] = sets
 
         def carried(name: str, slot: Tensor) -> Tensor:
-            follows = name in moved and slot.shape == self.held[name].shape
+            follows = name in moved and slot.shape == self.values[name].shape
             return carry(slot, moved[name]) if follows else slot
 
         return _placed(held, index, theta), {
@@ -170,7 +163,7 @@ class CompactWeights(NamedTuple):
         }
 
     def _where(self, name: str) -> Tensor:
-        return self.sets(name).flat_index(block_of(self.held[name]), self.theta[name].shape)
+        return self.sets(name).flat_index(block_of(self.values[name]), self.theta[name].shape)
 
     def _masks(self, name: str) -> Masks:
         places, size = self._where(name), self.theta[name].numel()

@@ -15,7 +15,7 @@ from topkast_func.types import Masks, Params, Tensors
 
 
 class DenseWeights(NamedTuple):
-    """The weights of a state, stored densely.
+    """`Weights`, stored densely.
 
     Attributes:
         theta: θ by name.
@@ -25,58 +25,54 @@ class DenseWeights(NamedTuple):
     theta: Tensors
     sets: dict[str, Masks]
 
+    @property
     def values(self) -> Tensors:
-        """Return what is differentiated and updated; optimiser slots have its shapes."""
+        """θ."""
         return self.theta
 
-    def alpha(self, values: Tensors) -> Tensors:
-        """Return what the model computes with.
-
-        Args:
-            values: The values.
-
-        Returns:
-            α by name, with the gradient of the identity on B.
-        """
-        return straight_through_all(values, self.sets)
-
-    def layers(self) -> dict[str, Pattern]:
-        """Return the sets of the parameters that kernels can compute: of none."""
+    @property
+    def patterns(self) -> dict[str, Pattern]:
+        """None: kernels compute with no mask."""
         return {}
 
-    def sparse(self) -> tuple[str, ...]:
-        """Return the names of the sparse parameters."""
+    @property
+    def sparse_names(self) -> tuple[str, ...]:
+        """Names of the sparse parameters."""
         return tuple(self.sets)
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of every parameter."""
         return {name: theta.shape for name, theta in self.theta.items()}
 
-    def stands(self, name: str) -> None:
-        """Return None: every value stands at its own place in θ."""
+    def index_of(self, name: str) -> None:
+        """Return None."""
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Return how many entries A and B have, by name."""
+        """Return |A| and |B|."""
         return sizes_of(self.sets)
 
     def sets_key(self) -> Hashable:
-        """Return a key that changes with the sets, without counting them."""
+        """Return a key of the sets."""
         return tuple((name, id(masks.forward)) for name, masks in self.sets.items())
+
+    def alpha(self, values: Tensors) -> Tensors:
+        """Return α."""
+        return straight_through_all(values, self.sets)
+
+    def forward(self) -> Tensors:
+        """Return α of θ."""
+        return self.alpha(self.theta)
 
     def dense(self) -> Tensors:
         """Return θ."""
         return self.theta
-
-    def forward(self) -> Tensors:
-        """Return α."""
-        return self.alpha(self.theta)
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B."""
         return self.sets
 
     def penalty(self, values: Tensors, config: TopKastConfig, step: int) -> Tensor:
-        """Return the exploration penalty of ``values``; see `exploration_penalty`."""
+        """Return the exploration penalty."""
 
         def parts(name: str) -> tuple[Tensor, Tensor]:
             return masked_parts(values[name], self.sets[name])
@@ -85,8 +81,8 @@ class DenseWeights(NamedTuple):
         device = next(iter(values.values())).device
         return summed_penalty(shapes, parts, config, device, step)
 
-    def moved(self, updates: Tensors) -> "DenseWeights":
-        """Add ``updates`` on B, leaving every other entry as it is, bit for bit."""
+    def add(self, updates: Tensors) -> "DenseWeights":
+        """Add updates on B."""
         theta = {
             name: torch.where(self.sets[name].backward, old + updates[name], old)
             if name in self.sets
@@ -95,8 +91,8 @@ class DenseWeights(NamedTuple):
         }
         return DenseWeights(theta, self.sets)
 
-    def restricted(self, slots: dict[str, Tensors]) -> dict[str, Tensors]:
-        """Set optimiser slots to zero outside B; those of another shape than θ stay as they are."""
+    def mask_slots(self, slots: dict[str, Tensors]) -> dict[str, Tensors]:
+        """Set optimiser slots to zero outside B."""
 
         def within(name: str, slot: Tensor) -> Tensor:
             if name not in self.sets or slot.shape != self.theta[name].shape:
@@ -105,25 +101,13 @@ class DenseWeights(NamedTuple):
 
         return {k: {n: within(n, slot) for n, slot in tree.items()} for k, tree in slots.items()}
 
-    def chosen(
+    def reindexed(
         self,
         dense: Params,
         masks: Mapping[str, Masks],
         slots: dict[str, Tensors],
         sizes: Mapping[str, tuple[int, int]],
     ) -> tuple["DenseWeights", dict[str, Tensors]]:
-        """Take over new sets; a slot follows its weight where that stays in B, else is zero.
-
-        Slots of another shape than the values, such as one number per row, stay as they are.
-
-        Args:
-            dense: What `dense` returns, of which the sets were chosen.
-            masks: The new sets.
-            slots: Slots of the optimiser.
-            sizes: |A| and |B| of the new sets.
-
-        Returns:
-            The weights and the slots.
-        """
+        """Take over new sets."""
         weights = DenseWeights(dict(dense), dict(masks))
-        return weights, weights.restricted(slots)
+        return weights, weights.mask_slots(slots)

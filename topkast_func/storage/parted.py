@@ -7,7 +7,7 @@ import torch
 from topkast_func.kernels.pattern import block_of
 from topkast_func.model.alpha import split
 from topkast_func.storage.compact import CompactWeights
-from topkast_func.storage.dense import DenseWeights
+from topkast_func.storage.weights import Weights
 from topkast_func.types import Params, Tensors, changed
 
 DENSE = (
@@ -16,7 +16,7 @@ DENSE = (
 )
 
 
-def compact_in(weights: CompactWeights | DenseWeights) -> CompactWeights:
+def compact_in(weights: Weights) -> CompactWeights:
     """Return weights if they are in compact storage.
 
     Args:
@@ -37,7 +37,7 @@ def active(weights: CompactWeights) -> Tensors:
     """Return what the forward pass reads: the values of A, and dense parameters."""
     return {
         name: value[: weights.sets(name).active_count] if name in weights.theta else value
-        for name, value in weights.held.items()
+        for name, value in weights.values.items()
     }
 
 
@@ -47,24 +47,24 @@ def with_active(weights: CompactWeights, values: Params) -> CompactWeights:
         name: torch.cat([values[name], value[len(values[name]) :]])
         if name in weights.theta
         else values[name]
-        for name, value in weights.held.items()
+        for name, value in weights.values.items()
     }
-    return changed(weights, held=held)
+    return changed(weights, values=held)
 
 
 def without(weights: CompactWeights, others: Collection[str]) -> CompactWeights:
     """Leave θ of some parameters to other processes, but for the values of A."""
-    held, theta = dict(weights.held), dict(weights.theta)
+    held, theta = dict(weights.values), dict(weights.theta)
     for name in theta.keys() & others:
         held[name], theta[name] = torch.zeros_like(held[name]), theta[name].to("meta")
-    return with_active(changed(weights, held=held, theta=theta), active(weights))
+    return with_active(changed(weights, values=held, theta=theta), active(weights))
 
 
 def with_theta(weights: CompactWeights, dense: Params) -> CompactWeights:
     """Return weights with θ of some parameters, up to date."""
-    held, theta = dict(weights.held), {**weights.theta, **dense}
+    held, theta = dict(weights.values), {**weights.theta, **dense}
     for name, whole in dense.items():
         value = held[name]
         places = weights.sets(name).flat_index(block_of(value), whole.shape)
         held[name] = split(whole, places.to(whole.device)).to(value.device)
-    return changed(weights, held=held, theta=theta)
+    return changed(weights, values=held, theta=theta)

@@ -42,7 +42,7 @@ COMPACT = (
 
 ANOTHER = (
     "to go on with another optimiser from its beginning, "
-    "state._replace(optimizer=optimizer.init(state.weights.values()))"
+    "state._replace(optimizer=optimizer.init(state.weights.values))"
 )
 
 
@@ -129,7 +129,7 @@ def agreement(
 def _looks(state: TrainState, schedule: Schedule) -> Hashable:
     """Return a key that differs between states of which one may agree and the other not."""
     step, weights = int(state.step), state.weights
-    trees = (weights.values(), state.frozen, state.buffers, state.narrow)
+    trees = (weights.values, state.frozen, state.buffers, state.narrow)
     slots = state.optimizer.slots
     return (
         (schedule.stage(step), schedule.settled(step)),
@@ -156,5 +156,5 @@ def _kinds(tensors: Params) -> Hashable:
 def _optimizer_problem(state: TrainState, optimizer: Optimizer) -> str | None:
     if isinstance(state.weights, CompactWeights) and not optimizer.elementwise:
         return COMPACT.format(optimizer)
-    problem = slot_problem(state.optimizer.slots, state.weights.values(), optimizer)
+    problem = slot_problem(state.optimizer.slots, state.weights.values, optimizer)
     return problem and f"{problem}: {ANOTHER}"

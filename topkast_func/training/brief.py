@@ -26,7 +26,7 @@ def brief(state: "TrainState") -> str:
         The text.
     """
     weights, shapes = state.weights, state.weights.shapes()
-    sparse, storage = weights.sparse(), "dense"
+    sparse, storage = weights.sparse_names, "dense"
     if isinstance(weights, CompactWeights):
         storage = "compact"
     sizes = [shape.numel() for shape in shapes.values()]

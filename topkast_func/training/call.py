@@ -62,7 +62,7 @@ def call_of(
     """
     parts = parts_of(model)
     mode, hooked = modes(parts), hooks_of(parts, criterion)
-    sizes = tuple(value.shape for value in state.weights.values().values())
+    sizes = tuple(value.shape for value in state.weights.values.values())
     refreshes = refreshes_around(state, config, optimizer)
     kind: Hashable = mode
     if traced:

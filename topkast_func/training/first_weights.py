@@ -15,10 +15,11 @@ from topkast_func.powerprop import check_moves, phi_of
 from topkast_func.sparsity import Allocation
 from topkast_func.storage.compact import compact
 from topkast_func.storage.dense import DenseWeights
+from topkast_func.storage.weights import Weights
 from topkast_func.training.fits_config import check_masks
 from topkast_func.training.materialize import Source
 from topkast_func.training.memory import LARGE, give_back
-from topkast_func.training.state import Storage, Weights
+from topkast_func.training.state import Storage
 from topkast_func.trees import check_params
 from topkast_func.types import Masks, Params, Tensors
 

@@ -11,7 +11,8 @@ from topkast_func.config.allocation import allocate, given_sparsity
 from topkast_func.kernels.pattern import block_of
 from topkast_func.leaves import check_leaf, check_present, check_shape
 from topkast_func.masks import counts, counts_among, uneven_sets
-from topkast_func.training.state import TrainState, Weights
+from topkast_func.storage.weights import Weights
+from topkast_func.training.state import TrainState
 from topkast_func.trees import check_mask_pair, check_named, difference
 from topkast_func.types import Masks, Params, Tensors
 
@@ -94,7 +95,7 @@ def check_gradients(state: TrainState, gradients: Params) -> None:
         ValueError: One is missing, of no parameter, of another shape, or without values.
     """
     check_named("gradients", gradients)
-    shapes, sparse = state.weights.shapes(), [*state.weights.sparse()]
+    shapes, sparse = state.weights.shapes(), [*state.weights.sparse_names]
     known = [name for name in shapes if name in gradients or name in sparse]
     if problem := difference("sparse parameters", gradients, known):
         raise ValueError(
@@ -112,7 +113,7 @@ def check_gradients(state: TrainState, gradients: Params) -> None:
 
 def is_of_stage(weights: Weights, config: TopKastConfig, step: int) -> bool:
     """Return whether sets have the sizes that a configuration asks for at a step."""
-    shapes = {name: weights.shapes()[name] for name in weights.sparse()}
+    shapes = {name: weights.shapes()[name] for name in weights.sparse_names}
     return weights.sizes() == counts_among(shapes, config, step)
 
 
@@ -140,7 +141,7 @@ def config_problem(state: TrainState, config: TopKastConfig, params: Params | No
 
 def outlines(weights: Weights) -> Tensors:
     """Return a tensor on the meta device for every parameter."""
-    kinds = weights.values()
+    kinds = weights.values
     return {
         name: torch.empty(shape, dtype=kinds[name].dtype, device="meta")
         for name, shape in weights.shapes().items()
@@ -148,14 +149,14 @@ def outlines(weights: Weights) -> Tensors:
 
 
 def _method_problem(weights: Weights, config: TopKastConfig) -> str | None:
-    if config.method.sparsifies or not weights.sparse():
+    if config.method.sparsifies or not weights.sparse_names:
         return None
     return f"method={config.method} chooses no sets, and there are some: to train densely, {ANEW}"
 
 
 def _block_problem(weights: Weights, config: TopKastConfig) -> str | None:
-    values, block = weights.values(), config.block_shape
-    for name in weights.layers():
+    values, block = weights.values, config.block_shape
+    for name in weights.patterns:
         if (found := block_of(values[name])) != block:
             return (
                 f"it has {name!r} in blocks of {found}, the configuration asks for {block}: begin "
@@ -176,7 +177,7 @@ def _selection_problem(
     way_on = f": to change which they are, {ANEW}"
     try:
         asked = allocate(params, config, step=step)
-        problem = difference("sparse parameters", weights.sparse(), asked)
+        problem = difference("sparse parameters", weights.sparse_names, asked)
     except ValueError as reason:
         problem, way_on = str(reason), ""
     plain = not any(isinstance(parameter, nn.Parameter) for parameter in params.values())
@@ -190,7 +191,7 @@ def _exponent_problem(
 ) -> str | None:
     powered: Iterable[str] = ()
     if config.powerprop > 1.0:
-        powered = given_sparsity(params, config) if params else state.weights.sparse()
+        powered = given_sparsity(params, config) if params else state.weights.sparse_names
     found = {name: float(exponent) for name, exponent in state.exponents.items()}
     if found == dict.fromkeys(powered, config.powerprop):
         return None
@@ -199,7 +200,7 @@ def _exponent_problem(
 
 def _size_problem(weights: Weights, config: TopKastConfig, step: int) -> str | None:
     """Say which sizes are not those asked for, before or after a refresh that is due."""
-    shapes = {name: weights.shapes()[name] for name in weights.sparse()}
+    shapes = {name: weights.shapes()[name] for name in weights.sparse_names}
     found, asked = weights.sizes(), counts_among(shapes, config, step)
     if found in (asked, counts_among(shapes, config, max(step - 1, 0))):
         return None

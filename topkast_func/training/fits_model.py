@@ -45,7 +45,7 @@ def model_problem(state: TrainState, model: nn.Module) -> str | None:
     shapes, narrow = state.weights.shapes(), state.narrow
     parameters: Facts = {
         name: {"shape": tuple(shapes[name]), "dtype": narrow.get(name, value).dtype}
-        for name, value in state.weights.values().items()
+        for name, value in state.weights.values.items()
     }
     sides = {
         "parameters": (parameters, _facts(trainable(model))),

@@ -52,7 +52,7 @@ def gather(state: TrainState, process_group: dist.ProcessGroup | None = None) ->
             return state
 
         def sent(name: str, own: Tensor) -> Tensor:
-            device = weights.held[name].device
+            device = weights.values[name].device
             here = torch.empty_like(own, device=device) if own.is_meta else own
             return ranks.sent(owners[name][0], here)
 
@@ -62,7 +62,7 @@ def gather(state: TrainState, process_group: dist.ProcessGroup | None = None) ->
         dense = weights.dense()
         theta = {
             name: sent(name, dense[name]).to(told[owners[name][0]][1][name])
-            for name in weights.sparse()
+            for name in weights.sparse_names
             if name in owners
         }
         slots = {kind: filled(tree) for kind, tree in state.optimizer.slots.items()}

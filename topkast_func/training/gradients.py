@@ -82,7 +82,7 @@ def gradients_of(model: Model, loss_fn: LossFn) -> Callable[[TrainState, Any], T
             return loss_and_aux(loss_fn(apply, batch))[0], ()
 
         with torch.no_grad():
-            sparse = {name: weights[name] for name in state.weights.sparse()}
+            sparse = {name: weights[name] for name in state.weights.sparse_names}
             return gradient_and_value(objective, sparse)[0]
 
     return gradients

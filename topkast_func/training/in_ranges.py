@@ -103,7 +103,7 @@ def moved(ranks: Ranks, before: TrainState, after: TrainState, ranges: Tensors) 
         The state after.
     """
     weights, parts = compact_in(after.weights), dict(after.split)
-    active, held = compact_in(before.weights).sets, dict(weights.held)
+    active, held = compact_in(before.weights).sets, dict(weights.values)
     for name, own in ranges.items():
         (old, size), (new, _) = places_in(before, name), places_in(after, name)
         count = weights.sets(name).active_count
@@ -117,7 +117,7 @@ def moved(ranks: Ranks, before: TrainState, after: TrainState, ranges: Tensors) 
             for kind, slot in parts[name].slots.items()
         }
         parts[name] = changed(parts[name], theta=own, slots=slots)
-    return changed(after, weights=changed(weights, held=held), split=parts)
+    return changed(after, weights=changed(weights, values=held), split=parts)
 
 
 def _sets_within(ranks: Ranks, state: TrainState, name: str) -> Masks:

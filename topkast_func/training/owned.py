@@ -78,17 +78,17 @@ def owned_update_of(
             theta = powered(own)
             starts = {name: ranks.span(name, values[name].numel())[0] for name in state.split}
             penalty = weights.penalty(theta, config, start, starts)
-            linear = sum((grads[name] * theta[name]).sum() for name in weights.sparse())
+            linear = sum((grads[name] * theta[name]).sum() for name in weights.sparse_names)
             return linear + config.penalty_weight * penalty, penalty
 
         with torch.no_grad():
-            values = weights.values()
+            values = weights.values
             grads, (data_loss, (aux, written)) = gradient_and_value(of_batch, powered(values))
             found = Found(grads, data_loss, aux, written)
             grads, data_loss, aux, written = ranks.whole(share, found, state.buffers)
             own = ranks.own(values)
             further, (_, penalty) = gradient_and_value(partial(beyond, grads), own)
-            grads |= {name: further[name] for name in weights.sparse()}
+            grads |= {name: further[name] for name in weights.sparse_names}
             penalty = ranks.total(penalty)
             rate = tree_map(lambda given: given.reshape(()), lr)
             slots = _present(state, optimizer.init(own).slots)
@@ -99,7 +99,7 @@ def owned_update_of(
             held = ranks.put({name: v + updates[name] for name, v in own.items()}, values)
             after = changed(
                 state,
-                weights=_shared(ranks, changed(weights, held=held)),
+                weights=_shared(ranks, changed(weights, values=held)),
                 buffers=written,
                 optimizer=changed(
                     state.optimizer, slots=_kept(state.optimizer.slots, after_slots.slots)
@@ -134,7 +134,7 @@ def refresh_by_owners(
         of_ranges = chosen_in_ranges(ranks.ranks, state, config, up_to_date(ranks.ranks, state))
         ranges.update(of_ranges[0])
         shapes, own = state.weights.shapes(), own | of_ranges[1]
-        sets = {name: _sets(ranks, name, shapes[name], own) for name in state.weights.sparse()}
+        sets = {name: _sets(ranks, name, shapes[name], own) for name in state.weights.sparse_names}
         return theta, sets
 
     after = moved(ranks.ranks, state, refreshed(state, config, gradients, agreed), ranges)
@@ -159,7 +159,7 @@ def _sets(ranks: Owners, name: str, shape: torch.Size, own: dict[str, Masks]) ->
 
 def _shared(ranks: Owners, weights: CompactWeights) -> CompactWeights:
     """Return weights with what the forward pass reads as the owners have it."""
-    return with_active(weights, ranks.shared(active(weights), weights.held))
+    return with_active(weights, ranks.shared(active(weights), weights.values))
 
 
 def _present(state: TrainState, empty: dict[str, Tensors]) -> dict[str, Tensors]:

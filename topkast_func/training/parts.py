@@ -7,8 +7,9 @@ which part of it is here.
 from topkast_func.config import TopKastConfig
 from topkast_func.distributed.owners import Owners
 from topkast_func.storage.parted import active, compact_in, without
+from topkast_func.storage.weights import Weights
 from topkast_func.training.split import apart, at_rest, is_of, unsplit
-from topkast_func.training.state import TrainState, Weights, elsewhere
+from topkast_func.training.state import TrainState, elsewhere
 from topkast_func.types import Tensors, changed
 
 FOREIGN = (
@@ -54,11 +55,11 @@ def part(ranks: Owners, config: TopKastConfig, state: TrainState) -> TrainState:
         for kind, tree in state.optimizer.slots.items()
     }
     sparse = [name for name in split if name in weights.theta]
-    own = ranks.own({name: weights.held[name] for name in sparse})
-    held_after = left.held | ranks.put(own, {name: left.held[name] for name in sparse})
+    own = ranks.own({name: weights.values[name] for name in sparse})
+    held_after = left.values | ranks.put(own, {name: left.values[name] for name in sparse})
     return changed(
         state,
-        weights=changed(left, held=held_after),
+        weights=changed(left, values=held_after),
         optimizer=changed(state.optimizer, slots=slots),
         split=parts,
     )
@@ -111,7 +112,7 @@ def compared(ranks: Owners, state: TrainState) -> TrainState:
     }
     return changed(
         state,
-        weights=changed(weights, held=active(weights), theta=alike),
+        weights=changed(weights, values=active(weights), theta=alike),
         optimizer=changed(state.optimizer, slots=slots),
         split={},
     )

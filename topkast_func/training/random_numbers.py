@@ -95,7 +95,7 @@ def random_numbers_of(state: TrainState, rank: int = 0) -> Iterator[Callable[[],
 
 def _generators(state: TrainState) -> list[torch.Generator]:
     """Return the generators of the process that a step may draw from, that of the CPU first."""
-    device = next(iter(state.weights.values().values())).device
+    device = next(iter(state.weights.values.values())).device
     own = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
     return [torch.default_generator, *own]
 

@@ -12,12 +12,12 @@ from topkast_func.config.allocation import shared_among_all
 from topkast_func.entry import entered
 from topkast_func.masks import counts_among, masks_at
 from topkast_func.ranking import NaNParameterError
+from topkast_func.storage.weights import Weights
 from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.fits_config import check_gradients, check_refresh, is_of_stage
 from topkast_func.training.optim import Optimizer
 from topkast_func.training.state import (
     TrainState,
-    Weights,
     check_at_hand,
     check_state,
     ordinary,
@@ -107,7 +107,7 @@ def refreshed(
     choose = partial(
         chosen_anew,
         weights.dense(),
-        weights.sparse(),
+        weights.sparse_names,
         weights.masks,
         config,
         step=int(state.step),
@@ -117,7 +117,7 @@ def refreshed(
     )
     dense, masks = agreed(choose)
     sizes = sizes_after(state.weights, config, int(state.step))
-    weights, slots = state.weights.chosen(dense, masks, state.optimizer.slots, sizes)
+    weights, slots = state.weights.reindexed(dense, masks, state.optimizer.slots, sizes)
     return state._replace(weights=weights, optimizer=state.optimizer._replace(slots=slots))
 
 
@@ -126,7 +126,7 @@ def sizes_after(weights: Weights, config: TopKastConfig, step: int) -> dict[str,
     if config.schedule.settled(step):
         return {name: (active, active) for name, (active, _) in weights.sizes().items()}
     shapes = weights.shapes()
-    return counts_among({name: shapes[name] for name in weights.sparse()}, config, step)
+    return counts_among({name: shapes[name] for name in weights.sparse_names}, config, step)
 
 
 def chosen_anew(

@@ -13,7 +13,8 @@ from topkast_func.distributed.ranks import Ranks
 from topkast_func.methods.magnitude import Magnitude, TopKast
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.parted import compact_in
-from topkast_func.training.state import Part, TrainState, Weights
+from topkast_func.storage.weights import Weights
+from topkast_func.training.state import Part, TrainState
 from topkast_func.types import Tensors, changed
 
 LOST = "no rank of the group owns {}: gather by the group that the state was trained with"
@@ -38,7 +39,7 @@ def whole_by(config: TopKastConfig) -> str | None:
 
 def unsplit(weights: Weights, config: TopKastConfig) -> tuple[str, ...]:
     """Return the names of the parameters that are not split, whatever their size."""
-    return weights.sparse() if whole_by(config) else ()
+    return weights.sparse_names if whole_by(config) else ()
 
 
 def apart(ranks: Owners, state: TrainState, weights: CompactWeights) -> dict[str, Part]:
@@ -48,7 +49,7 @@ def apart(ranks: Owners, state: TrainState, weights: CompactWeights) -> dict[str
         if name in state.split:
             found[name] = state.split[name]
             continue
-        value, rest = weights.held[name], weights.theta.get(name, weights.held[name][:0])
+        value, rest = weights.values[name], weights.theta.get(name, weights.values[name][:0])
         slots = {
             kind: piece(tree[name], *ranks.span(name, value.numel())).clone()
             for kind, tree in state.optimizer.slots.items()
@@ -92,7 +93,7 @@ def joined(ranks: Ranks, state: TrainState) -> TrainState:
     if not state.split:
         return state
     weights, parts = compact_in(state.weights), state.split
-    held, theta = dict(weights.held) | joined_values(ranks, state), dict(weights.theta)
+    held, theta = dict(weights.values) | joined_values(ranks, state), dict(weights.theta)
     slots = {kind: dict(tree) for kind, tree in state.optimizer.slots.items()}
     for name, part in parts.items():
         if name in theta:
@@ -103,7 +104,7 @@ def joined(ranks: Ranks, state: TrainState) -> TrainState:
             slots[kind][name] = joined_flat(ranks, slot, value.numel()).view(value.shape)
     return changed(
         state,
-        weights=changed(weights, held=held, theta=theta),
+        weights=changed(weights, values=held, theta=theta),
         optimizer=changed(state.optimizer, slots=slots),
         split={},
     )
@@ -111,7 +112,7 @@ def joined(ranks: Ranks, state: TrainState) -> TrainState:
 
 def joined_values(ranks: Ranks, state: TrainState) -> Tensors:
     """Return all values of B of the sparse parameters that are split."""
-    held, theta = state.weights.values(), state.weights.theta
+    held, theta = state.weights.values, state.weights.theta
     values = {name: held[name] for name in state.split if name in theta}
     bounds = [cut(value.numel(), ranks.size) for value in values.values()]
     return dict(zip(values, from_owners(ranks, bounds, [*values.values()]), strict=True))

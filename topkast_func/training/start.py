@@ -120,7 +120,7 @@ def _first_state(
     source = Source({**params, **tensors_of(model)}, materialize, seed)
     weights, powers = first_weights(params, layers, source, manner)
     warn_of_other_names(params, manner.config)
-    values = weights.values()
+    values = weights.values
     exponent = torch.tensor(manner.config.powerprop, dtype=torch.float64, device="cpu")
     return TrainState(
         step=torch.zeros((), dtype=torch.int64, device="cpu"),

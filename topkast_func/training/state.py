@@ -9,14 +9,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from topkast_func.checks import check_type
 from topkast_func.powerprop import theta_of
-from topkast_func.storage.compact import CompactWeights
-from topkast_func.storage.dense import DenseWeights
+from topkast_func.storage.weights import Weights as Weights
 from topkast_func.training.brief import brief
 from topkast_func.training.optim import OptimizerState
 from topkast_func.types import Masks, Params, Tensors
-
-Weights: TypeAlias = CompactWeights | DenseWeights
-"""The weights of a state, in either storage."""
 
 Tree = TypeVar("Tree")
 

@@ -10,8 +10,9 @@ from topkast_func.block_masks import is_of_blocks
 from topkast_func.files.packing import packed_sets
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
+from topkast_func.storage.weights import Weights
 from topkast_func.training.optim import OptimizerState
-from topkast_func.training.state import TrainState, Weights, masks_of
+from topkast_func.training.state import TrainState, masks_of
 from topkast_func.training.stored import COUNTERS, StoredState, check_numbers, slots_tree
 from topkast_func.types import Masks, Tensors
 
@@ -31,11 +32,11 @@ def flattened(state: TrainState) -> tuple[dict[str, Any], Tensors]:
     weights = state.weights
     header: dict[str, Any] = {
         "storage": "dense",
-        "layers": list(weights.layers()),
+        "layers": list(weights.patterns),
         "slots": list(state.optimizer.slots),
     }
     if isinstance(weights, CompactWeights):
-        values = {name: list(weights.held[name].shape) for name in weights.sparse()}
+        values = {name: list(weights.values[name].shape) for name in weights.sparse_names}
         header |= {"storage": "compact", "values": values}
     return header, dict(_named(state))
 

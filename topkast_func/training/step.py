@@ -203,7 +203,7 @@ def make_train_step(
     def stepped(state: TrainState, batch: Any, call: Call) -> tuple[TrainState, StepMetrics]:
         before = anew(state, batch, call) if call.is_due else state
         refreshed, state = before is not state, before
-        patterns = state.weights.layers()
+        patterns = state.weights.patterns
         lent = {i: layer for i, layer in enumerate(layers) if layer.needed(patterns)}
 
         def step() -> Moved:

@@ -70,19 +70,19 @@ def update_of(
             return loss, (data_loss, penalty, aux, written)
 
         with torch.no_grad():
-            grads, (loss, beside) = gradient_and_value(objective, weights.values())
+            grads, (loss, beside) = gradient_and_value(objective, weights.values)
             data_loss, penalty, aux, written = beside
             if isinstance(ranks, DataParallel) and share is not None:
                 own = Found(grads, data_loss, aux, written)
                 grads, data_loss, aux, written = ranks.whole(share, own, state.buffers)
                 loss = data_loss + config.penalty_weight * penalty
             rate = tree_map(lambda given: given.reshape(()), lr)
-            updates, moved = updated(optimizer, grads, state.optimizer, weights.values(), rate)
+            updates, moved = updated(optimizer, grads, state.optimizer, weights.values, rate)
             after = changed(
                 state,
-                weights=weights.moved(updates),
+                weights=weights.add(updates),
                 buffers=written,
-                optimizer=OptimizerState(state.optimizer.step, weights.restricted(moved.slots)),
+                optimizer=OptimizerState(state.optimizer.step, weights.mask_slots(moved.slots)),
             )
             norm = global_norm(grads)
         return after, (loss, data_loss, penalty, norm), tree_map(torch.clone, aux)
@@ -130,7 +130,7 @@ def run_at(
 
 def _place_of(state: TrainState) -> torch.device | None:
     """Return the device of the values; None where they are on several, or it has no float64."""
-    devices = {value.device for value in state.weights.values().values()}
+    devices = {value.device for value in state.weights.values.values()}
     place = devices.pop()
     return None if devices or place.type == "mps" else place
 
@@ -160,7 +160,7 @@ def batch_loss_of(model: Model, loss_fn: LossFn, layers: Sequence[StandIn]) -> B
     ) -> tuple[Tensor, tuple[Any, ...], Tensors]:
         written = {name: buffer.clone() for name, buffer in state.buffers.items()}
         computed = narrowed(values, state.narrow)
-        alpha, patterns = state.weights.alpha(computed), state.weights.layers()
+        alpha, patterns = state.weights.alpha(computed), state.weights.patterns
         apply = bind(model, tied, alpha, state.frozen, written)
         with bound_to([layers[i] for i in lent], alpha, computed, patterns):
             data_loss, aux = loss_and_aux(loss_fn(apply, batch))
