@@ -184,29 +184,25 @@ def compact(
     theta_device: torch.device | str | None = None,
     stored: Mapping[str, int] | None = None,
     sizes: Mapping[str, tuple[int, int]] | None = None,
-    copied: bool = True,
 ) -> CompactWeights:
     """Store weights compactly.
 
     Args:
-        params: θ by name.
+        params: θ by name; the weights have it for their own.
         masks: Sets of the sparse parameters.
         layers: Names of the sparse weights that kernels are to compute, if they can.
         block_shape: (r, c) of the blocks that the sets are made of.
         theta_device: Where θ rests; None for where it is.
         stored: How many values, or blocks of them, there are to be at the least, by name.
         sizes: |A| and |B| by name; None to count them.
-        copied: Whether θ is copied; it is the weights' own otherwise.
 
     Returns:
         The weights.
     """
     kept, sizes = stored or {}, sizes or sizes_of(masks)
     layers = {n for n in masks if n in layers and is_indexed(params[n].shape, block_shape)}
-    theta = {name: params[name].detach().to(theta_device, copy=copied) for name in masks}
-    whole = {n: p.detach() for n, p in params.items() if n not in theta}
-    whole = {n: p.clone() for n, p in whole.items()} if copied else whole
-    held = {n: theta[n] if n in theta else whole[n] for n in params}
+    theta = {name: params[name].to(theta_device) for name in masks}
+    held = dict(params)
     index: dict[str, Index] = {}
     for name, dense in theta.items():
         block = block_shape if name in layers else (1, 1)

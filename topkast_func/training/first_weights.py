@@ -174,7 +174,7 @@ def _stored(
         raw[name] = phi_of(raw[name], exponent)
     if manner.storage == "compact":
         block, place = manner.config.block_shape, manner.theta_device
-        return compact(raw, sets, layers, block, place, copied=False)
+        return compact(raw, sets, layers, block, place)
     return DenseWeights(raw, sets)
 
 
