@@ -12,23 +12,32 @@ matplotlib.use("Agg")
 SLOW = (
     "tests/distributed/",
     "tests/integrations/",
+    "tests/facade/test_many_processes.py",
+    "tests/kernels/test_convolution.py::test_training",
     "tests/kernels/test_numba_cpu.py",
     "tests/kernels/test_triton.py::test_the_kernels",
     "tests/test_benchmarks.py",
     "tests/test_checkpoint.py::test_a_process_killed",
-    "tests/test_compact.py::test_dynamic_shapes",
-    "tests/test_compilation.py",
     "tests/test_damage.py",
     "tests/test_evidence.py::test_a_r",
+    "tests/test_forward.py::test_forward_mode",
+    "tests/test_forward.py::test_indexed_sets",
+    "tests/test_gpu_benchmark.py",
+    "tests/test_hosts.py",
     "tests/test_main.py::test_boston_at_default",
+    "tests/test_materialize.py",
     "tests/test_methods.py::test_more_stages",
-    "tests/test_models.py::test_compiled",
     "tests/test_notebooks.py",
     "tests/test_optim.py::test_a_run_in_float16",
-    "tests/test_optim_parts.py::test_compiled",
+    "tests/test_purity.py",
     "tests/test_readme.py::test_block",
+    "tests/test_trial.py",
+    "tests/test_turns.py",
 )
 """Beginnings of the tests that `make check` leaves out: several seconds each, or many."""
+
+COMPILES = "compil"
+"""What the names of tests say that compile: a second each at the least, left out too."""
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # threads of several workers on the same cores would wait for each other
@@ -41,7 +50,7 @@ settings.load_profile("tests")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.nodeid.startswith(SLOW):
+        if item.nodeid.startswith(SLOW) or COMPILES in item.nodeid:
             item.add_marker(pytest.mark.slow)
 
 
