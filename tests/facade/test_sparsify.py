@@ -850,3 +850,28 @@ def test_a_parameter_is_without_hooks_of_its_gradient_once_it_is_dense() -> None
     tk.sparsify(model, tk.TopKastConfig(0.75, refresh_every=1, method=tk.rigl()))
     tk.densify(model)
     assert not any(parameter._backward_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config", tk.TopKastConfig(0.9, 0.8, powerprop=2.0)),
+        ("model", nn.Linear(4, 4)),
+        ("steps", -7),
+        ("seed", 0.5),
+    ],
+)
+def test_what_a_sparsifier_tells_is_not_set(name: str, value: Any) -> None:
+    handle = tk.sparsify(perceptron(), tk.TopKastConfig(0.75))
+    told = getattr(handle, name)
+    with pytest.raises(AttributeError, match=rf"^sparsifier\.{name} is not to be set: "):
+        setattr(handle, name, value)
+    assert getattr(handle, name) is told
+
+
+def test_a_model_goes_on_at_another_sparsity_as_the_message_says() -> None:
+    model = perceptron()
+    theta = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5)).dense_params()
+    tk.densify(model).load_state_dict(theta, strict=False)
+    other = tk.sparsify(model, tk.TopKastConfig(0.9, 0.8))
+    assert all(torch.equal(theta[name], p) for name, p in other.dense_params().items())

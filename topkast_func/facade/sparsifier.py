@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from topkast_func.checks import check_count, check_number
 from topkast_func.config import TopKastConfig
 from topkast_func.facade.derived import POWERPROP
+from topkast_func.facade.fixed import Fixed
 from topkast_func.facade.guard import patience
 from topkast_func.facade.owners import (
     Owners,
@@ -35,7 +36,7 @@ from topkast_func.training.refresh import chosen_anew
 from topkast_func.types import Masks, Tensors
 
 
-class Sparsifier:
+class Sparsifier(Fixed):
     """Keeps the schedule of a module that `sparsify` has made sparse.
 
     The module holds all else: θ in its parameters, A and B in its buffers.
@@ -46,15 +47,14 @@ class Sparsifier:
         seed: Seed of the methods that draw, at least 0.
 
     Attributes:
-        model: The module.
+        model: The module; like what follows it is told, and not to be set.
         config: The configuration.
         seed: The seed.
         steps: Number t of the step that comes next, from 0.
     """
 
     def __init__(self, model: nn.Module, config: TopKastConfig, seed: int = 0) -> None:
-        self.model, self.config, self.steps = model, config, 0
-        self.seed = check_count("seed", seed, 0)
+        vars(self).update(model=model, config=config, steps=0, seed=check_count("seed", seed, 0))
         self._patience, self._mark, self._loaded = patience(config, 0), claimed(model), False
         self._progress = Progress(self._owners())
         if config.schedule.refreshes_at(0):
@@ -82,7 +82,7 @@ class Sparsifier:
             raise RuntimeError("model has no sparse weights any more: it was densified")
         self._progress.check(owners)
         behind, self._loaded, self._patience = self._is_behind(), False, math.inf
-        self.steps += 1
+        vars(self)["steps"] += 1
         if due := behind or self.config.schedule.refreshes_at(self.steps):
             try:
                 self.refresh()
@@ -90,7 +90,7 @@ class Sparsifier:
                 warnings.warn(f"no refresh before step {self.steps}: {reason}", stacklevel=2)
                 due = False
             except torch.OutOfMemoryError:
-                self.steps, self._loaded = self.steps - 1, behind
+                vars(self)["steps"], self._loaded = self.steps - 1, behind
                 self._progress.undo()
                 raise
         self._ask_for_gradients()
@@ -219,7 +219,7 @@ class Sparsifier:
         for owners in self._owners().values():
             for _, weight in owners:
                 weight.given = None
-        self.steps, self.seed, self._loaded = steps, seed, True
+        vars(self).update(steps=steps, seed=seed, _loaded=True)
         self._patience = patience(self.config, steps)
         follow(self._owners(), self.config, steps, seed)
         self._ask_for_gradients()
