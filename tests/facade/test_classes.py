@@ -195,3 +195,21 @@ def test_a_seed_layer_with_a_parametrized_bias_is_named() -> None:
     parametrize.register_parametrization(layer, "bias", Double())
     with pytest.raises(ValueError, match="got a parametrization after"):
         tk.densify(layer)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("case", REMOVALS.values(), ids=REMOVALS)
+def test_what_the_outermost_module_computes_before_its_forward_pass_is_refused(
+    case: tuple[Any, Any, str],
+) -> None:
+    apply, _, key = case
+    layer, x = nn.Linear(16, 5).eval(), torch.randn(2, 16)
+    apply(layer)
+    config = replace(CONFIG, sparse=f"*{key}", keep_dense=())
+    with pytest.raises(ValueError, match=rf"^\['{key}'\] cannot be sparse: .*Sequential\(model\)"):
+        tk.sparsify(layer, config)
+    assert type(layer) is nn.Linear
+    model = nn.Sequential(layer)
+    tk.sparsify(model, config)
+    expected = model(x)
+    torch.testing.assert_close(tk.densify(model)(x), expected)

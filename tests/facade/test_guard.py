@@ -26,6 +26,7 @@ Batch = tuple[Tensor, Tensor]
 OPTIMIZERS: dict[str, Make] = {
     "sgd": partial(torch.optim.SGD, lr=1.5),
     "momentum": partial(torch.optim.SGD, lr=0.5, momentum=0.9, weight_decay=0.01),
+    "decayed": partial(torch.optim.SGD, lr=0.5, momentum=0.9, weight_decay=1.0),
     "nesterov": partial(torch.optim.SGD, lr=0.5, momentum=0.9, nesterov=True),
     "sgd_fused": partial(torch.optim.SGD, lr=0.5, momentum=0.9, weight_decay=0.01, fused=True),
     "adam": partial(torch.optim.Adam, lr=0.05, weight_decay=0.1),

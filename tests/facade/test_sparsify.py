@@ -794,3 +794,84 @@ def test_what_is_made_sparse_in_inference_mode_can_be_trained() -> None:
     _step(model, handle, optimizer, (torch.randn(4, 16), torch.randn(4, 5)))
     layer.update_active_param_set()
     assert not layer.weight_sets.is_inference()
+
+
+def _passed_over(model: nn.Module, optimizer: torch.optim.Optimizer, how: str) -> None:
+    """Make a backward pass whose gradient the next step is not to read."""
+    model.requires_grad_(how != "frozen")
+    inputs = torch.randn(8, 16, requires_grad=True)
+    (1e3 * model(inputs)).sum().backward()
+    model.requires_grad_()
+    optimizer.zero_grad(set_to_none=how != "zero")
+
+
+@pytest.mark.parametrize("how", ["none", "zero", "frozen", "copied"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_that_a_loop_throws_away_choose_no_sets(how: str, compiled: bool) -> None:
+    torch.compiler.reset()
+    config = tk.TopKastConfig(0.75, refresh_every=1, method=tk.rigl())
+    batch, found = (torch.randn(8, 16), torch.randn(8, 5)), []
+    plain = perceptron()
+    for others in (False, True):
+        model = copy.deepcopy(plain)
+        handle = tk.sparsify(model, config, engine="dense")
+        if how == "copied":
+            model, handle = copy.deepcopy((model, handle))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run: Any = torch.compile(model, backend="aot_eager") if compiled else model
+        if others:
+            _passed_over(run, optimizer, how)
+        _loss_fn(run, batch).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        assert handle.step()
+        found.append(handle.masks())
+    _assert_same_masks(*found)
+
+
+def test_tied_weights_have_one_gradient_of_every_entry_once_they_are_moved() -> None:
+    config = tk.TopKastConfig(0.75, refresh_every=1, method=tk.rigl())
+    batch, plain, found = torch.randn(8, 16), [nn.Linear(16, 16) for _ in range(2)], []
+    plain[1].weight = plain[0].weight
+    for moved in (False, True):
+        model = nn.Sequential(*copy.deepcopy(plain))
+        handle = tk.sparsify(model, config)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if moved:
+            model.double().float()
+        model(batch).square().sum().backward()
+        optimizer.step()
+        assert handle.step()
+        found.append(handle.masks())
+    _assert_same_masks(*found)
+
+
+def test_a_parameter_is_without_hooks_of_its_gradient_once_it_is_dense() -> None:
+    model = perceptron()
+    tk.sparsify(model, tk.TopKastConfig(0.75, refresh_every=1, method=tk.rigl()))
+    tk.densify(model)
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config", tk.TopKastConfig(0.9, 0.8, powerprop=2.0)),
+        ("model", nn.Linear(4, 4)),
+        ("steps", -7),
+        ("seed", 0.5),
+    ],
+)
+def test_what_a_sparsifier_tells_is_not_set(name: str, value: Any) -> None:
+    handle = tk.sparsify(perceptron(), tk.TopKastConfig(0.75))
+    told = getattr(handle, name)
+    with pytest.raises(AttributeError, match=rf"^sparsifier\.{name} is not to be set: "):
+        setattr(handle, name, value)
+    assert getattr(handle, name) is told
+
+
+def test_a_model_goes_on_at_another_sparsity_as_the_message_says() -> None:
+    model = perceptron()
+    theta = tk.sparsify(model, tk.TopKastConfig(0.75, 0.5)).dense_params()
+    tk.densify(model).load_state_dict(theta, strict=False)
+    other = tk.sparsify(model, tk.TopKastConfig(0.9, 0.8))
+    assert all(torch.equal(theta[name], p) for name, p in other.dense_params().items())

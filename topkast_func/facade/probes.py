@@ -2,6 +2,7 @@
 
 import torch
 
+from topkast_func.facade.dense_gradient import kept_in_step, zeros_for
 from topkast_func.facade.owners import Owners, first
 from topkast_func.methods import Method
 from topkast_func.types import Tensors
@@ -16,9 +17,10 @@ def ask_for_gradients(owners: Owners, asked: bool) -> None:
     """
     for several in owners.values():
         layer, weight = several[0]
-        probe = torch.zeros_like(weight.raw(layer), requires_grad=True) if asked else None
-        for _, weight in several:
+        probe = zeros_for(weight.raw(layer)) if asked else None
+        for layer, weight in several:
             weight.probe = probe
+            weight.asked = kept_in_step(probe, weight.raw(layer), weight.asked)
 
 
 def gradients_asked_for(owners: Owners, method: Method) -> Tensors:

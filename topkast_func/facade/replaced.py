@@ -1,10 +1,12 @@
 """What torch puts into the place of a weight that is sparse by now: it is refused, before it is."""
 
 import sys
+from collections.abc import Iterable
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -19,6 +21,30 @@ REMOVALS: dict[CodeType, str] = {
     BasePruningMethod.remove.__code__: "pruning",
 }
 """What takes away a weight that is computed from one that is sparse, which it reads before."""
+
+
+def check_nested(model: nn.Module, keys: Iterable[str]) -> None:
+    """Check that no hook of a module computes another tensor from its own sparse weights.
+
+    Hooks before the forward pass of the outermost module run while a weight reads as θ.
+
+    Args:
+        model: The outermost module.
+        keys: The names of its own parameters that are to be sparse.
+
+    Raises:
+        ValueError: One does.
+    """
+    for hook in model._forward_pre_hooks.values():
+        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+        if not isinstance(hook, BasePruningMethod | SpectralNorm | WeightNorm):
+            continue
+        if found := [key for key in keys if key.startswith(f"{name}_")]:
+            raise ValueError(
+                f"{found} cannot be sparse: {type(hook).__name__} computes {name!r} from it before "
+                "the forward pass of the model begins, in which alone it reads as α; sparsify "
+                "torch.nn.Sequential(model), in which it does"
+            )
 
 
 def check_kept(plain: type) -> None:

@@ -13,6 +13,13 @@ from topkast_func.bits import unpacked
 FIRST_VALUES = {(Adagrad, "sum"): "initial_accumulator_value", (Rprop, "step_size"): "lr"}
 """What a slot of a fresh parameter holds, of optimisers whose slots begin at neither 0 nor θ."""
 
+EMPTY = frozenset(
+    {"acc_delta", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq"}
+    | {"momentum_buffer", "square_avg"}
+)
+"""Slots that begin at 0 with whoever has them: the first one of a gradient to which weight decay
+has added θ may look like one that follows θ."""
+
 _FOLLOWING: "WeakKeyDictionary[Optimizer, dict[str, bool]]" = WeakKeyDictionary()
 """Which slots hold about what θ does, as copies and running means of it do."""
 
@@ -66,6 +73,8 @@ def as_it_begins(
     if keys:
         first = float(group[keys[0]])
         return torch.full_like(slot, first) if first else None
+    if name in EMPTY:
+        return None
     known = _FOLLOWING.setdefault(optimizer, {})
     if name not in known and (found := _follows(slot, theta, inside)) is not None:
         known[name] = found

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from topkast_func.facade.dense_gradient import kept_in_step
 from topkast_func.facade.derived import POWERPROP, UNSHARDED, misfit, readable
 from topkast_func.facade.guard import release, watch
 from topkast_func.facade.replaced import check_kept, check_stays
@@ -136,8 +137,8 @@ class SparseLayer(nn.Module):
         """Become a module of the plain class, whose parameters are as they are."""
         release(self)
         for weight in vars(self).pop(KEPT, {}).values():
-            if weight.hook is not None:
-                weight.hook.remove()
+            for hook in filter(None, (weight.hook, weight.asked)):
+                hook.remove()
             self._buffers.pop(weight.buffer, None)
         self.__class__ = self._plain
 
@@ -154,6 +155,7 @@ class SparseLayer(nn.Module):
         for weight in weights_of(self).values():
             watch(self)
             weight.look(self)
+            weight.asked = kept_in_step(weight.probe, weight.raw(self))
 
     def _apply(self: Layer, fn: Callable[..., Any], recurse: bool = True) -> Layer:
         before = [(weight, weight.sets(self)) for weight in weights_of(self).values()]

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from topkast_func.bits import packed
 from topkast_func.facade.alpha import SETS, alpha, masks_in
+from topkast_func.facade.dense_gradient import kept_in_step, moved
 from topkast_func.facade.derived import Derived, bits_in, check_whole, derive, readable
 from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
@@ -41,17 +42,19 @@ class SparseWeight:
         overdue: Number of these at which whoever is to count them has clearly forgotten to.
         given: |A| and |B| when sets were last chosen; None where others are as good.
         hook: Tells a sparsifier of backward passes that reach it, as long as it is sparse.
+        asked: A hook of the parameter that keeps the gradient of the probe in step with its own.
     """
 
     overdue = math.inf
     given: tuple[int, int] | None = None
+    hook: RemovableHandle | None = None
+    asked: RemovableHandle | None = None
 
     def __init__(self, key: str, rule: Rule) -> None:
         self.key, self.rule, self.steps = key, rule, 0
         self.probe: Tensor | None = None
         self._derived: Derived | None = None
         self.gathering = Gathering()
-        self.hook: RemovableHandle | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave out what is derived from the bits."""
@@ -220,9 +223,8 @@ class SparseWeight:
         lost = before.is_meta and device.type != "meta"
         bits = torch.zeros_like(before, device=device) if lost else before.to(device)
         layer._buffers[self.buffer] = bits
-        if self.probe is not None:
-            self.probe = torch.zeros_like(self.raw(layer)).requires_grad_()
-        self._derived = None
+        self._derived, self.probe = None, moved(self.probe, self.raw(layer))
+        self.asked = kept_in_step(self.probe, self.raw(layer), self.asked)
         self.look(layer)
 
     def _mend(self, layer: nn.Module, known: Derived) -> None:

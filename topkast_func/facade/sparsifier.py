@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from topkast_func.checks import check_count, check_number
 from topkast_func.config import TopKastConfig
 from topkast_func.facade.derived import POWERPROP
+from topkast_func.facade.fixed import Fixed
 from topkast_func.facade.guard import patience
 from topkast_func.facade.owners import (
     Owners,
@@ -36,7 +37,7 @@ from topkast_func.training.refresh import chosen_anew
 from topkast_func.types import Masks, Tensors
 
 
-class Sparsifier:
+class Sparsifier(Fixed):
     """Keeps the schedule of a module that `sparsify` has made sparse.
 
     The module holds all else: θ in its parameters, A and B in its buffers.
@@ -45,17 +46,11 @@ class Sparsifier:
         model: The module.
         config: The configuration.
         seed: Seed of the methods that draw, at least 0.
-
-    Attributes:
-        model: The module.
-        config: The configuration.
-        seed: The seed.
-        steps: Number t of the step that comes next, from 0.
     """
 
     def __init__(self, model: nn.Module, config: TopKastConfig, seed: int = 0) -> None:
-        self.model, self.config, self.steps = model, config, 0
-        self.seed = check_count("seed", seed, 0)
+        self._model, self._config, self._steps = model, config, 0
+        self._seed = check_count("seed", seed, 0)
         self._patience, self._mark, self._loaded = patience(config, 0), claimed(model), False
         self._progress, self._alike = Progress(self._owners()), False
         if config.schedule.refreshes_at(0):
@@ -84,7 +79,7 @@ class Sparsifier:
         self._progress.check(owners)
         self._alike = self._alike or check_alike(owners, self.steps)
         behind, self._loaded, self._patience = self._is_behind(), False, math.inf
-        self.steps += 1
+        self._steps += 1
         if due := behind or self.config.schedule.refreshes_at(self.steps):
             try:
                 self.refresh()
@@ -92,7 +87,7 @@ class Sparsifier:
                 warnings.warn(f"no refresh before step {self.steps}: {reason}", stacklevel=2)
                 due = False
             except torch.OutOfMemoryError:
-                self.steps, self._loaded = self.steps - 1, behind
+                self._steps, self._loaded = self._steps - 1, behind
                 self._progress.undo()
                 raise
         if due:
@@ -217,7 +212,7 @@ class Sparsifier:
         steps, seed = (check_count(name, state[name], 0) for name in ("steps", "seed"))
         for _, weight in chain.from_iterable(self._owners().values()):
             weight.given = None
-        self.steps, self.seed, self._loaded = steps, seed, True
+        self._steps, self._seed, self._loaded = steps, seed, True
         self._patience = patience(self.config, steps)
         follow(self._owners(), self.config, steps, seed)
         self._ask_for_gradients()

@@ -14,6 +14,7 @@ from topkast_func.facade.classes import check_replaceable, sparse_class
 from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watched
 from topkast_func.facade.owners import check_apart, first, owners_in
+from topkast_func.facade.replaced import check_nested
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
 from topkast_func.facade.sparsifier import Sparsifier
@@ -120,6 +121,7 @@ def sparsify(
     elif all(map(readable, params.values())):
         masks = compute_masks(params, config, seed=seed)
     plan = _plan(model, params, rules)
+    check_nested(model, plan[0][1])
     warn_of_other_names(params, config)
     turned = rules if config.powerprop > 1.0 else {}
     before = {name: params[name].detach().clone() for name in turned}
