@@ -323,9 +323,20 @@ def _beside(rank: int, name: str) -> None:
         state, _ = step(state, torch.ones(4, 6))
 
 
+def _never_refreshed(rank: int) -> None:
+    """Train by a configuration that never refreshes, with a bit flipped in place on one rank."""
+    model, config = _network(), replace(CONFIG, refresh_every=None)
+    step, state = _step(model, config), tk.init_state(model, config, ADAM)
+    for number in range(103):
+        if rank == 1 and number == 7:
+            _flipped_in_place(state)
+        state, _ = step(state, torch.ones(4, 6))
+
+
 def _compare(rank: int) -> dict[str, str]:
     changes = {n: _error(partial(_change, rank, *c[:2])) for n, c in CHANGES.items()}
     beside = {name: _error(partial(_beside, rank, name)) for name in BESIDE}
+    changes["without refreshes"] = _error(partial(_never_refreshed, rank))
     return _elsewhere(rank) | beside | _differ(rank) | changes
 
 
@@ -355,6 +366,7 @@ ELSEWHERE = {
     for name, (_, at) in CALLS.items()
 }
 TOLD = {**ELSEWHERE, **{name: told for name, (*_, told) in (BESIDE | CHANGES).items()}}
+TOLD["without refreshes"] = r"step 101: rank 1 holds another state .*\['2.bias'\]"
 EXPECTED = DIFFERENCES | {n: rf"RuntimeError: rank \d of 2, .*{told}" for n, told in TOLD.items()}
 
 

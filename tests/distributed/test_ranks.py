@@ -30,6 +30,10 @@ def _step(model: Any = None, **options: Any) -> Any:
     return tk.make_train_step(model, _loss, CONFIG, DESCENT, compile=False, **options)
 
 
+def _start() -> tk.TrainState:
+    return tk.init_state(_network(), CONFIG, DESCENT)
+
+
 def _train(**options: Any) -> tk.TrainState:
     state, step = tk.init_state(_network(), CONFIG, DESCENT), _step(**options)
     for batch in torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(2)):
@@ -57,6 +61,8 @@ def _fail_on(rank: int, failing: int) -> str:
 def _groups(rank: int) -> dict[str, Any]:
     world = dist.group.WORLD
     assert world is not None
+    if rank == 1:  # a process may be in groups that the others know nothing of
+        dist.new_group([1], use_local_synchronization=True)
     ranks, synced = Ranks(world), nn.Sequential(nn.Linear(6, 8), nn.SyncBatchNorm(8))
     mesh, axes = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
     alone = [dist.new_group([member]) for member in range(2)]
@@ -66,6 +72,9 @@ def _groups(rank: int) -> dict[str, Any]:
         "no mesh": lambda: _step(mesh=2),
         "no group": lambda: _step(process_group="world"),
         "outside": lambda: _step(process_group=alone[1 - rank]),
+        "saved outside": lambda: tk.save_sharded(_start(), "none", process_group=alone[1 - rank]),
+        "loaded outside": lambda: tk.load_sharded("none", process_group=alone[1 - rank]),
+        "gathered outside": lambda: tk.gather(_start(), alone[1 - rank]),
         "synced": lambda: _step(synced, process_group=world),
         "samples": lambda: _step(process_group=world, samples=3),
         "lengths": lambda: _rows(world),
@@ -92,12 +101,14 @@ def pair() -> list[dict[str, Any]]:
     return results(_groups)
 
 
+OUTSIDE = r"ValueError: process_group must be one that this process is in"
 EXPECTED = {
     "both": r"ValueError: process_group and mesh are both given",
     "axes": r"ValueError: mesh must have one axis, got 2 of sizes \(2, 1\): give that over which",
     "no mesh": r"TypeError: mesh must be a DeviceMesh, got int",
     "no group": r"TypeError: process_group must be a ProcessGroup, got 'world'",
-    "outside": r"ValueError: process_group must be one that this process is in",
+    "outside": OUTSIDE,
+    **{f"{what} outside": OUTSIDE for what in ("saved", "loaded", "gathered")},
     "synced": r"ValueError: the parts \['1'\] of the model are SyncBatchNorm.*: use BatchNorm",
     "samples": r"TypeError: samples must be a function of the batch, got 3",
     "lengths": r"ValueError: the first axes .* have lengths \[3, 4\].*: pass .*samples=f",

@@ -67,16 +67,21 @@ def _steps(
         sparsifier.step()
 
 
-def _apart(rank: int, seed: int, own: int, compile: bool, **options: Any) -> str:
+def _apart(
+    rank: int, seed: int, own: int, compile: bool, by_hand: bool = False, **options: Any
+) -> str:
     """Train ranks of other seeds, of the model or of the sets; return the error."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
     method = tk.set() if own else tk.topkast()
-    sparsifier = tk.sparsify(model, replace(CONFIG, method=method), seed=own)
+    config = replace(CONFIG, method=method, refresh_every=None if by_hand else 2)
+    sparsifier = tk.sparsify(model, config, seed=own)
     run: Any = nn.parallel.DistributedDataParallel(model, **options)
     run = torch.compile(run, backend="aot_eager") if compile else run
     try:
         _steps(model, sparsifier, run, torch.ones(2, 16))
+        if by_hand:
+            sparsifier.refresh()
     except RuntimeError as reason:
         return str(reason)
     return "none"
@@ -98,6 +103,7 @@ def _of_ranks(rank: int) -> dict[str, Any]:
         "weights": _apart(rank, rank, 0, False, broadcast_buffers=False),
         "compiled": _apart(rank, rank, 0, True, broadcast_buffers=False),
         "seeds": _apart(rank, 0, 1 + rank, False),
+        "by hand": _apart(rank, 0, 1 + rank, False, by_hand=True),
         "alike": _apart(rank, 0, 0, False, broadcast_buffers=False),
         "sent": _apart(rank, rank, 0, False),
     }
@@ -114,6 +120,7 @@ APART = {
     "weights": r"before step 0: rank 1 holds another .*'0.weight'\] the first.*leave broadcast_buf",
     "compiled": r"before step 0: rank 1 holds another state than rank 0, .*'0.weight'\] the first",
     "seeds": r"before step 2: rank 1 holds another state than rank 0, .*give tk.sparsify one seed",
+    "by hand": r"before step 3: rank 1 holds another state than rank 0, .*give tk.sparsify one",
     "alike": "none",
     "sent": "none",
 }

@@ -19,6 +19,9 @@ from topkast_func.types import LossFn, Tensors
 
 Result = TypeVar("Result")
 
+SELDOM = 100
+"""Steps after which ranks compare what they hold where no refresh has had them do so."""
+
 
 class Found(NamedTuple):
     """What a step finds in a batch.
@@ -107,6 +110,7 @@ class DataParallel(Alone):
         self._samples, self._averaged = samples, averaged
         self._numbers = Numbers(ranks)
         self._failed: int | None = None
+        self._unchecked = 0
         self._last: list[weakref.ref[Tensor]] = []
 
     def fed(self, loss_fn: LossFn) -> LossFn:
@@ -184,6 +188,7 @@ class DataParallel(Alone):
         with self.ranks.waiting(f"in step {step}", fewer=True):
             checks, samples = self._roll(state, batch, kind | {"modes": modes, "due": due})
         with self.ranks.waiting(f"in step {step}"):
+            self._unchecked = 0 if checks else self._unchecked + 1
             if checks:
                 checksums.check_same(self.ranks, self._at(step), compared())
             self.share = (samples[self.rank] / samples.sum()).reshape(1)
@@ -198,7 +203,7 @@ class DataParallel(Alone):
         """Return whether states are to be compared, and the samples of each, of a step of all."""
         step, leaves = int(state.step), tree_leaves(state)
         kind |= {"tensors in the state": len(leaves)}
-        check = bool(kind["due"]) or self._are_others(leaves)
+        check = bool(kind["due"]) or self._unchecked >= SELDOM or self._are_others(leaves)
         samples = torch.tensor([float(self._samples(batch))], dtype=torch.float64, device="cpu")
         own = [int(state.optimizer.step), digest(kind), check, *samples.view(torch.int64)]
         rows = call_roll(self.ranks, f"in step {step}", own)

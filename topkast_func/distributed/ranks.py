@@ -31,9 +31,17 @@ class Ranks:
         group: The group; None of this process alone.
         rank: Number of this process in it.
         size: How many there are.
+
+    Raises:
+        TypeError: It is no group.
+        ValueError: This process is not in it.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: object) -> None:
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("process_group must be one that this process is in")
+        if not (group is None or isinstance(group, dist.ProcessGroup)):
+            raise TypeError(f"process_group must be a ProcessGroup, got {group!r}")
         self.group, self.rank, self.size = group, 0, 1
         if group is not None:
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -222,10 +230,6 @@ def ranks_of(process_group: object, mesh: object) -> Ranks | None:
         process_group = mesh.get_group()
     if process_group is None:
         return None
-    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("process_group must be one that this process is in")
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a ProcessGroup, got {process_group!r}")
     return Ranks(process_group)
 
 

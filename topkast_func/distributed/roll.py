@@ -5,8 +5,10 @@ that it trains with, in a collective of the caller's say, is not taken for its a
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,14 +34,37 @@ APART = (
 _KNOWN: WeakKeyDictionary[Any, dict[tuple[int, ...], Ranks]] = WeakKeyDictionary()
 """The groups over which rolls are called, by their processes; gone with the group of all."""
 
+_MADE: Counter[tuple[int, ...]] = Counter()
+"""How often processes have made a group of their own, by who they are."""
+
 
 def with_own_group(ranks: Ranks) -> Ranks:
-    """Return the same processes with a group of their own, of gloo; a collective call."""
-    members = dist.get_process_group_ranks(ranks.group)
-    group = dist.new_group(
-        members, ranks.patience(), backend="gloo", use_local_synchronization=True
-    )
+    """Return the same processes with a group of their own, of gloo; a collective call.
+
+    Torch names such a group after its members and how many groups a process is in, so that those
+    that are in fewer than others are first put into groups of their own.
+    """
+    members, patience = dist.get_process_group_ranks(ranks.group), ranks.patience()
+    own = dist.get_rank()
+    for _ in range(_most(members, own, patience) - _groups()):
+        dist.new_group([own], backend="gloo", use_local_synchronization=True)
+    group = dist.new_group(members, patience, backend="gloo", use_local_synchronization=True)
     return Ranks(group)
+
+
+def _groups() -> int:
+    return len(dist.distributed_c10d._world.pg_names)
+
+
+def _most(members: list[int], own: int, patience: timedelta | None) -> int:
+    """Return in how many groups the process is that is in most of them, over the store of all."""
+    _MADE[tuple(members)] += 1
+    key = f"topkast_func/{members}/{_MADE[tuple(members)]}"
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{key}/{own}", str(_groups()))
+    keys = [f"{key}/{member}" for member in members]
+    store.wait(keys, *([] if patience is None else [patience]))
+    return max(int(store.get(name)) for name in keys)
 
 
 @contextmanager

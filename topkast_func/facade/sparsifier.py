@@ -69,8 +69,7 @@ class Sparsifier(Fixed):
         Raises:
             RuntimeError: No backward pass has reached the sparse weights since the last call, the
                 optimiser that made a step has none of them, the model is dense again, or its sparse
-                weights are not those that were made sparse; nothing has changed. Or see `refresh`,
-                or ranks of DistributedDataParallel have other sets.
+                weights are not those that were made sparse; nothing has changed. Or see `refresh`.
             torch.OutOfMemoryError: See `refresh`.
         """
         owners = self._owners()
@@ -90,20 +89,20 @@ class Sparsifier(Fixed):
                 self._steps, self._loaded = self._steps - 1, behind
                 self._progress.undo()
                 raise
-        if due:
-            check_alike(self._owners(), self.steps)
         self._ask_for_gradients()
         return due
 
     def refresh(self) -> None:
         """Choose A and B anew now, whether that is due or not.
 
-        A weight that requires no gradient (any more) keeps its A, and all of θ.
+        A weight that requires no gradient (any more) keeps its A, and all of θ. A collective call
+        under DistributedDataParallel.
 
         Raises:
             RuntimeError: The method reads the gradient at α of all entries, and there is none;
                 the sparse weights are not those that were made sparse; their sets were loaded
-                from another stage of the schedule without `load_state_dict`. Nothing has changed.
+                from another stage of the schedule without `load_state_dict`; nothing has changed.
+                Or ranks of DistributedDataParallel have other sets, or one is lost.
             NaNParameterError: A sparse weight holds NaN; nothing has changed.
             torch.OutOfMemoryError: The device has too little memory; nothing has changed, and what
                 was called can be called again.
@@ -132,6 +131,7 @@ class Sparsifier(Fixed):
         for name in taken:
             if chosen[name] is not raw[name]:
                 raw[name].copy_(chosen[name])
+        check_alike(self._owners(), self.steps)
 
     def penalty(self) -> Tensor:
         """Return the exploration penalty with its weight λ, 0-d, to be added to the loss as it is.

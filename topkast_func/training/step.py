@@ -93,8 +93,8 @@ def make_train_step(
     ranks; others are those of the rank, where its batch is empty of two rows of zeros. Floating
     buffers that are saved with the module, such as running statistics, are averaged; others must be
     the same on all ranks. Dropout differs by rank, the sets never do. That all ranks hold the same
-    state is checked at the first step, at a refresh, and where a state is not the one that the step
-    before returned.
+    state is checked at the first step, at a refresh, where a state is not the one that the step
+    before returned, and after a hundred steps without such a check.
 
     With ``shard="owners"`` one rank owns each tensor: it alone has slots and θ outside A, and sends
     α and the sets to the others. Where a rank would have over a tenth more entries than its share,
