@@ -23,13 +23,14 @@ REDUCED = {
     "04_your_model": "STEPS = 25",
     "06_ordinary_loop": "STEPS = 10",
     "07_recipes": "STEPS = 30",
+    "08_many_processes": "STEPS = 10",
 }
 read = partial(nbformat.read, as_version=4)
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def test_there_are_seven() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06", "07"]
+def test_there_are_eight() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{n:02}" for n in range(1, 9)]
     assert REDUCED.keys() <= {path.stem for path in NOTEBOOKS}
 
 

@@ -77,14 +77,12 @@ def sparsify(
     with the sets of the module at its last update; one of buffers too is not, and its forward pass
     says so. A copy that is moved by hand, such as a target network, takes the buffers over too.
     Under `torch.nn.parallel.DistributedDataParallel` the sets go along with the buffers that it
-    broadcasts by default: leave it at that. `Sparsifier.step` compares them over its ranks at the
-    first step and after each refresh, so that all ranks are to call it.
+    broadcasts by default: leave it at that, and let all ranks call `Sparsifier.step`.
 
     Args:
         model: The module, before it is wrapped or compiled.
         config: The configuration. Methods that read the gradient of every entry (`rigl`) get that
-            of the step before a refresh, summed over the processes of that wrapper, or, where there
-            is none, of all.
+            of the step before a refresh, summed over the processes of that wrapper, or of all.
         engine: Who computes linear layers and convolutions: "auto" for the fastest, "dense" for
             torch itself.
         seed: Seed of the methods that draw sets, at least 0.
