@@ -48,12 +48,12 @@ tc qdisc add dev lo root tbf rate {mbit}mbit burst 256kb latency 10s &&
 exec "$0" "$@"' {python} "$@"
 """
 PARTS: tuple[tuple[str, Any, str], ...] = (  # and the function, by where its name is looked up
-    ("roll", DataParallel, "_roll"),  # in every step; where sets are chosen, with the comparing
+    ("roll", DataParallel, "_roll"),  # in every step
     ("comparing", checksums, "check_same"),
     ("comparing", checksums.Rest, "checked"),
     ("choosing", refresh, "chosen_anew"),
     ("sending", owned, "_sets"),
-    ("storing", CompactWeights, "chosen"),
+    ("storing", CompactWeights, "reindexed"),
 )
 
 

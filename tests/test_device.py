@@ -137,7 +137,7 @@ def test_theta_that_rests_on_the_host_is_waited_for_at_a_refresh_alone(
         "model/alpha.<genexpr>",  # the values go home
         "masks.masks_at",  # with the sets they are of,
         "entry.<genexpr>",
-        "storage/compact.chosen",  # and where they were;
+        "storage/compact.reindexed",  # and where they were;
         "storage/compact.<genexpr>",  # the new sets come back
         "places.counted",
     }
