@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_map_only
 
 import topkast_func
-from topkast_func import leaves
+from topkast_func import checks, leaves
 from topkast_func.checks import dispatches
-from topkast_func.facade import derived
 from topkast_func.training import compilation
 
 DEVICE = torch.device("lazy:0")
@@ -86,7 +85,7 @@ def pretending() -> Iterator[torch.device]:
     """Let there be such a device, on which nobody has waited yet."""
     WAITS.clear()
     with ExitStack() as patched:
-        for module in (leaves, compilation, derived):
+        for module in (leaves, compilation, checks):
             patched.enter_context(patch.object(module, "dispatches", _dispatches))
         patched.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
         patched.enter_context(_Mode())  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 LARGEST = 3.4028234663852886e38
 """The largest number of float32, in which much is computed."""
@@ -190,6 +191,11 @@ def check_block_shape(name: str, value: object) -> tuple[int, int]:
 def dispatches(tensor: Tensor) -> bool:
     """Return whether the class of a tensor overrides how operations on it are computed."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def readable(tensor: Tensor) -> bool:
+    """Return whether the host can read the numbers of a tensor."""
+    return not (dispatches(tensor) or tensor.is_meta or is_functorch_wrapped_tensor(tensor))
 
 
 def versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
+from topkast_func.checks import readable
 from topkast_func.types import Masks
 
 
@@ -101,8 +101,8 @@ def repeated(counts: Tensor, total: int) -> Tensor:
     Returns:
         Of the dtype of the counts, [total].
     """
-    traced = torch.compiler.is_compiling() or is_functorch_wrapped_tensor(counts)
-    if counts.device.type != "cpu" or traced or type(counts) is not Tensor:
+    traced = torch.compiler.is_compiling() or not readable(counts)
+    if counts.device.type != "cpu" or traced:
         return torch.repeat_interleave(counts, output_size=total)
     numbers = counts.numpy()  # torch asks all threads for few of them too, and waits
     return torch.from_numpy(np.repeat(np.arange(len(numbers), dtype=numbers.dtype), numbers))

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
-from topkast_func.checks import dispatches
+from topkast_func.checks import readable
 
 _PHI: list[Callable[[], Iterable[Tensor]]] = []
 """Who knows of parameters of modules that hold φ."""
@@ -80,7 +79,7 @@ def check_theta(params: Mapping[str, object]) -> None:
 
 def _place(tensor: object) -> int | None:
     """Return where the numbers of a tensor stand; None where that is nowhere, or not told."""
-    if not isinstance(tensor, Tensor) or is_functorch_wrapped_tensor(tensor) or tensor.is_meta:
+    if not isinstance(tensor, Tensor) or not readable(tensor):
         return None
     strided = tensor.layout == torch.strided and not tensor.is_nested
-    return tensor.data_ptr() or None if strided and not dispatches(tensor) else None
+    return tensor.data_ptr() or None if strided else None

@@ -17,6 +17,7 @@ from topkast_func.distributed.bucket import mean_over
 from topkast_func.distributed.models import is_mean
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.distributed.roll import call_roll
+from topkast_func.types import loss_and_rest
 
 Outline: TypeAlias = tuple[tuple[str, torch.dtype], ...]
 """Where numbers stand in a tree, and their dtypes, in their order."""
@@ -47,8 +48,7 @@ class Numbers:
     def see(self, result: Any) -> None:
         """Take note of what a loss function returns in a mode that is new."""
         if self._mode not in self._known:
-            pair = isinstance(result, tuple) and len(result) == 2
-            self._seen = outline(result[1:] if pair else ())
+            self._seen = outline(loss_and_rest(result)[1])
 
     def expect(self, step: int) -> None:
         """Compare what the trial of a new mode has found.

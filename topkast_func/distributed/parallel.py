@@ -130,9 +130,9 @@ class DataParallel(Alone):
 
     def agreed(self, aux: tuple[Any, ...], step: int) -> tuple[Any, ...]:
         """Return what came with the loss; see `Alone.agreed`."""
-        return (
-            aux if self.share is None else self._numbers.agreed(aux, step, self.share.reshape(()))
-        )
+        if self.share is None:
+            return aux
+        return self._numbers.agreed(aux, step, self.share.reshape(()))
 
     def mean(self, tensors: Tensors) -> Tensors:
         """Return tensors averaged over the samples of the step."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from topkast_func.block_masks import is_of_blocks
-from topkast_func.checks import dispatches
+from topkast_func.checks import readable
 from topkast_func.config import TopKastConfig
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
@@ -174,15 +174,6 @@ def bits_in(layer: nn.Module, buffer: str, name: str) -> Tensor:
             "make copies by copy.deepcopy, and sparsify a plain model again"
         )
     return found
-
-
-def readable(tensor: Tensor) -> bool:
-    """Return whether the host can read the numbers of a tensor."""
-    return (
-        not dispatches(tensor)
-        and not tensor.is_meta
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
 
 
 def same(a: Tensor, b: Tensor) -> bool:

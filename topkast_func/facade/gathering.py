@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from topkast_func.facade.derived import readable
+from topkast_func.checks import readable
 from topkast_func.model.indexed import AnySets, Indexed
 from topkast_func.training.loss import parts_of
 

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from topkast_func.checks import readable
 from topkast_func.facade.dense_gradient import kept_in_step
-from topkast_func.facade.derived import POWERPROP, UNSHARDED, misfit, readable
+from topkast_func.facade.derived import POWERPROP, UNSHARDED, misfit
 from topkast_func.facade.guard import release, watch
 from topkast_func.facade.replaced import check_kept, check_stays
 from topkast_func.facade.rule import Rule
@@ -208,9 +209,8 @@ class SparseLayer(nn.Module):
                 weight.look(self)
                 continue
             try:
-                held = told[weight] or 1.0
-                others = weight.rule.config.powerprop != held
-                if metadata.get("assign_to_params_buffers") and others:
+                held, exponent = told[weight] or 1.0, weight.rule.config.powerprop
+                if metadata.get("assign_to_params_buffers") and held != exponent:
                     raw = weight.raw(self)  # whose numbers are those of the state dict's owner
                     own = nn.Parameter(raw.detach().clone(), raw.requires_grad)
                     self._parameters[weight.key] = own

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from topkast_func.bits import packed
+from topkast_func.checks import readable
 from topkast_func.facade.alpha import SETS, alpha, masks_in
 from topkast_func.facade.dense_gradient import kept_in_step, moved
-from topkast_func.facade.derived import Derived, bits_in, check_whole, derive, readable
+from topkast_func.facade.derived import Derived, bits_in, check_whole, derive
 from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.wrappers import note_wrapper
@@ -121,8 +122,7 @@ class SparseWeight:
 
     def indexed(self, layer: nn.Module) -> AnySets:
         """Return the sets as the kernels read them, where these compute the layer; else masks."""
-        derived = self.derived(layer)
-        known = None if derived is None else derived.indices()
+        known = None if (derived := self.derived(layer)) is None else derived.indices()
         return self.masks(layer) if known is None else known
 
     def parts(self, layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from topkast_func.checks import check_count, check_type
+from topkast_func.checks import check_count, check_type, readable
 from topkast_func.config import TopKastConfig, allocate
 from topkast_func.config.selection import warn_of_other_names
 from topkast_func.facade.classes import check_replaceable, sparse_class
-from topkast_func.facade.derived import readable
 from topkast_func.facade.guard import watched
 from topkast_func.facade.owners import check_apart, first, owners_in
 from topkast_func.facade.replaced import check_nested

@@ -17,7 +17,7 @@ ONE_START = (
 )
 
 
-def ranks_of(owners: Owners) -> Ranks | None:
+def ranks_running(owners: Owners) -> Ranks | None:
     """Return the processes among which sparse weights were last run; None for none."""
     for _, weight in first(owners).values():
         if (wrapper := wrapper_of(weight)) is not None:
@@ -27,7 +27,7 @@ def ranks_of(owners: Owners) -> Ranks | None:
 
 def summed(owners: Owners, gradients: Tensors) -> Tensors:
     """Sum gradients over the processes, or over all that there are where none run a wrapper."""
-    ranks = ranks_of(owners) or Ranks(world())
+    ranks = ranks_running(owners) or Ranks(world())
     for gradient in gradients.values():
         if ranks.group is not None:
             distributed.all_reduce(gradient, group=ranks.group)
@@ -47,7 +47,7 @@ def check_alike(owners: Owners, step: int) -> bool:
     Raises:
         RuntimeError: The sets are not the same, the same on every rank; or a rank is lost.
     """
-    ranks = ranks_of(owners)
+    ranks = ranks_running(owners)
     if ranks is not None:
         where = f"in sparsifier.step() before step {step}"
         sets = {name: weight.sets(layer) for name, (layer, weight) in first(owners).items()}

@@ -13,7 +13,7 @@ from topkast_func.model.fits import check_sets_of
 from topkast_func.model.forward import run_at_alpha
 from topkast_func.model.indexed import AnySets, Indexed
 from topkast_func.penalty import masked_parts, summed_penalty
-from topkast_func.types import LossFn, Model, Params
+from topkast_func.types import LossFn, Model, Params, loss_and_rest
 
 
 def exploration_penalty(
@@ -152,7 +152,7 @@ def loss_and_aux(result: object) -> tuple[Tensor, tuple[Any, ...]]:
         TypeError: The loss is not a tensor, not 0-d or not of a floating-point dtype, or a leaf of
             the tree is no tensor.
     """
-    loss, *aux = result if isinstance(result, tuple) and len(result) == 2 else (result,)
+    loss, aux = loss_and_rest(result)
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return a 0-d tensor, got {type(loss).__name__}")
     if loss.ndim != 0:
@@ -162,4 +162,4 @@ def loss_and_aux(result: object) -> tuple[Tensor, tuple[Any, ...]]:
     for leaf in tree_leaves(aux):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"what loss_fn returns beside the loss must be tensors, got {leaf!r}")
-    return loss, tuple(aux)
+    return loss, aux
