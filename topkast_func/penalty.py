@@ -1,6 +1,7 @@
 """The forms of the exploration penalty, summed over tensors however they are stored."""
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
 from topkast_func.sparsity import density
 from topkast_func.types import Masks
+
+Form: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
+"""The penalty of one tensor, of its parts on A and on B∖A, and its density; see `l2`."""
 
 
 def l2(active: Tensor, exploring: Tensor, density: float) -> Tensor:
@@ -36,41 +40,59 @@ def group_l2(active: Tensor, exploring: Tensor, density: float) -> Tensor:
     return norm(active) + norm(exploring) / density
 
 
-PENALTIES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "l2": l2,
-    "l1": l1,
-    "group_l2": group_l2,
-}
+FORMS: dict[str, Form] = {"l2": l2, "l1": l1, "group_l2": group_l2}
 
 
-def summed_penalty(
-    shapes: Mapping[str, torch.Size],
-    parts: Callable[[str], tuple[Tensor, Tensor]],
-    config: TopKastConfig,
-    device: torch.device,
-    step: int = 0,
-) -> Tensor:
-    """Sum the penalty over sparse tensors, however they are stored; see `exploration_penalty`.
+class Terms(NamedTuple):
+    """What the penalty sums at a step.
+
+    Attributes:
+        form: The penalty of one tensor, see `l2`.
+        densities: D of the sparse tensors by name; empty where there is no penalty.
+    """
+
+    form: Form
+    densities: dict[str, float]
+
+
+def terms_of(shapes: Mapping[str, torch.Size], config: TopKastConfig, step: int = 0) -> Terms:
+    """Return what the penalty sums.
 
     Args:
         shapes: Shapes of the sparse tensors by name.
-        parts: ``parts(name)`` to θ on A and θ on B∖A, zero or absent elsewhere.
         config: Form of the penalty and densities.
-        device: Where the sum is made.
         step: Number of the step.
 
     Returns:
-        The penalty, 0-d.
+        The terms.
 
     Raises:
         ValueError: The configuration gives a sparse tensor no sparsity.
     """
-    total = torch.zeros((), dtype=torch.float32, device=device)
     if config.penalty is None or not config.method.explores:
-        return total
-    for name, sparsity in shared_among_all(shapes, config, step).items():
+        return Terms(l2, {})
+    found = shared_among_all(shapes, config, step)
+    densities = {name: density(sparsity.forward) for name, sparsity in found.items()}
+    return Terms(FORMS[config.penalty], densities)
+
+
+def summed_penalty(
+    terms: Terms, parts: Callable[[str], tuple[Tensor, Tensor]], device: torch.device
+) -> Tensor:
+    """Sum the penalty over sparse tensors, however they are stored; see `exploration_penalty`.
+
+    Args:
+        terms: What it sums.
+        parts: ``parts(name)`` to θ on A and θ on B∖A, zero or absent elsewhere.
+        device: Where the sum is made.
+
+    Returns:
+        The penalty, 0-d.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for name, share in terms.densities.items():
         active, exploring = (t if t.dtype == torch.float64 else t.float() for t in parts(name))
-        total = total + PENALTIES[config.penalty](active, exploring, density(sparsity.forward))
+        total = total + terms.form(active, exploring, share)
     return total
 
 

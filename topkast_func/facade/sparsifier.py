@@ -30,7 +30,7 @@ from topkast_func.facade.probes import ask_for_gradients, gradients_asked_for
 from topkast_func.facade.progress import Progress, held_by
 from topkast_func.facade.room import whole
 from topkast_func.facade.within import check_alike, summed
-from topkast_func.penalty import summed_penalty
+from topkast_func.penalty import summed_penalty, terms_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.report.summary import Summary
 from topkast_func.training.refresh import chosen_anew
@@ -148,7 +148,7 @@ class Sparsifier(Fixed):
             layer, weight = owners[name][0]
             return weight.parts(layer)
 
-        penalty = summed_penalty(shapes, parts, self.config, device, self.steps)
+        penalty = summed_penalty(terms_of(shapes, self.config, self.steps), parts, device)
         return self.config.penalty_weight * penalty
 
     def penalize(self, optimizer: Optimizer, scale: float = 1.0) -> bool:

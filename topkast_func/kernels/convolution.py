@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from topkast_func.kernels.engines import EngineName
-from topkast_func.kernels.linear import chosen, layer_of
+from topkast_func.kernels.linear import chosen
 from topkast_func.kernels.operators import product
 from topkast_func.kernels.pattern import Pattern, flattened
 from topkast_func.kernels.shifted import Convolution, planes
@@ -42,10 +42,8 @@ def sparse_convolution(
         return None
     rows = x.shape[1] * math.prod(layer.stride)
     columns = x.shape[1] * math.prod(layer.kernel)
-    described = layer_of(
-        values, pattern, (out_channels, columns), laid.batch * math.prod(laid.outputs)
-    )
-    if chosen(engine, changed(described, rows=rows)) != "numba":
+    batch = laid.batch * math.prod(laid.outputs)
+    if chosen(engine, values, pattern, (out_channels, columns), batch, rows) != "numba":
         return None
     index = [*flattened(pattern), laid.starts(x.shape[1], x.device)]
     y = product("shifted_cpu", values, laid.pack(x), index, out_channels, laid.lead, None)

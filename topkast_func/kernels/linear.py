@@ -3,6 +3,7 @@
 import math
 import operator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,13 +71,12 @@ def sparse_linear(
         x = x.to(values.dtype)
     if x.dtype != values.dtype:
         raise TypeError(f"inputs are {x.dtype}, the weight is {values.dtype}")
-    batch = math.prod(x.shape[:-1])
-    layer = layer_of(values, pattern, shape, batch)
-    name = chosen(engine, layer)
+    batch, flat = math.prod(x.shape[:-1]), x.ndim == 2
+    name = chosen(engine, values, pattern, shape, batch)
     pack, unpack = layout(name)
-    fused = torch.compiler.is_compiling() and x.ndim == 2
+    fused = torch.compiler.is_compiling() and flat
     turn = spelled_out if fused or x.numel() < LITTLE else at_once
-    packed = pack(x.reshape(batch, x.shape[-1]), turn)
+    packed = pack(x if flat else x.reshape(batch, x.shape[-1]), turn)
     multiply = transposed_product if transposed else product
     added, bias = (bias, None) if _takes(name, values, bias) else (None, bias)
     index = flattened(pattern)
@@ -84,7 +84,8 @@ def sparse_linear(
         active, exploring = flat_sets(values, pattern, shape)
         index = (active, *exploring)
     y = multiply(name, values, packed, index, out_features, 0, added)
-    y = unpack(y, batch, turn).reshape(*x.shape[:-1], out_features)
+    y = unpack(y, batch, turn)
+    y = y if flat else y.reshape(*x.shape[:-1], out_features)
     y = y if bias is None else y + bias
     cast = autocast and y.dtype == torch.float32
     return y.to(torch.get_autocast_dtype(device)) if cast else y
@@ -95,7 +96,9 @@ def _takes(name: str, values: Tensor, bias: Tensor | None) -> bool:
     return name == "triton" and bias is not None and bias.dtype == values.dtype
 
 
-def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: int) -> Layer:
+def described(
+    values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: int, rows: int = 0
+) -> tuple[Any, ...]:
     """Describe a layer to the choice of an engine; sizes that are symbols are settled.
 
     Args:
@@ -103,34 +106,33 @@ def layer_of(values: Tensor, pattern: Pattern, shape: tuple[int, int], batch: in
         pattern: The sets.
         shape: Of α.
         batch: Rows of activations.
+        rows: See `Layer`.
 
     Returns:
-        The description.
+        What a `Layer` is made of, in its order.
     """
-    block = block_of(values)
-    active = pattern.forward.columns.shape[0] * math.prod(block)
-    sizes = (*shape, active, values.numel(), *block, batch)
-    rows, columns, forward, backward, height, width, rows_seen = map(operator.index, sizes)
-    return Layer(
-        rows,
-        columns,
-        forward,
-        backward,
-        (height, width),
-        rows_seen,
-        values.dtype,
-        values.device.type,
-        device_index=values.device.index,
-    )
+    block, device = block_of(values), values.device
+    sizes = (*shape, pattern.active_count * math.prod(block), values.numel(), *block, batch)
+    height, width, forward, backward, tall, wide, seen = map(operator.index, sizes)
+    kind = values.dtype, device.type, rows, device.index
+    return height, width, forward, backward, (tall, wide), seen, *kind
 
 
-def chosen(name: EngineName, layer: Layer) -> str:
+def chosen(
+    name: EngineName,
+    values: Tensor,
+    pattern: Pattern,
+    shape: tuple[int, int],
+    batch: int,
+    rows: int = 0,
+) -> str:
     """Choose an engine; while Dynamo traces, by a function that it takes for a constant."""
+    layer = described(values, pattern, shape, batch, rows)
     if torch.compiler.is_dynamo_compiling():
         from topkast_func.kernels.tracing import constant  # its import loads Dynamo: a second
 
         return constant(name, *layer)
-    return _choice(name, layer).engine
+    return _choice(name, Layer(*layer)).engine
 
 
 _choice = lru_cache(choose)

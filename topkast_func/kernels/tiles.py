@@ -67,7 +67,8 @@ def unpack(tiles: Tensor, batch: int, turn: Turn = at_once) -> Tensor:
         [batch, features], contiguous: random numbers, of dropout for one, are drawn in the order
         of memory.
     """
-    return turn(tiles).flatten(0, 1)[:batch]
+    rows = turn(tiles).flatten(0, 1)
+    return rows if rows.shape[0] == batch else rows[:batch]
 
 
 class _Transposed(Gradient):

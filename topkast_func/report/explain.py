@@ -3,9 +3,9 @@
 import math
 
 from topkast_func.checks import check_count
-from topkast_func.kernels.costs import channels_of
+from topkast_func.kernels.costs import Layer, channels_of
 from topkast_func.kernels.engines import ALPHA, Choice, EngineName, choose
-from topkast_func.kernels.linear import layer_of
+from topkast_func.kernels.linear import described
 from topkast_func.report.notes import UNKNOWN
 from topkast_func.report.table import table
 from topkast_func.training.state import TrainState, check_state, narrowed
@@ -63,8 +63,8 @@ def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str,
         if name in patterns:
             shape = shapes[name]
             matrix = shape[0], math.prod(shape[1:])
-            layer = layer_of(values[name], patterns[name], matrix, batch)
-            chosen[name] = choose(engine, layer._replace(rows=channels_of(shape)))
+            layer = described(values[name], patterns[name], matrix, batch, channels_of(shape))
+            chosen[name] = choose(engine, Layer(*layer))
         else:
             compact = state.weights.index_of(name) is not None
             why = UNKNOWN if compact else "storage='dense'"

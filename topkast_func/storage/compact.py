@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern, block_of, is_indexed
 from topkast_func.model.alpha import alpha, alpha_when_read, merge, split
-from topkast_func.penalty import summed_penalty
+from topkast_func.penalty import Terms, summed_penalty
 from topkast_func.places import counted, sizes_of
 from topkast_func.storage.index import Index, Positions, carry, index_of, old_slots, reindex
 from topkast_func.types import Masks, Params, Tensors, changed
@@ -73,16 +72,14 @@ class CompactWeights(NamedTuple):
     def penalty(
         self,
         values: Tensors,
-        config: TopKastConfig,
-        step: int,
+        terms: Terms,
         starts: Mapping[str, int] | None = None,
     ) -> Tensor:
         """Return the exploration penalty of ``values``; see `exploration_penalty`.
 
         Args:
             values: See `values`; of a parameter in ``starts`` some, in a row.
-            config: See `exploration_penalty`.
-            step: See `exploration_penalty`.
+            terms: What it sums.
             starts: By name which of the values is the first of these.
 
         Returns:
@@ -95,9 +92,7 @@ class CompactWeights(NamedTuple):
             active = (place < self.sets(name).active_count).view(-1, *[1] * (value.ndim - 1))
             return torch.where(active, value, 0.0), torch.where(active, 0.0, value)
 
-        shapes = {name: theta.shape for name, theta in self.theta.items()}
-        device = next(iter(values.values())).device
-        return summed_penalty(shapes, parts, config, device, step)
+        return summed_penalty(terms, parts, next(iter(values.values())).device)
 
     def add(self, updates: Tensors) -> "CompactWeights":
         """Add ``updates``: all that is held is in B."""

@@ -6,10 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern
 from topkast_func.model.alpha import straight_through_all
-from topkast_func.penalty import masked_parts, summed_penalty
+from topkast_func.penalty import Terms, masked_parts, summed_penalty
 from topkast_func.places import sizes_of
 from topkast_func.types import Masks, Params, Tensors
 
@@ -71,15 +70,13 @@ class DenseWeights(NamedTuple):
         """Return A and B."""
         return self.sets
 
-    def penalty(self, values: Tensors, config: TopKastConfig, step: int) -> Tensor:
+    def penalty(self, values: Tensors, terms: Terms) -> Tensor:
         """Return the exploration penalty."""
 
         def parts(name: str) -> tuple[Tensor, Tensor]:
             return masked_parts(values[name], self.sets[name])
 
-        shapes = {name: self.theta[name].shape for name in self.sets}
-        device = next(iter(values.values())).device
-        return summed_penalty(shapes, parts, config, device, step)
+        return summed_penalty(terms, parts, next(iter(values.values())).device)
 
     def add(self, updates: Tensors) -> "DenseWeights":
         """Add updates on B."""

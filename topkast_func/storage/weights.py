@@ -6,8 +6,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from topkast_func.config import TopKastConfig
 from topkast_func.kernels.pattern import Pattern
+from topkast_func.penalty import Terms
 from topkast_func.storage.index import Index
 from topkast_func.types import Masks, Params, Tensors
 
@@ -64,7 +64,7 @@ class Weights(Protocol):
     def masks(self) -> dict[str, Masks]:
         """Return A and B."""
 
-    def penalty(self, values: Tensors, config: TopKastConfig, step: int) -> Tensor:
+    def penalty(self, values: Tensors, terms: Terms) -> Tensor:
         """Return the exploration penalty of ``values``, 0-d; see `exploration_penalty`."""
 
     def add(self: Self, updates: Tensors) -> Self:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -48,24 +49,25 @@ SHAPES = (
 )
 
 
-def compiled(
-    step: Callable[..., Any], compile: bool | Mapping[str, Any], *, required: bool = False
-) -> Callable[..., Any]:
-    """Compile a pure step.
+Compiler: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""From a pure step to what runs in its place."""
+
+
+def compiler_of(compile: bool | Mapping[str, Any], *, required: bool = False) -> Compiler:
+    """Return what compiles pure steps.
 
     A fault of the caller's own (a loss that is no scalar, a batch the model refuses) raises
     as it does in eager mode. Where the machine cannot compile, the step runs eager after one
     warning.
 
     Args:
-        step: A pure function of tensors.
         compile: False for the step as it is, True for one graph, or options of
             `torch.compile`, taken over ``fullgraph=True, dynamic=False``.
         required: Whether to raise where the machine cannot compile: other processes run the
             compiled step, and an eager one rounds otherwise.
 
     Returns:
-        The compiled step. It raises RuntimeError, naming the reason and the way on, where the
+        The compiler. A step of it raises RuntimeError, naming the reason and the way on, where the
         model or loss breaks the graph or otherwise runs in eager mode alone.
 
     Raises:
@@ -73,18 +75,29 @@ def compiled(
         RuntimeError: The step must be compiled, and torch is too old.
     """
     if compile is False:
-        return step
+        return _as_it_is
     if TorchVersion(torch.__version__) < TorchVersion(COMPILES_FROM):
         reason = f"torch {torch.__version__} is too old, {COMPILES_FROM} is needed"
         _run_eager(reason, required)
-        return step
+        return _as_it_is
     if compile is not True and not isinstance(compile, Mapping):
         raise TypeError(f"compile must be a bool or options of torch.compile, got {compile!r}")
-    from torch._dynamo import callback, exc  # loads Dynamo, which takes a second
-
     options = {**ONE_GRAPH, **({} if compile is True else compile)}
     if not {"backend", "mode", "options"} & options.keys():
         options.update(AS_EAGER)
+    torch.compile(_as_it_is, **options)  # raises where the options are none
+    return partial(_compiled, options, required)
+
+
+def _as_it_is(step: Callable[..., Any]) -> Callable[..., Any]:
+    return step
+
+
+def _compiled(
+    options: Mapping[str, Any], required: bool, step: Callable[..., Any]
+) -> Callable[..., Any]:
+    from torch._dynamo import callback, exc  # loads Dynamo, which takes a second
+
     fast: Callable[..., Any] = torch.compile(_fresh(step), **options)
 
     def call(*arguments: Any) -> Any:

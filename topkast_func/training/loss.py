@@ -12,7 +12,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.model.fits import check_sets_of
 from topkast_func.model.forward import run_at_alpha
 from topkast_func.model.indexed import AnySets, Indexed
-from topkast_func.penalty import masked_parts, summed_penalty
+from topkast_func.penalty import masked_parts, summed_penalty, terms_of
 from topkast_func.types import LossFn, Model, Params, loss_and_rest
 
 
@@ -57,9 +57,8 @@ def exploration_penalty(
     check_sets_of(params, masks)
     shapes = {name: params[name].shape for name in masks}
     device = next((theta.device for theta in params.values()), torch.device("cpu"))
-    return summed_penalty(
-        shapes, lambda name: parts_of(params[name], masks[name]), config, device, step
-    )
+    terms = terms_of(shapes, config, step)
+    return summed_penalty(terms, lambda name: parts_of(params[name], masks[name]), device)
 
 
 def parts_of(theta: Tensor, sets: AnySets) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.distributed.owners import Owners
 from topkast_func.distributed.parallel import Found
 from topkast_func.model.stand_in import StandIn
+from topkast_func.penalty import Terms
 from topkast_func.powerprop import theta_of
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.parted import active, compact_in, with_active
@@ -45,7 +46,7 @@ def owned_update_of(
     model: Model,
     loss_fn: LossFn,
     config: TopKastConfig,
-    start: int,
+    terms: Terms,
     optimizer: Optimizer,
     layers: Sequence[StandIn],
     ranks: Owners,
@@ -77,7 +78,7 @@ def owned_update_of(
         def beyond(grads: Tensors, own: Tensors) -> Beyond:
             theta = powered(own)
             starts = {name: ranks.span(name, values[name].numel())[0] for name in state.split}
-            penalty = weights.penalty(theta, config, start, starts)
+            penalty = weights.penalty(theta, terms, starts)
             linear = sum((grads[name] * theta[name]).sum() for name in weights.sparse_names)
             return linear + config.penalty_weight * penalty, penalty
 

@@ -25,9 +25,10 @@ from topkast_func.model.alone import (
     uncompiled,
 )
 from topkast_func.model.layers import stand_ins, standing_in
+from topkast_func.penalty import terms_of
 from topkast_func.training.agreement import agreement
-from topkast_func.training.call import Call, call_of, hooks_of
-from topkast_func.training.compilation import compiled
+from topkast_func.training.call import Call, call_of
+from topkast_func.training.compilation import compiler_of
 from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.gradients import gradients_of
 from topkast_func.training.loss import check_loss_fn
@@ -43,6 +44,9 @@ from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
 
 TrainStep: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]
+
+Shapes: TypeAlias = tuple[tuple[str, torch.Size], ...]
+"""Shapes by name, of sparse parameters."""
 
 
 def make_train_step(
@@ -175,14 +179,16 @@ def make_train_step(
     check = alone_with(model, partial(agreement, model, config, optimizer))
     schedule = config.schedule
 
+    compiler = compiler_of(compile, required=ranks.several)
+
     @cache
-    def run_from(start: int, hooked: Hashable) -> Callable[..., Moved]:
-        step = way.update_of(model, loss_fn, config, start, optimizer, layers, ranks)
-        return compiled(step, compile, required=ranks.several)
+    def run_from(start: int, hooked: Hashable, sparse: Shapes) -> Callable[..., Moved]:
+        terms = terms_of(dict(sparse), config, start)
+        return compiler(way.update_of(model, loss_fn, config, terms, optimizer, layers, ranks))
 
     @cache
     def gradients_from(start: int, hooked: Hashable) -> Callable[[TrainState, Any], Tensors]:
-        return compiled(gradients_of(model, loss_fn), compile, required=ranks.several)
+        return compiler(gradients_of(model, loss_fn))
 
     def gradients(state: TrainState, batch: Any, hooked: Hashable) -> Tensors:
         last = max(int(state.step) - 1, 0)
@@ -190,7 +196,6 @@ def make_train_step(
         return ranks.mean(run(state, batch))
 
     parts = parts_of(model)
-    alone_with(model, partial(run_from, 0, hooks_of(parts, criterion)))
     first = RANDOM_NUMBERS if compile is False else EVERYTHING
     own, draws = claim(parts), Draws(first, ranks.rank, not ranks.several)
     trials = Trials(model, loss_fn)
@@ -207,7 +212,9 @@ def make_train_step(
         lent = {i: layer for i, layer in enumerate(layers) if layer.needed(patterns)}
 
         def step() -> Moved:
-            run = run_from(schedule.stage(int(state.step)), call.hooked)
+            shapes = state.weights.shapes()
+            sparse = tuple((name, shapes[name]) for name in state.weights.sparse_names)
+            run = run_from(schedule.stage(int(state.step)), call.hooked, sparse)
             with standing_in(lent.values()):
                 return run_at(run, [*lent], state, batch, optimizer, ranks.share)
 

@@ -13,6 +13,7 @@ from topkast_func.distributed.parallel import Alone, DataParallel, Found
 from topkast_func.model.layers import bound_to
 from topkast_func.model.modules import bind, ties
 from topkast_func.model.stand_in import StandIn
+from topkast_func.penalty import Terms
 from topkast_func.powerprop import theta_of
 from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.loss import loss_and_aux
@@ -41,14 +42,15 @@ def update_of(
     model: Model,
     loss_fn: LossFn,
     config: TopKastConfig,
-    start: int,
+    terms: Terms,
     optimizer: Optimizer,
     layers: Sequence[StandIn],
     ranks: Alone,
 ) -> Callable[..., Moved]:
     """Return the step of a stage, without its refresh: a pure function of tensors.
 
-    It is run by `run_at`, which counts; the step and the calls that it returns are as before.
+    ``terms`` are those of the penalty in that stage. It is run by `run_at`, which counts; the step
+    and the calls that it returns are as before.
     """
     batch_loss = batch_loss_of(model, loss_fn, layers)
 
@@ -65,7 +67,7 @@ def update_of(
         def objective(values: Tensors) -> Objective:
             values = values | {n: theta_of(values[n], config.powerprop) for n in phi}
             data_loss, aux, written = batch_loss(lent, state, batch, values)
-            penalty = weights.penalty(values, config, start)
+            penalty = weights.penalty(values, terms)
             loss = data_loss + config.penalty_weight * penalty
             return loss, (data_loss, penalty, aux, written)
 

@@ -13,6 +13,7 @@ from topkast_func.training.optim.transformation import (
     Given,
     Optimizer,
     OptimizerState,
+    cast,
     starting,
     wide,
 )
@@ -151,8 +152,8 @@ def _optimizer(lr: LearningRate, rule: Rule) -> Optimizer:
 
 def _start(rule: Rule, params: Params) -> OptimizerState:
     return starting({
-        f"{rule.kind}.{slot}": {n: torch.zeros_like(_real(p.detach())) for n, p in params.items()}
-        for slot in rule.slots
+        kind: {n: torch.zeros_like(_real(p.detach())) for n, p in params.items()}
+        for kind in _kinds(rule).values()
     })
 
 
@@ -167,16 +168,23 @@ def _descend(
     lr = rate(state.step) if lr is None else lr
     at, descent = rule.at((state.step + 1).double()), -lr
     updates: Tensors = {}
-    slots: dict[str, Tensors] = {f"{rule.kind}.{slot}": {} for slot in rule.slots}
+    before = {slot: state.slots[kind] for slot, kind in _kinds(rule).items()}
+    after: dict[str, Tensors] = {slot: {} for slot in before}
     for name, theta in params.items():
-        held = {slot: state.slots[f"{rule.kind}.{slot}"][name] for slot in rule.slots}
+        held = {slot: tree[name] for slot, tree in before.items()}
         direction, held = rule(_real(grads[name]), _real(theta), held, at)
         update = descent * direction
         update = torch.view_as_complex(update) if theta.is_complex() else update
-        updates[name] = update.to(theta.dtype)
-        for slot in rule.slots:
-            slots[f"{rule.kind}.{slot}"][name] = held[slot]
+        updates[name] = cast(update, theta.dtype)
+        for slot, tree in after.items():
+            tree[name] = held[slot]
+    slots = {kind: after[slot] for slot, kind in _kinds(rule).items()}
     return updates, OptimizerState(state.step + 1, slots)
+
+
+def _kinds(rule: Rule) -> dict[str, str]:
+    """Return how the slots of a rule are called in a state."""
+    return {slot: f"{rule.kind}.{slot}" for slot in rule.slots}
 
 
 def _real(tensor: Tensor) -> Tensor:

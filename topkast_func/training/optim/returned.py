@@ -5,7 +5,7 @@ from torch import Tensor
 
 from topkast_func.checks import versions
 from topkast_func.training.optim.rates import Rate
-from topkast_func.training.optim.transformation import Optimizer, OptimizerState
+from topkast_func.training.optim.transformation import Optimizer, OptimizerState, cast
 from topkast_func.trees import check_named, check_text
 from topkast_func.types import Params, Tensors, changed
 
@@ -75,5 +75,5 @@ def updated(
             )
     if versions(params) != before:
         raise ValueError(f"update of {optimizer} writes to the parameters: return what to add")
-    updates = {name: update.to(params[name].dtype) for name, update in updates.items()}
+    updates = {name: cast(update, params[name].dtype) for name, update in updates.items()}
     return updates, changed(after, step=state.step + 1)

@@ -149,7 +149,12 @@ def wide(tensor: Tensor) -> Tensor:
     Returns:
         It, in float32 where it was of half precision, else as it was.
     """
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return cast(tensor, torch.promote_types(tensor.dtype, torch.float32))
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a dtype, without a call where it has that already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def starting(slots: dict[str, Tensors]) -> OptimizerState:
