@@ -1,6 +1,8 @@
 """Settings that every test runs under."""
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 
 import matplotlib
@@ -54,6 +56,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_collection_finish() -> None:
+    """Leave what is there by now to no collection of garbage, of which a compilation makes one."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -62,9 +70,8 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _fresh_figures() -> Iterator[None]:
     yield
-    from matplotlib import pyplot
-
-    pyplot.close("all")
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 @pytest.fixture
