@@ -49,22 +49,23 @@ def sizes_of(sets: Mapping[str, Masks]) -> dict[str, tuple[int, int]]:
     return dict(zip(sets, zip(numbers, numbers, strict=True), strict=True))
 
 
-def places_of(mask: Tensor, count: int) -> Tensor:
+def places_of(mask: Tensor, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
     """Return where a mask is set, without a wait for its device.
 
     Args:
         mask: bool, any shape, n entries.
         count: How many places to return, at least as many as are set.
+        dtype: Of the indices.
 
     Returns:
-        Flat indices, int64, [count], ascending; n where there are no more.
+        Flat indices, [count], ascending; n where there are no more.
     """
     if mask.is_meta:  # where cumsum would ask for n² entries
-        return mask.new_empty(count, dtype=torch.int64)
+        return mask.new_empty(count, dtype=dtype)
     if mask.device.type != "cpu":
         numbers = torch.arange(1, count + 1, device=mask.device)
-        return torch.searchsorted(mask.flatten().cumsum(0), numbers)
-    places = torch.from_numpy(np.flatnonzero(mask.numpy()))
+        return torch.searchsorted(mask.flatten().cumsum(0), numbers).to(dtype)
+    places = torch.from_numpy(np.flatnonzero(mask.numpy())).to(dtype)
     spare = count - places.shape[0]
     return torch.cat((places, places.new_full((spare,), mask.numel()))) if spare else places
 
@@ -74,6 +75,7 @@ def places_apart(
     backward: Tensor,
     exploring: int | None = None,
     sizes: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.int64,
 ) -> tuple[Tensor, Tensor]:
     """Return where the two disjoint sets of a weight are.
 
@@ -82,13 +84,14 @@ def places_apart(
         backward: 1_B, in the same shape.
         exploring: Places to keep for B∖A at the least; None for as many as it has entries.
         sizes: |A| and |B|; None to count them, for which the host waits.
+        dtype: Of the indices.
 
     Returns:
         What `places_of` does, of A and of B∖A.
     """
     active, whole = sizes or counted((forward, backward))
-    ghosts = places_of(backward & ~forward, max(whole - active, exploring or 0))
-    return places_of(forward, active), ghosts
+    ghosts = places_of(forward ^ backward, max(whole - active, exploring or 0), dtype)
+    return places_of(forward, active, dtype), ghosts
 
 
 def repeated(counts: Tensor, total: int) -> Tensor:
@@ -119,14 +122,15 @@ def by_columns(places: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]
     """Return the order of places by columns, and where they stand in the transpose.
 
     Args:
-        places: Flat indices into a matrix, int64, [n], ascending.
+        places: Flat indices into a matrix, [n], ascending.
         height: Rows of it.
         width: Columns of it.
 
     Returns:
-        Which of the places comes when, and flat indices into the transpose, ascending; int64, [n].
+        Which of the places comes when, and flat indices into the transpose, ascending; of the
+        dtype of the places, [n].
     """
-    row, column = places // width, places % width
+    column = places % width
     short = width <= 2**16  # 16 bits are sorted in linear time
-    order = order_of((column - 2**15).short() if short else column)
-    return order, (column * height + row)[order]
+    order = order_of(column.sub(2**15).short() if short else column).to(places.dtype)
+    return order, column.mul_(height).add_(places // width).index_select(0, order)

@@ -28,6 +28,8 @@ Sets: TypeAlias = tuple[Tensor, Tensor]
 MANY = 2**16
 """Entries from which on a ranking by bits is worth its threads."""
 
+PIECE = 2**18
+"""Entries of which the scores of blocks are computed at a time, for the memory that takes."""
 
 NO_RANKING = (
     "params[{!r}] holds NaN; its entries cannot be ranked. Where training made it: layers that "
@@ -92,12 +94,18 @@ def magnitudes(
     if block_shape == (1, 1):
         return theta if theta.dtype == torch.float64 else theta.float()
     rows, columns = block_shape
-    grid = (theta.shape[0] // rows, rows, theta.shape[1] // columns, columns)
-    exponent = torch.frexp(theta.abs().max().double()).exponent.clamp(-1000, 1000)
-    scaled = theta.double() * torch.pow(2.0, -exponent.double())  # exact, and no square overflows
-    blocks = scaled.reshape(*grid, *theta.shape[2:])
-    entries = blocks.square() if block_norm == "l2" else blocks.abs()
-    return entries.sum(dim=(1, 3))
+    largest = torch.linalg.vector_norm(theta, torch.inf)
+    exponent = torch.frexp(largest.double()).exponent.clamp(-1000, 1000)
+    scale = torch.pow(2.0, -exponent.double())  # exact, and no square overflows
+    grid = (theta.shape[0] // rows, theta.shape[1] // columns)
+    found = torch.empty(*grid, *theta.shape[2:], dtype=torch.float64, device=theta.device)
+    height = max(1, PIECE // (rows * theta[0].numel()))
+    bands = zip(torch.split(theta, rows * height), torch.split(found, height), strict=True)
+    for band, scores in bands:
+        scaled = (band.double() * scale).reshape(-1, rows, grid[1], columns, *band.shape[2:])
+        entries = scaled.square() if block_norm == "l2" else scaled.abs()
+        scores.copy_(entries.sum(dim=(1, 3)))
+    return found
 
 
 def top_sets(

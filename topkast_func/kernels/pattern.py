@@ -112,15 +112,14 @@ def pattern_of(
         )
     height, width = active.shape
     size = rows * columns
-    stored, others = places_apart(
-        active, chosen, exploring, sizes and (sizes[0] // size, sizes[1] // size)
-    )
+    units = sizes and (sizes[0] // size, sizes[1] // size)
+    stored, others = places_apart(active, chosen, exploring, units, torch.int32)
     order, turned = by_columns(stored, height, width)
     return Pattern(
         _block_rows(stored, (height, width), size, columns),
         _block_rows(others, (height, width), size, columns),
         _block_rows(turned, (width, height), size, rows),
-        order.int(),
+        order,
     )
 
 
@@ -177,9 +176,11 @@ def flat_index(parts: Sequence[Tensor], block: tuple[int, int], shape: Sequence[
 
 def _flat_index(parts: list[Tensor], block: list[int], shape: list[int]) -> Tensor:
     (rows, columns), (height, width) = shape, block
-    active, exploring = BlockRows(*parts[:2]), BlockRows(*parts[2:])
-    found = [flat(part, (height, width), (rows, columns)) for part in (active, exploring)]
-    return torch.cat(found)
+    found = _like_flat_index(parts, block, shape)
+    counts = [parts[1].shape[0], parts[3].shape[0]]
+    for part, places in zip((parts[:2], parts[2:]), found.split(counts), strict=True):
+        places.copy_(flat(BlockRows(*part), (height, width), (rows, columns), narrow=True))
+    return found
 
 
 def _like_flat_index(parts: list[Tensor], block: list[int], shape: list[int]) -> Tensor:
@@ -233,8 +234,8 @@ def _block_rows(places: Tensor, shape: tuple[int, int], size: int, width: int) -
     panels = _panels(columns, width, SEGMENT * size / max(density, 1e-9))
     row, panel = (torch.arange(n, device=places.device) for n in (rows + 1, panels))
     starts = row[:, None] * columns + (panel * columns + panels - 1) // panels
-    pointers = torch.searchsorted(places, starts.flatten()[: rows * panels + 1], out_int32=True)
-    return BlockRows(pointers, (places % columns).int())
+    firsts = starts.flatten()[: rows * panels + 1].to(places.dtype)
+    return BlockRows(torch.searchsorted(places, firsts, out_int32=True), places % columns)
 
 
 def _panels(columns: int, width: int, features: float) -> int:

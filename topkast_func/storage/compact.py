@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.pattern import Pattern, block_of, is_indexed
-from topkast_func.model.alpha import alpha, alpha_when_read, merge, split
+from topkast_func.model.alpha import alpha, alpha_when_read, merge
 from topkast_func.penalty import Terms, summed_penalty
 from topkast_func.places import counted, sizes_of
-from topkast_func.storage.index import Index, Positions, carry, index_of, old_slots, reindex
+from topkast_func.storage.index import (
+    Index,
+    Positions,
+    carry,
+    gathered,
+    index_of,
+    old_slots,
+    reindex,
+)
 from topkast_func.types import Masks, Params, Tensors, changed
 
 
@@ -137,7 +145,7 @@ class CompactWeights(NamedTuple):
             if merged.is_meta:
                 held[name], moved[name] = value.new_zeros(new.shape), new.to("meta")
             else:
-                held[name] = split(merged, new.to(merged.device)).to(value.device)
+                held[name] = gathered(merged, new.to(merged.device)).to(value.device)
                 moved[name] = old_slots(self._where(name), new, merged.numel())
             index[name] = sets
 
@@ -173,7 +181,7 @@ class CompactWeights(NamedTuple):
 
 def compact(
     params: Params,
-    masks: Mapping[str, Masks],
+    masks: dict[str, Masks],
     layers: Collection[str],
     block_shape: tuple[int, int],
     theta_device: torch.device | str | None = None,
@@ -184,7 +192,8 @@ def compact(
 
     Args:
         params: θ by name; the weights have it for their own.
-        masks: Sets of the sparse parameters.
+        masks: Sets of the sparse parameters, each of which is taken out when it is stored: both
+            together, and the values, would take more memory than there need be.
         layers: Names of the sparse weights that kernels are to compute, if they can.
         block_shape: (r, c) of the blocks that the sets are made of.
         theta_device: Where θ rests; None for where it is.
@@ -202,10 +211,10 @@ def compact(
     for name, dense in theta.items():
         block = block_shape if name in layers else (1, 1)
         exploring = kept.get(name, 0) - sizes[name][0] // math.prod(block)
-        sets = index_of(masks[name], block, sizes[name], name in layers, exploring)
-        places = sets.flat_index(block, dense.shape).to(dense.device)
-        held[name] = split(dense, places).to(params[name].device)
+        sets = index_of(masks.pop(name), block, sizes[name], name in layers, exploring)
         index[name] = sets
+        places = sets.flat_index(block, dense.shape).to(dense.device)
+        held[name] = gathered(dense, places).to(params[name].device)
     return _placed(held, index, theta)
 
 

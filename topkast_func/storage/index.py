@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.pattern import INDEX_LIMIT, Pattern, pattern_of
+from topkast_func.model.alpha import split
 from topkast_func.places import places_apart
 from topkast_func.types import Masks
+
+PIECE = 1 << 18
+"""Values that are gathered at a time."""
 
 
 class Positions(NamedTuple):
@@ -75,6 +79,15 @@ def reindex(old: Index, masks: Masks, block: tuple[int, int], sizes: tuple[int, 
     active = old.active_count * math.prod(block)
     spare = old.exploring_count if sizes == (active, active) else None
     return index_of(masks, block, sizes, isinstance(old, Pattern), spare)
+
+
+def gathered(theta: Tensor, places: Tensor) -> Tensor:
+    """Return what `split` does, in pieces, for the memory that it takes."""
+    flat, values = theta.flatten(), theta.new_empty(places.shape)
+    pieces = (torch.split(tensor.view(-1), PIECE) for tensor in (places, values))
+    for where, own in zip(*pieces, strict=True):
+        own.copy_(split(flat, where))
+    return values
 
 
 def old_slots(old: Tensor, new: Tensor, size: int) -> Tensor:

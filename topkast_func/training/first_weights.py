@@ -166,9 +166,9 @@ def _stored(
     powers: Collection[str],
     manner: Manner,
 ) -> Weights:
-    sets, exponent = _sets(params, allocations, manner), manner.config.powerprop
     raw = {name: _raised(theta, manner.master).clone() for name, theta in params.items()}
-    params.clear()  # what was made for the state goes before it is indexed, which takes memory too
+    params.clear()  # what was made for the state goes first: to choose and index takes memory too
+    sets, exponent = _sets(raw, allocations, manner), manner.config.powerprop
     for name in [name for name in powers if name in raw]:
         check_moves(name, raw[name], exponent)
         raw[name] = phi_of(raw[name], exponent)

@@ -60,10 +60,10 @@ def init_state(
         materialize: ``materialize(name, tensor)`` to the values of a tensor that is on the meta
             device, parameter or buffer, in its shape and dtype: an initialiser, or what
             `from_safetensors` returns. It is called for one at a time, and the next is asked for
-            when the values of the last are stored, so that it takes the memory of the state so far
-            and, while it is stored, three to four times that of the largest tensor. Random numbers
-            that torch draws in it follow from ``seed`` and the name alone, on any number of ranks;
-            the caller's stay as they are.
+            when the values of the last are stored, so that a start takes the memory of the state
+            and of the largest tensor (more by methods that draw, and where `powerprop` is above 1).
+            Random numbers that torch draws in it follow from ``seed`` and the name alone, on any
+            number of ranks; the caller's stay as they are.
 
     Returns:
         The state before step 0. It shares no memory with the arguments.
