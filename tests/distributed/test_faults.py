@@ -255,10 +255,52 @@ def _differ(rank: int) -> dict[str, str]:
         "no data": lambda: _step(model)(start(model), batch[:0]),
         "samples": lambda: _step(model, samples=lambda b: -1.0)(start(model), batch),
     }
+    calls |= {name: partial(call, rank) for name, (call, _) in WRONG.items()}
     found = {name: _error(call) for name, call in calls.items()}
     vars(torch)["__version__"] = ("2.13.0", "2.14.0")[rank]
     return found | {"torch": _error(lambda: _step(model))}
 
+
+def _of(rank: int, wrong: Any, right: Any) -> Any:
+    """Return what is wrong on rank 1 alone."""
+    return wrong if rank else right
+
+
+def _starts(rank: int, **wrong: Any) -> None:
+    """Make a step, of arguments of which those of rank 1 are wrong."""
+    right = {"model": _network(), "loss_fn": _loss, "config": CONFIG, "optimizer": ADAM}
+    group = dist.group.WORLD
+    tk.make_train_step(**{**right, **_of(rank, wrong, {})}, process_group=group)
+
+
+def _saves(rank: int) -> None:
+    state = tk.init_state(_network(), CONFIG, ADAM)
+    tk.save_sharded(state, "none", keep=_of(rank, 0, 1))
+
+
+def _synced() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.SyncBatchNorm(8))
+
+
+WRONG: dict[str, tuple[Callable[[int], Any], str]] = {
+    "no engine": (partial(_starts, engine="abacus"), r"ValueError: .*engine must be .*'abacus'"),
+    "no optimiser": (partial(_starts, optimizer=torch.optim.SGD), r"TypeError: .*optimizer must"),
+    "no configuration": (partial(_starts, config={}), r"TypeError: .*config must be a TopKastCo"),
+    "no model": (partial(_starts, model=3), r"TypeError: .*model must be"),
+    "no samples": (partial(_starts, samples=3), r"TypeError: .*samples must be a function"),
+    "no way to share": (partial(_starts, shard="all"), r"ValueError: .*shard must be 'owners'"),
+    "synced": (lambda r: _starts(r, model=_synced()), r"ValueError: .*\['1'\] .* SyncBatchNorm"),
+    "no number to keep": (_saves, r"ValueError: .*keep must be at least 1"),
+    "no path": (
+        lambda r: tk.load_sharded(_of(r, 3, "none")),
+        r"TypeError: .*folder must be a str or",
+    ),
+    "nothing to load": (
+        lambda r: tk.load_sharded("none", optimizer=_of(r, torch.optim.SGD, None)),
+        r"TypeError: .*optimizer must be",
+    ),
+}
+"""Calls of which an argument is wrong on rank 1 alone, and what is said of it."""
 
 CALLS: dict[str, tuple[Callable[[tk.TrainState], Any], str]] = {
     "save_sharded": (lambda state: tk.save_sharded(state, "none"), " at step 0"),
@@ -367,7 +409,9 @@ ELSEWHERE = {
 }
 TOLD = {**ELSEWHERE, **{name: told for name, (*_, told) in (BESIDE | CHANGES).items()}}
 TOLD["without refreshes"] = r"step 101: rank 1 holds another state .*\['2.bias'\]"
-EXPECTED = DIFFERENCES | {n: rf"RuntimeError: rank \d of 2, .*{told}" for n, told in TOLD.items()}
+ALONE = {name: told for name, (_, told) in WRONG.items()}
+APART = {name: rf"RuntimeError: rank \d of 2, .*{told}" for name, told in TOLD.items()}
+EXPECTED = DIFFERENCES | ALONE | APART
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -375,3 +419,4 @@ def test_ranks_that_differ_all_say_in_what(name: str, compared: list[dict[str, s
     for rank, found in enumerate(compared):
         assert_says(Outcome(None, found[name]), EXPECTED[name])
         assert "rank" not in EXPECTED[name] or f"rank {rank} of 2" in found[name]
+        assert name not in WRONG or rank == 1 or ": rank 1 of 2: " in found[name]

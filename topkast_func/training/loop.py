@@ -9,9 +9,9 @@ from tqdm import tqdm
 from topkast_func.checks import check_callable, check_type
 from topkast_func.compiling import stopwatch
 from topkast_func.config import TopKastConfig
+from topkast_func.training.build import TrainStep
 from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.state import TrainState, check_state
-from topkast_func.training.step import TrainStep
 
 KEPT = (
     "topkast_func: the state after {} steps is kept as the attribute `state` of this exception; "

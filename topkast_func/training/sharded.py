@@ -110,20 +110,22 @@ def _saving(
 ) -> Future[Path]:
     from topkast_func.distributed.folder import write  # loads torch's checkpoints: half a second
 
-    place = path_of("folder", folder)
-    keep = None if keep is None else check_count("keep", keep, 1)
     check_state(state)
     ranks, step = Ranks(process_group or world()), int(state.step)
+
+    def asked() -> tuple[Path, int | None]:
+        return path_of("folder", folder), None if keep is None else check_count("keep", keep, 1)
 
     def taken() -> tuple[dict[str, Any], Tensors]:
         header, tensors = with_pieces(ranks, state, ranges, *taken_apart(state, config))
         return header, staged(state, tensors)
 
     with calling(ranks, f"in save_sharded at step {step}"):
+        place, most = ranks.attempted(asked)
         check_parts(ranks, state)
         ranges = up_to_date(ranks, state)
         header, tensors = ranks.attempted(taken)
-        return in_background(ranks, lambda own: write(own, place, step, header, tensors, keep))
+        return in_background(ranks, lambda own: write(own, place, step, header, tensors, most))
 
 
 def _as_it_is(state: TrainState, tensors: Tensors) -> Tensors:
@@ -174,12 +176,14 @@ def load_sharded(
     """
     from topkast_func.distributed.folder import read  # loads torch's checkpoints: half a second
 
-    if config is not None:
-        check_type("config", config, TopKastConfig)
-    if optimizer is not None:
-        check_optimizer(optimizer)
-    place = path_of("folder", folder)
     ranks = Ranks(process_group or world())
+
+    def asked() -> Path:
+        if config is not None:
+            check_type("config", config, TopKastConfig)
+        if optimizer is not None:
+            check_optimizer(optimizer)
+        return path_of("folder", folder)
 
     def put() -> TrainState:
         own = agreed(path, header, config)
@@ -188,5 +192,5 @@ def load_sharded(
         return put_together(path, parts, own, model, optimizer, device, theta_device)
 
     with calling(ranks, "in load_sharded"):
-        path, header, tensors = read(ranks, place)
+        path, header, tensors = read(ranks, ranks.attempted(asked))
         return ranks.attempted(put)
