@@ -53,6 +53,16 @@ def test_blocks_equal_the_oracle(
         np.testing.assert_array_equal(mask, expected)
 
 
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_b_is_a_from_the_end_of_exploration_on(step: int) -> None:
+    theta = {"weight": torch.randn(8, 8)}
+    for until in (0, 1):
+        config = TopKastConfig(0.9, 0.5, explore_until=until)
+        masks = compute_masks(theta, config, step=step)["weight"]
+        assert int(masks.forward.sum()) == 6
+        assert int(masks.backward.sum()) == (6 if step >= until else 32)
+
+
 def test_l1_and_l2_rank_blocks_differently() -> None:
     theta = torch.tensor([[3.0, 0.0, 2.0, 2.0]])  # norms: l2 3 and 2.83, l1 3 and 4
     by_l2 = masks_of(theta, 0.5, 0.5, block_shape=(1, 2), block_norm="l2")

@@ -38,6 +38,7 @@ CONFIGS = {
     "erk": {"allocation": "erk"},
     "dense": {"method": tk.dense()},
     "powers": {"powerprop": 2.0},
+    "settled": {"explore_until": 0},
 }
 OPTIMIZERS = [ADAM, tk.sgd(0.1), tk.chain(tk.clip_by_global_norm(1.0), tk.lion(0.01))]
 

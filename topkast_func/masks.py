@@ -36,7 +36,8 @@ def compute_masks(
     Args:
         params: Weights by name, floating point of any dtype and device.
         config: Selection, sparsities, blocks and method.
-        step: Number of the step, where sparsities change over time.
+        step: Number of the step, where sparsities change over time; from ``explore_until`` on
+            B is A.
         seed: Seed of the methods that draw at random.
 
     Returns:
@@ -136,12 +137,16 @@ def _counts(
 ) -> dict[str, tuple[int, int]]:
     size = math.prod(config.block_shape)
     found = {}
-    for name, (forward, backward) in allocations.items():
-        asked = (forward, forward if config.schedule.settled(step) else backward)
-        units = math.prod(shapes[name]) // size
-        sizes = (kept(sparsity, units, config.group) * size for sparsity in asked)
-        found[name] = (next(sizes), next(sizes))
+    for name, sparsity in allocations.items():
+        forward, backward = _kept(sparsity, math.prod(shapes[name]) // size, config, step)
+        found[name] = (forward * size, backward * size)
     return found
+
+
+def _kept(sparsity: Allocation, units: int, config: TopKastConfig, step: int) -> tuple[int, int]:
+    """Return how many of so many entries or blocks A and B have: equally many once B is A."""
+    backward = sparsity.forward if config.schedule.settled(step) else sparsity.backward
+    return kept(sparsity.forward, units, config.group), kept(backward, units, config.group)
 
 
 def masks_at(
@@ -184,8 +189,7 @@ def masks_at(
         situation = Situation(
             name,
             scores,
-            kept(sparsity.forward, scores.numel(), config.group),
-            kept(sparsity.backward, scores.numel(), config.group),
+            *_kept(sparsity, scores.numel(), config, step),
             active=active[name].to(device) if old else None,
             gradient=magnitudes(name, gradients[name].to(device), block, norm)
             if gradients

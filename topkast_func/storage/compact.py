@@ -10,7 +10,7 @@ from torch import Tensor
 from topkast_func.kernels.pattern import Pattern, block_of, is_indexed
 from topkast_func.model.alpha import alpha, alpha_when_read, merge
 from topkast_func.penalty import Terms, summed_penalty
-from topkast_func.places import counted, sizes_of
+from topkast_func.places import counted
 from topkast_func.storage.index import (
     Index,
     Positions,
@@ -182,11 +182,11 @@ class CompactWeights(NamedTuple):
 def compact(
     params: Params,
     masks: dict[str, Masks],
+    sizes: Mapping[str, tuple[int, int]],
     layers: Collection[str],
     block_shape: tuple[int, int],
     theta_device: torch.device | str | None = None,
     stored: Mapping[str, int] | None = None,
-    sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> CompactWeights:
     """Store weights compactly.
 
@@ -194,16 +194,16 @@ def compact(
         params: θ by name; the weights have it for their own.
         masks: Sets of the sparse parameters, each of which is taken out when it is stored: both
             together, and the values, would take more memory than there need be.
+        sizes: |A| and |B| by name.
         layers: Names of the sparse weights that kernels are to compute, if they can.
         block_shape: (r, c) of the blocks that the sets are made of.
         theta_device: Where θ rests; None for where it is.
         stored: How many values, or blocks of them, there are to be at the least, by name.
-        sizes: |A| and |B| by name; None to count them.
 
     Returns:
         The weights.
     """
-    kept, sizes = stored or {}, sizes or sizes_of(masks)
+    kept = stored or {}
     layers = {n for n in masks if n in layers and is_indexed(params[n].shape, block_shape)}
     theta = {name: params[name].to(theta_device) for name in masks}
     held = dict(params)

@@ -64,18 +64,16 @@ def first_weights(
         NaNParameterError: See `init_state`; a ValueError too.
     """
     config = manner.config
-    if manner.masks is None:
-        allocations = allocate(params, config)
-    else:
-        allocations = {}
+    if manner.masks is not None:
         check_masks(params, manner.masks, config)
+    allocations, sizes = allocate(params, config), counts(params, config)
     powers = given_sparsity(params, config) if config.powerprop > 1.0 else []
     at_hand = [name for name, theta in params.items() if not theta.is_meta]
     apart = [[name] for name, theta in params.items() if theta.is_meta]
     parts = []
     for names in filter(None, (at_hand, *apart)):
         made = {name: source(name, params[name]) for name in names}
-        parts.append(_stored(made, allocations, layers, powers, manner))
+        parts.append(_stored(made, allocations, sizes, layers, powers, manner))
         if sum(params[name].nbytes for name in names) >= LARGE:
             give_back()
     return _joined(parts, list(params)), powers
@@ -108,7 +106,7 @@ def outlined_weights(
     outlines = {name: _raised(theta, master).to("meta") for name, theta in params.items()}
     sets = {n: Masks(*2 * [torch.empty_like(outlines[n], dtype=torch.bool)]) for n in sizes}
     if storage == "compact":
-        return compact(outlines, sets, layers, config.block_shape, sizes=sizes)
+        return compact(outlines, sets, sizes, layers, config.block_shape)
     return DenseWeights(outlines, sets)
 
 
@@ -162,6 +160,7 @@ def trained(model: nn.Module | Params) -> tuple[Params, list[str]]:
 def _stored(
     params: Tensors,
     allocations: Mapping[str, Allocation],
+    sizes: Mapping[str, tuple[int, int]],
     layers: Collection[str],
     powers: Collection[str],
     manner: Manner,
@@ -174,7 +173,7 @@ def _stored(
         raw[name] = phi_of(raw[name], exponent)
     if manner.storage == "compact":
         block, place = manner.config.block_shape, manner.theta_device
-        return compact(raw, sets, layers, block, place)
+        return compact(raw, sets, sizes, layers, block, place)
     return DenseWeights(raw, sets)
 
 

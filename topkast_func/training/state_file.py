@@ -8,6 +8,7 @@ from torch import Tensor
 
 from topkast_func.block_masks import is_of_blocks
 from topkast_func.files.packing import packed_sets
+from topkast_func.places import sizes_of
 from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
 from topkast_func.storage.weights import Weights
@@ -100,7 +101,9 @@ def restored(
     weights: Weights = DenseWeights(theta, masks)
     if file.values is not None:
         places = {name: shape[0] for name, shape in file.values.items()}
-        weights = compact(theta, masks, file.layers, block_shape, theta_device, places)
+        weights = compact(
+            theta, masks, sizes_of(masks), file.layers, block_shape, theta_device, places
+        )
     slots = {kind: moved(tree) for kind, tree in file.slots.items()}
     return TrainState(
         step=file.counters["step"],
