@@ -16,10 +16,11 @@ from torch import nn
 from topkast_func.checks import readable
 from topkast_func.facade.dense_gradient import kept_in_step
 from topkast_func.facade.derived import POWERPROP, UNSHARDED, misfit
-from topkast_func.facade.guard import release, watch
+from topkast_func.facade.guard import watch
 from topkast_func.facade.replaced import check_kept, check_stays
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.facade.watched import release
 from topkast_func.model.alone import KEPT
 from topkast_func.types import Masks
 

@@ -14,7 +14,6 @@ from topkast_func.checks import check_count, check_number
 from topkast_func.config import TopKastConfig
 from topkast_func.facade.derived import POWERPROP
 from topkast_func.facade.fixed import Fixed
-from topkast_func.facade.guard import patience
 from topkast_func.facade.owners import (
     Owners,
     are_of_stage,
@@ -26,6 +25,7 @@ from topkast_func.facade.owners import (
     parameters_of,
     summary_of,
 )
+from topkast_func.facade.patience import patience
 from topkast_func.facade.probes import ask_for_gradients, gradients_asked_for
 from topkast_func.facade.progress import Progress, held_by
 from topkast_func.facade.room import whole
