@@ -13,15 +13,16 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from topkast_func.bits import unpacked
 from topkast_func.checks import dispatches
 from topkast_func.facade.derived import check_whole
+from topkast_func.facade.keeping import keep_within
 from topkast_func.facade.leaks import say_what_leaks
 from topkast_func.facade.patience import say_that_it_is_forgotten
 from topkast_func.facade.slots import as_it_begins, slots_of
 from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.facade.unfinished import hold_on_to
-from topkast_func.facade.watched import enlist, watched
+from topkast_func.facade.watched import enlist, enlisted, watched
+from topkast_func.facade.writers import check_apart_from_others, note
 
 
 class Held(NamedTuple):
@@ -48,11 +49,13 @@ class Steps:
     Attributes:
         held: The sparse weights before each.
         running: How many of them are moving weights.
+        known: How many layers had been watched when its parameters were last looked at.
     """
 
     def __init__(self) -> None:
         self.held: list[list[Held]] = []
         self.running = 0
+        self.known = 0
 
 
 _BEGUN: "WeakKeyDictionary[Optimizer, Steps]" = WeakKeyDictionary()
@@ -86,7 +89,11 @@ def _hook() -> None:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Keep θ of the sparse weights for the time of the step."""
     hold_on_to(type(optimizer), _around)
-    found = list(_sparse_weights_of(optimizer))
+    sparse, steps = watched(), _BEGUN.setdefault(optimizer, Steps())
+    if steps.known != enlisted():
+        check_apart_from_others(optimizer, sparse)
+        steps.known = enlisted()
+    found = list(_among(sparse, optimizer))
     for _, weight, theta, _ in found:
         check_whole(theta, weight.rule.name)
     known = _COPIES.pop(optimizer, {})
@@ -94,7 +101,6 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         Held(layer, weight, theta, _copied(theta.detach(), known.get(id(theta))), group)
         for layer, weight, theta, group in found
     ]
-    steps = _BEGUN.setdefault(optimizer, Steps())
     steps.held[steps.running :] = [held]  # without those that a hook has put an end to
     say_what_leaks((h.layer, h.weight) for h in held if not h.weight.steps)
     if isinstance(optimizer, LBFGS):
@@ -128,7 +134,10 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for _, weight, theta, *_ in held:
         weight.steps += theta.grad is not None
     _put_back(optimizer, held)
-    _COPIES[optimizer] = {id(h.theta): h.before for h in held if h.before.device.type == "cpu"}
+    copied = [h for h in held if h.before.device.type == "cpu"]
+    _COPIES[optimizer] = {id(h.theta): h.before for h in copied}
+    for h in copied:
+        note(h.weight, h.before)
     if late := [h.weight for h in held if h.weight.steps > h.weight.overdue]:
         say_that_it_is_forgotten(late)
 
@@ -138,10 +147,10 @@ def _put_back(optimizer: Optimizer, held: list[Held]) -> None:
     """Put back what lies outside B, bit for bit, and let slots there be as they begin."""
     for layer, weight, theta, before, group in held:
         inside = weight.backward_bits(layer)
-        _keep_within(inside, theta, before)
+        keep_within(inside, theta, before)
         for name, slot in slots_of(optimizer, theta).items():
             begun = as_it_begins(name, slot, theta, inside, optimizer, group)
-            _keep_within(inside, slot, begun)
+            keep_within(inside, slot, begun)
 
 
 def _copied(theta: Tensor, known: Tensor | None) -> Tensor:
@@ -155,27 +164,14 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None:
-    """Leave the entries that bits mark, and put back what others were; None for 0."""
-    fast = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
-    if fast and tensor.is_contiguous() and not dispatches(tensor):
-        from topkast_func.kernels.within import keep_within
-
-        keep_within(bits, tensor, elsewhere)
-    else:
-        others = 0.0 if elsewhere is None else elsewhere
-        tensor.copy_(torch.where(unpacked(bits, tensor.shape), tensor, others))
-
-
-def _sparse_weights_of(
-    optimizer: Optimizer,
+def _among(
+    sparse: Mapping[int, tuple[nn.Module, SparseWeight]], optimizer: Optimizer
 ) -> Iterator[tuple[nn.Module, SparseWeight, nn.Parameter, Mapping[str, Any]]]:
-    """Find the sparse weights among the parameters of an optimiser, each once."""
-    found = watched()
+    """Find sparse weights among the parameters of an optimiser, each once."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if id(parameter) in found:
-                yield *found[id(parameter)], parameter, group
+            if id(parameter) in sparse:
+                yield *sparse[id(parameter)], parameter, group
 
 
 def _start_anew_after_a_refresh(optimizer: LBFGS, held: list[Held]) -> None:

@@ -9,13 +9,22 @@ from topkast_func.powerprop import phi_is_told_by
 
 _LAYERS: "WeakValueDictionary[int, nn.Module]" = WeakValueDictionary()
 
+_enlisted = 0
+
 
 def enlist(layer: nn.Module) -> None:
     """Take a layer in.
 
     It is asked for its parameters at each step, so that others may take their place.
     """
+    global _enlisted
+    _enlisted += 1
     _LAYERS[id(layer)] = layer
+
+
+def enlisted() -> int:
+    """Return how often a layer has been taken in so far."""
+    return _enlisted
 
 
 def release(layer: nn.Module) -> None:
