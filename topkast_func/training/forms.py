@@ -12,7 +12,7 @@ STORAGES = {Weights: (CompactWeights, DenseWeights)}
 """Classes that fulfil a protocol."""
 
 
-def check_form(name: str, value: tuple[Any, ...]) -> None:
+def check_form(name: str, value: Any) -> None:
     """Check that the fields of a named tuple are what they are annotated to be.
 
     Tuples within it are looked into, and the values of dictionaries are asked for their class.
@@ -24,7 +24,8 @@ def check_form(name: str, value: tuple[Any, ...]) -> None:
     Raises:
         TypeError: One is not.
     """
-    for (field, kinds, within), found in zip(_fields(type(value)), value, strict=True):
+    kind: Any = type(value)
+    for (field, kinds, within), found in zip(_fields(kind), value, strict=True):
         if not isinstance(found, kinds):
             raise TypeError(_misfit(f"{name}.{field}", kinds, found))
         if within is not None:
@@ -35,9 +36,9 @@ def check_form(name: str, value: tuple[Any, ...]) -> None:
 
 
 @cache
-def _fields(kind: Any) -> list[tuple[str, tuple[type, ...], Any]]:
+def _fields(kind: Any) -> list[tuple[str, Any, Any]]:
     """Return name and classes of each field, and of a dictionary the annotation of its values."""
-    fields: list[tuple[str, tuple[type, ...], Any]] = []
+    fields: list[tuple[str, Any, Any]] = []
     for name, hint in get_type_hints(kind).items():
         inner = get_args(hint)[1] if get_origin(hint) is dict else None
         kinds = STORAGES.get(hint, (hint,)) if inner is None else (Mapping,)
