@@ -26,12 +26,12 @@ from topkast_func.facade.owners import (
     summary_of,
 )
 from topkast_func.facade.patience import patience
+from topkast_func.facade.penalty import penalty_of
 from topkast_func.facade.probes import ask_for_gradients, gradients_asked_for
 from topkast_func.facade.progress import Progress, held_by
 from topkast_func.facade.room import whole
 from topkast_func.facade.within import check_alike, summed
 from topkast_func.facade.writers import forget
-from topkast_func.penalty import summed_penalty
 from topkast_func.ranking import NaNParameterError
 from topkast_func.report.summary import Summary
 from topkast_func.training.refresh import chosen_anew
@@ -138,20 +138,10 @@ class Sparsifier(Fixed):
     def penalty(self) -> Tensor:
         """Return the exploration penalty with its weight λ, 0-d, to be added to the loss as it is.
 
-        (``metrics.penalty`` of a step of `make_train_step` is without λ.)
+        (``metrics.penalty`` of a step of `make_train_step` is without λ.) It can be differentiated
+        where it is 0 too, for a method that does not explore say.
         """
-        owners = self._owners()
-        if not owners:
-            return torch.zeros((), dtype=torch.float32, device="cpu")
-        raw = parameters_of(owners)
-        shapes, device = {n: p.shape for n, p in raw.items()}, next(iter(raw.values())).device
-
-        def parts(name: str) -> tuple[Tensor, Tensor]:
-            layer, weight = owners[name][0]
-            return weight.parts(layer)
-
-        penalty = summed_penalty(shapes, parts, self.config, device, self.steps)
-        return self.config.penalty_weight * penalty
+        return penalty_of(self._owners(), self.model, self.config, self.steps)
 
     def penalize(self, optimizer: Optimizer, scale: float = 1.0) -> bool:
         """Add the gradient of the penalty to that of the loss, for loops whose loss is without it.
