@@ -133,6 +133,8 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = begun.held.pop() if begun is not None and begun.held else []
     for _, weight, theta, *_ in held:
         weight.steps += theta.grad is not None
+        if weight.asked is not None:
+            weight.asked.settle()
     _put_back(optimizer, held)
     copied = [h for h in held if h.before.device.type == "cpu"]
     _COPIES[optimizer] = {id(h.theta): h.before for h in copied}
