@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from topkast_func.checks import check_count, check_number
 from topkast_func.config import TopKastConfig
-from topkast_func.facade.derived import POWERPROP
 from topkast_func.facade.fixed import Fixed
+from topkast_func.facade.loading import POWERPROP
 from topkast_func.facade.owners import (
     Owners,
     are_of_stage,
