@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from topkast_func.block_masks import is_of_blocks
-from topkast_func.checks import readable
 from topkast_func.config import TopKastConfig
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
@@ -15,6 +14,7 @@ from topkast_func.kernels.pattern import pattern_of, places_in
 from topkast_func.masks import telling
 from topkast_func.model.indexed import Indexed
 from topkast_func.places import counted
+from topkast_func.reading import readable
 from topkast_func.types import Masks, changed
 
 UNSHARDED = (

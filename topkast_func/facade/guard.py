@@ -13,7 +13,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from topkast_func.checks import dispatches
 from topkast_func.facade.derived import check_whole
 from topkast_func.facade.keeping import keep_within
 from topkast_func.facade.leaks import say_what_leaks
@@ -23,6 +22,7 @@ from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.facade.unfinished import hold_on_to
 from topkast_func.facade.watched import enlist, enlisted, watched
 from topkast_func.facade.writers import check_apart_from_others, note
+from topkast_func.reading import dispatches
 
 
 class Held(NamedTuple):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.bits import unpacked
-from topkast_func.checks import dispatches
+from topkast_func.reading import dispatches
 
 
 def keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None:

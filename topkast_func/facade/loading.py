@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topkast_func.checks import readable
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.derived import counts_of
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.reading import readable
 from topkast_func.warn import warn_caller
 
 POWERPROP = "powerprop"

@@ -33,6 +33,7 @@ from topkast_func.facade.room import whole
 from topkast_func.facade.within import check_alike, summed
 from topkast_func.facade.writers import forget
 from topkast_func.ranking import NaNParameterError
+from topkast_func.reading import check_numbers
 from topkast_func.report.summary import Summary
 from topkast_func.training.refresh import chosen_anew
 from topkast_func.types import Masks, Tensors
@@ -108,6 +109,7 @@ class Sparsifier(Fixed):
             torch.OutOfMemoryError: The device has too little memory; nothing has changed, and what
                 was called can be called again.
         """
+        check_numbers("a refresh")
         check_stage(owners := self._owners())
         trained = parameters_of(owners)
         raw = {name: parameter.detach() for name, parameter in trained.items()}

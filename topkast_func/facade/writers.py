@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from topkast_func.checks import dispatches, readable
 from topkast_func.facade.keeping import keep_within
 from topkast_func.facade.sparse_weight import SparseWeight
+from topkast_func.reading import dispatches, readable
 from topkast_func.warn import warn_caller
 
 WINDOW = 1 << 14
