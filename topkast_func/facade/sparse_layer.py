@@ -17,6 +17,7 @@ from topkast_func.facade.dense_gradient import kept_in_step
 from topkast_func.facade.derived import UNSHARDED
 from topkast_func.facade.guard import watch
 from topkast_func.facade.loading import POWERPROP, load
+from topkast_func.facade.outsiders import say_who_reads
 from topkast_func.facade.replaced import check_kept, check_stays
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
@@ -66,6 +67,7 @@ def sparse_attribute(key: str) -> property:
             return weights[key].alpha(layer)
         if key in weights:
             check_stays(key)
+            say_who_reads(weights[key])
         return layer._parameters[key]
 
     def write(layer: nn.Module, value: object) -> None:

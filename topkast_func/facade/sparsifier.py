@@ -44,6 +44,9 @@ class Sparsifier(Fixed):
 
     The module holds all else: θ in its parameters, A and B in its buffers.
 
+    `torch.optim.LBFGS` is to have ``line_search_fn="strong_wolfe"``, or B to be A: on B∖A the
+    gradient is that of no function of θ, of which it would estimate the curvature, and diverge.
+
     Args:
         model: The module.
         config: The configuration.
