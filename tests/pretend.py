@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 import topkast_func
 from topkast_func import checks, leaves
-from topkast_func.checks import dispatches
+from topkast_func.reading import dispatches
 from topkast_func.training import compilation
 
 DEVICE = torch.device("lazy:0")

@@ -16,6 +16,7 @@ PACKAGES = [
     "elsewhere",
     "compiling",
     "checks",
+    "reading",
     "powerprop",
     "leaves",
     "trees",

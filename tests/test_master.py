@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import topkast_func as tk
@@ -240,3 +241,34 @@ def test_sets_are_those_of_a_float32_run_that_rounds_until_a_tie(half: torch.dty
     torch.testing.assert_close(
         losses[:together], expected[:together], rtol=0, atol=0.25 * torch.finfo(half).eps
     )
+
+
+class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the float32 tensors of a shape that are made of one of any dtype."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+            self.count += result.dtype == torch.float32 and tuple(result.shape) == self.shape
+        return result
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_weight_is_copied_once_at_the_start(storage: Any, dtype: torch.dtype) -> None:
+    model = nn.Linear(11, 13, bias=False, dtype=dtype)
+    sets = _sets(model)
+    with _Copies((13, 11)) as copies:
+        state = tk.init_state(
+            model, CONFIG, tk.sgd(0.1), storage=storage, master=torch.float32, masks=sets
+        )
+    assert copies.count == 1
+    assert tk.dense_params(state)["weight"].data_ptr() != model.weight.data_ptr()
+
+
+def _sets(model: nn.Module) -> Any:
+    return tk.compute_masks(dict(model.named_parameters()), CONFIG)

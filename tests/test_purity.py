@@ -312,7 +312,7 @@ def test_a_hook_that_is_not_of_the_model_is_called_as_long_as_it_is_there(
     [
         ("step", torch.tensor(3.0)),
         ("step", torch.tensor(-3)),
-        ("seed", 7),
+        ("seed", torch.tensor(7.0)),
         ("mask_seed", torch.tensor(0, device="meta")),
     ],
 )

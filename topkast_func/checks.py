@@ -1,11 +1,7 @@
 """Checks of single arguments, whose errors name the argument, its range and its value."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
-
-import torch
-from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 LARGEST = 3.4028234663852886e38
 """The largest number of float32, in which much is computed."""
@@ -186,23 +182,6 @@ def check_block_shape(name: str, value: object) -> tuple[int, int]:
         raise TypeError(f"{name} must be a pair (rows, columns), got {value!r}")
     rows, columns = (check_count(name, side, 1) for side in value)
     return rows, columns
-
-
-def dispatches(tensor: Tensor) -> bool:
-    """Return whether the class of a tensor overrides how operations on it are computed."""
-    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def readable(tensor: Tensor) -> bool:
-    """Return whether the host can read the numbers of a tensor."""
-    return not (dispatches(tensor) or tensor.is_meta or is_functorch_wrapped_tensor(tensor))
-
-
-def versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return numbers that are others after a write; none in a graph, nor of inference tensors."""
-    if torch.compiler.is_compiling():
-        return {}
-    return {name: t._version for name, t in tensors.items() if not t.is_inference()}
 
 
 def check_type(name: str, value: object, kind: type, way: str = "") -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from topkast_func.checks import dispatches
+from topkast_func.reading import dispatches
 
 
 def check_tensor(what: str, leaf: object) -> Tensor:

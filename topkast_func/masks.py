@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from topkast_func.block_masks import blocks, spread
-from topkast_func.checks import check_count, versions
+from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
 from topkast_func.groups import uneven
@@ -18,6 +18,7 @@ from topkast_func.leaves import check_present
 from topkast_func.methods.base import Situation, check_kind, size_problem
 from topkast_func.places import counted
 from topkast_func.ranking import NO_RANKING, NaNParameterError, kept, magnitudes
+from topkast_func.reading import versions
 from topkast_func.sparsity import Allocation
 from topkast_func.types import Masks, Params
 

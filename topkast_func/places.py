@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topkast_func.checks import readable
+from topkast_func.reading import readable
 from topkast_func.types import Masks
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from topkast_func.checks import readable
+from topkast_func.reading import readable
 
 _PHI: list[Callable[[], Iterable[Tensor]]] = []
 """Who knows of parameters of modules that hold φ."""

@@ -3,11 +3,17 @@
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 
 import torch
 
 _INNER = tuple(f"{Path(module).parent}/" for module in (__file__, torch.__file__))
 """Where the files of this library and of torch are."""
+
+
+def is_inner(frame: FrameType) -> bool:
+    """Return whether a frame runs code of this library or of torch."""
+    return frame.f_code.co_filename.startswith(_INNER)
 
 
 def warn_caller(message: str) -> None:
@@ -17,6 +23,6 @@ def warn_caller(message: str) -> None:
         message: The warning.
     """
     level = 1
-    while sys._getframe(level).f_code.co_filename.startswith(_INNER):
+    while is_inner(sys._getframe(level)):
         level += 1
     warnings.warn(message, stacklevel=level + 1)

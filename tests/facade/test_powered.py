@@ -209,5 +209,21 @@ def test_a_weight_of_zeros_is_refused_and_the_others_stay() -> None:
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     tk.sparsify(model, replace(CONFIG, keep_dense="2.weight"))
+    zeros = copy.copy(before)  # with its metadata
+    zeros.update((n, torch.zeros_like(v)) for n, v in before.items())
     with pytest.raises(RuntimeError, match="is zero everywhere"):
-        model.load_state_dict({n: torch.zeros_like(v) for n, v in before.items()})
+        model.load_state_dict(zeros)
+
+
+def test_a_state_dict_that_does_not_tell_theta_from_phi_is_named() -> None:
+    theirs, model, plain = network(), network(), network()
+    tk.sparsify(theirs, CONFIG)
+    ours = tk.sparsify(model, CONFIG)
+    model.load_state_dict(dict(theirs.state_dict()))  # its sets tell
+    assert torch.equal(model[0].weight, theirs[0].weight)
+    stripped = {n: v for n, v in theirs.state_dict().items() if not n.endswith("_sets")}
+    for state in (stripped, dict(plain.state_dict())):
+        with pytest.warns(UserWarning, match=r"not tell .* θ or φ of powerprop=2.0: .*_sets"):
+            model.load_state_dict(state)
+    torch.testing.assert_close(ours.dense_params()["0.weight"], plain[0].weight.detach())
+    model.load_state_dict(plain.state_dict())

@@ -25,6 +25,12 @@ MIXED: dict[type[StandIn], Any] = {
 }
 """What computes in modules of the classes that a stand-in knows."""
 
+QUANTIZED = (
+    "torch.ao.quantization knows no sparse {} and would leave it as it is: quantize a copy that "
+    "is plain, tk.densify(copy.deepcopy(model))"
+)
+"""What whoever quantizes is told, who first gives each module a ``qconfig``."""
+
 
 @cache
 def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
@@ -57,6 +63,8 @@ def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
         return _blank, (plain, keys), *state
 
     def assign(self: Any, name: str, value: Any) -> None:
+        if name == "qconfig" and weights_of(self):
+            raise TypeError(QUANTIZED.format(plain.__name__))
         if name in keys and name in weights_of(self):
             check_whole(value, weights_of(self)[name].rule.name)
         plain.__setattr__(self, name, value)

@@ -4,6 +4,7 @@ It is kept as torch keeps that of the parameter: what `zero_grad` has thrown awa
 and what a backward pass computes while the parameter is frozen never does.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,45 +38,73 @@ def moved(probe: Tensor | None, raw: Tensor) -> Tensor | None:
     return known
 
 
-def kept_in_step(
-    probe: Tensor | None, raw: Tensor, before: RemovableHandle | None = None
-) -> RemovableHandle | None:
+class InStep:
+    """Clears the gradient of zeros wherever that of the parameter has been cleared.
+
+    It may have been set to 0, which tells nothing where it was 0 before, as it can be on B alone.
+
+    Args:
+        probe: The zeros.
+        raw: The parameter.
+    """
+
+    def __init__(self, probe: Tensor, raw: Any) -> None:
+        self._probe, self._raw, self._last, self._tells = probe, raw, -1, True
+        _hook(probe, self._before_probe)
+        self._hooks = (
+            (_hook(raw, self._before_raw), raw.register_post_accumulate_grad_hook(self._after_raw))
+            if raw.requires_grad
+            else ()
+        )
+
+    def remove(self) -> None:
+        """Take the hooks off the parameter again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def settle(self) -> None:
+        """Look at the parameter: what was computed before its gradient was cleared is none."""
+        gradient = self._raw.grad
+        if gradient is None or (self._tells and not gradient.any()):
+            self._probe.grad = None
+
+    def _begin(self) -> None:
+        """Look at the parameter before either has the gradient of this backward pass."""
+        if self._last != (current := torch._C._current_graph_task_id()):
+            self._last = current
+            self.settle()
+
+    def _before_probe(self, gradient: Tensor) -> Tensor | None:
+        self._begin()
+        return None if self._raw.requires_grad else torch.zeros_like(gradient)
+
+    def _before_raw(self, _: Tensor) -> None:
+        self._begin()
+
+    def _after_raw(self, raw: Tensor) -> None:
+        self._tells = raw.grad is None or bool(raw.grad.any())
+
+
+def kept_in_step(probe: Tensor | None, raw: Tensor, before: InStep | None = None) -> InStep | None:
     """Let the gradient of zeros be cleared wherever that of the parameter has been.
 
     Args:
         probe: The zeros; None if there are none.
         raw: The parameter.
-        before: What this returned last for the parameter, whose hook it then takes off.
+        before: What this returned last for the parameter, whose hooks it then takes off.
 
     Returns:
-        What takes the hook off the parameter again; None if it has none.
+        What takes the hooks off the parameter again; None without zeros.
     """
     if before is not None:
         before.remove()
-    if probe is None:
-        return None
-    last = -1
-
-    def begin() -> None:
-        """Look at the parameter before either has the gradient of this backward pass."""
-        nonlocal last
-        if last != (current := torch._C._current_graph_task_id()):
-            last = current
-            if raw.grad is None or not raw.grad.any():
-                probe.grad = None
-
-    def before_probe(gradient: Tensor) -> Tensor | None:
-        begin()
-        return None if raw.requires_grad else torch.zeros_like(gradient)
-
-    def before_raw(_: Tensor) -> None:
-        begin()
-
-    _hook(probe, before_probe)
-    return _hook(raw, before_raw) if raw.requires_grad else None
+    return None if probe is None else InStep(probe, raw)
 
 
-def _hook(tensor: Any, hook: Any) -> RemovableHandle:
+def _hook(tensor: Any, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    def call(gradient: Tensor) -> Tensor | None:
+        return hook(gradient)
+
     mark: Any = unserializable_hook
-    handle: RemovableHandle = tensor.register_hook(mark(hook))
+    handle: RemovableHandle = tensor.register_hook(mark(call))
     return handle

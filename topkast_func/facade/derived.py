@@ -1,13 +1,11 @@
 """What is derived from the bits of the sets: whether they are whole, and what the kernels read."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from topkast_func.block_masks import is_of_blocks
-from topkast_func.checks import readable
 from topkast_func.config import TopKastConfig
 from topkast_func.facade.alpha import masks_in
 from topkast_func.facade.rule import Rule
@@ -16,6 +14,7 @@ from topkast_func.kernels.pattern import pattern_of, places_in
 from topkast_func.masks import telling
 from topkast_func.model.indexed import Indexed
 from topkast_func.places import counted
+from topkast_func.reading import readable
 from topkast_func.types import Masks, changed
 
 UNSHARDED = (
@@ -23,9 +22,6 @@ UNSHARDED = (
     "among processes, DistributedDataParallel takes one whole, and tk.densify, before it is "
     "sharded, makes it a plain one"
 )
-
-POWERPROP = "powerprop"
-"""What the metadata of a state dict, which torch itself keeps, tell of a sparse layer."""
 
 
 class Derived(NamedTuple):
@@ -99,42 +95,6 @@ def counts_of(masks: Masks, config: TopKastConfig) -> tuple[int, int] | None:
     forward, backward, both, *uneven = counted(telling(*masks, config.group))
     whole = all(is_of_blocks(mask, config.block_shape) for mask in masks)
     return (forward, backward) if both == forward and not any(uneven) and whole else None
-
-
-def misfit(bits: object, exponent: float | None, rule: Rule, name: str) -> str | None:
-    """Say why what a checkpoint has is not of a weight, if it is not.
-
-    Args:
-        bits: What the checkpoint has of its sets; torch itself complains of another shape.
-        exponent: That of powerpropagation; None where the checkpoint does not tell.
-        rule: How the sets of the weight are chosen.
-        name: Name of the bits there.
-
-    Returns:
-        The reason.
-    """
-    size = (2, -(-math.prod(rule.shape) // 8))
-    if not isinstance(bits, Tensor) or not readable(bits) or bits.shape != size:
-        return None
-    if bits.dtype != torch.uint8:
-        return f"{name} must be torch.uint8, got {bits.dtype}"
-    if exponent not in {None, rule.config.powerprop}:
-        return (
-            f"the weight of {name} is of powerprop={exponent}, that of this layer of "
-            f"powerprop={rule.config.powerprop}: sparsify the model as it was, or load what "
-            "tk.densify leaves of that"
-        )
-    counts = counts_of(masks_in(bits, torch.Size(rule.shape)), rule.config)
-    if counts in rule.counts:
-        return None
-    known = " or ".join(map(str, sorted(rule.counts)))
-    block, group = rule.config.block_shape, rule.config.group
-    torn = "A outside B" + (f", or groups of {group} that differ" if group else "")
-    torn += f", or other blocks than {block}" if block != (1, 1) else ""
-    return (
-        f"{name} has |A|, |B| = {counts or torn}, this layer {known}: the checkpoint is of another "
-        "sparsity; without that key the sets are chosen from its weight"
-    )
 
 
 def check_whole(theta: Tensor, name: str) -> None:

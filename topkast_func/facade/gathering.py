@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from topkast_func.checks import readable
 from topkast_func.model.indexed import AnySets, Indexed
+from topkast_func.reading import readable
 from topkast_func.training.loss import parts_of
 
 

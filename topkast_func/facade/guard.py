@@ -1,10 +1,9 @@
 """What a step of any `torch.optim` optimiser may move: nothing outside B."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +13,16 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from topkast_func.bits import unpacked
-from topkast_func.checks import dispatches
-from topkast_func.config import TopKastConfig
 from topkast_func.facade.derived import check_whole
+from topkast_func.facade.keeping import keep_within
 from topkast_func.facade.leaks import say_what_leaks
+from topkast_func.facade.patience import say_that_it_is_forgotten
 from topkast_func.facade.slots import as_it_begins, slots_of
-from topkast_func.facade.sparse_weight import SparseWeight, weights_of
-from topkast_func.methods.exchange import Static
-from topkast_func.powerprop import phi_is_told_by
-from topkast_func.warn import warn_caller
+from topkast_func.facade.sparse_weight import SparseWeight
+from topkast_func.facade.unfinished import hold_on_to
+from topkast_func.facade.watched import enlist, enlisted, watched
+from topkast_func.facade.writers import check_apart_from_others, note
+from topkast_func.reading import dispatches
 
 
 class Held(NamedTuple):
@@ -44,8 +43,22 @@ class Held(NamedTuple):
     group: Mapping[str, Any]
 
 
-_LAYERS: "WeakValueDictionary[int, nn.Module]" = WeakValueDictionary()
-_HELD: "WeakKeyDictionary[Optimizer, list[Held]]" = WeakKeyDictionary()
+class Steps:
+    """The steps of an optimiser that have begun, one within another where it calls that of a base.
+
+    Attributes:
+        held: The sparse weights before each.
+        running: How many of them are moving weights.
+        known: How many layers had been watched when its parameters were last looked at.
+    """
+
+    def __init__(self) -> None:
+        self.held: list[list[Held]] = []
+        self.running = 0
+        self.known = 0
+
+
+_BEGUN: "WeakKeyDictionary[Optimizer, Steps]" = WeakKeyDictionary()
 _COPIES: "WeakKeyDictionary[Optimizer, dict[int, Tensor]]" = WeakKeyDictionary()
 """Of its last step, by the id of the parameter, to be written to again on a CPU, where memory that
 is new to a process costs four times the copying."""
@@ -54,39 +67,9 @@ _steps_made = 0
 
 
 def watch(layer: nn.Module) -> None:
-    """Guard the sparse weights of a layer as long as it lives, whichever optimiser has them.
-
-    The layer is asked for its parameters at each step, so that others may take their place.
-    """
-    _LAYERS[id(layer)] = layer
+    """Guard the sparse weights of a layer as long as it lives, whichever optimiser has them."""
+    enlist(layer)
     _hook()
-
-
-def release(layer: nn.Module) -> None:
-    """Stop guarding a layer."""
-    _LAYERS.pop(id(layer), None)
-
-
-def watched() -> dict[int, tuple[nn.Module, SparseWeight]]:
-    """Return the layers that are watched, and their sparse weights, by the id of the parameter."""
-    return {id(weight.raw(layer)): (layer, weight) for layer, weight in all_watched()}
-
-
-def all_watched() -> list[tuple[nn.Module, SparseWeight]]:
-    """Return each layer that is watched with each sparse weight that it has, tied ones too."""
-    layers = [layer for ref in _LAYERS.valuerefs() if (layer := ref()) is not None]
-    return [
-        (layer, weight)
-        for layer in layers
-        for key, weight in weights_of(layer).items()
-        if layer._parameters.get(key) is not None
-    ]
-
-
-@phi_is_told_by
-def _phi() -> list[Tensor]:
-    """Return the parameters that hold φ, of layers that are watched."""
-    return [w.raw(layer) for layer, w in all_watched() if w.rule.config.powerprop > 1.0]
 
 
 def steps_made() -> int:
@@ -105,7 +88,12 @@ def _hook() -> None:
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Keep θ of the sparse weights for the time of the step."""
-    found = list(_sparse_weights_of(optimizer))
+    hold_on_to(type(optimizer), _around)
+    sparse, steps = watched(), _BEGUN.setdefault(optimizer, Steps())
+    if steps.known != enlisted():
+        check_apart_from_others(optimizer, sparse)
+        steps.known = enlisted()
+    found = list(_among(sparse, optimizer))
     for _, weight, theta, _ in found:
         check_whole(theta, weight.rule.name)
     known = _COPIES.pop(optimizer, {})
@@ -113,28 +101,58 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         Held(layer, weight, theta, _copied(theta.detach(), known.get(id(theta))), group)
         for layer, weight, theta, group in found
     ]
-    _HELD[optimizer] = held
+    steps.held[steps.running :] = [held]  # without those that a hook has put an end to
     say_what_leaks((h.layer, h.weight) for h in held if not h.weight.steps)
     if isinstance(optimizer, LBFGS):
         _start_anew_after_a_refresh(optimizer, held)
 
 
+def _around(step: Callable[..., Any], optimizer: Optimizer, *inputs: Any, **options: Any) -> Any:
+    """Let an optimiser move weights; where that ends in an error, or hooks may, put them back."""
+    if torch.compiler.is_compiling():
+        return step(optimizer, *inputs, **options)
+    steps = _BEGUN.setdefault(optimizer, Steps())
+    steps.running += 1
+    finished = False
+    try:
+        result = step(optimizer, *inputs, **options)
+        finished = True
+    finally:
+        steps.running -= 1
+        if steps.held and (not finished or optimizer._optimizer_step_post_hooks):
+            _put_back(optimizer, steps.held[-1] if finished else steps.held.pop())
+    return result
+
+
 @torch.no_grad()
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Put back what lies outside B, bit for bit, and let slots there be as they begin."""
+    """Count the step, and put back what hooks have moved, too."""
     global _steps_made
     _steps_made += 1
-    held = _HELD.pop(optimizer, [])
-    for layer, weight, theta, before, group in held:
+    begun = _BEGUN.get(optimizer)
+    held = begun.held.pop() if begun is not None and begun.held else []
+    for _, weight, theta, *_ in held:
         weight.steps += theta.grad is not None
+        if weight.asked is not None:
+            weight.asked.settle()
+    _put_back(optimizer, held)
+    copied = [h for h in held if h.before.device.type == "cpu"]
+    _COPIES[optimizer] = {id(h.theta): h.before for h in copied}
+    for h in copied:
+        note(h.weight, h.before)
+    if late := [h.weight for h in held if h.weight.steps > h.weight.overdue]:
+        say_that_it_is_forgotten(late)
+
+
+@torch.no_grad()
+def _put_back(optimizer: Optimizer, held: list[Held]) -> None:
+    """Put back what lies outside B, bit for bit, and let slots there be as they begin."""
+    for layer, weight, theta, before, group in held:
         inside = weight.backward_bits(layer)
-        _keep_within(inside, theta, before)
+        keep_within(inside, theta, before)
         for name, slot in slots_of(optimizer, theta).items():
             begun = as_it_begins(name, slot, theta, inside, optimizer, group)
-            _keep_within(inside, slot, begun)
-    _COPIES[optimizer] = {id(h.theta): h.before for h in held if h.before.device.type == "cpu"}
-    if late := [h.weight for h in held if h.weight.steps > h.weight.overdue]:
-        _say_that_it_is_forgotten(late)
+            keep_within(inside, slot, begun)
 
 
 def _copied(theta: Tensor, known: Tensor | None) -> Tensor:
@@ -148,48 +166,14 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _keep_within(bits: Tensor, tensor: Tensor, elsewhere: Tensor | None) -> None:
-    """Leave the entries that bits mark, and put back what others were; None for 0."""
-    fast = tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64)
-    if fast and tensor.is_contiguous() and not dispatches(tensor):
-        from topkast_func.kernels.within import keep_within
-
-        keep_within(bits, tensor, elsewhere)
-    else:
-        others = 0.0 if elsewhere is None else elsewhere
-        tensor.copy_(torch.where(unpacked(bits, tensor.shape), tensor, others))
-
-
-def patience(config: TopKastConfig, step: int) -> float:
-    """Return how many steps of an optimiser may go by before it is said that nobody counts them.
-
-    Twice as many as there are between refreshes, at the least a few: an optimiser may wrap
-    another, and both are heard of. Without refreshes nothing is amiss.
-    """
-    every = config.schedule.interval(step)
-    stay = config.schedule.settled(step) or isinstance(config.method, Static)
-    return math.inf if every is None or stay else max(2 * every, 10)
-
-
-def _say_that_it_is_forgotten(late: list[SparseWeight]) -> None:
-    for weight in late:
-        weight.overdue = math.inf
-    warn_caller(
-        "the optimizer goes on and nobody calls sparsifier.step(): the sets are never chosen anew. "
-        "Call it once after each optimizer.step(), or give the trainer its TopKastCallback; "
-        "refresh_every=None leaves the sets to sparsifier.refresh()"
-    )
-
-
-def _sparse_weights_of(
-    optimizer: Optimizer,
+def _among(
+    sparse: Mapping[int, tuple[nn.Module, SparseWeight]], optimizer: Optimizer
 ) -> Iterator[tuple[nn.Module, SparseWeight, nn.Parameter, Mapping[str, Any]]]:
-    """Find the sparse weights among the parameters of an optimiser, each once."""
-    found = watched()
+    """Find sparse weights among the parameters of an optimiser, each once."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if id(parameter) in found:
-                yield *found[id(parameter)], parameter, group
+            if id(parameter) in sparse:
+                yield *sparse[id(parameter)], parameter, group
 
 
 def _start_anew_after_a_refresh(optimizer: LBFGS, held: list[Held]) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from topkast_func.bits import unpacked
-from topkast_func.checks import readable
 from topkast_func.facade.sparse_weight import SparseWeight
+from topkast_func.reading import readable
 from topkast_func.warn import warn_caller
 
 

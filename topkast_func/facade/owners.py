@@ -10,8 +10,8 @@ from torch import nn
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import shared_among_all
 from topkast_func.config.selection import reason_dense
-from topkast_func.facade.guard import all_watched
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.facade.watched import all_watched
 from topkast_func.masks import counts_among
 from topkast_func.model.axes import Axes, axes_by_name
 from topkast_func.report.notes import Row, notes, with_lines

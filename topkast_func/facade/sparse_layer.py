@@ -13,13 +13,15 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from topkast_func.checks import readable
 from topkast_func.facade.dense_gradient import kept_in_step
-from topkast_func.facade.derived import POWERPROP, UNSHARDED, misfit
-from topkast_func.facade.guard import release, watch
+from topkast_func.facade.derived import UNSHARDED
+from topkast_func.facade.guard import watch
+from topkast_func.facade.loading import POWERPROP, load
+from topkast_func.facade.outsiders import say_who_reads
 from topkast_func.facade.replaced import check_kept, check_stays
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
+from topkast_func.facade.watched import release
 from topkast_func.model.alone import KEPT
 from topkast_func.types import Masks
 
@@ -65,6 +67,7 @@ def sparse_attribute(key: str) -> property:
             return weights[key].alpha(layer)
         if key in weights:
             check_stays(key)
+            say_who_reads(weights[key])
         return layer._parameters[key]
 
     def write(layer: nn.Module, value: object) -> None:
@@ -188,36 +191,9 @@ class SparseLayer(nn.Module):
             about.setdefault(POWERPROP, {})[weight.key] = weight.rule.config.powerprop
         super()._save_to_state_dict(destination, prefix, *arguments)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
-    ) -> None:
+    def _load_from_state_dict(self, *arguments: Any) -> None:
         """Load θ, or φ that is told to be one, and its sets; if missing, these are chosen."""
-        metadata, missing, errors = arguments[0], arguments[2], arguments[4]
-        found = {w: f"{prefix}{w.buffer}" for w in weights_of(self).values()}
-        told = {w: metadata.get(POWERPROP, {}).get(w.key) for w in found}
-        misfits = [misfit(state_dict.get(n), told[w], w.rule, n) for w, n in found.items()]
-        if any(misfits):
-            errors.extend(filter(None, misfits))
-            return
-        before = len(errors)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
-        for weight, name in found.items():
-            if name in missing:
-                missing.remove(name)
-            loaded = len(errors) == before and f"{prefix}{weight.key}" in state_dict
-            if name in state_dict or not loaded or not readable(weight.raw(self)):
-                weight.look(self)
-                continue
-            try:
-                held, exponent = told[weight] or 1.0, weight.rule.config.powerprop
-                if metadata.get("assign_to_params_buffers") and held != exponent:
-                    raw = weight.raw(self)  # whose numbers are those of the state dict's owner
-                    own = nn.Parameter(raw.detach().clone(), raw.requires_grad)
-                    self._parameters[weight.key] = own
-                weight.begin(self, held)
-                weight.choose(self)
-            except ValueError as reason:
-                errors.append(f"{prefix}{weight.key}: {reason}")
+        load(self, super()._load_from_state_dict, *arguments)
 
 
 def make_sparse(layer: nn.Module, key: str, rule: Rule, masks: Masks | None = None) -> None:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from topkast_func.bits import packed
-from topkast_func.checks import readable
 from topkast_func.facade.alpha import SETS, alpha, masks_in
-from topkast_func.facade.dense_gradient import kept_in_step, moved
+from topkast_func.facade.dense_gradient import InStep, kept_in_step, moved
 from topkast_func.facade.derived import Derived, bits_in, check_whole, derive
 from topkast_func.facade.gathering import Gathering
 from topkast_func.facade.rule import Rule
@@ -24,6 +23,7 @@ from topkast_func.masks import masks_at
 from topkast_func.model.alone import KEPT
 from topkast_func.model.indexed import AnySets
 from topkast_func.powerprop import check_moves, phi_of, theta_of
+from topkast_func.reading import readable
 from topkast_func.types import Masks
 
 
@@ -43,13 +43,13 @@ class SparseWeight:
         overdue: Number of these at which whoever is to count them has clearly forgotten to.
         given: |A| and |B| when sets were last chosen; None where others are as good.
         hook: Tells a sparsifier of backward passes that reach it, as long as it is sparse.
-        asked: A hook of the parameter that keeps the gradient of the probe in step with its own.
+        asked: Keeps the gradient of the probe in step with that of the parameter.
     """
 
     overdue = math.inf
     given: tuple[int, int] | None = None
     hook: RemovableHandle | None = None
-    asked: RemovableHandle | None = None
+    asked: InStep | None = None
 
     def __init__(self, key: str, rule: Rule) -> None:
         self.key, self.rule, self.steps = key, rule, 0
@@ -192,7 +192,7 @@ class SparseWeight:
             if torch.compiler.is_compiling() or not readable(sets):
                 return None
             known = self.look(layer)
-        elif not torch.compiler.is_compiling() and known.outdated:
+        elif not torch.compiler.is_compiling() and readable(sets) and known.outdated:
             known = self.look(layer)
         if known.counts is None and not sets.is_meta:
             self._mend(layer, known)

@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 
 from topkast_func.checks import check_count, check_number
 from topkast_func.config import TopKastConfig
-from topkast_func.facade.derived import POWERPROP
 from topkast_func.facade.fixed import Fixed
-from topkast_func.facade.guard import patience
+from topkast_func.facade.loading import POWERPROP
 from topkast_func.facade.owners import (
     Owners,
     are_of_stage,
@@ -26,12 +25,15 @@ from topkast_func.facade.owners import (
     parameters_of,
     summary_of,
 )
+from topkast_func.facade.patience import patience
+from topkast_func.facade.penalty import penalty_of
 from topkast_func.facade.probes import ask_for_gradients, gradients_asked_for
 from topkast_func.facade.progress import Progress, held_by
 from topkast_func.facade.room import whole
 from topkast_func.facade.within import check_alike, summed
-from topkast_func.penalty import summed_penalty, terms_of
+from topkast_func.facade.writers import forget
 from topkast_func.ranking import NaNParameterError
+from topkast_func.reading import check_numbers
 from topkast_func.report.summary import Summary
 from topkast_func.training.refresh import chosen_anew
 from topkast_func.types import Masks, Tensors
@@ -41,6 +43,9 @@ class Sparsifier(Fixed):
     """Keeps the schedule of a module that `sparsify` has made sparse.
 
     The module holds all else: θ in its parameters, A and B in its buffers.
+
+    `torch.optim.LBFGS` is to have ``line_search_fn="strong_wolfe"``, or B to be A: on B∖A the
+    gradient is that of no function of θ, of which it would estimate the curvature, and diverge.
 
     Args:
         model: The module.
@@ -107,6 +112,7 @@ class Sparsifier(Fixed):
             torch.OutOfMemoryError: The device has too little memory; nothing has changed, and what
                 was called can be called again.
         """
+        check_numbers("a refresh")
         check_stage(owners := self._owners())
         trained = parameters_of(owners)
         raw = {name: parameter.detach() for name, parameter in trained.items()}
@@ -128,6 +134,7 @@ class Sparsifier(Fixed):
             for name in taken:
                 for layer, weight in owners[name]:
                     weight.hold(layer, masks[name])
+        forget(chain.from_iterable(owners.values()))
         for name in taken:
             if chosen[name] is not raw[name]:
                 raw[name].copy_(chosen[name])
@@ -136,20 +143,10 @@ class Sparsifier(Fixed):
     def penalty(self) -> Tensor:
         """Return the exploration penalty with its weight λ, 0-d, to be added to the loss as it is.
 
-        (``metrics.penalty`` of a step of `make_train_step` is without λ.)
+        (``metrics.penalty`` of a step of `make_train_step` is without λ.) It can be differentiated
+        where it is 0 too, for a method that does not explore say.
         """
-        owners = self._owners()
-        if not owners:
-            return torch.zeros((), dtype=torch.float32, device="cpu")
-        raw = parameters_of(owners)
-        shapes, device = {n: p.shape for n, p in raw.items()}, next(iter(raw.values())).device
-
-        def parts(name: str) -> tuple[Tensor, Tensor]:
-            layer, weight = owners[name][0]
-            return weight.parts(layer)
-
-        penalty = summed_penalty(terms_of(shapes, self.config, self.steps), parts, device)
-        return self.config.penalty_weight * penalty
+        return penalty_of(self._owners(), self.model, self.config, self.steps)
 
     def penalize(self, optimizer: Optimizer, scale: float = 1.0) -> bool:
         """Add the gradient of the penalty to that of the loss, for loops whose loss is without it.
@@ -210,6 +207,7 @@ class Sparsifier(Fixed):
                 f"state is of a run of powerprop={other}, this is of {self.config.powerprop}"
             )
         steps, seed = (check_count(name, state[name], 0) for name in ("steps", "seed"))
+        forget(chain.from_iterable(self._owners().values()))
         for _, weight in chain.from_iterable(self._owners().values()):
             weight.given = None
         self._steps, self._seed, self._loaded = steps, seed, True

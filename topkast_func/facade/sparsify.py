@@ -7,21 +7,22 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from topkast_func.checks import check_count, check_type, readable
+from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig, allocate
 from topkast_func.config.selection import warn_of_other_names
 from topkast_func.facade.classes import check_replaceable, sparse_class
-from topkast_func.facade.guard import watched
 from topkast_func.facade.owners import check_apart, first, owners_in
 from topkast_func.facade.replaced import check_nested
 from topkast_func.facade.rule import Rule
 from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
 from topkast_func.facade.sparsifier import Sparsifier
+from topkast_func.facade.watched import watched
 from topkast_func.kernels.engines import EngineName, check_engine
 from topkast_func.kernels.pattern import is_indexed
 from topkast_func.masks import compute_masks, counts
 from topkast_func.model.layers import stand_ins
 from topkast_func.model.modules import trainable
+from topkast_func.reading import check_numbers, readable
 from topkast_func.training.fits_config import check_masks
 from topkast_func.training.start import check_ties
 from topkast_func.types import Masks, Params
@@ -109,6 +110,7 @@ def sparsify(
         >>> type(densify(model)[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
+    check_numbers("tk.sparsify")
     check_engine(engine)
     check_count("seed", seed, 0)
     params = _checked(model, config)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules import module as torch_module
 
-from topkast_func.checks import versions
+from topkast_func.reading import versions
 from topkast_func.types import Model, Params, Tensors
 
 CHANGED = (

@@ -12,7 +12,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from topkast_func import compiling
-from topkast_func.checks import dispatches
+from topkast_func.reading import dispatches
 from topkast_func.warn import warn_caller
 
 ONE_GRAPH: Mapping[str, Any] = {"fullgraph": True, "dynamic": False}

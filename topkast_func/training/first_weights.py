@@ -103,7 +103,10 @@ def outlined_weights(
     check_master(master)
     params, layers = trained(model)
     sizes = counts(params, config)
-    outlines = {name: _raised(theta, master).to("meta") for name, theta in params.items()}
+    outlines = {
+        name: torch.empty_like(_plain(theta), dtype=_dtype(theta, master), device="meta")
+        for name, theta in params.items()
+    }
     sets = {n: Masks(*2 * [torch.empty_like(outlines[n], dtype=torch.bool)]) for n in sizes}
     if storage == "compact":
         return compact(outlines, sets, sizes, layers, config.block_shape)
@@ -165,7 +168,7 @@ def _stored(
     powers: Collection[str],
     manner: Manner,
 ) -> Weights:
-    raw = {name: _raised(theta, manner.master).clone() for name, theta in params.items()}
+    raw = {name: _kept(theta, manner.master) for name, theta in params.items()}
     params.clear()  # what was made for the state goes first: to choose and index takes memory too
     sets, exponent = _sets(raw, allocations, manner), manner.config.powerprop
     for name in [name for name in powers if name in raw]:
@@ -189,10 +192,17 @@ def _sets(
     }
 
 
-def _raised(theta: Tensor, master: torch.dtype | None) -> Tensor:
-    """Return a weight as a plain tensor, in the dtype that it is kept in."""
-    plain = theta.detach().as_subclass(Tensor)
-    return plain if master is None else plain.to(torch.promote_types(plain.dtype, master))
+def _kept(theta: Tensor, master: torch.dtype | None) -> Tensor:
+    """Return a copy of a weight as a plain tensor, in the dtype that it is kept in."""
+    return _plain(theta).to(_dtype(theta, master), copy=True)
+
+
+def _plain(theta: Tensor) -> Tensor:
+    return theta.detach().as_subclass(Tensor)
+
+
+def _dtype(theta: Tensor, master: torch.dtype | None) -> torch.dtype:
+    return theta.dtype if master is None else torch.promote_types(theta.dtype, master)
 
 
 def _joined(parts: Sequence[Weights], names: Sequence[str]) -> Weights:

@@ -11,6 +11,7 @@ from topkast_func.checks import check_type
 from topkast_func.powerprop import theta_of
 from topkast_func.storage.weights import Weights as Weights
 from topkast_func.training.brief import brief
+from topkast_func.training.forms import check_form
 from topkast_func.training.optim import OptimizerState
 from topkast_func.types import Masks, Params, Tensors
 
@@ -68,7 +69,11 @@ class TrainState(NamedTuple):
     split: dict[str, Part] = {}  # noqa: RUF012  # nobody writes to a state
 
     def __repr__(self) -> str:
-        """Print what it consists of, in a few lines."""
+        """Print what it consists of, in a few lines, or why it is none."""
+        try:
+            check_form("state", self)
+        except TypeError as reason:
+            return f"TrainState({reason})"
         return brief(self)
 
 
@@ -87,13 +92,14 @@ def check_state(state: object) -> None:
         state: What is to be one.
 
     Raises:
-        TypeError: It is none.
+        TypeError: It is none, or a part of it is of another type.
         ValueError: It is an ensemble of states, stacked, or its counters are no numbers to count.
     """
     check_type("state", state, TrainState, NO_STATE)
     if not isinstance(state, TrainState):
         return
-    if isinstance(state.step, Tensor) and state.step.ndim:
+    check_form("state", state)
+    if state.step.ndim:
         raise ValueError(
             "state is an ensemble of states, stacked: call this under torch.vmap, or take a member "
             "out of it, tree_map(lambda leaf: leaf[i], state)"
@@ -104,8 +110,8 @@ def check_state(state: object) -> None:
             raise ValueError(f"state.{name} must be an int64 tensor of at least 0, got {counter!r}")
 
 
-def _counts(counter: object) -> bool:
-    if not isinstance(counter, Tensor) or counter.dtype != torch.int64 or counter.is_meta:
+def _counts(counter: Tensor) -> bool:
+    if counter.dtype != torch.int64 or counter.is_meta:
         return False
     return is_functorch_wrapped_tensor(counter) or int(counter) >= 0
 

@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
-from topkast_func.checks import versions
 from topkast_func.compiling import graphs_begun
 from topkast_func.model.alone import parts_of
 from topkast_func.model.modules import CHANGED, bind, tensors_of, ties, unset_buffers
+from topkast_func.reading import versions
 from topkast_func.training.derivative import HOOKS, without_hooks
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.random_numbers import random_numbers_of

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from topkast_func.checks import versions
+from topkast_func.reading import versions
 from topkast_func.training.optim.rates import Rate
 from topkast_func.training.optim.transformation import Optimizer, OptimizerState, cast
 from topkast_func.trees import check_named, check_text

@@ -1,0 +1,44 @@
+"""Whether a tensor has numbers that the host can read, and whether they are others by now."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+_FAKE = _TorchDispatchModeKey.FAKE
+
+
+def dispatches(tensor: Tensor) -> bool:
+    """Return whether the class of a tensor overrides how operations on it are computed."""
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def readable(tensor: Tensor) -> bool:
+    """Return whether the host can read the numbers of a tensor."""
+    other = dispatches(tensor) or tensor.is_meta or is_functorch_wrapped_tensor(tensor)
+    return not other and _get_dispatch_mode(_FAKE) is None
+
+
+def check_numbers(what: str) -> None:
+    """Check that tensors have numbers, which those under `FakeTensorMode` have not.
+
+    Args:
+        what: Who needs them.
+
+    Raises:
+        RuntimeError: The mode is on.
+    """
+    if _get_dispatch_mode(_FAKE) is not None:
+        raise RuntimeError(
+            f"{what} reads the numbers of weights, and there are none under FakeTensorMode: call "
+            "it before; the forward and backward pass of a sparse model run under it"
+        )
+
+
+def versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return numbers that are others after a write; none in a graph, nor of inference tensors."""
+    if torch.compiler.is_compiling():
+        return {}
+    return {name: t._version for name, t in tensors.items() if not t.is_inference()}
