@@ -47,7 +47,7 @@ def test_a_wrapper_that_is_no_optimizer_is_noticed_where_it_writes() -> None:
     model = _model()
     sparsifier = sparsify(model, CONFIG)
     with pytest.warns(UserWarning, match=WRITTEN):
-        _train(model, sparsifier, Slow(SGD(model.parameters(), lr=1.0)), 30)
+        _train(model, sparsifier, Slow(SGD(model.parameters(), lr=1.0)), 200)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,7 +60,7 @@ def test_what_is_written_by_any_hand_is_noticed_in_each_layer_in_turn(
     optimizer = SGD(model.parameters(), lr=0.1)
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        for _ in range(20):
+        for _ in range(400):
             model.zero_grad()
             model(torch.randn(7, 6, dtype=dtype)).square().mean().backward()
             optimizer.step()
@@ -69,7 +69,7 @@ def test_what_is_written_by_any_hand_is_noticed_in_each_layer_in_turn(
             sparsifier.step()
     told = [str(w.message).split("'")[1] for w in found]
     assert {*told} == {"0.weight", "2.weight"}
-    assert len(told) < 10
+    assert len(told) < 100
 
 
 def test_nobody_is_blamed_for_what_optimizers_refreshes_and_checkpoints_do() -> None:

@@ -15,6 +15,9 @@ from topkast_func.warn import warn_caller
 WINDOW = 1 << 14
 """Entries that are looked at after a step."""
 
+EVERY = 4
+"""One of how many steps is looked at."""
+
 _BEFORE: "WeakKeyDictionary[SparseWeight, ref[Tensor]]" = WeakKeyDictionary()
 """Copies of θ before the last step of an optimiser, whose owner keeps them."""
 
@@ -63,15 +66,18 @@ def forget(weights: Iterable[tuple[nn.Module, SparseWeight]]) -> None:
 def say_who_writes(weights: Iterable[tuple[nn.Module, SparseWeight]], turn: int) -> None:
     """Warn if a part of a weight is another outside B than its optimiser has left it.
 
+    One step of a few is looked at, by no rule that a wrapper would have, too.
+
     Args:
         weights: Sparse weights that have been moved since the last call, of which one is looked at.
-        turn: A number that goes up from call to call, by which it is chosen, and which part.
+        turn: A number that is another in each call, by which it is chosen, and which part.
     """
+    chance, asked = divmod(_scattered(turn), EVERY)
     known = [(layer, weight) for layer, weight in weights if weight in _BEFORE]
-    if not known:
+    if asked or not known:
         return
-    turns = turn // len(known)
-    layer, weight = known[(turn + turns) % len(known)]
+    turns, which = divmod(chance, len(known))
+    layer, weight = known[which]
     before = _BEFORE.pop(weight)()
     if before is not None and _written_to(layer, weight, before, turns):
         warn_caller(
@@ -81,6 +87,13 @@ def say_who_writes(weights: Iterable[tuple[nn.Module, SparseWeight]], turn: int)
             "chosen by it. Derive the wrapper from torch.optim.Optimizer, whose step puts that "
             "back; if you constrain the weights by hand, nothing is amiss"
         )
+
+
+def _scattered(number: int) -> int:
+    """Return a number of 32 bits that follows from another in no way that is seen (Murmur)."""
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        number = (number ^ number >> 16) * factor & 0xFFFFFFFF
+    return number ^ number >> 16
 
 
 def _written_to(layer: nn.Module, weight: SparseWeight, before: Tensor, turn: int) -> bool:
