@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib import import_module
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ NO_RANKING = (
     "params[{!r}] holds NaN; its entries cannot be ranked. Where training made it: layers that "
     "normalise rows or columns divide by zero where A leaves one empty, and summary counts those"
 )
-
 
 Top: TypeAlias = Callable[[str, Tensor, Tensor | None, int, int], Sets]
 
@@ -94,15 +93,14 @@ def magnitudes(
     if block_shape == (1, 1):
         return theta if theta.dtype == torch.float64 else theta.float()
     rows, columns = block_shape
-    largest = torch.linalg.vector_norm(theta, torch.inf)
-    exponent = torch.frexp(largest.double()).exponent.clamp(-1000, 1000)
-    scale = torch.pow(2.0, -exponent.double())  # exact, and no square overflows
-    grid = (theta.shape[0] // rows, theta.shape[1] // columns)
-    found = torch.empty(*grid, *theta.shape[2:], dtype=torch.float64, device=theta.device)
+    largest = torch.linalg.vector_norm(theta, torch.inf).double()
+    scale = torch.pow(2.0, -torch.frexp(largest).exponent.clamp(-1000, 1000).double())  # exact
+    grid = (theta.shape[0] // rows, theta.shape[1] // columns, *theta.shape[2:])
+    found = theta.new_empty(grid, dtype=torch.float64)
     height = max(1, PIECE // (rows * theta[0].numel()))
     bands = zip(torch.split(theta, rows * height), torch.split(found, height), strict=True)
-    for band, scores in bands:
-        scaled = (band.double() * scale).reshape(-1, rows, grid[1], columns, *band.shape[2:])
+    for band, scores in bands:  # scaled, so that no square overflows
+        scaled = (band.double() * scale).reshape(-1, rows, grid[1], columns, *grid[2:])
         entries = scaled.square() if block_norm == "l2" else scaled.abs()
         scores.copy_(entries.sum(dim=(1, 3)))
     return found
@@ -171,7 +169,7 @@ def _top(name: str, scores: Tensor, places: Tensor | None, forward: int, backwar
     if scores.device.type != "cpu":
         return _top_in_order(scores.abs(), _keys(scores), forward, backward)
     many = scores.numel() >= MANY and installed("numba")
-    marks = (_top_by_bits if many else _top_by_values)(scores, places, forward, backward)
+    marks = (top_by_bits if many else _top_by_values)(scores, places, forward, backward)
     if marks is None:
         raise NaNParameterError(NO_RANKING.format(name))
     return marks
@@ -193,10 +191,13 @@ def _top_in_order(magnitudes: Tensor, keys: Tensor, forward: int, backward: int)
     return first, second
 
 
-def _top_by_bits(scores: Tensor, places: Tensor | None, forward: int, backward: int) -> Sets | None:
+def top_by_bits(
+    scores: Tensor, places: Tensor | None, forward: int, backward: int, **range_of: Any
+) -> Sets | None:
+    """Mark the largest of scores on the CPU, or of a range of them; see `top_marks`."""
     largest = import_module("topkast_func.kernels.largest")
     where = None if places is None else places.numpy()
-    marks = largest.top_marks(scores.numpy(), forward, backward, where)
+    marks = largest.top_marks(scores.numpy(), forward, backward, where, **range_of)
     return marks and tuple(map(torch.from_numpy, marks))
 
 

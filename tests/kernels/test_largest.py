@@ -1,6 +1,8 @@
 """The largest by their bits: the same with any number of threads, and far from small."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -87,3 +89,30 @@ def test_nan_has_no_marks_and_infinity_has() -> None:
     marks = top_marks(given[:3], 2, 3)
     assert marks is not None
     assert marks[0].tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("kind", ["continuous", "half", "zeros", "NaN"])
+def test_marks_of_ranges_that_add_their_counts_are_those_of_the_whole(kind: str) -> None:
+    given = numbers("continuous" if kind == "NaN" else kind).astype(np.float32)
+    given[7] = np.nan if kind == "NaN" else given[7]
+    cuts, told, turn = [0, 100, SIZE // 2, SIZE], dict[int, Any](), threading.Barrier(3)
+
+    def marked(own: int) -> Any:
+        def total(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+            told[own] = counts
+            turn.wait()
+            summed: NDArray[np.int64] = sum(told.values())
+            turn.wait()
+            return summed
+
+        first, last = cuts[own : own + 2]
+        return top_marks(given[first:last], 7_000, 14_000, first=first, total=total)
+
+    with ThreadPoolExecutor(3) as beside:
+        found = list(beside.map(marked, range(3)))
+    whole = top_marks(given, 7_000, 14_000)
+    if whole is None:
+        assert found == [None] * 3
+        return
+    for mask, *parts in zip(whole, *found, strict=True):
+        np.testing.assert_array_equal(mask, np.concatenate(parts))

@@ -31,15 +31,16 @@ _DTYPES = {32: torch.float32, 64: torch.float64}
 
 
 class _Entries(NamedTuple):
-    """Numbers, and where they stand, if that is not everywhere."""
+    """Numbers, where they stand, if that is not everywhere, and where their range begins."""
 
     numbers: npt.NDArray[np.floating[Any]]
     places: npt.NDArray[np.int64] | None
+    first: int
 
-    def addresses(self) -> tuple[int, int, int]:
+    def addresses(self) -> tuple[int, int, int, int]:
         """Return what `_entries` takes."""
         places = self.numbers if self.places is None else self.places
-        return self.numbers.ctypes.data, places.ctypes.data, len(self.numbers)
+        return self.numbers.ctypes.data, places.ctypes.data, self.first, len(self.numbers)
 
 
 def top_marks(
@@ -47,28 +48,31 @@ def top_marks(
     forward: int,
     backward: int,
     places: npt.NDArray[np.int64] | None = None,
+    first: int = 0,
+    total: Callable[[Counts], Counts] = lambda counts: counts,
 ) -> tuple[Mask, Mask] | None:
     """Mark the entries of largest magnitude, ties going in the order of `tie_key`.
 
     Args:
-        numbers: 1-D, float32 or float64, contiguous.
-        forward: How many to mark in the first mask, at least 1.
+        numbers: 1-D, float32 or float64, contiguous: a tensor, or a range of it.
+        forward: How many to mark in the first mask, at least 1, in all ranges.
         backward: How many to mark in the second, at least as many.
-        places: Flat index of each number in the whole tensor, int64; None where the numbers
-            are all of it.
+        places: Where the numbers stand in the range, int64; None where they are all of it.
+        first: Flat index of the first entry of the range in the tensor.
+        total: Adds to counts those of the other ranges, wherever these are.
 
     Returns:
-        The two masks; None if a number is NaN.
+        The two masks; None if a number of any range is NaN.
     """
     width = 8 * numbers.itemsize
-    entries = _Entries(numbers, places)
-    counts = cache(partial(_counts, entries))
+    entries = _Entries(numbers, places, first)
+    counts = cache(lambda tied, shift, sought: total(_counts(entries, tied, shift, sought)))
     infinite = int(np.array(np.inf, numbers.dtype).view(f"u{numbers.itemsize}"))
     from_infinite_on = counts(None, width - DIGIT, 0)[infinite >> (width - DIGIT) :]
-    if from_infinite_on.any() and np.isnan(numbers).any():
+    if from_infinite_on.any() and total(np.isnan(numbers).sum(keepdims=True)).any():
         return None
-    first, second = (_limits(counts, width, wanted) for wanted in (forward, backward))
-    return _marked(entries, *first), _marked(entries, *second)
+    limits = [_limits(counts, width, wanted) for wanted in (forward, backward)]
+    return _marked(entries, *limits[0]), _marked(entries, *limits[1])
 
 
 def _limits(counts: Callable[..., Counts], width: int, wanted: int) -> tuple[int, int]:
@@ -123,6 +127,7 @@ def _count_kernel(dtype: torch.dtype, placed: bool, ranks: bool) -> Kernel:
         parts: Integer,
         numbers: Integer,
         places: Integer,
+        first: Integer,
         length: Integer,
         tied: Integer,
         shift: Integer,
@@ -130,7 +135,8 @@ def _count_kernel(dtype: torch.dtype, placed: bool, ranks: bool) -> Kernel:
         counts: Integer,
     ) -> None:
         here = counts + part * (8 * 2**DIGIT)
-        with _entries(tile, numbers, places if placed else None, length, part, parts) as entry:
+        own = numbers, places if placed else None, first, length
+        with _entries(tile, *own, part, parts) as entry:
             _, magnitude, rank = entry
             number = rank if ranks else magnitude
             begins = number.above_bits(shift).above_bits(DIGIT).equals(sought)
@@ -154,12 +160,14 @@ def _mark_kernel(dtype: torch.dtype, placed: bool) -> Kernel:
         parts: Integer,
         numbers: Integer,
         places: Integer,
+        first: Integer,
         length: Integer,
         smallest: Integer,
         smallest_rank: Integer,
         mask: Integer,
     ) -> None:
-        with _entries(tile, numbers, places if placed else None, length, part, parts) as entry:
+        own = numbers, places if placed else None, first, length
+        with _entries(tile, *own, part, parts) as entry:
             i, magnitude, rank = entry
             below = magnitude.below(smallest)
             tied = magnitude.equals(smallest)
@@ -175,6 +183,7 @@ def _entries(
     tile: Tile,
     numbers: Integer,
     places: Integer | None,
+    first: Integer,
     length: Integer,
     part: Integer,
     parts: Integer,
@@ -183,4 +192,4 @@ def _entries(
     with tile.loop(length * part // parts, length * (part + 1) // parts) as i:
         magnitude = tile.unsigned(numbers, i, tile.size) & (2 ** (8 * tile.size - 1) - 1)
         place = i if places is None else tile.unsigned(places, i, 8)
-        yield i, magnitude, _splitmix64(place) ^ -1
+        yield i, magnitude, _splitmix64(place + first) ^ -1

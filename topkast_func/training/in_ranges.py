@@ -19,7 +19,7 @@ from topkast_func.entry import entered
 from topkast_func.methods.base import Situation
 from topkast_func.model.alpha import split
 from topkast_func.ranking import magnitudes, ranked_by
-from topkast_func.storage.index import carry
+from topkast_func.storage.index import carry, old_slots
 from topkast_func.storage.parted import compact_in
 from topkast_func.training.refresh import sizes_after
 from topkast_func.training.split import joined_flat, joined_values, places_in
@@ -31,10 +31,9 @@ def up_to_date(ranks: Ranks, state: TrainState) -> Tensors:
     """Return the ranges of θ of this rank by name, with the values of B; a collective call."""
     found = {}
     for name, values in joined_values(ranks, state).items():
-        inside, here = _within(ranks, *places_in(state, name))
-        found[name] = state.split[name].theta.clone()
-        device = found[name].device
-        found[name][here.to(device)] = values[inside].to(device)
+        found[name] = own = state.split[name].theta.clone()
+        for part, here in _within(ranks, state, name):
+            own[here.to(own.device)] = values[part].to(own.device)
     return found
 
 
@@ -103,7 +102,7 @@ def moved(ranks: Ranks, before: TrainState, after: TrainState, ranges: Tensors) 
         The state after.
     """
     weights, parts = compact_in(after.weights), dict(after.split)
-    active, held = compact_in(before.weights).sets, dict(weights.values)
+    held = dict(weights.values)
     for name, own in ranges.items():
         (old, size), (new, _) = places_in(before, name), places_in(after, name)
         count = weights.sets(name).active_count
@@ -111,7 +110,7 @@ def moved(ranks: Ranks, before: TrainState, after: TrainState, ranges: Tensors) 
         begin, end = part_of(new.numel(), ranks.rank, ranks.size)
         mine = piece(torch.cat([first, rest]), begin, end)
         held[name] = placed(mine, begin, end, torch.cat([first, torch.zeros_like(rest)]))
-        source = _source(old, active(name).active_count, piece(new, begin, end), size)
+        source = old_slots(old, piece(new, begin, end), size)
         slots = {
             kind: carry(joined_flat(ranks, slot, old.numel()), source)
             for kind, slot in parts[name].slots.items()
@@ -122,21 +121,24 @@ def moved(ranks: Ranks, before: TrainState, after: TrainState, ranges: Tensors) 
 
 def _sets_within(ranks: Ranks, state: TrainState, name: str) -> Masks:
     """Return the sets of a parameter as they are, in the range of this rank."""
-    places, size = places_in(state, name)
     own = state.split[name].theta
-    count, masks = compact_in(state.weights).sets(name).active_count, []
-    for chosen in (places[:count], places):
-        mask = torch.zeros(own.shape, dtype=torch.bool, device=own.device)
-        _, here = _within(ranks, chosen, size)
-        masks.append(mask.index_fill_(0, here.to(own.device), True))
+    mask, masks = torch.zeros(own.shape, dtype=torch.bool, device=own.device), []
+    for _, here in _within(ranks, state, name):
+        mask = mask.index_fill(0, here.to(own.device), True)
+        masks.append(mask)
     return Masks(*masks)
 
 
-def _within(ranks: Ranks, places: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return which places are in the range of this rank, and where in it those are."""
+def _within(ranks: Ranks, state: TrainState, name: str) -> list[tuple[slice, Tensor]]:
+    """Return which values of A and of B∖A are in the range of this rank, and where in it."""
+    places, size = places_in(state, name)
     start, stop = part_of(size, ranks.rank, ranks.size)
-    inside = (places >= start) & (places < stop)
-    return inside, places[inside] - start
+    count, found = compact_in(state.weights).sets(name).active_count, []
+    for first, part in ((0, places[:count]), (count, places[count:])):
+        bounds = torch.tensor([start, stop], device=part.device)
+        low, high = torch.searchsorted(part, bounds).tolist()
+        found.append((slice(first + low, first + high), part[low:high] - start))
+    return found
 
 
 def _from_ranges(ranks: Ranks, own: Tensor, size: int, places: Tensor) -> Tensor:
@@ -148,13 +150,3 @@ def _from_ranges(ranks: Ranks, own: Tensor, size: int, places: Tensor) -> Tensor
     found = split(own, (places[first:last] - start).to(own.device)).to(places.device)
     whole = placed(found, first, last, found.new_zeros(places.shape))
     return from_owners(ranks, [bounds], [whole])[0]
-
-
-def _source(old: Tensor, active: int, new: Tensor, size: int) -> Tensor:
-    """Return which of the old values stood at new places; −1 for none; see `old_slots`."""
-    source = torch.full_like(new, -1)
-    for first, places in ((0, old[:active]), (active, old[active:])):
-        if places.numel():
-            found = torch.searchsorted(places, new).clamp(max=places.numel() - 1)
-            source = torch.where(places[found] == new, first + found, source)
-    return torch.where(new < size, source, -1)
