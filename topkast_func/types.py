@@ -37,19 +37,6 @@ class Masks(NamedTuple):
     backward: Tensor
 
 
-def loss_and_rest(result: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Return the loss of what a loss function returned, and a tuple of what came with it, if any.
-
-    Args:
-        result: A loss, or a pair of it and a tree of tensors; nothing of it is checked.
-
-    Returns:
-        The loss and the tuple.
-    """
-    loss, *rest = result if isinstance(result, tuple) and len(result) == 2 else (result,)
-    return loss, tuple(rest)
-
-
 def changed(fields: Fields, **new: Any) -> Fields:
     """Do what ``_replace`` does, of which Dynamo in torch 2.11 makes an empty tuple.
 

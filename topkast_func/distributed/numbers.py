@@ -17,7 +17,6 @@ from topkast_func.distributed.bucket import mean_over
 from topkast_func.distributed.models import is_mean
 from topkast_func.distributed.ranks import Ranks
 from topkast_func.distributed.roll import call_roll
-from topkast_func.types import loss_and_rest
 
 Outline: TypeAlias = tuple[tuple[str, torch.dtype], ...]
 """Where numbers stand in a tree, and their dtypes, in their order."""
@@ -38,32 +37,27 @@ class Numbers:
         self._ranks = ranks
         self._known: dict[Hashable, Outline] = {}
         self._mode: Hashable = None
-        self._seen: Outline | None = None
         self._last: Hashable = None
 
-    def begin(self, mode: Hashable) -> None:
-        """Begin a step of a mode."""
-        self._mode, self._seen, self._last = mode, None, None if mode != self._mode else self._last
-
-    def see(self, result: Any) -> None:
-        """Take note of what a loss function returns in a mode that is new."""
-        if self._mode not in self._known:
-            self._seen = outline(loss_and_rest(result)[1])
-
-    def expect(self, step: int) -> None:
-        """Compare what the trial of a new mode has found.
+    def expect(self, mode: Hashable, step: int, beside: tuple[Any, ...] | None) -> None:
+        """Begin a step of a mode; compare what the trial of a new one has found.
 
         Args:
+            mode: The mode.
             step: Number of the step, for the error.
+            beside: What came with the loss in the trial, if anything; None where it has failed.
 
         Raises:
             RuntimeError: A rank has found others; the same on every rank.
         """
-        if self._mode not in self._known:
-            if self._seen is not None:  # else it has failed, as the step will tell
-                call_roll(self._ranks, f"in step {step}, where loss_fn returns {_told(self._seen)}")
-            self._known[self._mode] = self._seen or ()
-        self.dtypes = _dtypes(self._known[self._mode])
+        if mode not in self._known:
+            found = outline(beside or ())
+            if beside is not None:  # else it has failed, as the step will tell
+                call_roll(self._ranks, f"in step {step}, where loss_fn returns {_told(found)}")
+            self._known[mode] = found
+        if mode != self._mode:
+            self._mode, self._last = mode, None
+        self.dtypes = _dtypes(self._known[mode])
 
     def sent(self, leaves: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         """Return what is sent of the leaves of a tree: NaN where they are not what others send."""

@@ -60,8 +60,14 @@ class Alone:
         """Return tensors averaged over the samples of the step."""
         return tensors
 
-    def expect(self, step: int) -> None:
-        """Let the ranks agree on what a trial has found, before a step that sends it."""
+    def expect(self, mode: Hashable, step: int, beside: tuple[Any, ...] | None) -> None:
+        """Let the ranks agree on what a trial has found, before a step that sends it.
+
+        Args:
+            mode: Mode of the model.
+            step: Number of the step.
+            beside: What came with the loss in the trial of a new mode; None where it has failed.
+        """
 
     def agreed(self, aux: tuple[Any, ...], step: int) -> tuple[Any, ...]:
         """Return what came with the loss of a step, once the ranks agree on what that is."""
@@ -75,7 +81,6 @@ class Alone:
         *,
         compared: Callable[[], Any],
         due: bool,
-        modes: Hashable,
         **kind: object,
     ) -> tuple[Any, Result]:
         """Run a step.
@@ -86,7 +91,6 @@ class Alone:
             run: The step of this rank.
             compared: ``compared()`` to what of the state all ranks hold alike; see `check_same`.
             due: Whether a refresh is due before or after it.
-            modes: Mode of the model.
             **kind: What else must be alike on all ranks, by what it is called.
 
         Returns:
@@ -117,16 +121,13 @@ class DataParallel(Alone):
         """Return a loss function that sees rows of zeros where the batch has none."""
 
         def fed(apply: Callable[..., Any], batch: Any) -> Any:
-            result = loss_fn(apply, filled(batch))
-            if not torch.compiler.is_compiling():
-                self._numbers.see(result)
-            return result
+            return loss_fn(apply, filled(batch))
 
         return fed
 
-    def expect(self, step: int) -> None:
+    def expect(self, mode: Hashable, step: int, beside: tuple[Any, ...] | None) -> None:
         """Let the ranks agree on what a trial has found; see `Alone.expect`."""
-        self._numbers.expect(step)
+        self._numbers.expect(mode, step, beside)
 
     def agreed(self, aux: tuple[Any, ...], step: int) -> tuple[Any, ...]:
         """Return what came with the loss; see `Alone.agreed`."""
@@ -175,7 +176,6 @@ class DataParallel(Alone):
         *,
         compared: Callable[[], Any],
         due: bool,
-        modes: Hashable,
         **kind: object,
     ) -> tuple[Any, Result]:
         """Run a step once all ranks are about to make the same; see `Alone.take_part`."""
@@ -184,9 +184,8 @@ class DataParallel(Alone):
             told = f"its step {self._failed} failed"
             raise RuntimeError(f"{self._at(step)}: {told}; {BROKEN}")
         self._failed = step
-        self._numbers.begin(modes)
         with self.ranks.waiting(f"in step {step}", fewer=True):
-            checks, samples = self._roll(state, batch, kind | {"modes": modes, "due": due})
+            checks, samples = self._roll(state, batch, kind | {"due": due})
         with self.ranks.waiting(f"in step {step}"):
             self._unchecked = 0 if checks else self._unchecked + 1
             if checks:

@@ -143,8 +143,8 @@ def built(
 
     def in_its_turn(state: TrainState, batch: Any, call: Call) -> tuple[TrainState, StepMetrics]:
         check(state, call.parts)
-        with trials.around(call.mode, state, batch):
-            ranks.expect(int(state.step))
+        with trials.around(call.mode, state, batch) as beside:
+            ranks.expect(call.mode, int(state.step), beside)
             return stepped(state, batch, call)
 
     @torch.inference_mode(False)

@@ -13,7 +13,7 @@ from topkast_func.model.fits import check_sets_of
 from topkast_func.model.forward import run_at_alpha
 from topkast_func.model.indexed import AnySets, Indexed
 from topkast_func.penalty import masked_parts, summed_penalty, terms_of
-from topkast_func.types import LossFn, Model, Params, loss_and_rest
+from topkast_func.types import LossFn, Model, Params
 
 
 def exploration_penalty(
@@ -138,7 +138,7 @@ def check_loss_fn(loss_fn: object, model: object) -> None:
         )
 
 
-def loss_and_aux(result: object) -> tuple[Tensor, tuple[Any, ...]]:
+def loss_and_aux(result: Any) -> tuple[Tensor, tuple[Any, ...]]:
     """Return the loss, and what came with it.
 
     Args:
@@ -151,7 +151,8 @@ def loss_and_aux(result: object) -> tuple[Tensor, tuple[Any, ...]]:
         TypeError: The loss is not a tensor, not 0-d or not of a floating-point dtype, or a leaf of
             the tree is no tensor.
     """
-    loss, aux = loss_and_rest(result)
+    pair = isinstance(result, tuple) and len(result) == 2
+    loss, aux = (result[0], result[1:]) if pair else (result, ())
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss_fn must return a 0-d tensor, got {type(loss).__name__}")
     if loss.ndim != 0:

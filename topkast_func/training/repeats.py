@@ -1,11 +1,15 @@
 """Whether a forward pass does the same again: what changes from call to call is in no state."""
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from topkast_func.warn import warn_caller
+
+Result: TypeAlias = tuple[Tensor, tuple[Any, ...]] | None
+"""What a trial comes to: the loss, and what came with it, if anything; None where it failed."""
 
 UNSTEADY = (
     "steps do not follow from state and batch alone, and are not resumed as they would have gone "
@@ -27,18 +31,22 @@ class Repeats:
         self._model = model
         self._counted: set[tuple[str, str]] = set()
 
-    def run(self, trial: Callable[[], Tensor | None], twice: bool) -> None:
+    def run(self, trial: Callable[[], Result], twice: bool) -> Result:
         """Try the forward pass, and put back the numbers that count its calls.
 
         Args:
-            trial: Returns the loss, or None where there is none.
+            trial: The trial.
             twice: Whether to see, and to warn, if it does not do the same again.
+
+        Returns:
+            What the first came to.
         """
         before = _numbers(self._model)
         try:
             first = trial()
             if twice:
                 self._check_again(first, trial)
+            return first
         finally:
             held = _parts(self._model)
             for part, key in self._counted:
@@ -47,15 +55,16 @@ class Repeats:
                 else:
                     vars(held[part]).pop(key, None)
 
-    def _check_again(self, first: Tensor | None, trial: Callable[[], Tensor | None]) -> None:
+    def _check_again(self, first: Result, trial: Callable[[], Result]) -> None:
         between = _numbers(self._model)
         second = trial()
         after = _numbers(self._model)
         counted = {place for place, number in after.items() if number != between.get(place)}
         self._counted |= counted
         told = []
-        if first is not None and second is not None and not _close(first, second):
-            told.append(OTHER_LOSS.format(float(first), float(second)))
+        losses = [result[0] for result in (first, second) if result]
+        if len(losses) == 2 and not _close(*losses):
+            told.append(OTHER_LOSS.format(*map(float, losses)))
         if counted:
             told.append(COUNTS.format(sorted(".".join(filter(None, place)) for place in counted)))
         if told:

@@ -21,7 +21,7 @@ from topkast_func.reading import versions
 from topkast_func.training.derivative import HOOKS, without_hooks
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.random_numbers import random_numbers_of
-from topkast_func.training.repeats import Repeats
+from topkast_func.training.repeats import Repeats, Result
 from topkast_func.training.state import TrainState, alpha_in
 from topkast_func.turns import RANDOM_NUMBERS, require
 from topkast_func.types import LossFn, Model, Tensors
@@ -62,7 +62,9 @@ class Trials:
         self._repeats = Repeats(model)
 
     @contextmanager
-    def around(self, mode: Hashable, state: TrainState, batch: Any) -> Iterator[None]:
+    def around(
+        self, mode: Hashable, state: TrainState, batch: Any
+    ) -> Iterator[tuple[Any, ...] | None]:
         """Try the forward pass before a step of a new mode, after one that fails or is traced anew.
 
         Args:
@@ -71,21 +73,22 @@ class Trials:
             batch: Its batch.
 
         Yields:
-            Nothing; the step is to be made.
+            What came with the loss, if anything, in a new mode; None in others, and where the
+            trial has failed. The step is to be made.
 
         Raises:
             ValueError: See `check_pure`; or the step has written to the batch.
             RuntimeError: See `check_pure`; or the model reads weights that torch has cached.
         """
         _check_uncached(self._model)
-        if new := mode not in self._tried:
-            self._try(mode, state, batch)
+        new = mode not in self._tried
+        result = self._try(mode, state, batch) if new else None
         traced = graphs_begun()
         given = {str(i): leaf for i, leaf in enumerate(_tensors(batch))}
         held = {str(i): leaf for i, leaf in enumerate(_tensors(state) if new else ())}
         before, whole = versions(given), versions(held)
         try:
-            yield
+            yield result and result[1]
         except Exception:
             if not new:
                 self._try(mode, state, batch)
@@ -97,13 +100,14 @@ class Trials:
         if graphs_begun() != traced and not new:
             self._try(mode, state, batch)
 
-    def _try(self, mode: Hashable, state: TrainState, batch: Any) -> None:
+    def _try(self, mode: Hashable, state: TrainState, batch: Any) -> Result:
         new = mode not in self._tried
         self._tried.discard(mode)  # for a turn that begins again
         require(RANDOM_NUMBERS)
         trial = partial(check_pure, self._model, self._loss_fn, state, batch)
-        self._repeats.run(trial, twice=new)
+        result = self._repeats.run(trial, twice=new)
         self._tried.add(mode)
+        return result
 
 
 def _check_uncached(model: Model) -> None:
@@ -116,7 +120,7 @@ def _check_uncached(model: Model) -> None:
 
 
 @torch.enable_grad()
-def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> Tensor | None:
+def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> Result:
     """Try the forward pass on copies: a compiled step would write changes into the state.
 
     Args:
@@ -126,7 +130,7 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
         batch: Whatever ``loss_fn`` takes; nor is it.
 
     Returns:
-        The loss; None where the trial ended in an error that is for the step to tell.
+        The loss, and what came with it; None where it ended in an error that the step will tell.
 
     Raises:
         ValueError: It changes a parameter or its inputs, gives a buffer another shape, or sets
@@ -143,9 +147,9 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
     before, unset = alpha_in(state), unset_buffers(model)
     trained = {name: before[name].detach().requires_grad_() for name in state.weights.shapes()}
     weights = {name: tensor.clone() for name, tensor in {**before, **trained}.items()}
-    held, loss = dict(weights), None
+    held, loss, aux = dict(weights), None, ()
     with random_numbers_of(state), _only_of_hooks():
-        loss, _ = loss_and_aux(loss_fn(bind(model, ties(model), weights, {}, held), batch))
+        loss, aux = loss_and_aux(loss_fn(bind(model, ties(model), weights, {}, held), batch))
     written = {name: held.pop(name) for name in state.buffers}
     if changed := [
         name
@@ -169,7 +173,7 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
     if loss is None:
         return None
     _check_graph(loss, trained, tensors_of(model))
-    return loss.detach()
+    return loss.detach(), tree_map_only(Tensor, Tensor.detach, aux)
 
 
 def _same(now: Tensor, before: Tensor) -> bool:
