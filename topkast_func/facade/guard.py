@@ -20,8 +20,8 @@ from topkast_func.facade.patience import say_that_it_is_forgotten
 from topkast_func.facade.slots import as_it_begins, slots_of
 from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.facade.unfinished import hold_on_to
+from topkast_func.facade.views import check_apart_from_others
 from topkast_func.facade.watched import enlist, enlisted, watched
-from topkast_func.facade.writers import check_apart_from_others, note
 from topkast_func.reading import dispatches
 
 
@@ -138,8 +138,6 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _put_back(optimizer, held)
     copied = [h for h in held if h.before.device.type == "cpu"]
     _COPIES[optimizer] = {id(h.theta): h.before for h in copied}
-    for h in copied:
-        note(h.weight, h.before)
     if late := [h.weight for h in held if h.weight.steps > h.weight.overdue]:
         say_that_it_is_forgotten(late)
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from topkast_func.facade.guard import steps_made
 from topkast_func.facade.owners import Owners, first, parameters_of
 from topkast_func.facade.sparse_weight import SparseWeight
-from topkast_func.facade.writers import say_who_writes
 from topkast_func.warn import warn_caller
 
 OTHERS = (
@@ -69,8 +68,7 @@ class Progress:
         self._reached |= self._follow(owners)
         trained = [p for p in parameters_of(owners).values() if p.requires_grad]
         steps = {name: sum(w.steps for _, w in several) for name, several in owners.items()}
-        moved = [name for name in steps if steps[name] > self._steps.get(name, 0)]
-        optimized = bool(moved)
+        optimized = any(steps[name] > self._steps.get(name, 0) for name in steps)
         if trained and not self._reached and not optimized:
             raise RuntimeError(
                 "no backward pass has reached a sparse weight since the last step(): call "
@@ -84,7 +82,6 @@ class Progress:
             warn_caller(OTHERS)
         if gone := [name for name in self._steps if name not in owners]:
             warn_caller(GONE.format(gone))
-        say_who_writes([owner for name in moved for owner in owners[name]], steps_made())
         self._reached, self._steps, self._made = False, steps, steps_made()
 
     def undo(self) -> None:

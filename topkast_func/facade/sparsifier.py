@@ -31,7 +31,6 @@ from topkast_func.facade.probes import ask_for_gradients, gradients_asked_for
 from topkast_func.facade.progress import Progress, held_by
 from topkast_func.facade.room import whole
 from topkast_func.facade.within import check_alike, summed
-from topkast_func.facade.writers import forget
 from topkast_func.ranking import NaNParameterError
 from topkast_func.reading import check_numbers
 from topkast_func.report.summary import Summary
@@ -134,7 +133,6 @@ class Sparsifier(Fixed):
             for name in taken:
                 for layer, weight in owners[name]:
                     weight.hold(layer, masks[name])
-        forget(chain.from_iterable(owners.values()))
         for name in taken:
             if chosen[name] is not raw[name]:
                 raw[name].copy_(chosen[name])
@@ -207,7 +205,6 @@ class Sparsifier(Fixed):
                 f"state is of a run of powerprop={other}, this is of {self.config.powerprop}"
             )
         steps, seed = (check_count(name, state[name], 0) for name in ("steps", "seed"))
-        forget(chain.from_iterable(self._owners().values()))
         for _, weight in chain.from_iterable(self._owners().values()):
             weight.given = None
         self._steps, self._seed, self._loaded = steps, seed, True

@@ -57,14 +57,13 @@ def sparsify(
     θ, gradient and slots take the memory of a dense module, and a step that of a copy of θ, which
     stays there on a CPU; `train_step` needs less. Linear layers, and the projections of attention
     where a batch attends to itself, are computed by the sparse kernels where these are faster, all
-    others with α at the price of the dense layer. `topkast_func.integrations` has callbacks for
-    the trainers of others.
+    others with α at the price of the dense layer.
 
     The attribute of a sparse weight reads as α while the module's ``forward`` runs, and in a
     backward pass; at any other time as θ. That goes for methods called from outside
     (``model.encode(x)``: call it from ``forward``, or after `densify`) and for threads that a
-    forward pass starts. What a forward pass writes to a sparse weight goes to α and is lost:
-    constrain θ after the step of the optimiser instead.
+    forward pass starts. What it writes to a sparse weight goes to α and is lost: constrain θ after
+    the step of the optimiser; what is written there stays, outside B too, whoever writes it.
 
     With ``powerprop`` the parameter holds φ in place of θ: weights that are given here, or loaded
     from a state dict without sets, which is one of the plain module, are turned into φ, and
