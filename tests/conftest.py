@@ -33,6 +33,7 @@ SLOW = (
     "tests/test_optim.py::test_a_run_in_float16",
     "tests/test_purity.py",
     "tests/test_readme.py::test_block",
+    "tests/test_readme.py::test_two",
     "tests/test_trial.py",
     "tests/test_turns.py",
 )

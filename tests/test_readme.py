@@ -1,29 +1,40 @@
 """What the README shows runs; its tables, and the page of results, are drawn from the JSON."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import topkast_func as tk
 from benchmarks import page, record, views
 from benchmarks.evidence import report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-NAMES = ("functional", "ordinary", "methods")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+NAMES = ("functional", "ordinary", "processes", "methods")
+BLOCKS = dict(zip(NAMES, re.findall(r"```python\n(.*?)```", README, re.DOTALL), strict=True))
+LAUNCH = "torch.distributed.run --nproc-per-node 2 two.py"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=NAMES)
-def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_start_as_it_says(tmp_path: Path) -> None:
+    assert f"`python -m {LAUNCH}`" in README
+    (tmp_path / "two.py").write_text(BLOCKS["processes"])
+    subprocess.run([sys.executable, "-m", *LAUNCH.split()], cwd=tmp_path, check=True)
+    assert (tmp_path / "run" / "latest").read_text() == "step-300"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "processes"])
+def test_block_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(BLOCKS[name], "README.md", "exec"), {"tk": tk})
 
 
 def test_commands_are_targets_of_the_makefile() -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert {"demo", "test"} <= set(re.findall(r"^make (\w+)", README, re.MULTILINE))
-    assert set(re.findall(r"\bmake (\w+)", README)) <= set(targets)
+    named = set(re.findall(r"`make (\w+)`", README))
+    assert {"demo", "test"} <= named <= set(targets)
 
 
 def test_pictures_exist() -> None:
