@@ -472,6 +472,17 @@ def test_a_refresh_takes_another_configuration(densities: tuple[float, float]) -
     assert all(map(torch.equal, tk.dense_params(after).values(), tk.dense_params(state).values()))
 
 
+@pytest.mark.parametrize("field", ["values", "theta"])
+def test_a_refresh_of_leaves_that_require_a_gradient_is_constant(field: str) -> None:
+    state = tk.init_state(network(), CONFIG, tk.adam())
+    leaves = {n: t.clone().requires_grad_() for n, t in getattr(state.weights, field).items()}
+    asked = state._replace(weights=state.weights._replace(**{field: leaves}))  # type: ignore[attr-defined]
+    after, expected = tk.refresh(asked, CONFIG), tk.refresh(state, CONFIG)
+    for name in after.weights.sparse_names:
+        assert not after.weights.values[name].requires_grad
+        assert torch.equal(after.weights.values[name], expected.weights.values[name])
+
+
 def test_a_refresh_may_ask_for_more_places() -> None:
     config, other = tk.TopKastConfig(0.7, 0.4), tk.TopKastConfig(0.9, 0.2)
     state = tk.refresh(tk.init_state(nn.Linear(8, 4), config, tk.adam()), other)

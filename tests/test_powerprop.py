@@ -93,6 +93,22 @@ def test_a_dense_network_trains_phi_as_the_chain_rule_has_it() -> None:
     )
 
 
+@pytest.mark.parametrize("sparse", [None, lambda name, _: name == "0.weight"])
+def test_a_dense_network_trains_phi_beyond_a_refresh_and_is_saved(
+    sparse: Any, tmp_path: Any
+) -> None:
+    config = replace(CONFIG, method=tk.dense(), refresh_every=2, sparse=sparse)
+    model, optimizer = network(), tk.sgd(0.1)
+    state = tk.init_state(model, config, optimizer)
+    step = tk.make_train_step(model, mse, config, optimizer, compile=False)
+    for seed in range(3):
+        state, _ = step(state, batch(seed))
+    tk.save(state, tmp_path / "state", config)
+    loaded = tk.load(tmp_path / "state", config if sparse else None, model, optimizer)
+    torch.testing.assert_close(tk.dense_params(loaded), tk.dense_params(state), rtol=0, atol=0)
+    assert list(loaded.exponents) == (["0.weight"] if sparse else ["0.weight", "2.weight"])
+
+
 def test_a_grown_weight_can_learn() -> None:
     config = replace(CONFIG, method=tk.set(drop_fraction=0.5))
     state = tk.init_state(network(), config, tk.sgd(0.1))

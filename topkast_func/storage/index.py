@@ -81,6 +81,7 @@ def reindex(old: Index, masks: Masks, block: tuple[int, int], sizes: tuple[int, 
     return index_of(masks, block, sizes, isinstance(old, Pattern), spare)
 
 
+@torch.no_grad()
 def gathered(theta: Tensor, places: Tensor) -> Tensor:
     """Return what `split` does, in pieces, for the memory that it takes."""
     flat, values = theta.flatten(), theta.new_empty(places.shape)

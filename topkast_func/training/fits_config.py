@@ -72,13 +72,13 @@ def check_refresh(state: TrainState, config: TopKastConfig) -> None:
             where no predicate says which, other parameters are sparse.
     """
     weights, step = state.weights, int(state.step)
+    params = None if callable(config.sparse) else outlines(weights)
     problem = (
         _method_problem(weights, config)
         or _block_problem(weights, config)
-        or _exponent_problem(state, config, None)
+        or (_selection_problem(weights, config, params, step) if params else None)
+        or _exponent_problem(state, config, params)
     )
-    if not problem and not callable(config.sparse):
-        problem = _selection_problem(weights, config, outlines(weights), step)
     if problem:
         raise ValueError(f"the state is of another configuration: {problem}")
 
@@ -191,7 +191,8 @@ def _exponent_problem(
 ) -> str | None:
     powered: Iterable[str] = ()
     if config.powerprop > 1.0:
-        powered = given_sparsity(params, config) if params else state.weights.sparse_names
+        powered = state.weights.sparse_names if config.method.sparsifies else state.exponents
+        powered = given_sparsity(params, config) if params else powered
     found = {name: float(exponent) for name, exponent in state.exponents.items()}
     if found == dict.fromkeys(powered, config.powerprop):
         return None

@@ -85,6 +85,7 @@ TOO_LARGE = (
 )
 
 
+@torch.no_grad()
 def refreshed(
     state: TrainState,
     config: TopKastConfig,
