@@ -58,3 +58,19 @@ def test_a_gradient_that_is_zero_on_b_alone_is_kept() -> None:
     (gradient,) = _gradients(model)
     assert gradient is not None
     assert gradient[:, 2:].all()
+
+
+def test_a_refresh_of_weights_that_are_all_frozen_leaves_their_sets() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    sparsifier = tk.sparsify(model, tk.TopKastConfig(0.75, method=tk.rigl(), refresh_every=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = sparsifier.masks()
+    for name in before:
+        model.get_parameter(name).requires_grad_(False)
+    for _ in range(2):
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        assert sparsifier.step()
+    for name, sets in sparsifier.masks().items():
+        assert all(map(torch.equal, sets, before[name]))

@@ -34,16 +34,20 @@ def gradients_asked_for(owners: Owners, method: Method) -> Tensors:
         Gradients by name, zeros where the loss did not depend on the weight.
 
     Raises:
-        RuntimeError: There are none.
+        RuntimeError: There are none, and a weight is trained.
     """
-    probes = {name: weight.probe for name, (_, weight) in first(owners).items()}
-    if all(probe is None or probe.grad is None for probe in probes.values()):
+    found = first(owners)
+    raw = {name: weight.raw(layer).detach() for name, (layer, weight) in found.items()}
+    left = {
+        name: weight.probe.grad for name, (_, weight) in found.items() if weight.probe is not None
+    }
+    trained = any(weight.raw(layer).requires_grad for layer, weight in found.values())
+    if trained and all(gradient is None for gradient in left.values()):
         raise RuntimeError(
             f"{method} chooses by the gradient at α, and there is none: a backward "
             "pass comes before; with refresh_every=None that of any step is kept"
         )
     return {
-        name: torch.zeros_like(probe) if probe.grad is None else probe.grad
-        for name, probe in probes.items()
-        if probe is not None
+        name: torch.zeros_like(theta) if (gradient := left.get(name)) is None else gradient
+        for name, theta in raw.items()
     }
