@@ -15,10 +15,10 @@ from topkast_func.storage.index import (
     Index,
     Positions,
     carry,
-    gathered,
     index_of,
     old_slots,
     reindex,
+    split_in_pieces,
 )
 from topkast_func.types import Masks, Params, Tensors, changed
 
@@ -145,7 +145,7 @@ class CompactWeights(NamedTuple):
             if merged.is_meta:
                 held[name], moved[name] = value.new_zeros(new.shape), new.to("meta")
             else:
-                held[name] = gathered(merged, new.to(merged.device)).to(value.device)
+                held[name] = split_in_pieces(merged, new.to(merged.device)).to(value.device)
                 moved[name] = old_slots(self._where(name), new, merged.numel())
             index[name] = sets
 
@@ -214,7 +214,7 @@ def compact(
         sets = index_of(masks.pop(name), block, sizes[name], name in layers, exploring)
         index[name] = sets
         places = sets.flat_index(block, dense.shape).to(dense.device)
-        held[name] = gathered(dense, places).to(params[name].device)
+        held[name] = split_in_pieces(dense, places).to(params[name].device)
     return _placed(held, index, theta)
 
 

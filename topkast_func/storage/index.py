@@ -82,7 +82,7 @@ def reindex(old: Index, masks: Masks, block: tuple[int, int], sizes: tuple[int, 
 
 
 @torch.no_grad()
-def gathered(theta: Tensor, places: Tensor) -> Tensor:
+def split_in_pieces(theta: Tensor, places: Tensor) -> Tensor:
     """Return what `split` does, in pieces, for the memory that it takes."""
     flat, values = theta.flatten(), theta.new_empty(places.shape)
     pieces = (torch.split(tensor.view(-1), PIECE) for tensor in (places, values))

@@ -6,7 +6,7 @@ import torch
 
 from topkast_func.kernels.pattern import block_of
 from topkast_func.storage.compact import CompactWeights
-from topkast_func.storage.index import gathered
+from topkast_func.storage.index import split_in_pieces
 from topkast_func.storage.weights import Weights
 from topkast_func.types import Params, Tensors, changed
 
@@ -66,5 +66,5 @@ def with_theta(weights: CompactWeights, dense: Params) -> CompactWeights:
     for name, whole in dense.items():
         value = held[name]
         places = weights.sets(name).flat_index(block_of(value), whole.shape)
-        held[name] = gathered(whole, places.to(whole.device)).to(value.device)
+        held[name] = split_in_pieces(whole, places.to(whole.device)).to(value.device)
     return changed(weights, values=held, theta=theta)
