@@ -96,12 +96,14 @@ def _with_nan(state: tk.TrainState, name: str) -> tk.TrainState:
 def _parts(rank: int, folder: Path) -> dict[str, Any]:
     train, plain = _steps(), _steps(None)
     middle, whole = train(_start(), 5), plain(_start(), 5)
+    values = middle.weights.values
     found: dict[str, Any] = {
         "here": _here(middle),
         "forward": tk.forward_params(middle),
         "masks": tk.masks_of(middle),
         "whole": whole,
         "bytes": _bytes(middle),
+        "views": [n for n, v in values.items() if v.untyped_storage().nbytes() > v.nbytes],
     }
     tk.save_sharded(middle, folder / "sharded", CONFIG)
     tk.async_save_sharded(middle, folder / "async", CONFIG).result()
@@ -160,6 +162,7 @@ def test_each_tensor_has_one_owner_and_all_ranks_have_alpha(pair: list[dict[str,
         assert_close(found["forward"], tk.forward_params(found["whole"]), rtol=0.0, atol=0.0)
         assert_close(found["masks"], tk.masks_of(found["whole"]), rtol=0.0, atol=0.0)
         assert found["bytes"] < 0.85 * _bytes(found["whole"])
+        assert not found["views"]  # of what has come, which would be held as long
 
 
 def _same(one: tk.TrainState, other: tk.TrainState) -> None:

@@ -1,11 +1,15 @@
 """The parts of a model that concern ranks: buffers to average, and facts that must agree."""
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from topkast_func.model.modules import tensors_of
+
+PLACES = r"0x[0-9a-f]+|\b(GPU |cuda:)\d+"
+"""What a module may print that differs by process: addresses and devices."""
 
 
 def averaged_buffers(model: object) -> dict[str, Tensor]:
@@ -24,9 +28,11 @@ def is_mean(tensor: Tensor) -> bool:
 def about(model: object) -> dict[str, Any]:
     """Return the facts about a model and the installed torch that must agree on all ranks."""
     tensors = tensors_of(model)
+    parts = re.sub(PLACES, "", repr(model)) if isinstance(model, nn.Module) else ""
     return {
         "torch": str(torch.__version__),
         "the model": {n: (tuple(t.shape), str(t.dtype)) for n, t in tensors.items()},
+        "the parts of the model": parts,
     }
 
 

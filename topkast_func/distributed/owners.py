@@ -169,8 +169,8 @@ def from_owners(ranks: Ranks, bounds: Sequence[Bounds], tensors: Sequence[Tensor
 
 
 def _put_together(parts: Sequence[Tensor], tensor: Tensor) -> Tensor:
-    """Return the parts of a tensor in its shape; it has none where it is empty."""
-    return like(parts[0] if len(parts) == 1 else torch.cat([*parts]), tensor) if parts else tensor
+    """Return the parts of a tensor in its shape, copied; it has none where it is empty."""
+    return like(torch.cat([*parts]), tensor) if parts else tensor
 
 
 def _numbers(tensor: Tensor, start: int, stop: int) -> Tensor:
