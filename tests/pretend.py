@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_map_only
 
 import topkast_func
-from topkast_func import checks, leaves
+from topkast_func import leaves, reading
 from topkast_func.reading import dispatches
 from topkast_func.training import compilation
 
@@ -85,7 +85,7 @@ def pretending() -> Iterator[torch.device]:
     """Let there be such a device, on which nobody has waited yet."""
     WAITS.clear()
     with ExitStack() as patched:
-        for module in (leaves, compilation, checks):
+        for module in (leaves, compilation, reading):
             patched.enter_context(patch.object(module, "dispatches", _dispatches))
         patched.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
         patched.enter_context(_Mode())  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from topkast_func.distributed.checksums import Rest
 from topkast_func.distributed.division import Bounds, cut, owners_of, piece, placed
 from topkast_func.distributed.parallel import DataParallel, Found
 from topkast_func.distributed.ranks import Ranks
+from topkast_func.kernels.copied import copied
 from topkast_func.types import Tensors, changed
 
 
@@ -170,7 +171,9 @@ def from_owners(ranks: Ranks, bounds: Sequence[Bounds], tensors: Sequence[Tensor
 
 def _put_together(parts: Sequence[Tensor], tensor: Tensor) -> Tensor:
     """Return the parts of a tensor in its shape, copied; it has none where it is empty."""
-    return like(torch.cat([*parts]), tensor) if parts else tensor
+    if not parts:
+        return tensor
+    return like(torch.cat([*parts]) if len(parts) > 1 else copied(parts[0]), tensor)
 
 
 def _numbers(tensor: Tensor, start: int, stop: int) -> Tensor:

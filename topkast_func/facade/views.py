@@ -49,7 +49,8 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    place: int = tensor.untyped_storage()._cdata  # what has no memory, as on meta, has one too
+    return place
 
 
 def _stretch(tensor: Tensor) -> tuple[int, int, bool]:

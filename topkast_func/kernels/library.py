@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from torch.library import Library, register_fake, register_vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _LIBRARY = Library("topkast_func", "DEF")
+
+_PACKAGE = zlib.crc32(b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))))
+"""What tells one version of this package from another."""
 
 _APART = getattr(torch.Tag, "cudagraph_unsafe", None)
 """What leaves an operator out of CUDA graphs, in torch versions that can."""
@@ -59,8 +63,9 @@ def define(
 ) -> Any:
     """Define an operator for every device.
 
-    Its overload is named after the code of the module that has ``compute``: graphs that torch
-    caches on disk hold the gradient that was there when they were traced.
+    Its overload is named after the code of the module that has ``compute`` and of this package:
+    graphs that torch caches on disk hold the gradient that was there when they were traced, and
+    the operators which that calls.
 
     Args:
         schema: Its name, arguments and result, as torch writes them.
@@ -76,7 +81,7 @@ def define(
     """
     name, arguments = schema.split("(", 1)
     code = inspect.getsource(sys.modules[compute.__module__]).encode()
-    overload = f"v{zlib.crc32(code):x}"
+    overload = f"v{zlib.crc32(code, _PACKAGE):x}"
     tags = (_APART,) if waits and _APART else ()
     _LIBRARY.define(f"{name}.{overload}({arguments}", tags=tags)
     operator = getattr(getattr(torch.ops.topkast_func, name), overload)
