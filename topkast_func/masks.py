@@ -37,8 +37,7 @@ def compute_masks(
     Args:
         params: Weights by name, floating point of any dtype and device.
         config: Selection, sparsities, blocks and method.
-        step: Number of the step, where sparsities change over time; from ``explore_until`` on
-            B is A.
+        step: Number of the step: sparsities may change, and from ``explore_until`` on B is A.
         seed: Seed of the methods that draw at random.
 
     Returns:
@@ -120,22 +119,23 @@ def counts(params: Params, config: TopKastConfig, *, step: int = 0) -> dict[str,
         ValueError: See `allocate`.
     """
     shapes = {name: params[name].shape for name in params}
-    return _counts(shapes, allocate(params, config, step=step), config, step)
+    return counts_by(shapes, allocate(params, config, step=step), config, step)
 
 
 def counts_among(
     shapes: Mapping[str, Sequence[int]], config: TopKastConfig, step: int = 0
 ) -> dict[str, tuple[int, int]]:
     """Return what `counts` does, for parameters that are sparse already, by their shapes."""
-    return _counts(shapes, shared_among_all(shapes, config, step), config, step)
+    return counts_by(shapes, shared_among_all(shapes, config, step), config, step)
 
 
-def _counts(
+def counts_by(
     shapes: Mapping[str, Sequence[int]],
     allocations: Mapping[str, Allocation],
     config: TopKastConfig,
-    step: int,
+    step: int = 0,
 ) -> dict[str, tuple[int, int]]:
+    """Return what `counts` does, for parameters whose sparsities are allocated, by their shapes."""
     size = math.prod(config.block_shape)
     found = {}
     for name, sparsity in allocations.items():

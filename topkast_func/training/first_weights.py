@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, given_sparsity
-from topkast_func.masks import counts, starting_masks
+from topkast_func.masks import counts, counts_by, starting_masks
 from topkast_func.model.layers import kernel_weights
 from topkast_func.model.modules import trainable
 from topkast_func.powerprop import check_moves, phi_of
@@ -66,7 +66,8 @@ def first_weights(
     config = manner.config
     if manner.masks is not None:
         check_masks(params, manner.masks, config)
-    allocations, sizes = allocate(params, config), counts(params, config)
+    allocations = allocate(params, config)
+    sizes = counts_by({name: theta.shape for name, theta in params.items()}, allocations, config)
     powers = given_sparsity(params, config) if config.powerprop > 1.0 else []
     at_hand = [name for name, theta in params.items() if not theta.is_meta]
     apart = [[name] for name, theta in params.items() if theta.is_meta]
