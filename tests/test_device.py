@@ -25,10 +25,11 @@ from tests.kernels.problems import Problem, integers, problem
 from tests.on_device import METHODS, batch, config_of, mse, network, run, sparsified, step_of
 from tests.pretend import DEVICE, WAITS, Pretended, on_cpu, pretending
 from topkast_func.facade.sparse_weight import SparseWeight
+from topkast_func.filling import drawn_among
 from topkast_func.kernels import dense, pattern_of, sparse_linear
 from topkast_func.kernels.pattern import flat, flattened
 from topkast_func.places import counted, order_of, places_of, sent
-from topkast_func.ranking import drawn_among, largest_among, top_sets
+from topkast_func.ranking import largest_among, top_sets
 from topkast_func.testing import weights
 from topkast_func.training import update
 from topkast_func.types import changed

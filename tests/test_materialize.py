@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,10 +250,19 @@ def test_what_a_file_has_not_or_otherwise_is_named(tmp_path: Path) -> None:
 
 LAYERS, WIDTH = 16, 1024
 LARGEST = 4 * WIDTH * WIDTH
-STARTS: dict[str, tuple[Any, ...]] = {  # layers, features of each, optimiser, block
-    "many": (LAYERS, WIDTH, tk.adamw(0.01), (1, 1)),
-    "one": (1, 5000, tk.sgd(0.1), (1, 1)),
-    "one in blocks": (1, 5000, tk.sgd(0.1), (4, 4)),
+ONE = 1, 5000, tk.sgd(0.1)
+GROUPS = {"pattern": "1:8", "forward_sparsity": None, "backward_sparsity": 0.75}
+STARTS: dict[str, tuple[int, int, tk.Optimizer, dict[str, Any]]] = {  # layers, features of each, …
+    "many": (LAYERS, WIDTH, tk.adamw(0.01), {}),
+    "one": (*ONE, {}),
+    "one in blocks": (*ONE, {"block_shape": (4, 4)}),
+    "one in groups": (*ONE, GROUPS),
+    "one drawn": (*ONE, {"method": tk.static(), "backward_sparsity": None}),
+    "one drawn in groups": (*ONE, GROUPS | {"method": tk.random_backward()}),
+    "one drawn beside": (*ONE, {"method": tk.random_backward()}),
+    "one of powers": (*ONE, {"powerprop": 2.0}),
+    "one with all in B": (*ONE, {"method": tk.ste(), "backward_sparsity": None}),
+    "one still dense": (*ONE, {"method": tk.gmp(0, 10), "backward_sparsity": None}),
 }
 
 
@@ -268,8 +278,8 @@ def _ones(name: str, tensor: Tensor) -> Tensor:
 def _grown(start: str, streamed: bool, end: Any) -> None:
     """Send by how much the process grew at most while a state began, and the bytes of the state."""
     torch.set_num_threads(1)
-    layers, width, optimizer, block = STARTS[start]
-    config = tk.TopKastConfig(0.9, 0.8, block_shape=block)
+    layers, width, optimizer, fields = STARTS[start]
+    config = replace(tk.TopKastConfig(0.9, 0.8), **fields)
     tk.init_state(nn.Linear(WIDTH, WIDTH), config, optimizer)
     process = psutil.Process()
     before = process.memory_info().rss

@@ -5,11 +5,15 @@ Their counts are exact in all of a tensor, or in each group of N:M, as those of 
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from topkast_func.places import places_of, sent
-from topkast_func.ranking import Sets, drawn_among, largest_among, top_sets
+from topkast_func.places import sent
+from topkast_func.ranking import Sets, largest_among, top_sets
+
+LOTS = 2**15 - 1
+"""How many lots are told apart; in a group, few entries draw the same, and a hash decides."""
 
 
 def largest_beside(
@@ -91,10 +95,33 @@ def drawn_beside(
     Returns:
         bool, of the same shape.
     """
-    others = taken.numel() - held
+    size = taken.numel()
     if group is None:
-        return taken | drawn_among(~taken, others, count - held, generator)
-    drawn = sent(torch.randperm(others, generator=generator, device="cpu"), taken.device)
-    lots = torch.zeros(taken.numel(), dtype=torch.float64, device=taken.device)
-    lots.index_copy_(0, places_of(~taken, others), drawn.double())
-    return largest_beside("lots", taken, lots.view(taken.shape), count, count, group)[0]
+        return taken | drawn_among(~taken, size - held, count - held, generator)
+    ranked = torch.full_like(taken, LOTS, dtype=torch.int16)
+    lots = torch.randint(LOTS, (size,), generator=generator, dtype=torch.int16, device="cpu")
+    ranked.masked_scatter_(~taken, sent(lots, taken.device))
+    del lots  # to rank takes memory too
+    return top_sets("lots", ranked, count, count, group)[0]
+
+
+def drawn_among(candidates: Tensor, among: int, count: int, generator: torch.Generator) -> Tensor:
+    """Mark candidates at random, each set of them being as likely as any other.
+
+    Args:
+        candidates: bool, any shape.
+        among: How many of them are set, at least ``count``.
+        count: How many to mark, at least 0.
+        generator: Of random numbers, on the CPU.
+
+    Returns:
+        bool, of the same shape.
+    """
+    few = min(count, among - count)
+    lots = torch.zeros(candidates.numel(), dtype=torch.bool, device="cpu")  # as many as may be set
+    own = lots[:among]
+    while missing := few - int(np.count_nonzero(own.numpy())):  # what is drawn twice counts once
+        own[torch.randint(among, (missing,), generator=generator, device="cpu")] = True
+    if few != count:
+        own.logical_not_()
+    return torch.zeros_like(candidates).masked_scatter_(candidates, sent(lots, candidates.device))

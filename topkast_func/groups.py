@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from topkast_func.places import bands
 from topkast_func.sparsity import Sparsity, density, numbers
 
 ROUNDING = 1e-6
@@ -110,5 +111,8 @@ def ungrouped(groups: Tensor, shape: Sequence[int], group: int | None) -> Tensor
 
 def uneven(mask: Tensor, group: int) -> Tensor:
     """Return which groups of a mask have another number of entries than the first: [groups]."""
-    sums = grouped(mask, group).sum(1)
-    return sums != sums[:1]
+    first = grouped(mask[:1], group)[0].sum()
+    found = mask.new_empty(len(mask), mask[0].numel() // group)
+    for band in bands(mask):
+        found[band] = (grouped(mask[band], group).sum(1) != first).view_as(found[band])
+    return found.flatten()

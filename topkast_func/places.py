@@ -1,5 +1,6 @@
 """Where masks are set, computed on their device; the host waits for counts alone, all at once."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,6 +9,23 @@ from torch import Tensor
 
 from topkast_func.reading import readable
 from topkast_func.types import Masks
+
+PIECE = 2**18
+"""Entries that are worked on at a time where all at once would take memory."""
+
+
+def bands(tensor: Tensor, unit: int = 1) -> list[slice]:
+    """Cut the rows of a tensor into bands of about `PIECE` entries.
+
+    Args:
+        tensor: Of at least one axis, not empty.
+        unit: How many rows stay together.
+
+    Returns:
+        The bands, whole units each.
+    """
+    height = max(1, PIECE // (unit * tensor[0].numel())) * unit
+    return [slice(start, start + height) for start in range(0, len(tensor), height)]
 
 
 def counted(masks: Sequence[Tensor]) -> list[int]:
@@ -65,9 +83,12 @@ def places_of(mask: Tensor, count: int, dtype: torch.dtype = torch.int64) -> Ten
     if mask.device.type != "cpu":
         numbers = torch.arange(1, count + 1, device=mask.device)
         return torch.searchsorted(mask.flatten().cumsum(0), numbers).to(dtype)
-    places = torch.from_numpy(np.flatnonzero(mask.numpy())).to(dtype)
-    spare = count - places.shape[0]
-    return torch.cat((places, places.new_full((spare,), mask.numel()))) if spare else places
+    places = torch.full((count,), mask.numel(), dtype=dtype, device="cpu")
+    found = 0
+    for start, piece in enumerate(torch.split(mask.flatten(), PIECE)):
+        own = torch.from_numpy(np.flatnonzero(piece.numpy()))
+        torch.add(own, start * PIECE, out=places[found : (found := found + own.numel())])
+    return places
 
 
 def places_apart(
@@ -118,19 +139,23 @@ def order_of(numbers: Tensor) -> Tensor:
     return torch.from_numpy(np.argsort(numbers.numpy(), kind="stable"))  # radix, of 16 bits
 
 
-def by_columns(places: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return the order of places by columns, and where they stand in the transpose.
+def placed(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a dense weight of values, zero elsewhere; autograd follows it.
 
     Args:
-        places: Flat indices into a matrix, [n], ascending.
-        height: Rows of it.
-        width: Columns of it.
+        values: Values.
+        places: Where they stand in the flat weight, in their shape; the number of its entries
+            where a place is unused.
+        shape: Of the weight.
 
     Returns:
-        Which of the places comes when, and flat indices into the transpose, ascending; of the
-        dtype of the places, [n].
+        The weight.
     """
-    column = places % width
-    short = width <= 2**16  # 16 bits are sorted in linear time
-    order = order_of(column.sub(2**15).short() if short else column).to(places.dtype)
-    return order, column.mul_(height).add_(places // width).index_select(0, order)
+    size = math.prod(shape)
+    flat = values.new_zeros(size + 1).scatter(0, places.flatten().long(), values.flatten())
+    return flat[:size].view(*shape)
+
+
+def gathered(theta: Tensor, places: Tensor) -> Tensor:
+    """Return the entries of θ at its flat places, in the shape of these; autograd follows it."""
+    return theta.flatten().index_select(0, places.flatten()).view(places.shape)

@@ -49,7 +49,7 @@ def check_moves(name: str, theta: Tensor, exponent: float) -> None:
 
 def phi_of(theta: Tensor, exponent: float) -> Tensor:
     """Return φ = sign(θ)·abs(θ)^(1/a); inverse of `theta_of`."""
-    return theta.sign() * theta.abs().pow(1 / exponent)
+    return theta.abs().pow_(1 / exponent).copysign_(theta)
 
 
 def phi_is_told_by(who: Callable[[], Iterable[Tensor]]) -> Callable[[], Iterable[Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from topkast_func.elsewhere import Elsewhere
 from topkast_func.groups import grouped, ungrouped
 from topkast_func.kernels.engines import installed
-from topkast_func.places import order_of, places_of, sent
+from topkast_func.places import bands, order_of
 from topkast_func.sparsity import density
 from topkast_func.tiebreak import tie_key
 from topkast_func.types import BlockNorm
@@ -27,9 +27,6 @@ Sets: TypeAlias = tuple[Tensor, Tensor]
 
 MANY = 2**16
 """Entries from which on a ranking by bits is worth its threads."""
-
-PIECE = 2**18
-"""Entries of which the scores of blocks are computed at a time, for the memory that takes."""
 
 NO_RANKING = (
     "params[{!r}] holds NaN; its entries cannot be ranked. Where training made it: layers that "
@@ -97,12 +94,10 @@ def magnitudes(
     scale = torch.pow(2.0, -torch.frexp(largest).exponent.clamp(-1000, 1000).double())  # exact
     grid = (theta.shape[0] // rows, theta.shape[1] // columns, *theta.shape[2:])
     found = theta.new_empty(grid, dtype=torch.float64)
-    height = max(1, PIECE // (rows * theta[0].numel()))
-    bands = zip(torch.split(theta, rows * height), torch.split(found, height), strict=True)
-    for band, scores in bands:  # scaled, so that no square overflows
-        scaled = (band.double() * scale).reshape(-1, rows, grid[1], columns, *grid[2:])
+    for band in bands(theta, rows):  # scaled, so that no square overflows
+        scaled = (theta[band].double() * scale).reshape(-1, rows, grid[1], columns, *grid[2:])
         entries = scaled.square() if block_norm == "l2" else scaled.abs()
-        scores.copy_(entries.sum(dim=(1, 3)))
+        found[band.start // rows : band.stop // rows] = entries.sum(dim=(1, 3))
     return found
 
 
@@ -111,11 +106,11 @@ def top_sets(
 ) -> Sets:
     """Mark the largest magnitudes, as many in each group, ties going in the order of `tie_key`.
 
-    The host does not wait for a device: on one, where a score is NaN, nothing is marked.
+    The host does not wait for a device: on one, where a score is NaN, too few are marked.
 
     Args:
         name: Name of the parameter, for errors.
-        scores: float32 or float64, any shape.
+        scores: float32 or float64, any shape; in groups of any dtype.
         forward: How many to mark first, at least 1.
         backward: How many to mark second, at least as many.
         group: M, see `grouped`; None where all are one group.
@@ -133,7 +128,7 @@ def top_sets(
         if scores.device.type == "cpu" and scores.isnan().any():
             raise NaNParameterError(NO_RANKING.format(name))
         shares = (forward // len(rows), backward // len(rows))
-        first, second = _top_in_order(rows.abs(), grouped(_keys(scores), group), *shares)
+        return _top_of_groups(scores, *shares, group)
     return ungrouped(first, scores.shape, group), ungrouped(second, scores.shape, group)
 
 
@@ -175,9 +170,21 @@ def _top(name: str, scores: Tensor, places: Tensor | None, forward: int, backwar
     return marks
 
 
-def _keys(scores: Tensor) -> Tensor:
-    """Return the tie keys of all entries of a tensor, in its shape."""
-    return tie_key(torch.arange(scores.numel(), device=scores.device)).view(scores.shape)
+def _keys(scores: Tensor, first: int = 0) -> Tensor:
+    """Return the tie keys of entries of a tensor, from the flat index ``first`` on, in a row."""
+    end = first + scores.numel()
+    return tie_key(torch.arange(first, end, device=scores.device)).view(scores.shape)
+
+
+def _top_of_groups(scores: Tensor, forward: int, backward: int, group: int | None) -> Sets:
+    """Mark the largest of each group, band by band."""
+    first, second = (torch.empty_like(scores, dtype=torch.bool) for _ in range(2))
+    for band in bands(scores):
+        own = scores[band]
+        keys = grouped(_keys(own, band.start * own[0].numel()), group)
+        marks = _top_in_order(grouped(own.abs(), group), keys, forward, backward)
+        first[band], second[band] = (ungrouped(mark, own.shape, group) for mark in marks)
+    return first, second
 
 
 def _top_in_order(magnitudes: Tensor, keys: Tensor, forward: int, backward: int) -> Sets:
@@ -229,22 +236,3 @@ def _mark(magnitudes: Tensor, places: Tensor | None, largest: Tensor) -> Tensor:
         keys = tie_key(tied if places is None else places[tied])
         mask[tied[keys >= _largest(keys, excess).min()]] = False
     return mask
-
-
-def drawn_among(candidates: Tensor, among: int, count: int, generator: torch.Generator) -> Tensor:
-    """Mark candidates at random, each set of them being as likely as any other.
-
-    Args:
-        candidates: bool.
-        among: How many of them are set, at least ``count``.
-        count: How many to mark, at least 0.
-        generator: Of random numbers, on the CPU.
-
-    Returns:
-        bool, of the same shape.
-    """
-    places = places_of(candidates, among)
-    drawn = torch.randperm(among, generator=generator, device="cpu")[:count]
-    marked = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
-    drawn = sent(drawn, places.device)
-    return marked.index_fill_(0, places[drawn], True).view(candidates.shape)

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.drawn import problems
 from tests.kernels.problems import Problem, integers, problem
 from topkast_func.kernels import pattern, pattern_of
-from topkast_func.kernels.pattern import BlockRows, block_of, flat
+from topkast_func.kernels.pattern import BlockRows, block_of, flat, flat_in_bands
 
 
 def counted(part: BlockRows) -> int:
@@ -72,6 +72,18 @@ def test_unused_places_are_beyond_the_last_pointer(given: Problem, spare: int) -
     used = places - spare
     assert torch.equal(where[:used], flat(exact.exploring, given.block, given.shape))
     assert (where[used:] == given.theta.numel()).all()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problems(), st.integers(0, 3), st.integers(1, 60))
+def test_places_are_the_same_in_bands(
+    monkeypatch: pytest.MonkeyPatch, given: Problem, spare: int, entries: int
+) -> None:
+    places = given.pattern.exploring.columns.shape[0] + spare
+    part = pattern_of(given.forward, given.backward, given.block, places).exploring
+    monkeypatch.setattr(pattern, "PIECE", entries)
+    found = torch.cat([*flat_in_bands(part, given.block, given.shape)])
+    assert torch.equal(found, flat(part, given.block, given.shape))
 
 
 @given(problems(), st.integers(0, 3))

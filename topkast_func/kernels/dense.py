@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from topkast_func.kernels.pattern import BlockRows, Pattern, block_of, flat, gathered
+from topkast_func.kernels.pattern import BlockRows, Pattern, block_of, flat
+from topkast_func.places import gathered
 
 
 class Flat(NamedTuple):

@@ -14,8 +14,9 @@ from torch import Tensor
 from topkast_func.kernels.dense import Flat
 from topkast_func.kernels.engines import engine as engine_of
 from topkast_func.kernels.library import Gradient, define, one_by_one
-from topkast_func.kernels.pattern import block_of, flat, nested, placed
+from topkast_func.kernels.pattern import block_of, flat, nested
 from topkast_func.kernels.shifted import index_of, multiplied, transposed_multiplied
+from topkast_func.places import placed
 
 
 class _Product(Gradient):

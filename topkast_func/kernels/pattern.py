@@ -1,14 +1,15 @@
 """Patterns: where the stored values of a sparse weight stand, row-compressed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from topkast_func.kernels.columns import by_columns
 from topkast_func.kernels.library import define
-from topkast_func.places import by_columns, places_apart, repeated
+from topkast_func.places import PIECE, places_apart, repeated
 
 INDEX_LIMIT = 2**31 - 1
 """Most entries that int32 indices can count."""
@@ -168,6 +169,21 @@ def flat(
     return corner.clamp_(max=shape[0] * shape[1])  # what is unused is in the row after the last
 
 
+def flat_in_bands(
+    part: BlockRows, block: tuple[int, int], shape: tuple[int, int]
+) -> Iterator[Tensor]:
+    """Return what `flat` does, a band of block rows at a time; the host waits for the pointers."""
+    rows, count, area = shape[0] // block[0], len(part.columns), block[0] * block[1]
+    panels, height = (len(part.pointers) - 1) // rows, max(1, rows * PIECE // (count * area or 1))
+    ends = [*part.pointers[:-1:panels].cpu().tolist(), count]
+    for top in range(0, rows, height):
+        end = min(top + height, rows)
+        pointers = part.pointers[top * panels : end * panels + 1] - ends[top]
+        band = BlockRows(pointers, part.columns[ends[top] : ends[end]])
+        places = flat(band, block, ((end - top) * block[0], shape[1]))
+        yield places.add_(top * block[0] * shape[1])
+
+
 def flat_index(parts: Sequence[Tensor], block: tuple[int, int], shape: Sequence[int]) -> Tensor:
     """Return what `Pattern.flat_index` does, of the ``parts`` of a pattern."""
     result: Tensor = _FLAT_INDEX(parts, block, (shape[0], math.prod(shape[1:])))
@@ -194,28 +210,6 @@ _FLAT_INDEX = define(
 )
 
 
-def placed(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a dense weight of values, zero elsewhere; autograd follows it.
-
-    Args:
-        values: Values.
-        places: Where they stand in the flat weight, in their shape; the number of its entries
-            where a place is unused.
-        shape: Of the weight.
-
-    Returns:
-        The weight.
-    """
-    size = math.prod(shape)
-    flat = values.new_zeros(size + 1).scatter(0, places.flatten().long(), values.flatten())
-    return flat[:size].view(*shape)
-
-
-def gathered(theta: Tensor, places: Tensor) -> Tensor:
-    """Return the entries of θ at its flat places, in the shape of these; autograd follows it."""
-    return theta.flatten().index_select(0, places.flatten()).view(places.shape)
-
-
 def places_in(pattern: Pattern, block: tuple[int, int], shape: Sequence[int]) -> Tensor:
     """Return `Pattern.flat_index` for `gathered`, all places in use: in int32 where that counts."""
     places = pattern.flat_index(block, shape)
@@ -228,14 +222,14 @@ def block_of(values: Tensor) -> tuple[int, int]:
 
 
 def _block_rows(places: Tensor, shape: tuple[int, int], size: int, width: int) -> BlockRows:
-    """Compress the rows of blocks of ``size`` entries, ``width`` wide, at ascending flat places."""
+    """Compress rows of blocks of ``size`` entries at ascending places, which become columns."""
     rows, columns = shape
     density = places.shape[0] / (rows * columns)
     panels = _panels(columns, width, SEGMENT * size / max(density, 1e-9))
     row, panel = (torch.arange(n, device=places.device) for n in (rows + 1, panels))
     starts = row[:, None] * columns + (panel * columns + panels - 1) // panels
     firsts = starts.flatten()[: rows * panels + 1].to(places.dtype)
-    return BlockRows(torch.searchsorted(places, firsts, out_int32=True), places % columns)
+    return BlockRows(torch.searchsorted(places, firsts, out_int32=True), places.remainder_(columns))
 
 
 def _panels(columns: int, width: int, features: float) -> int:

@@ -112,6 +112,12 @@ class Tile:
         """Store 0 or 1 as a byte, ``base[offset]``."""
         self.builder.store(self.builder.zext(bit, _I8), self.at(base, offset, _I8, 1))
 
+    def store_integer(self, number: Integer, base: Integer, offset: Integer, size: int) -> None:
+        """Store the lowest so many bytes of an integer, ``base[offset]``."""
+        kind = ir.IntType(8 * size)
+        narrow = self.builder.trunc(number.value, kind) if size < 8 else number.value
+        self.builder.store(narrow, self.at(base, offset, kind, size))
+
     def load(self, pointer: Any) -> Any:
         """Load a vector from any address."""
         loaded = self.builder.load(pointer)

@@ -7,9 +7,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from topkast_func.checks import check_fraction
-from topkast_func.filling import drawn_beside, largest_beside
+from topkast_func.filling import drawn_among, drawn_beside, largest_beside
 from topkast_func.methods.base import Entry, Method, Situation, drawn
-from topkast_func.ranking import Sets, drawn_among, largest_among
+from topkast_func.ranking import Sets, largest_among
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class RandomBackward(TopKast):
     def sets(self, situation: Situation) -> Sets:
         """Choose A as Top-KAST does, and add others at random for B."""
         size, wider, draw = situation.forward, situation.backward, situation.generator
-        active, _ = super().sets(situation._replace(backward=size))
+        active = super().sets(situation._replace(backward=size))[0]
         return active, drawn_beside(active, size, wider, draw, situation.group)
 
 

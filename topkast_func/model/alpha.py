@@ -11,8 +11,9 @@ from torch._C import _len_torch_dispatch_stack
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
 from topkast_func.kernels.library import Gradient, define
-from topkast_func.kernels.pattern import BlockRows, block_of, flat, flat_index, placed
+from topkast_func.kernels.pattern import BlockRows, block_of, flat, flat_index
 from topkast_func.model.deferred import Deferred
+from topkast_func.places import placed
 from topkast_func.types import Masks, Params, Tensors
 
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import check_block_shape, check_callable
-from topkast_func.kernels.pattern import Pattern, gathered, is_indexed, pattern_of, places_in
+from topkast_func.kernels.pattern import Pattern, is_indexed, pattern_of, places_in
 from topkast_func.leaves import check_present
 from topkast_func.model.alone import alone_with, as_plain
 from topkast_func.model.layers import kernel_weights
 from topkast_func.model.modules import tensors_of
+from topkast_func.places import gathered
 from topkast_func.trees import check_known, check_mask_pair, check_named
 from topkast_func.types import Masks, Model, changed
 

@@ -15,9 +15,11 @@ from topkast_func.storage.index import (
     Index,
     Positions,
     carry,
+    flat_pieces,
     index_of,
     old_slots,
     reindex,
+    split_by,
     split_in_pieces,
 )
 from topkast_func.types import Masks, Params, Tensors, changed
@@ -213,8 +215,10 @@ def compact(
         exploring = kept.get(name, 0) - sizes[name][0] // math.prod(block)
         sets = index_of(masks.pop(name), block, sizes[name], name in layers, exploring)
         index[name] = sets
-        places = sets.flat_index(block, dense.shape).to(dense.device)
-        held[name] = split_in_pieces(dense, places).to(params[name].device)
+        count = sets.active_count + sets.exploring_count
+        shape = (count,) if block == (1, 1) else (count, *block)
+        pieces = flat_pieces(sets, block, dense.shape)
+        held[name] = split_by(dense, pieces, shape).to(params[name].device)
     return _placed(held, index, theta)
 
 

@@ -1,18 +1,17 @@
 """Where the values of B stand in θ, and what follows a weight when that changes."""
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from topkast_func.kernels.pattern import INDEX_LIMIT, Pattern, pattern_of
+from topkast_func.kernels.pattern import INDEX_LIMIT, Pattern, flat_in_bands, pattern_of
 from topkast_func.model.alpha import split
-from topkast_func.places import places_apart
+from topkast_func.places import PIECE, places_apart
 from topkast_func.types import Masks
-
-PIECE = 1 << 18
-"""Values that are gathered at a time."""
 
 
 class Positions(NamedTuple):
@@ -81,13 +80,35 @@ def reindex(old: Index, masks: Masks, block: tuple[int, int], sizes: tuple[int, 
     return index_of(masks, block, sizes, isinstance(old, Pattern), spare)
 
 
-@torch.no_grad()
+def flat_pieces(index: Index, block: tuple[int, int], shape: torch.Size) -> Iterator[Tensor]:
+    """Return ``index.flat_index`` in pieces, for the memory that it takes; the host waits."""
+    if isinstance(index, Positions):
+        return chain.from_iterable(torch.split(part, PIECE) for part in index)
+    matrix = shape[0], math.prod(shape[1:])
+    parts = (index.forward, index.exploring)
+    return chain.from_iterable(flat_in_bands(part, block, matrix) for part in parts)
+
+
 def split_in_pieces(theta: Tensor, places: Tensor) -> Tensor:
     """Return what `split` does, in pieces, for the memory that it takes."""
-    flat, values = theta.flatten(), theta.new_empty(places.shape)
-    pieces = (torch.split(tensor.view(-1), PIECE) for tensor in (places, values))
-    for where, own in zip(*pieces, strict=True):
-        own.copy_(split(flat, where))
+    return split_by(theta, torch.split(places, PIECE), places.shape)
+
+
+@torch.no_grad()
+def split_by(theta: Tensor, pieces: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
+    """Gather the values of B from θ, piece by piece.
+
+    Args:
+        theta: The weight.
+        pieces: Where they stand in the flat θ, in their order; see `split`.
+        shape: Of all values.
+
+    Returns:
+        The values.
+    """
+    flat, values, done = theta.flatten(), theta.new_empty(shape), 0
+    for where in pieces:
+        values[done : (done := done + len(where))] = split(flat, where.to(flat.device))
     return values
 
 

@@ -11,6 +11,7 @@ from topkast_func.config.allocation import allocate, given_sparsity
 from topkast_func.masks import counts, counts_by, starting_masks
 from topkast_func.model.layers import kernel_weights
 from topkast_func.model.modules import trainable
+from topkast_func.places import bands
 from topkast_func.powerprop import check_moves, phi_of
 from topkast_func.sparsity import Allocation
 from topkast_func.storage.compact import compact
@@ -174,7 +175,9 @@ def _stored(
     sets, exponent = _sets(raw, allocations, manner), manner.config.powerprop
     for name in [name for name in powers if name in raw]:
         check_moves(name, raw[name], exponent)
-        raw[name] = phi_of(raw[name], exponent)
+        rows = raw[name].view(raw[name].shape or (1,))
+        for band in bands(rows):
+            rows[band] = phi_of(rows[band], exponent)
     if manner.storage == "compact":
         block, place = manner.config.block_shape, manner.theta_device
         return compact(raw, sets, sizes, layers, block, place)

@@ -61,10 +61,8 @@ def init_state(
             device, parameter or buffer, in its shape and dtype: an initialiser, or what
             `from_safetensors` returns. It is called for one at a time, and the next is asked for
             when the values of the last are stored, so that a start takes the memory of the state
-            and of the largest tensor (two to four of those more by methods that draw or begin with
-            all entries in B, and where `powerprop` is above 1). Random numbers that torch draws in
-            it follow from ``seed`` and the name alone, on any number of ranks; the caller's stay
-            as they are.
+            and of the largest tensor. Random numbers that torch draws in it follow from ``seed``
+            and the name alone, on any number of ranks; the caller's stay as they are.
 
     Returns:
         The state before step 0. It shares no memory with the arguments.
