@@ -135,3 +135,10 @@ def test_more_values_than_int32_counts_have_wider_indices(monkeypatch: pytest.Mo
     wide = old_slots(old, new, 6)
     assert (narrow.dtype, wide.dtype) == (torch.int32, torch.int64)
     assert torch.equal(narrow.long(), wide)
+
+
+def test_on_the_meta_device_nothing_is_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "split", None)  # pieces of it would take minutes for large models
+    theta, places = torch.empty(8, 8, device="meta"), torch.empty(3, 5, device="meta")
+    values = index.split_in_pieces(theta.half(), places.long())
+    assert (values.shape, values.dtype, values.is_meta) == (places.shape, torch.float16, True)
