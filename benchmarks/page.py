@@ -9,7 +9,7 @@ from torch import nn
 
 import topkast_func as tk
 from benchmarks import views
-from benchmarks.evidence import jumps, report
+from benchmarks.evidence import report
 from benchmarks.evidence.settings import DEFAULTS, METHODS, USUAL, ZERO
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import FIGURES, HERE, Results, load
@@ -27,7 +27,7 @@ def main() -> None:
     results, evidence = load(), report.ready()
     figures = {f"evidence_{task}": found.figure() for task, found in by_adam(evidence).items()}
     figures |= {"steps": views.steps_figure(results), "products": views.products_figure(results)}
-    figures["jumps"] = jumps.figure()
+    figures["jumps"] = report.jumps()
     for name, figure in figures.items():
         figure.savefig(FIGURES / f"{name}.png", dpi=100)
     PAGE.write_text(page(results, evidence))

@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,16 +26,16 @@ from benchmarks.evidence.settings import (
     Setting,
     ablations,
     comparison,
-    start,
     trials,
+    tuned,
 )
 from tests.eager import eager_step
 
-TUNED = {method: start("mlp", method) for method in METHODS}
+TUNED = {name: Setting("mlp", name, **method.common) for name, method in METHODS.items()}
 
 
 def test_every_method_has_as_many_trials_on_held_out_data() -> None:
-    for task, carried, count in (
+    for task, carried, number in (
         ("mlp", None, 9),
         ("cnn", TUNED, 6),
         ("text", TUNED, 4),
@@ -43,7 +45,7 @@ def test_every_method_has_as_many_trials_on_held_out_data() -> None:
         found = trials(task, carried)
         assert set(found) == set(PLANS[task].methods) <= set(METHODS)
         for method, settings in found.items():
-            assert len(set(settings)) == count
+            assert len(set(settings)) == number
             assert {(s.task, s.method, s.validate) for s in settings} == {(task, method, True)}
             assert {setting.seed for setting in settings}.isdisjoint(SEEDS)
 
@@ -118,7 +120,7 @@ def test_a_run_may_train_by_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(module.TASKS, "mlp_sgd", tasks.TASKS["mlp"]._replace(momentum=0.9))
     setting = replace(TUNED[ZERO], task="mlp_sgd", refresh_every=8, lr=0.1)
     first = next(training.steps_of(setting, tasks.TASKS["mlp_sgd"], mlp(None)))
-    assert list(first.after.optimizer.slots) == ["sgd.momentum"]
+    assert list(first[1].optimizer.slots) == ["sgd.momentum"]
     assert training.run(setting)["score"] > 60
 
 
@@ -128,6 +130,15 @@ def test_a_refresh_is_told_by_its_shock() -> None:
     middle, largest = training.run(setting)["shock"]
     assert middle == largest > 0.0
     assert training.run(replace(setting, refresh_every=1))["shock"] is None
+
+
+def test_losses_around_refreshes_begin_half_an_interval_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = ((0, 0, SimpleNamespace(data_loss=torch.tensor(float(i))), 0) for i in count())
+    monkeypatch.setattr(training, "steps_of", lambda *_: steps)
+    found = training.jumps(replace(TUNED["topkast"], refresh_every=100), refreshes=2)
+    assert found == [1000.0 + step for step in range(100)]
 
 
 def test_what_was_run_is_kept_and_found_again(tmp_path: Path) -> None:
@@ -168,7 +179,7 @@ def test_the_best_trial_is_chosen_in_the_direction_of_the_score(
     found = trials(task, carried)
     runs = {s: {"score": float(i)} for f in found.values() for i, s in enumerate(f)}
     expected = {m: replace(f[best], validate=False, steps=1.0) for m, f in found.items()}
-    chosen = dict(report.tuned(runs, task, carried))
+    chosen = dict(tuned(runs, task, carried))
     default, config = chosen.pop(DEFAULTS), tk.TopKastConfig()
     assert chosen == expected
     explored = replace(expected[ZERO], penalty_weight=config.penalty_weight, until=None)
@@ -177,7 +188,7 @@ def test_the_best_trial_is_chosen_in_the_direction_of_the_score(
     assert tk.topkast(default.entry, default.exchange) == config.method
     del runs[found["ste"][0]]
     with pytest.raises(ValueError, match=r"method='ste'.* was not run"):
-        report.tuned(runs, task, carried)
+        tuned(runs, task, carried)
 
 
 def test_tables_and_figure_show_means_and_spread() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.evidence import report
-from benchmarks.evidence.settings import PLANS, Setting, ablations, comparison, trials
-from benchmarks.evidence.training import run
+from benchmarks.evidence.settings import PLANS, ZERO, Setting, ablations, comparison, trials
+from benchmarks.evidence.training import jumps, run
 from benchmarks.record import circumstances, write
 
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("task", choices=PLANS)
     parser.add_argument("--ablations", action="store_true", help="run these too")
+    parser.add_argument("--jumps", action="store_true", help="write the losses around refreshes")
     arguments = parser.parse_args()
     path = report.path(arguments.task)
     tried = trials(arguments.task, report.carried(arguments.task))
@@ -50,6 +51,10 @@ def main() -> None:
     if arguments.ablations:
         complete(path, (setting for _, setting in ablations(tuned)))
         print(report.load(arguments.task).ablation_table())
+    if arguments.jumps:
+        torch.set_num_threads(1)
+        runs = [{"setting": s.told(), "losses": jumps(s)} for s in (tuned["topkast"], tuned[ZERO])]
+        write(report.JUMPS, {"about": circumstances(threads=1), "runs": runs})
     print(report.load(arguments.task).table())
 
 

@@ -5,31 +5,21 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks.evidence.settings import (
-    FIRST,
-    PLANS,
-    SEEDS,
-    USUAL,
-    Setting,
-    ablations,
-    trials,
-    with_defaults,
-)
+from benchmarks.evidence.settings import FIRST, PLANS, SEEDS, USUAL, Setting, ablations, tuned
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.record import RESULTS
 from benchmarks.views import markdown
 from topkast_func.report import plots
 
 Run: TypeAlias = Mapping[str, Any]  # what a setting came to, and when
-Runs: TypeAlias = Mapping[Setting, Run]
-Tuned: TypeAlias = Mapping[str, Setting]  # the setting of each method
 Pair: TypeAlias = tuple[float, float]
+JUMPS = RESULTS / "jumps.json"
 
 
 def path(task: str) -> Path:
@@ -50,32 +40,21 @@ def load(task: str) -> "Evidence":
 
 
 def ready() -> dict[str, "Evidence"]:
-    """Read every task whose trials are done; the others are still to be run."""
-    tried = {task: chain(*trials(task, carried(task)).values()) for task in PLANS}
-    return {task: load(task) for task in PLANS if read(path(task)).keys() >= {*tried[task]}}
+    """Read every task."""
+    return {task: load(task) for task in PLANS}
 
 
-def carried(task: str) -> Tuned | None:
+def carried(task: str) -> Mapping[str, Setting] | None:
     """Return what was chosen on the first task, by method; None for that task itself."""
     return None if task == FIRST else load(FIRST).tuned
-
-
-def tuned(runs: Runs, task: str, carried: Tuned | None = None) -> Tuned:
-    """Return the best trial of every method, the first of equals, to be run whole and tested."""
-    sign, found = TASKS[task].sign, trials(task, carried)
-    if missing := {*chain(*found.values())} - runs.keys():
-        raise ValueError(f"{missing} was not run")
-    best = {m: max(several, key=lambda s: sign * runs[s]["score"]) for m, several in found.items()}
-    whole = {m: replace(setting, validate=False, steps=1.0) for m, setting in best.items()}
-    return with_defaults(whole)
 
 
 class Evidence(NamedTuple):
     """What was run of a task, and the tuned setting of every method."""
 
     task: str
-    runs: Runs
-    tuned: Tuned
+    runs: Mapping[Setting, Run]
+    tuned: Mapping[str, Setting]
 
     def of(self, method: str, pair: Pair) -> list[Run]:
         """Return the runs of a method at a pair of sparsities, one for each seed, or of none."""
@@ -135,6 +114,19 @@ class Evidence(NamedTuple):
         }
         dense = scores.pop("dense")[pairs[0][0]]
         return plots.accuracy(scores, dense, TASKS[self.task].unit)
+
+
+def jumps() -> Figure:
+    """Draw the losses around a refresh, of the settings that they were written of."""
+    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    for run in json.loads(JUMPS.read_text())["runs"]:
+        half = len(run["losses"]) // 2
+        axes.plot(range(-half, half), run["losses"], label=name(run["setting"]["method"]))
+    axes.set(xlabel="steps after a refresh", ylabel="loss, mean over 30 refreshes")
+    axes.set(title=TASKS[run["setting"]["task"]].title)
+    axes.grid(alpha=0.2)
+    axes.legend()
+    return figure
 
 
 def cell(several: Sequence[Run]) -> str:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from itertools import product
-from typing import Any, NamedTuple
+from itertools import chain, product
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
 import topkast_func as tk
+from benchmarks.evidence.tasks import TASKS
 
 SMALL, ZERO, DEFAULTS = "small dense", "topkast from zero", "default topkast"
 STOP = 0.75  # share of the run after which sets stay, as in RigL's paper
@@ -79,28 +80,16 @@ class Plan(NamedTuple):
     methods: tuple[str, ...] = tuple(METHODS)
 
 
-_DECISIVE = ("entry", "exchange", "refresh_every", "penalty_weight", "beta2", "lr")
+_DECISIVE = {n: values for n, values in ABLATIONS.items() if n not in {"backward", "until"}}
+_WITH_ADAM = ("dense", SMALL, "static", "set", "rigl", "topkast", ZERO)
 _UNDER_SGD = Plan(
     (0.03, 0.1, 0.3), PAIRS[:2], ablations={}, methods=("dense", "static", "topkast", ZERO)
 )
 PLANS = {
     "mlp": Plan(alternatives=False),
     "cnn": Plan((3e-3, 1e-2, 3e-2), PAIRS[:3], ablations={}),
-    "text": Plan(
-        (1e-3, 3e-3),
-        PAIRS[:3],
-        tuned_at=PAIRS[0],
-        trial_steps=0.25,
-        ablations={name: ABLATIONS[name] for name in _DECISIVE},
-    ),
-    "source": Plan(
-        (1e-3, 3e-3, 1e-2, 3e-2),
-        PAIRS[1:2],
-        trial_steps=0.25,
-        alternatives=False,
-        ablations={},
-        methods=("dense", SMALL, "static", "set", "rigl", "topkast", ZERO),
-    ),
+    "text": Plan((1e-3, 3e-3), PAIRS[:3], PAIRS[0], 0.25, ablations=_DECISIVE),
+    "source": Plan((1e-3, 3e-3, 1e-2, 3e-2), PAIRS[1:2], USUAL, 0.25, False, {}, _WITH_ADAM),
     "mlp_sgd": _UNDER_SGD,
     "cnn_sgd": _UNDER_SGD,
 }
@@ -172,7 +161,10 @@ class Setting:
         return {n: v for n, v in told.items() if n in kept or v != getattr(default, n)}
 
 
-def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str, list[Setting]]:
+Tuned: TypeAlias = Mapping[str, Setting]  # the setting of each method
+
+
+def trials(task: str, carried: Tuned | None = None) -> dict[str, list[Setting]]:
     """Return the settings among which one is chosen on held out data: as many for every method.
 
     They are at one sparsity and one seed: with each learning rate what is tried of it, or what
@@ -184,7 +176,8 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
     found = {}
     for method in plan.methods:
         known = METHODS[method]
-        base = replace(carried[method] if carried else start(task, method), **common)
+        first = carried[method] if carried else Setting(task, method, **known.common)
+        base = replace(first, **common)
         others = [other for a in known.alternatives if (other := replace(base, **a)) != base]
         bases = [base, *others[: int(plan.alternatives)]]
         axes = {"lr": plan.rates, **({} if carried else known.tried)}
@@ -196,18 +189,21 @@ def trials(task: str, carried: Mapping[str, Setting] | None = None) -> dict[str,
     return found
 
 
-def start(task: str, method: str) -> Setting:
-    """Return what the trials of a method have in common."""
-    return Setting(task, method, **METHODS[method].common)
+def tuned(runs: Mapping[Setting, Any], task: str, carried: Tuned | None = None) -> Tuned:
+    """Return the best trial of every method, the first of equals, to be run whole and tested.
+
+    Top-KAST from zero is there, too, with all that `TopKastConfig` sets, at the rate tuned for it.
+    """
+    sign, found = TASKS[task].sign, trials(task, carried)
+    if missing := {*chain(*found.values())} - runs.keys():
+        raise ValueError(f"{missing} was not run")
+    best = {m: max(several, key=lambda s: sign * runs[s]["score"]) for m, several in found.items()}
+    whole = {m: replace(setting, validate=False, steps=1.0) for m, setting in best.items()}
+    usual = tk.TopKastConfig().penalty_weight
+    return {**whole, DEFAULTS: replace(whole[ZERO], penalty_weight=usual, until=None)}
 
 
-def with_defaults(tuned: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Add Top-KAST from zero with all that `TopKastConfig` sets, at the rate tuned for it."""
-    default = replace(tuned[ZERO], penalty_weight=tk.TopKastConfig().penalty_weight, until=None)
-    return {**tuned, DEFAULTS: default}
-
-
-def comparison(tuned: Mapping[str, Setting]) -> Iterator[Setting]:
+def comparison(tuned: Tuned) -> Iterator[Setting]:
     """Yield every tuned method at every sparsity with every seed, scored on the test data."""
     for seed in SEEDS:
         for method, chosen in tuned.items():
@@ -216,7 +212,7 @@ def comparison(tuned: Mapping[str, Setting]) -> Iterator[Setting]:
                 yield replace(chosen, seed=seed, forward=forward, backward=backward)
 
 
-def ablations(tuned: Mapping[str, Setting]) -> Iterator[tuple[str, Setting]]:
+def ablations(tuned: Tuned) -> Iterator[tuple[str, Setting]]:
     """Yield the tuned Top-KAST from zero with one thing at a time changed, and what changes."""
     for name, values in PLANS[tuned[ZERO].task].ablations.items():
         for value, seed in product(values, SEEDS):

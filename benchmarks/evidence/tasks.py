@@ -149,18 +149,9 @@ def _text_task(title: str, width: int, steps: int, read: Callable[[], str]) -> T
         parts = zip(*(torch.split(side, 50) for side in drawn), strict=True)
         return float(torch.stack([loss_fn(apply, part) for part in parts]).mean()) / math.log(2)
 
-    return Task(
-        network=partial(decoder, width, 4),
-        steps=steps,
-        batches=batches,
-        score=score,
-        title=title,
-        unit="bits per character (lower is better)",
-        sign=-1,
-        sample=torch.zeros(1, LENGTH, dtype=torch.int64),
-        warm_up=100,
-        betas=(0.9, 0.95),
-    )
+    sample, unit = torch.zeros(1, LENGTH, dtype=torch.int64), "bits per character (lower is better)"
+    network = partial(decoder, width, 4)
+    return Task(network, steps, batches, score, title, unit, -1, sample, 100, (0.9, 0.95))
 
 
 _ADAM = {

@@ -5,7 +5,8 @@ import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch.func import functional_call
 import topkast_func as tk
 from benchmarks.evidence.settings import SMALL, Setting
 from benchmarks.evidence.tasks import TASKS, Batch, Task, loss_fn
+
+Step: TypeAlias = tuple[tk.TrainState, tk.TrainState, tk.StepMetrics, Batch]  # before and after
 
 
 def run(setting: Setting) -> dict[str, Any]:
@@ -38,13 +41,17 @@ def run(setting: Setting) -> dict[str, Any]:
     return {**told, "seconds": time.perf_counter() - begin}
 
 
-class Step(NamedTuple):
-    """One step: the states before and after, its metrics, and its batch."""
+def jumps(setting: Setting, refreshes: int = 30) -> list[float]:
+    """Return the loss at each step around a refresh, as means over so many refreshes.
 
-    before: tk.TrainState
-    after: tk.TrainState
-    metrics: tk.StepMetrics
-    batch: Batch
+    They begin half an interval before the tenth one.
+    """
+    every, task = setting.refresh_every, TASKS[setting.task]
+    torch.manual_seed(0)
+    steps = steps_of(setting, task, task.network(None))
+    told = islice(steps, 19 * every // 2, (19 + 2 * refreshes) * every // 2)
+    losses = torch.stack([metrics.data_loss for _, _, metrics, _ in told])
+    return [round(loss, 4) for loss in losses.view(refreshes, every).mean(0).tolist()]
 
 
 def steps_of(setting: Setting, task: Task, model: nn.Module) -> Iterator[Step]:
@@ -63,7 +70,7 @@ def steps_of(setting: Setting, task: Task, model: nn.Module) -> Iterator[Step]:
     for _, batch in zip(range(steps), task.batches(setting.validate, setting.seed), strict=False):
         before = state
         state, metrics = train_step(before, batch)
-        yield Step(before, state, metrics, batch)
+        yield before, state, metrics, batch
 
 
 def _trained(
