@@ -88,8 +88,17 @@ _UNDER_SGD = Plan(
 PLANS = {
     "mlp": Plan(alternatives=False),
     "cnn": Plan((3e-3, 1e-2, 3e-2), PAIRS[:3], ablations={}),
-    "text": Plan((1e-3, 3e-3), PAIRS[:3], PAIRS[0], 0.25, ablations=_DECISIVE),
-    "source": Plan((1e-3, 3e-3, 1e-2, 3e-2), PAIRS[1:2], USUAL, 0.25, False, {}, _WITH_ADAM),
+    "text": Plan(
+        (1e-3, 3e-3), PAIRS[:3], tuned_at=PAIRS[0], trial_steps=0.25, ablations=_DECISIVE
+    ),
+    "source": Plan(
+        (1e-3, 3e-3, 1e-2, 3e-2),
+        PAIRS[1:2],
+        trial_steps=0.25,
+        alternatives=False,
+        ablations={},
+        methods=_WITH_ADAM,
+    ),
     "mlp_sgd": _UNDER_SGD,
     "cnn_sgd": _UNDER_SGD,
 }

@@ -290,6 +290,7 @@ WRONG: dict[str, tuple[Callable[[int], Any], str]] = {
     "no model": (partial(_starts, model=3), r"TypeError: .*model must be"),
     "no samples": (partial(_starts, samples=3), r"TypeError: .*samples must be a function"),
     "no way to share": (partial(_starts, shard="all"), r"ValueError: .*shard must be 'owners'"),
+    "two groups": (partial(_starts, mesh=3), r"ValueError: .*process_group and mesh are both"),
     "synced": (lambda r: _starts(r, model=_synced()), r"ValueError: .*\['1'\] .* SyncBatchNorm"),
     "no number to keep": (_saves, r"ValueError: .*keep must be at least 1"),
     "no path": (

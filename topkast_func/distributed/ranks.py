@@ -208,18 +208,16 @@ def ranks_of(process_group: object, mesh: object) -> Ranks | None:
 
     Args:
         process_group: A group, or None.
-        mesh: A mesh of one axis in its place, or None.
+        mesh: A mesh of one axis in its place, or None; not looked at beside a group.
 
     Returns:
         The processes; None without a group or mesh.
 
     Raises:
         TypeError: They are no group and no mesh.
-        ValueError: Both are given, the mesh has several axes, or this process is not in the group.
+        ValueError: The mesh has several axes, or this process is not in the group.
     """
-    if process_group is not None and mesh is not None:
-        raise ValueError("process_group and mesh are both given: one says which ranks train")
-    if mesh is not None:
+    if process_group is None and mesh is not None:
         if not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
         if mesh.ndim != 1:

@@ -1,7 +1,6 @@
 """The stateless training step: state and batch in, state and metrics out."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 from torch.distributed import ProcessGroup
@@ -132,5 +131,10 @@ def make_train_step(
         (1, torch.Size([]))
     """
     ranks = ranks_of(process_group, mesh)
-    make = partial(built, ranks, model, loss_fn, config, optimizer, compile, engine, samples, shard)
+
+    def make() -> tuple[TrainStep, dict[str, Any]]:
+        if process_group is not None and mesh is not None:
+            raise ValueError("process_group and mesh are both given: one says which ranks train")
+        return built(ranks, model, loss_fn, config, optimizer, compile, engine, samples, shard)
+
     return made_alike(ranks, "in make_train_step", make)
