@@ -88,9 +88,7 @@ _UNDER_SGD = Plan(
 PLANS = {
     "mlp": Plan(alternatives=False),
     "cnn": Plan((3e-3, 1e-2, 3e-2), PAIRS[:3], ablations={}),
-    "text": Plan(
-        (1e-3, 3e-3), PAIRS[:3], tuned_at=PAIRS[0], trial_steps=0.25, ablations=_DECISIVE
-    ),
+    "text": Plan((1e-3, 3e-3), PAIRS[:3], tuned_at=PAIRS[0], trial_steps=0.25, ablations=_DECISIVE),
     "source": Plan(
         (1e-3, 3e-3, 1e-2, 3e-2),
         PAIRS[1:2],
