@@ -80,7 +80,10 @@ COMPACT: list[tuple[Edit, str]] = [
     (lambda h, t: t["forward/0.weight"].zero_(), r"'0.weight' has \(0, 40\) entries in A and B"),
     (lambda h, t: t["backward/0.weight"].zero_(), "forward/0.weight is .* no set among 0 ent"),
     (_moved_within_b, r"'0.weight' has \(21, 40\) entries in A and B, .* asks for \(20, 40\)"),
-    (lambda h, t: t.update({"frozen/0.weight": torch.ones(1)}), "'0.weight'.* both frozen and not"),
+    (
+        lambda h, t: t.update({"frozen/0.weight": torch.ones(1)}),
+        "'0.weight'.* both frozen and trained",
+    ),
     (lambda h, t: t.update({"exponents/0.weight": torch.tensor(2.0)}), "exponents/0.weight is not"),
     (
         lambda h, t: t.update({"exponents/x": torch.tensor(2.0)}),

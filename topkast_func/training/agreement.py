@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from topkast_func.config import TopKastConfig
-from topkast_func.config.schedule import Schedule
 from topkast_func.model.alone import parts_of
 from topkast_func.model.modules import parameters_of, ties, trainable
 from topkast_func.storage.compact import CompactWeights
@@ -78,7 +77,7 @@ def disagreements(
 
 def agreement(
     model: Model, config: TopKastConfig, optimizer: Optimizer
-) -> Callable[[TrainState, list[Any]], None]:
+) -> Callable[[TrainState, list[Any], Hashable], None]:
     """Return a check that a state is one of a model, a configuration and an optimiser.
 
     Args:
@@ -87,16 +86,16 @@ def agreement(
         optimizer: The optimiser.
 
     Returns:
-        The check of a state and the parts that the model has by now. It is quick for what looks as
-        the last state did that agreed, and raises ValueError where a state does not, or the module
-        has become another: it has other parts, tensors or ties, or a parameter has a hook, or has
-        begun or ceased to be trained.
+        The check of a state, of the parts that the model has by now, and of how the state `looks`.
+        It is quick for what looks as the last state did that agreed, and raises ValueError where a
+        state does not, or the module has become another: it has other parts, tensors or ties, or a
+        parameter has a hook, or has begun or ceased to be trained.
     """
     parameters, tied, parts = parameters_of(model), ties(model), parts_of(model)
     schedule = config.schedule
     agreed: Hashable = None
 
-    def check(state: TrainState, now: list[Any]) -> None:
+    def check(state: TrainState, now: list[Any], look: Hashable) -> None:
         nonlocal agreed
         if now != parts:
             raise ValueError(PARTS.format(len(now), len(parts)))
@@ -113,7 +112,9 @@ def agreement(
             hooks = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
             if hooks and not role:
                 raise ValueError(HOOKED.format(name))
-        if (looks := (_looks(state, schedule), _held(parts))) == agreed:
+        step = int(state.step)
+        stage = schedule.stage(step), schedule.settled(step)
+        if (looks := (stage, look, _held(parts))) == agreed:
             return
         asked: Params | None = trainable(model) if isinstance(model, nn.Module) else None
         if asked is None and not callable(config.sparse):
@@ -126,20 +127,6 @@ def agreement(
     return check
 
 
-def _looks(state: TrainState, schedule: Schedule) -> Hashable:
-    """Return a key that differs between states of which one may agree and the other not."""
-    step, weights = int(state.step), state.weights
-    trees = (weights.values, state.frozen, state.buffers, state.narrow)
-    slots = state.optimizer.slots
-    return (
-        (schedule.stage(step), schedule.settled(step)),
-        (type(weights), weights.sets_key(), tuple(weights.shapes().items())),
-        tuple((name, float(exponent)) for name, exponent in state.exponents.items()),
-        tuple(_kinds(tree) for tree in trees),
-        tuple((kind, _kinds(tree)) for kind, tree in slots.items()),
-    )
-
-
 def _held(parts: list[Any]) -> Hashable:
     """Return the keys, shapes and dtypes of the tensors that each part of a module has."""
     trees = [(p._parameters, p._buffers) for p in parts if isinstance(p, nn.Module)]
@@ -147,10 +134,6 @@ def _held(parts: list[Any]) -> Hashable:
         tuple((key, t.shape, t.dtype) for tree in pair for key, t in tree.items() if t is not None)
         for pair in trees
     )
-
-
-def _kinds(tensors: Params) -> Hashable:
-    return tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
 
 
 def _optimizer_problem(state: TrainState, optimizer: Optimizer) -> str | None:

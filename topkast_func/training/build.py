@@ -36,10 +36,11 @@ from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.random_numbers import Draws
 from topkast_func.training.refresh import refreshed_if_finite
-from topkast_func.training.state import TrainState, check_state, ordinary
+from topkast_func.training.state import TrainState, check_fields, ordinary
 from topkast_func.training.trial import Trials
 from topkast_func.training.update import Moved, run_at
 from topkast_func.training.ways import way_of
+from topkast_func.training.whole import watch
 from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
 
@@ -115,7 +116,7 @@ def built(
     parts = parts_of(model)
     first = RANDOM_NUMBERS if compile is False else EVERYTHING
     own, draws = claim(parts), Draws(first, ranks.rank, not ranks.several)
-    trials = Trials(model, loss_fn)
+    trials, whole = Trials(model, loss_fn), watch()
 
     def anew(state: TrainState, batch: Any, call: Call) -> TrainState:
         work = partial(gradients, state, batch, call.hooked)
@@ -141,22 +142,25 @@ def built(
         told = torch.tensor(refreshed or after is not moved, device="cpu")
         return after, StepMetrics(*numbers, told, *(aux or ((),)))
 
-    def in_its_turn(state: TrainState, batch: Any, call: Call) -> tuple[TrainState, StepMetrics]:
-        check(state, call.parts)
+    def in_its_turn(
+        state: TrainState, batch: Any, call: Call, look: Hashable
+    ) -> tuple[TrainState, StepMetrics]:
+        check(state, call.parts, look)
         with trials.around(call.mode, state, batch) as beside:
             ranks.expect(call.mode, int(state.step), beside)
             return stepped(state, batch, call)
 
     @torch.inference_mode(False)
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
-        check_state(state)
+        check_fields(state)
         if is_mapped("a step", (state, batch)):
             ensemble: tuple[TrainState, StepMetrics] = mapped(train_step, state, batch)
             return ensemble
         state = ordinary(state) if state.step.is_inference() else state
+        look = whole(state)
         state, batch = way.part(state), ordinary(batch)
         call = call_of(model, criterion, config, optimizer, state, batch, compile is not False)
-        work = partial(as_written, call.parts, partial(in_its_turn, state, batch, call))
+        work = partial(as_written, call.parts, partial(in_its_turn, state, batch, call, look))
         turn = partial(in_turn, own | draws.claims(call.kind), work)
         compared, due = partial(way.compared, state), call.is_due or call.ends
         kind = {"modes": call.mode, "sizes": call.sizes}

@@ -11,6 +11,12 @@ from topkast_func.storage.weights import Weights
 STORAGES = {Weights: (CompactWeights, DenseWeights)}
 """Classes that fulfil a protocol."""
 
+AS_MADE = (
+    "leave what init_state and the step return as it is but for the numbers in its tensors, or "
+    "begin anew with init_state"
+)
+"""The way on for whoever has put a state together by hand."""
+
 
 def check_form(name: str, value: Any) -> None:
     """Check that the fields of a named tuple are what they are annotated to be.
@@ -62,7 +68,4 @@ def _others(path: str, hint: Any, found: Mapping[str, Any]) -> Iterator[tuple[st
 
 def _misfit(path: str, kinds: tuple[type, ...], found: object) -> str:
     names = ["dict" if kind is Mapping else kind.__name__ for kind in kinds]
-    return (
-        f"{path} must be of type {' or '.join(names)}, got {type(found).__name__}: leave what "
-        "init_state and the step return as it is but for tensors, or begin anew with init_state"
-    )
+    return f"{path} must be of type {' or '.join(names)}, got {type(found).__name__}: {AS_MADE}"

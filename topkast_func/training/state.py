@@ -13,6 +13,7 @@ from topkast_func.storage.weights import Weights as Weights
 from topkast_func.training.brief import brief
 from topkast_func.training.forms import check_form
 from topkast_func.training.optim import OptimizerState
+from topkast_func.training.whole import check_whole
 from topkast_func.types import Masks, Params, Tensors
 
 Tree = TypeVar("Tree")
@@ -72,7 +73,9 @@ class TrainState(NamedTuple):
         """Print what it consists of, in a few lines, or why it is none."""
         try:
             check_form("state", self)
-        except TypeError as reason:
+            if not self.step.ndim:
+                check_state(self)
+        except (TypeError, ValueError) as reason:
             return f"TrainState({reason})"
         return brief(self)
 
@@ -87,6 +90,21 @@ NO_STATE = (
 
 def check_state(state: object) -> None:
     """Check that this is the state of one network.
+
+    Args:
+        state: What is to be one.
+
+    Raises:
+        TypeError: It is none, or a part of it is of another type.
+        ValueError: It is an ensemble of states, stacked, or its parts do not go together.
+    """
+    check_fields(state)
+    if isinstance(state, TrainState):
+        check_whole(state)
+
+
+def check_fields(state: object) -> None:
+    """Check that this is the state of one network, but for what its parts have in common.
 
     Args:
         state: What is to be one.
@@ -111,7 +129,7 @@ def check_state(state: object) -> None:
 
 
 def _counts(counter: Tensor) -> bool:
-    if counter.dtype != torch.int64 or counter.is_meta:
+    if counter.dtype != torch.int64 or counter.is_meta or counter.ndim:
         return False
     return is_functorch_wrapped_tensor(counter) or int(counter) >= 0
 

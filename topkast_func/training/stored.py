@@ -11,6 +11,7 @@ from torch import Tensor
 
 from topkast_func.files.layout import is_shape
 from topkast_func.files.packing import unpacked_sets
+from topkast_func.training.whole import tree_problem
 from topkast_func.types import Masks, Tensors
 
 COUNTERS = ("step", "seed", "mask_seed", "optimizer_step")
@@ -66,16 +67,16 @@ def stored(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> StoredSt
         raise ValueError(f"no state has a tensor {next(iter(rest))}")
     theta = trees["theta"]
     _check_theta(theta)
-    for tree in ("backward", "exponents", "narrow", *slots.values()):
-        _check_known(tree, trees[tree], theta)
-    if both := trees["frozen"].keys() & theta.keys():
-        raise ValueError(f"{sorted(both)} are both frozen and not")
-    for name, exponent in trees["exponents"].items():
-        if exponent.dtype != torch.float64 or exponent.ndim or not exponent > 1:
-            raise ValueError(f"exponents/{name} is not a float64 number above 1")
-    for name, like in trees["narrow"].items():
-        if like.numel() or not _is_wider(theta[name].dtype, like.dtype):
-            raise ValueError(f"narrow/{name} is no empty tensor of a narrower dtype than theta")
+    if problem := tree_problem(
+        "{}/{}".format,
+        theta,
+        trees["backward"],
+        {tree: trees[tree] for tree in ("frozen", "buffers")},
+        trees["exponents"],
+        trees["narrow"],
+        {tree: trees[tree] for tree in ("backward", *slots.values())},
+    ):
+        raise ValueError(problem)
     masks = _masks(trees)
     layers = _names(header, "layers")
     _check_known("layers", layers, {name for name in masks if theta[name].ndim >= 2})
@@ -110,12 +111,6 @@ def check_numbers(theta: Tensors) -> None:
     for name, weight in theta.items():
         if weight.isnan().any():
             raise ValueError(f"theta/{name} holds NaN")
-
-
-def _is_wider(one: torch.dtype, other: torch.dtype) -> bool:
-    """Return whether one dtype holds what another of its kind does, and more."""
-    same_kind = one.is_complex == other.is_complex and (other.is_complex or other.is_floating_point)
-    return same_kind and one != other and torch.promote_types(one, other) == one
 
 
 def _taken(tensors: dict[str, Tensor], tree: str) -> Tensors:
@@ -159,8 +154,6 @@ def _masks(trees: Mapping[str, Tensors]) -> dict[str, Masks]:
     theta, forward, backward = (trees[tree] for tree in ("theta", "forward", "backward"))
     if forward.keys() != backward.keys():
         raise ValueError(f"A is of {sorted(forward)}, B of {sorted(backward)}")
-    if unreal := [name for name in backward if theta[name].is_complex()]:
-        raise ValueError(f"theta of {unreal} is complex and sparse")
     return {
         name: unpacked_sets(name, Masks(forward[name], backward[name]), theta[name].shape)
         for name in backward

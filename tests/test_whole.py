@@ -1,0 +1,253 @@
+"""A state of which one part does not go with the others is refused by name, wherever it is given.
+
+So is what is no state at all.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import topkast_func as tk
+from topkast_func import TrainState
+from topkast_func.training import whole
+from topkast_func.training.state import Part
+
+CONFIG, OPTIMIZER = tk.TopKastConfig(0.75, 0.5, sparse=("0.weight", "1.weight")), tk.adam(1e-3)
+FIRST, SECOND, DENSE = "0.weight", "1.weight", "2.weight"
+NUMBER = torch.ones(())
+
+Damage = Callable[[Any], Any]
+NONE = tk.Masks(torch.ones(2).bool(), torch.ones(2).bool())
+
+
+def loss(apply: Any, batch: Tensor) -> Tensor:
+    return (apply(batch) ** 2).mean()
+
+
+class Net(nn.Sequential):
+    """A network of which a kernel computes the first weight, and none the second."""
+
+    def __init__(self) -> None:
+        layers = [nn.Linear(8, 12), nn.Embedding(6, 8), nn.Linear(12, 4), nn.BatchNorm1d(4)]
+        super().__init__(*layers)
+        self[2].bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, words, last, norm = self
+        looked_up = words(torch.arange(len(x)) % 6).mean()
+        return norm(last(first(x))) + looked_up
+
+
+def made(storage: Any = "compact") -> tuple[nn.Module, TrainState]:
+    torch.manual_seed(0)
+    model = Net()
+    return model, tk.init_state(model, CONFIG, OPTIMIZER, storage=storage)
+
+
+def with_tree(path: str, change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """Return what changes a tree of a state."""
+
+    def damage(state: Any) -> Any:
+        first, *rest = path.split(".")
+        part: Any = getattr(state, first)
+        if not rest:
+            return state._replace(**{first: change(dict(part))})
+        if rest == ["slots"]:
+            slots = {kind: change(dict(tree)) for kind, tree in part.slots.items()}
+            return state._replace(optimizer=part._replace(slots=slots))
+        inner = part._replace(**{rest[0]: change(dict(getattr(part, rest[0])))})
+        return state._replace(**{first: inner})
+
+    return damage
+
+
+def put(path: str, name: Any, value: Any) -> Damage:
+    return with_tree(path, lambda tree: {**tree, name: value})
+
+
+def mapped(path: str, name: str, change: Callable[[Any], Any]) -> Damage:
+    return with_tree(path, lambda tree: {**tree, name: change(tree[name])})
+
+
+def left_out(path: str, name: str) -> Damage:
+    return with_tree(path, lambda tree: {n: t for n, t in tree.items() if n != name})
+
+
+def absent(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+def seed(value: Tensor) -> Damage:
+    return lambda state: state._replace(seed=value)
+
+
+BOTH: dict[str, Damage] = {
+    "narrow of unknown": put("narrow", "x", torch.empty(0, dtype=torch.float16)),
+    "narrow of entries": put("narrow", FIRST, torch.ones(1, dtype=torch.float16)),
+    "narrow is wider": put("narrow", FIRST, torch.empty(0, dtype=torch.float64)),
+    "exponents of unknown": put("exponents", "x", torch.tensor(2.0, dtype=torch.float64)),
+    "exponents below one": put("exponents", FIRST, torch.tensor(0.5, dtype=torch.float64)),
+    "exponents in float32": put("exponents", FIRST, torch.tensor(2.0)),
+    "exponents of a shape": put("exponents", FIRST, torch.full((2,), 2.0, dtype=torch.float64)),
+    "exponents without values": put(
+        "exponents", FIRST, torch.empty((), dtype=torch.float64, device="meta")
+    ),
+    "slot of unknown": put("optimizer.slots", "x", NUMBER),
+    "slot of no text": put("optimizer.slots", 3, NUMBER),
+    "slot that is sparse": put("optimizer.slots", FIRST, torch.eye(3).to_sparse()),
+    "slots of no text": lambda s: s._replace(optimizer=s.optimizer._replace(slots={3: {}})),
+    "frozen and trained": put("frozen", FIRST, torch.ones(12, 8)),
+    "frozen without values": mapped("frozen", "2.bias", absent),
+    "frozen of half a character": put("frozen", "\ud800", NUMBER),
+    "buffer and trained": put("buffers", DENSE, torch.ones(4, 12)),
+    "buffer and frozen": put("buffers", "2.bias", torch.ones(4)),
+    "buffer without values": mapped("buffers", "3.running_mean", absent),
+    "buffer of no text": put("buffers", 3, NUMBER),
+    "seeds": seed(torch.ones(2, dtype=torch.int64)),
+    "split of unknown": put("split", "x", Part(torch.ones(2).long(), NUMBER, {})),
+    "split of nothing": put(
+        "split",
+        FIRST,
+        Part(*[None] * 3),  # type: ignore[arg-type]
+    ),
+}
+COMPACT: dict[str, Damage] = {
+    "no values": lambda s: s._replace(weights=s.weights._replace(values={})),
+    "values without": left_out("weights.values", FIRST),
+    "values in float64": mapped("weights.values", FIRST, Tensor.double),
+    "values of integers": mapped("weights.values", DENSE, Tensor.int),
+    "values cut": mapped("weights.values", FIRST, lambda t: t[:-1]),
+    "values cut, no kernel": mapped("weights.values", SECOND, lambda t: t[:-1]),
+    "values of a shape": mapped("weights.values", FIRST, lambda t: t[:, None]),
+    "values in no blocks": mapped("weights.values", FIRST, lambda t: t[:, None, None][:, :, :0]),
+    "values in blocks": mapped("weights.values", FIRST, lambda t: t.view(-1, 1, 1).repeat(1, 5, 1)),
+    "values without numbers": mapped("weights.values", DENSE, absent),
+    "values without numbers, sparse": mapped("weights.values", FIRST, absent),
+    "theta of unknown": put("weights.theta", "x", torch.ones(2, 2)),
+    "theta without": left_out("weights.theta", FIRST),
+    "theta in float64": mapped("weights.theta", FIRST, Tensor.double),
+    "theta of one axis": mapped("weights.theta", FIRST, Tensor.flatten),
+    "theta of other rows": mapped("weights.theta", FIRST, lambda t: t[:-1]),
+    "theta that is sparse": mapped("weights.theta", FIRST, Tensor.to_sparse),
+    "theta that is empty": mapped("weights.theta", FIRST, lambda t: t[:0]),
+    "patterns without": left_out("weights.patterns", FIRST),
+    "positions without": left_out("weights.positions", SECOND),
+    "positions in int32": mapped(
+        "weights.positions", SECOND, lambda p: p._replace(forward=p.forward.int())
+    ),
+    "positions of nothing": mapped(
+        "weights.positions", SECOND, lambda p: p._replace(forward=None)
+    ),
+    "positions cut": mapped(
+        "weights.positions", SECOND, lambda p: p._replace(exploring=p.exploring[1:])
+    ),
+    "a pattern in int64": mapped(
+        "weights.patterns", FIRST, lambda p: p._replace(places=p.places.long())
+    ),
+    "a pattern cut": mapped(
+        "weights.patterns", FIRST, lambda p: p._replace(places=p.places[1:])
+    ),
+    "a pattern of other rows": mapped(
+        "weights.patterns",
+        FIRST,
+        lambda p: p._replace(forward=p.forward._replace(pointers=p.forward.pointers[1:])),
+    ),
+    "a pattern of nothing": mapped(
+        "weights.patterns", FIRST, lambda p: p._replace(forward=(3, 4))
+    ),
+    "pattern and positions": lambda s: s._replace(
+        weights=s.weights._replace(
+            positions={**s.weights.positions, FIRST: s.weights.positions[SECOND]}
+        )
+    ),
+}  # fmt: skip
+ONLY_DENSE: dict[str, Damage] = {
+    "sets of unknown": put("weights.sets", "x", NONE),
+    "sets in float": mapped("weights.sets", FIRST, lambda m: tk.Masks(*(x.float() for x in m))),
+    "sets of a shape": mapped("weights.sets", FIRST, lambda m: tk.Masks(*(x[:-1] for x in m))),
+    "sets of nothing": mapped("weights.sets", FIRST, lambda m: m._replace(forward=None)),
+    "sets without values": mapped("weights.sets", FIRST, lambda m: tk.Masks(*map(absent, m))),
+    "theta of integers": mapped("weights.theta", FIRST, Tensor.int),
+    "theta without numbers": mapped("weights.theta", FIRST, absent),
+    "no theta": lambda s: s._replace(weights=s.weights._replace(theta={})),
+}  # fmt: skip
+
+
+def cases() -> Iterator[Any]:
+    for storage, others in (("compact", COMPACT), ("dense", ONLY_DENSE)):
+        for name, damage in {**BOTH, **others}.items():
+            yield pytest.param(storage, damage, id=f"{storage}: {name}")
+
+
+def step(model: nn.Module, state: TrainState) -> Any:
+    return tk.make_train_step(model, loss, CONFIG, OPTIMIZER, compile=False)(state, BATCH)
+
+
+WORDS = r"^state(\.| is not whole: .*init_state)"
+BATCH = torch.ones(3, 8)
+USES: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "step": step,
+    "refresh": lambda _, s: tk.refresh(s, CONFIG),
+    "dense_params": lambda _, s: tk.dense_params(s),
+    "forward_params": lambda _, s: tk.forward_params(s),
+    "masks_of": lambda _, s: tk.masks_of(s),
+    "gather": lambda _, s: tk.gather(s),
+    "save": lambda _, s: tk.save(s, Path("never.pt")),
+    "save_sharded": lambda _, s: tk.save_sharded(s, Path("never")),
+    "async_save_sharded": lambda _, s: tk.async_save_sharded(s, Path("never")),
+    "summary": lambda _, s: tk.summary(s),
+    "explain": lambda _, s: tk.explain(s),
+    "to_sparse": lambda _, s: tk.to_sparse(s),
+    "sparse_module": lambda model, s: tk.sparse_module(s, model),
+    "dense_gradients": lambda model, s: tk.dense_gradients(model, loss, s, BATCH),
+    "training_flops": lambda model, s: tk.training_flops(model, s, BATCH),
+    "train": lambda model, s: tk.train(
+        tk.make_train_step(model, loss, CONFIG, OPTIMIZER, compile=False), s, [BATCH], CONFIG
+    ),
+    "on_refresh": lambda _, s: tk.History().on_refresh(s, s),
+}
+
+
+@pytest.mark.parametrize(("storage", "damage"), [*cases()])
+def test_a_part_that_does_not_go_with_the_others_is_named(storage: str, damage: Damage) -> None:
+    model, state = made(storage)
+    damaged = damage(state)
+    for use in USES.values():
+        with pytest.raises((TypeError, ValueError), match=WORDS) as info:
+            use(model, damaged)
+        assert type(info.value) in (TypeError, ValueError)
+    assert repr(damaged).startswith("TrainState(state")
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("other", [None, torch.ones(2), {"0.weight": torch.ones(2)}, made], ids=str)
+def test_what_is_no_state_is_told_what_one_is(other: Any, use: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"state must be a TrainState, got .* what init_state"):
+        use(Net(), other)
+
+
+def test_a_state_that_is_damaged_between_steps_is_named() -> None:
+    model, state = made()
+    train_step = tk.make_train_step(model, loss, CONFIG, OPTIMIZER, compile=False)
+    for damage in {**BOTH, **COMPACT}.values():
+        state, _ = train_step(state, BATCH)
+        with pytest.raises((TypeError, ValueError), match=WORDS):
+            train_step(damage(state), BATCH)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_whole_is_not_looked_at_again(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, state = made()
+    look = Mock(side_effect=whole.check_whole)
+    monkeypatch.setattr(whole, "check_whole", look)
+    train_step = tk.make_train_step(model, loss, CONFIG, OPTIMIZER, compile=compiled)
+    for _ in range(5):
+        state, _ = train_step(state, BATCH)
+    assert look.call_count == 1
