@@ -4,6 +4,7 @@ So is what is no state at all.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import topkast_func as tk
 from topkast_func import TrainState
@@ -251,3 +253,30 @@ def test_what_is_whole_is_not_looked_at_again(
     for _ in range(5):
         state, _ = train_step(state, BATCH)
     assert look.call_count == 1
+
+
+def test_a_pass_of_shapes_alone_is_told_where_numbers_are_read(tmp_path: Path) -> None:
+    model, state = made()
+    params, masks = dict(model.named_parameters()), tk.masks_of(state)
+    tk.save(state, tmp_path / "state", CONFIG)
+    uses: list[Callable[[], Any]] = [
+        *(partial(use, model, state) for use in USES.values()),
+        lambda: tk.init_state(model, CONFIG, OPTIMIZER),
+        lambda: tk.init_state(params, CONFIG, OPTIMIZER, storage="dense", masks=masks),
+        lambda: tk.compute_masks(params, CONFIG),
+        lambda: tk.load(tmp_path / "state"),
+        lambda: tk.exchanges(masks, masks),
+        lambda: tk.index_masks(model, masks),
+    ]
+    for real in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=real) as mode:
+            fake = mode.from_tensor(state.weights.values[DENSE])
+            for use in uses:
+                with pytest.raises(RuntimeError, match="under FakeTensorMode: call it before"):
+                    use()
+            assert "under FakeTensorMode" in repr(state)
+    step(model, state)
+    with pytest.raises(
+        TypeError, match=r"values.* is a FakeTensor, which computes in a way of its"
+    ):
+        tk.refresh(put("weights.values", DENSE, fake)(state), CONFIG)

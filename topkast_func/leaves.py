@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from topkast_func.reading import dispatches
+from topkast_func.reading import check_numbers, dispatches
 
 
 def check_tensor(what: str, leaf: object) -> Tensor:
@@ -154,7 +154,9 @@ def check_present(name: str, tensor: Tensor) -> None:
 
     Raises:
         ValueError: It is on the meta device, or of a lazy module that has not run yet.
+        RuntimeError: Nothing has values, under `FakeTensorMode`.
     """
+    check_numbers(f"what takes {name!r}")
     check_shaped(repr(name), tensor)
     if tensor.is_meta:
         raise ValueError(

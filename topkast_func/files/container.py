@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.files.layout import CODES, Entry, as_json, check_places, entry_of, laid_out
+from topkast_func.reading import check_numbers
 from topkast_func.types import Tensors
 
 FORMAT, VERSION = "topkast_func state", 4
@@ -125,6 +126,7 @@ def opened(path: Path) -> Iterator[Container]:
         FileNotFoundError: There is no such file, or a folder in its place.
         ValueError: It is cut off, damaged, foreign, or of another version.
     """
+    check_numbers(f"what opens {path}")
     if path.is_dir():
         raise FileNotFoundError(
             f"there is no state at {path}, which is a folder: name a file in it, or read what "

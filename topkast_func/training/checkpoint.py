@@ -70,7 +70,7 @@ def taken_apart(
     """Take a state apart for a file, its configuration included; see `save`.
 
     Args:
-        state: The state.
+        state: The state, whole.
         config: The configuration, or None.
 
     Returns:
@@ -80,7 +80,6 @@ def taken_apart(
         TypeError: See `save`.
         ValueError: See `save`.
     """
-    check_state(state)
     if config is not None:
         check_type("config", config, TopKastConfig)
     header, tensors = flattened(state)

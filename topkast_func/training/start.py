@@ -12,6 +12,7 @@ from topkast_func.config.selection import matches, warn_of_other_names
 from topkast_func.devices import check_device
 from topkast_func.model.alone import alone_with, as_plain
 from topkast_func.model.modules import frozen, tensors_of, ties
+from topkast_func.reading import check_numbers
 from topkast_func.sparsity import ByPattern
 from topkast_func.training.agreement import COMPACT
 from topkast_func.training.first_weights import Manner, check_master, first_weights, trained
@@ -80,6 +81,7 @@ def init_state(
             storage is asked for an optimiser that is not elementwise, a parameter that is to be
             trained by powerpropagation is zero everywhere, or ``master`` is another dtype.
         NaNParameterError: A leaf holds NaN; a ValueError too.
+        RuntimeError: Nothing has numbers, under `FakeTensorMode`.
 
     Example:
         >>> from topkast_func import sgd
@@ -89,6 +91,7 @@ def init_state(
         >>> state.weights.sizes()
         {'weight': (100, 200)}
     """
+    check_numbers("init_state")
     if storage not in ("compact", "dense"):
         raise ValueError(f"storage must be 'compact' or 'dense', got {storage!r}")
     if storage == "dense" and theta_device is not None:

@@ -1,6 +1,6 @@
 """The state of training: what it holds, and what is read from it."""
 
-from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from topkast_func.checks import check_type
 from topkast_func.powerprop import theta_of
+from topkast_func.reading import check_numbers, readable
 from topkast_func.storage.weights import Weights as Weights
 from topkast_func.training.brief import brief
 from topkast_func.training.forms import check_form
@@ -75,7 +76,7 @@ class TrainState(NamedTuple):
             check_form("state", self)
             if not self.step.ndim:
                 check_state(self)
-        except (TypeError, ValueError) as reason:
+        except (TypeError, ValueError, RuntimeError) as reason:
             return f"TrainState({reason})"
         return brief(self)
 
@@ -88,7 +89,7 @@ NO_STATE = (
 """The way on for whoever gives something else for a state."""
 
 
-def check_state(state: object) -> None:
+def check_state(state: Any) -> None:
     """Check that this is the state of one network.
 
     Args:
@@ -99,11 +100,10 @@ def check_state(state: object) -> None:
         ValueError: It is an ensemble of states, stacked, or its parts do not go together.
     """
     check_fields(state)
-    if isinstance(state, TrainState):
-        check_whole(state)
+    check_whole(state)
 
 
-def check_fields(state: object) -> None:
+def check_fields(state: Any) -> None:
     """Check that this is the state of one network, but for what its parts have in common.
 
     Args:
@@ -112,10 +112,10 @@ def check_fields(state: object) -> None:
     Raises:
         TypeError: It is none, or a part of it is of another type.
         ValueError: It is an ensemble of states, stacked, or its counters are no numbers to count.
+        RuntimeError: Nothing has numbers, under `FakeTensorMode`.
     """
+    check_numbers("what takes a state")
     check_type("state", state, TrainState, NO_STATE)
-    if not isinstance(state, TrainState):
-        return
     check_form("state", state)
     if state.step.ndim:
         raise ValueError(
@@ -129,9 +129,9 @@ def check_fields(state: object) -> None:
 
 
 def _counts(counter: Tensor) -> bool:
-    if counter.dtype != torch.int64 or counter.is_meta or counter.ndim:
+    if counter.dtype != torch.int64 or counter.ndim:
         return False
-    return is_functorch_wrapped_tensor(counter) or int(counter) >= 0
+    return is_functorch_wrapped_tensor(counter) or (readable(counter) and int(counter) >= 0)
 
 
 def elsewhere(state: TrainState) -> list[str]:

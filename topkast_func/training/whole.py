@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.kernels.pattern import BlockRows, Pattern, block_of, flattened, is_indexed
-from topkast_func.leaves import check_leaf, check_strided
+from topkast_func.leaves import check_leaf, check_plain, check_strided
 from topkast_func.reading import readable
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.dense import DenseWeights
@@ -91,6 +91,7 @@ def check_whole(state: "TrainState") -> None:
         check_text(f"state.{tree}", tensors)
         for name, tensor in tensors.items():
             check_strided(f"state.{tree}[{name!r}]", tensor)
+            check_plain(f"state.{tree}[{name!r}]", tensor)
     for name, part in split.items():
         check_form(f"state.split[{name!r}]", part)
     for tree in ("weights.values", "frozen", "buffers", "exponents"):
