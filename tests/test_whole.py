@@ -280,3 +280,15 @@ def test_a_pass_of_shapes_alone_is_told_where_numbers_are_read(tmp_path: Path) -
         TypeError, match=r"values.* is a FakeTensor, which computes in a way of its"
     ):
         tk.refresh(put("weights.values", DENSE, fake)(state), CONFIG)
+
+
+@pytest.mark.parametrize("storage", ["compact", "dense"])
+@pytest.mark.parametrize("tree", ["weights.values", "frozen"])
+def test_what_was_averaged_in_inference_mode_trains_on(storage: str, tree: str) -> None:
+    model, state = made(storage)
+    tree = tree if storage == "compact" else tree.replace("values", "theta")
+    with torch.inference_mode():
+        same = with_tree(tree, lambda tensors: {n: t + 0 for n, t in tensors.items()})(state)
+    found, expected = (tk.dense_params(step(model, given)[0]) for given in (same, state))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    tk.refresh(same, CONFIG)

@@ -40,7 +40,7 @@ from topkast_func.training.state import TrainState, check_fields, ordinary
 from topkast_func.training.trial import Trials
 from topkast_func.training.update import Moved, run_at
 from topkast_func.training.ways import way_of
-from topkast_func.training.whole import watch
+from topkast_func.training.whole import is_inferred, watch
 from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
 
@@ -156,7 +156,7 @@ def built(
         if is_mapped("a step", (state, batch)):
             ensemble: tuple[TrainState, StepMetrics] = mapped(train_step, state, batch)
             return ensemble
-        state = ordinary(state) if state.step.is_inference() else state
+        state = ordinary(state) if is_inferred(state) else state
         look = whole(state)
         state, batch = way.part(state), ordinary(batch)
         call = call_of(model, criterion, config, optimizer, state, batch, compile is not False)

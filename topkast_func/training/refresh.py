@@ -23,6 +23,7 @@ from topkast_func.training.state import (
     ordinary,
     powered,
 )
+from topkast_func.training.whole import is_inferred
 from topkast_func.types import Masks, Params, Tensors
 from topkast_func.warn import warn_caller
 
@@ -62,7 +63,7 @@ def refresh(
     if is_mapped("refresh", (state, gradients)):
         ensemble: TrainState = mapped(lambda s, g: refresh(s, config, g), state, gradients)
         return ensemble
-    state = ordinary(state) if state.step.is_inference() else state
+    state = ordinary(state) if is_inferred(state) else state
     check_at_hand(state)
     check_refresh(state, config)
     gradients = gradients if config.method.reads_gradient else None

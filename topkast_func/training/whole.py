@@ -203,6 +203,13 @@ def watch() -> Callable[["TrainState"], Hashable]:
     return check
 
 
+def is_inferred(state: "TrainState") -> bool:
+    """Return whether what a step reads is of inference mode, and so nothing that autograd takes."""
+    trees = state.weights.values, state.frozen
+    read = (state.step, *(tensor for tree in trees for tensor in tree.values()))
+    return any(map(Tensor.is_inference, read))
+
+
 def looks(state: "TrainState") -> Hashable:
     """Return a key that differs between states of which one may be whole, and the other not."""
     weights, slots = state.weights, state.optimizer.slots
