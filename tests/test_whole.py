@@ -227,7 +227,11 @@ def test_a_part_that_does_not_go_with_the_others_is_named(storage: str, damage: 
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-@pytest.mark.parametrize("other", [None, torch.ones(2), {"0.weight": torch.ones(2)}, made], ids=str)
+@pytest.mark.parametrize(
+    "other",
+    [None, torch.ones(2), {"0.weight": torch.ones(2)}, made],
+    ids=lambda o: type(o).__name__,
+)
 def test_what_is_no_state_is_told_what_one_is(other: Any, use: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match=r"state must be a TrainState, got .* what init_state"):
         use(Net(), other)
