@@ -253,6 +253,7 @@ LARGEST = 4 * WIDTH * WIDTH
 ONE = 1, 5000, tk.sgd(0.1)
 GROUPS = {"pattern": "1:8", "forward_sparsity": None, "backward_sparsity": 0.75}
 STARTS: dict[str, tuple[int, int, tk.Optimizer, dict[str, Any]]] = {  # layers, features of each, …
+    "one in half precision": (*ONE, {}),
     "many": (LAYERS, WIDTH, tk.adamw(0.01), {}),
     "one": (*ONE, {}),
     "one in blocks": (*ONE, {"block_shape": (4, 4)}),
@@ -266,8 +267,11 @@ STARTS: dict[str, tuple[int, int, tk.Optimizer, dict[str, Any]]] = {  # layers, 
 }
 
 
-def _deep(device: str, layers: int = LAYERS, width: int = WIDTH) -> nn.Sequential:
-    made = (nn.Linear(width, width, bias=False, device=device) for _ in range(layers))
+def _deep(
+    device: str, layers: int = LAYERS, width: int = WIDTH, dtype: torch.dtype = torch.float32
+) -> nn.Sequential:
+    kind = {"device": device, "dtype": dtype}
+    made = (nn.Linear(width, width, bias=False, **kind) for _ in range(layers))
     return nn.Sequential(*made)
 
 
@@ -280,11 +284,12 @@ def _grown(start: str, streamed: bool, end: Any) -> None:
     torch.set_num_threads(1)
     layers, width, optimizer, fields = STARTS[start]
     config = replace(tk.TopKastConfig(0.9, 0.8), **fields)
+    dtype = torch.bfloat16 if "half" in start else torch.float32
     tk.init_state(nn.Linear(WIDTH, WIDTH), config, optimizer)
     process = psutil.Process()
     before = process.memory_info().rss
     if streamed:
-        meta = _deep("meta", layers, width)
+        meta = _deep("meta", layers, width, dtype)
         state = tk.init_state(meta, config, optimizer, materialize=_ones)
     else:
         state = tk.init_state(_deep("cpu", layers, width), config, optimizer)
@@ -308,7 +313,7 @@ def _measured(start: str, streamed: bool) -> tuple[int, int]:
 def test_a_start_takes_no_more_than_the_state_and_the_largest_tensor(start: str) -> None:
     grown, held = _measured(start, streamed=True)
     layers, width, *_ = STARTS[start]
-    largest = 4 * width * width
+    largest = (2 if "half" in start else 4) * width * width
     assert held > layers * largest
     assert grown < 1.1 * (held + largest)  # of which a tenth is for what the allocator keeps
 

@@ -48,6 +48,7 @@ def entered(
         return torch.where(came, 0.0, raw)
     theta = raw if exponent == 1.0 else theta_of(raw, exponent)
     scores = magnitudes(name, theta, block_shape, block_norm).abs()
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     stays = blocks(now & was, block_shape)
     threshold = least(torch.where(stays, scores, torch.inf))
     scale = torch.where(scores > threshold, threshold / scores, 1.0)

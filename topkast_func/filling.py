@@ -29,7 +29,7 @@ def largest_beside(
     Args:
         name: Name of the parameter, for errors.
         taken: bool; where a group has more than are to be marked, their tie keys decide.
-        scores: float32 or float64, of the same shape.
+        scores: Of a dtype of `ranking.RANKED`, of the same shape.
         forward: How many to mark first, what is taken included.
         backward: How many to mark second, at least as many.
         group: M, see `grouped`; None where all are one group.
@@ -59,7 +59,7 @@ def exchanged_sets(
 
     Args:
         name: Name of the parameter, for errors.
-        scores: float32 or float64, any shape.
+        scores: Of a dtype of `ranking.RANKED`, any shape.
         active: 1_A as it is, bool, of the same shape.
         held: How many entries that has.
         forward: How many to mark first, at least 1.
@@ -97,12 +97,12 @@ def drawn_beside(
     """
     size = taken.numel()
     if group is None:
-        return taken | drawn_among(~taken, size - held, count - held, generator)
-    ranked = torch.full_like(taken, LOTS, dtype=torch.int16)
+        return drawn_among(~taken, size - held, count - held, generator).logical_or_(taken)
     lots = torch.randint(LOTS, (size,), generator=generator, dtype=torch.int16, device="cpu")
-    ranked.masked_scatter_(~taken, sent(lots, taken.device))
-    del lots  # to rank takes memory too
-    return top_sets("lots", ranked, count, count, group)[0]
+    lots = sent(lots, taken.device).view(taken.shape)
+    if held:
+        lots = torch.full_like(lots, LOTS).masked_scatter_(~taken, lots)
+    return top_sets("lots", lots, count, count, group)[0]
 
 
 def drawn_among(candidates: Tensor, among: int, count: int, generator: torch.Generator) -> Tensor:
@@ -124,4 +124,6 @@ def drawn_among(candidates: Tensor, among: int, count: int, generator: torch.Gen
         own[torch.randint(among, (missing,), generator=generator, device="cpu")] = True
     if few != count:
         own.logical_not_()
+    if among == candidates.numel():
+        return sent(lots, candidates.device).view(candidates.shape)
     return torch.zeros_like(candidates).masked_scatter_(candidates, sent(lots, candidates.device))

@@ -10,7 +10,7 @@ from torch import Tensor
 from topkast_func.reading import readable
 from topkast_func.types import Masks
 
-PIECE = 2**18
+PIECE = 2**17
 """Entries that are worked on at a time where all at once would take memory."""
 
 

@@ -28,6 +28,9 @@ Sets: TypeAlias = tuple[Tensor, Tensor]
 MANY = 2**16
 """Entries from which on a ranking by bits is worth its threads."""
 
+RANKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that are ranked as they are."""
+
 NO_RANKING = (
     "params[{!r}] holds NaN; its entries cannot be ranked. Where training made it: layers that "
     "normalise rows or columns divide by zero where A leaves one empty, and summary counts those"
@@ -84,11 +87,11 @@ def magnitudes(
             does; "l1" by the sum of absolute values.
 
     Returns:
-        The weights themselves, in float32 or float64, or block scores in float64,
-        [rows / block rows, columns / block columns, *positions]; they rank by magnitude.
+        The weights themselves, in float16, bfloat16, float32 or float64, or block scores in
+        float64, [rows / block rows, columns / block columns, *positions]; they rank by magnitude.
     """
     if block_shape == (1, 1):
-        return theta if theta.dtype == torch.float64 else theta.float()
+        return theta if theta.dtype in RANKED else theta.float()
     rows, columns = block_shape
     largest = torch.linalg.vector_norm(theta, torch.inf).double()
     scale = torch.pow(2.0, -torch.frexp(largest).exponent.clamp(-1000, 1000).double())  # exact
@@ -110,7 +113,7 @@ def top_sets(
 
     Args:
         name: Name of the parameter, for errors.
-        scores: float32 or float64, any shape; in groups of any dtype.
+        scores: Of a dtype of `RANKED`, any shape; in groups of any.
         forward: How many to mark first, at least 1.
         backward: How many to mark second, at least as many.
         group: M, see `grouped`; None where all are one group.
@@ -138,7 +141,7 @@ def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> 
     Args:
         name: Name of the parameter, for errors.
         candidates: bool; at least ``count`` of them are set.
-        scores: float32 or float64, of the same shape.
+        scores: Of a dtype of `RANKED`, of the same shape.
         count: How many to mark, at least 0.
 
     Returns:
@@ -204,6 +207,8 @@ def top_by_bits(
     """Mark the largest of scores on the CPU, or of a range of them; see `top_marks`."""
     largest = import_module("topkast_func.kernels.largest")
     where = None if places is None else places.numpy()
+    if scores.dtype == torch.bfloat16:  # which numpy lacks
+        scores, range_of["infinite"] = scores.view(torch.int16), 0x7F80
     marks = largest.top_marks(scores.numpy(), forward, backward, where, **range_of)
     return marks and tuple(map(torch.from_numpy, marks))
 
@@ -211,7 +216,9 @@ def top_by_bits(
 def _top_by_values(
     scores: Tensor, places: Tensor | None, forward: int, backward: int
 ) -> Sets | None:
-    magnitudes = scores.abs()
+    magnitudes = (
+        scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+    ).abs()
     largest = _largest(magnitudes, backward)
     if largest.isnan().any():
         return None

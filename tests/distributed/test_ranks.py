@@ -1,12 +1,15 @@
 """Groups and meshes, and what ranks tell each other."""
 
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.device_mesh import init_device_mesh
 
 import topkast_func as tk
@@ -129,6 +132,13 @@ def test_work_that_fails_on_a_rank_fails_on_all(
 ) -> None:
     assert pair[failing][name] == "OSError: disk full"
     assert pair[1 - failing][name] == f"OSError: rank {failing} of 2: OSError: disk full"
+
+
+def test_a_rank_that_never_comes_to_the_store_is_lost(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path / "store"), 2)
+    told = r"waited in vain for the other ranks in make_train_step: a process has ended or hangs"
+    with pytest.raises(RuntimeError, match=told), Ranks(None).waiting("in make_train_step"):
+        store.wait(["never"], timedelta(seconds=0.1))
 
 
 def test_a_mesh_of_one_axis_is_its_group(pair: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tests import reference
 from topkast_func.kernels.largest import top_marks
+from topkast_func.ranking import top_by_bits
 from topkast_func.tiebreak import tie_key
 
 SIZE = 70_001
@@ -38,7 +39,7 @@ def numbers(kind: str) -> NDArray[np.float64]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("among", [False, True], ids=["all", "among others"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("kind", ["continuous", "half", "signs", "zeros", "few"])
 def test_marks_equal_those_of_a_sort(kind: str, dtype: type, among: bool) -> None:
     """Sorted by (−abs(number), key); the smaller mask ends among ties, and the larger."""
@@ -50,6 +51,19 @@ def test_marks_equal_those_of_a_sort(kind: str, dtype: type, among: bool) -> Non
         assert found is not None
         for mask, count in zip(found, counts, strict=True):
             np.testing.assert_array_equal(np.flatnonzero(mask), np.sort(order[:count]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("last", [0.0, torch.inf, torch.nan])
+def test_half_precision_is_ranked_as_it_is(dtype: torch.dtype, last: float) -> None:
+    given = torch.cat((torch.from_numpy(numbers("continuous")), torch.tensor([last]))).to(dtype)
+    halves, floats = (top_by_bits(x, None, 7_000, 14_000) for x in (given, given.float()))
+    if halves is None or floats is None:
+        assert halves is floats
+        assert given.isnan().any()
+        return
+    assert all(map(torch.equal, halves, floats))
+    assert [int(mask.sum()) for mask in halves] == [7_000, 14_000]
 
 
 def place_of(key: int) -> int:

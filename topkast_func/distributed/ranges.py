@@ -30,7 +30,7 @@ def top_over(
         ranks: The processes.
         start: Where the range of this rank begins in the flat tensor.
         name: Name of the parameter, for errors.
-        scores: float32 or float64, 1-D: those of this rank.
+        scores: Of a dtype of `ranking.RANKED`, 1-D: those of this rank.
         places: Where they stand in its range, ascending; None where they are all of it.
         forward: How many of all ranks to mark first.
         backward: How many to mark second, at least as many.

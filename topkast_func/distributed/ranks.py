@@ -235,7 +235,7 @@ def _is_lost(reason: Exception) -> bool:
     """Return whether an error is one of communication."""
     return isinstance(reason, dist.DistError) or (
         isinstance(reason, RuntimeError)
-        and any(word in str(reason) for word in ("gloo", "pair closure"))
+        and any(word in str(reason) for word in ("gloo", "pair closure", "Wait timeout"))
     )
 
 

@@ -27,13 +27,13 @@ DIGIT = 16
 """Bits that a pass tells apart."""
 
 _splitmix64: Any = splitmix64
-_DTYPES = {32: torch.float32, 64: torch.float64}
+_DTYPES = {16: torch.float16, 32: torch.float32, 64: torch.float64}
 
 
 class _Entries(NamedTuple):
     """Numbers, where they stand, if that is not everywhere, and where their range begins."""
 
-    numbers: npt.NDArray[np.floating[Any]]
+    numbers: npt.NDArray[Any]
     places: npt.NDArray[np.int64] | None
     first: int
 
@@ -44,22 +44,25 @@ class _Entries(NamedTuple):
 
 
 def top_marks(
-    numbers: npt.NDArray[np.floating[Any]],
+    numbers: npt.NDArray[Any],
     forward: int,
     backward: int,
     places: npt.NDArray[np.int64] | None = None,
     first: int = 0,
     total: Callable[[Counts], Counts] = lambda counts: counts,
+    infinite: int | None = None,
 ) -> tuple[Mask, Mask] | None:
     """Mark the entries of largest magnitude, ties going in the order of `tie_key`.
 
     Args:
-        numbers: 1-D, float32 or float64, contiguous: a tensor, or a range of it.
+        numbers: 1-D, floating point, contiguous: a tensor, or a range of it; the bits of a format
+            that numpy lacks.
         forward: How many to mark in the first mask, at least 1, in all ranges.
         backward: How many to mark in the second, at least as many.
         places: Where the numbers stand in the range, int64; None where they are all of it.
         first: Flat index of the first entry of the range in the tensor.
         total: Adds to counts those of the other ranges, wherever these are.
+        infinite: The bits of infinity, where ``numbers`` are bits.
 
     Returns:
         The two masks; None if a number of any range is NaN.
@@ -67,10 +70,14 @@ def top_marks(
     width = 8 * numbers.itemsize
     entries = _Entries(numbers, places, first)
     counts = cache(lambda tied, shift, sought: total(_counts(entries, tied, shift, sought)))
-    infinite = int(np.array(np.inf, numbers.dtype).view(f"u{numbers.itemsize}"))
+    bits = numbers.view(f"u{numbers.itemsize}")
+    if infinite is None:
+        infinite = int(np.array(np.inf, numbers.dtype).view(bits.dtype))
     from_infinite_on = counts(None, width - DIGIT, 0)[infinite >> (width - DIGIT) :]
-    if from_infinite_on.any() and total(np.isnan(numbers).sum(keepdims=True)).any():
-        return None
+    if from_infinite_on.any():
+        nan = bits & bits.dtype.type(2 ** (width - 1) - 1) > infinite
+        if total(nan.sum(keepdims=True)).any():
+            return None
     limits = [_limits(counts, width, wanted) for wanted in (forward, backward)]
     return _marked(entries, *limits[0]), _marked(entries, *limits[1])
 
