@@ -243,6 +243,70 @@ def test_what_agreed_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert look.call_count == 1
 
 
+OF_EQUAL_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "groups": ({"pattern": "1:4"}, {"forward_sparsity": 0.75, "backward_sparsity": 0.5}),
+    "other sparsities": ({"forward_sparsity": 0.5}, {"forward_sparsity": 0.9}),
+}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", OF_EQUAL_SIZES)
+def test_a_step_that_has_agreed_refuses_what_it_would_have_refused_at_first(
+    kind: str, storage: Any
+) -> None:
+    """Sets are known by their tensors: not by their sizes, nor by where those are in memory."""
+    own, other = (tk.TopKastConfig(**fields) for fields in OF_EQUAL_SIZES[kind])
+    model, optimizer = nn.Linear(16, 16), tk.sgd(0.1)
+    loss, x = lambda apply, x: (apply(x) ** 2).mean(), torch.randn(4, 16)
+    for seed in range(9):
+        train_step = tk.make_train_step(model, loss, own, optimizer, compile=False)
+        state = tk.init_state(model, own, optimizer, storage=storage, seed=seed)
+        train_step(state, x)
+        del state
+        state = tk.init_state(model, other, optimizer, storage=storage)
+        with pytest.raises(ValueError, match="the state is of another configuration"):
+            train_step(state, x)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_step_refuses_a_wider_b_in_mid_run(storage: Any) -> None:
+    config, optimizer, model = tk.TopKastConfig(0.75, 0.5), tk.sgd(0.1), nn.Linear(16, 16)
+    loss, x = lambda apply, x: (apply(x) ** 2).mean(), torch.randn(4, 16)
+    train_step = tk.make_train_step(model, loss, config, optimizer, compile=False)
+    state, _ = train_step(tk.init_state(model, config, optimizer, storage=storage), x)
+    wider = tk.init_state(
+        tk.dense_params(state), replace(config, backward_sparsity=0.25), optimizer, storage=storage
+    )
+    damaged = state._replace(weights=wider.weights)
+    with pytest.raises(ValueError, match=r"of another configuration|not whole"):
+        train_step(damaged, x)
+    train_step(state, x)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_step_refuses_what_explores_when_that_is_over(storage: Any) -> None:
+    config = tk.TopKastConfig(0.75, 0.5, explore_until=3)
+    optimizer, model = tk.sgd(0.1), nn.Linear(16, 16)
+    loss, x = lambda apply, x: (apply(x) ** 2).mean(), torch.randn(4, 16)
+    train_step = tk.make_train_step(model, loss, config, optimizer, compile=False)
+    start = state = tk.init_state(model, config, optimizer, storage=storage)
+    for _ in range(5):
+        state, _ = train_step(state, x)
+    with pytest.raises(ValueError, match=r"'weight' has .* entries in A and B"):
+        train_step(start._replace(step=state.step, optimizer=state.optimizer), x)
+
+
+def test_states_that_take_turns_are_looked_at_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = Mock(side_effect=agreement.disagreements)
+    monkeypatch.setattr(agreement, "disagreements", look)
+    config, model, optimizer = replace(CONFIG, refresh_every=3), network(), tk.adam(0.1)
+    train_step = tk.make_train_step(model, mse, config, optimizer, compile=False)
+    states = [tk.init_state(network(), config, optimizer) for _ in range(3)]
+    for seed in range(8):
+        states = [train_step(state, batch(seed))[0] for state in states]
+    assert look.call_count == 3
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_a_refresh_refuses_other_sparse_parameters(storage: Any) -> None:
     state = tk.init_state(network(), CONFIG, tk.sgd(0.1), storage=storage)

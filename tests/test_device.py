@@ -120,7 +120,7 @@ def test_the_host_waits_for_sizes_alone(
     WAITS.clear()
     train_step(state._replace(step=state.step + 1), batch(device))
     asked = {READ: 1 + (pattern is not None)}  # the step asks for their sizes, and of groups
-    assert Counter(WAITS) == (asked if storage == "dense" else {})
+    assert Counter(WAITS) == asked
 
 
 def test_theta_that_rests_on_the_host_is_waited_for_at_a_refresh_alone(

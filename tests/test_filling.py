@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from topkast_func.filling import drawn_among, drawn_beside
+from topkast_func.tiebreak import tie_key
 
 DRAWS = 3000
 
@@ -36,6 +37,19 @@ def test_every_set_of_a_group_is_as_likely() -> None:
             tuple(sorted((int(own.nonzero()), other))) for other in range(4) if not own[other]
         }
         assert all(abs(n - DRAWS / 3) < 5 * (DRAWS / 3) ** 0.5 for n in times.values())
+
+
+@pytest.mark.parametrize(("rows", "group"), [(1, 2**16), (2, 2**16), (1, 2**16 + 8), (3, 2**11)])
+def test_large_groups_are_drawn_evenly_too(rows: int, group: int) -> None:
+    """The hash that decides among equal lots ranks what is drawn neither first nor last."""
+    taken = torch.zeros(rows, group, dtype=torch.bool)
+    draw = torch.Generator().manual_seed(0)
+    found = [drawn_beside(taken, 0, 2 * rows, draw, group) for _ in range(60)]
+    assert all((marked.sum(1) == 2).all() for marked in found)
+    keys = tie_key(torch.arange(taken.numel())).view(rows, group)
+    ranks = keys.argsort(1).argsort(1) / group
+    shares = torch.cat([ranks[marked] for marked in found])
+    assert abs(float(shares.mean()) - 0.5) < 5 * (12 * len(shares)) ** -0.5
 
 
 def test_nearly_all_of_many_are_drawn_exactly() -> None:

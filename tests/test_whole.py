@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import topkast_func as tk
 from topkast_func import TrainState
-from topkast_func.training import whole
+from topkast_func.training import watch, whole
 from topkast_func.training.state import Part
 
 CONFIG, OPTIMIZER = tk.TopKastConfig(0.75, 0.5, sparse=("0.weight", "1.weight")), tk.adam(1e-3)
@@ -252,7 +252,7 @@ def test_what_is_whole_is_not_looked_at_again(
 ) -> None:
     model, state = made()
     look = Mock(side_effect=whole.check_whole)
-    monkeypatch.setattr(whole, "check_whole", look)
+    monkeypatch.setattr(watch, "check_whole", look)
     train_step = tk.make_train_step(model, loss, CONFIG, OPTIMIZER, compile=compiled)
     for _ in range(5):
         state, _ = train_step(state, BATCH)

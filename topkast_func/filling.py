@@ -12,8 +12,8 @@ from torch import Tensor
 from topkast_func.places import sent
 from topkast_func.ranking import Sets, largest_among, top_sets
 
-LOTS = 2**15 - 1
-"""How many lots are told apart; in a group, few entries draw the same, and a hash decides."""
+FEW = 2**10
+"""Entries of a group up to which lots of 16 bits do: hardly two draw the same."""
 
 
 def largest_beside(
@@ -96,12 +96,14 @@ def drawn_beside(
         bool, of the same shape.
     """
     size = taken.numel()
-    if group is None:
+    if group is None or group == size:
         return drawn_among(~taken, size - held, count - held, generator).logical_or_(taken)
-    lots = torch.randint(LOTS, (size,), generator=generator, dtype=torch.int16, device="cpu")
+    kind = torch.int16 if group <= FEW else torch.int32
+    most = torch.iinfo(kind).max
+    lots = torch.randint(most, (size,), generator=generator, dtype=kind, device="cpu")
     lots = sent(lots, taken.device).view(taken.shape)
     if held:
-        lots = torch.full_like(lots, LOTS).masked_scatter_(~taken, lots)
+        lots = torch.full_like(lots, most).masked_scatter_(~taken, lots)
     return top_sets("lots", lots, count, count, group)[0]
 
 

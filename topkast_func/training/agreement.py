@@ -13,6 +13,7 @@ from topkast_func.training.fits_config import config_problem, outlines
 from topkast_func.training.fits_model import model_problem
 from topkast_func.training.optim import Optimizer, slot_problem
 from topkast_func.training.state import TrainState
+from topkast_func.training.watch import MANY
 from topkast_func.types import Model, Params
 
 EXCHANGED = (
@@ -93,7 +94,7 @@ def agreement(
     """
     parameters, tied, parts = parameters_of(model), ties(model), parts_of(model)
     schedule = config.schedule
-    agreed: Hashable = None
+    agreed: set[Hashable] = set()
 
     def check(state: TrainState, now: list[Any], look: Hashable) -> None:
         nonlocal agreed
@@ -114,7 +115,7 @@ def agreement(
                 raise ValueError(HOOKED.format(name))
         step = int(state.step)
         stage = schedule.stage(step), schedule.settled(step)
-        if (looks := (stage, look, _held(parts))) == agreed:
+        if (looks := (stage, look, _held(parts))) in agreed:
             return
         asked: Params | None = trainable(model) if isinstance(model, nn.Module) else None
         if asked is None and not callable(config.sparse):
@@ -122,7 +123,7 @@ def agreement(
         problems = disagreements(state, config, params=asked, model=model, optimizer=optimizer)
         if problems:
             raise ValueError(f"the state is {problems[0]}")
-        agreed = looks
+        agreed = {looks, *(agreed if len(agreed) < MANY else ())}
 
     return check
 

@@ -39,8 +39,9 @@ from topkast_func.training.refresh import refreshed_if_finite
 from topkast_func.training.state import TrainState, check_fields, ordinary
 from topkast_func.training.trial import Trials
 from topkast_func.training.update import Moved, run_at
+from topkast_func.training.watch import Watch
 from topkast_func.training.ways import way_of
-from topkast_func.training.whole import is_inferred, watch
+from topkast_func.training.whole import is_inferred
 from topkast_func.turns import EVERYTHING, RANDOM_NUMBERS, in_turn
 from topkast_func.types import LossFn, Model, Tensors
 
@@ -116,12 +117,14 @@ def built(
     parts = parts_of(model)
     first = RANDOM_NUMBERS if compile is False else EVERYTHING
     own, draws = claim(parts), Draws(first, ranks.rank, not ranks.several)
-    trials, whole = Trials(model, loss_fn), watch()
+    trials, whole = Trials(model, loss_fn), Watch()
 
     def anew(state: TrainState, batch: Any, call: Call) -> TrainState:
         work = partial(gradients, state, batch, call.hooked)
         read = partial(draws.run, (call.kind, "gradients"), state, work)
-        return refreshed_if_finite(state, config, read, way.refresh)
+        after = refreshed_if_finite(state, config, read, way.refresh)
+        whole.follow(state, after)
+        return after
 
     def stepped(state: TrainState, batch: Any, call: Call) -> tuple[TrainState, StepMetrics]:
         before = anew(state, batch, call) if call.is_due else state
@@ -157,7 +160,7 @@ def built(
             ensemble: tuple[TrainState, StepMetrics] = mapped(train_step, state, batch)
             return ensemble
         state = ordinary(state) if is_inferred(state) else state
-        look = whole(state)
+        look = whole.look(state)
         state, batch = way.part(state), ordinary(batch)
         call = call_of(model, criterion, config, optimizer, state, batch, compile is not False)
         work = partial(as_written, call.parts, partial(in_its_turn, state, batch, call, look))

@@ -3,7 +3,7 @@
 What it is a state of is for `agreement` to ask.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import floordiv, mod
 from typing import TYPE_CHECKING
 
@@ -182,60 +182,11 @@ def _split_problem(state: "TrainState") -> str | None:
     return None
 
 
-def watch() -> Callable[["TrainState"], Hashable]:
-    """Return `check_whole`, quick for what looks as the last state did, with that look."""
-    last: tuple[Hashable, object] = (None, None)
-
-    def check(state: "TrainState") -> Hashable:
-        nonlocal last
-        try:
-            found = looks(state), _indices(state.weights)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-            check_whole(state)
-            raise
-        known = last  # of another thread's state, perhaps, a line later
-        if found == known:
-            return known[0]
-        check_whole(state)
-        last = found
-        return found[0]
-
-    return check
-
-
 def is_inferred(state: "TrainState") -> bool:
     """Return whether what a step reads is of inference mode, and so nothing that autograd takes."""
     trees = state.weights.values, state.frozen
     read = (state.step, *(tensor for tree in trees for tensor in tree.values()))
     return any(map(Tensor.is_inference, read))
-
-
-def looks(state: "TrainState") -> Hashable:
-    """Return a key that differs between states of which one may be whole, and the other not."""
-    weights, slots = state.weights, state.optimizer.slots
-    trees = [weights.values, state.frozen, state.buffers, state.narrow, *slots.values()]
-    trees += [part.slots for part in state.split.values()]
-    return (
-        (type(weights), weights.sets_key(), tuple(slots), tuple(state.split)),
-        tuple([(name, a.dtype, float(a)) for name, a in state.exponents.items()]),
-        None if weights.theta is weights.values else _kinds(weights.theta),
-        tuple([_kinds(tree) for tree in trees]),
-    )
-
-
-def _kinds(tensors: Params) -> Hashable:
-    return tuple(tensors), tuple([(t.shape, t.dtype, t.device, t.layout) for t in tensors.values()])
-
-
-def _indices(weights: Weights) -> list[tuple[int, ...]]:
-    """Return which tensors say where values stand: none is written to."""
-    if isinstance(weights, DenseWeights):
-        return [(id(masks.forward), id(masks.backward)) for masks in weights.sets.values()]
-    positions = weights.positions if isinstance(weights, CompactWeights) else {}
-    return [
-        (id(a), id(b), id(c), id(d), id(e), id(f), id(places))
-        for (a, b), (c, d), (e, f), places in weights.patterns.values()
-    ] + [(id(forward), id(exploring)) for forward, exploring in positions.values()]
 
 
 def _exceeds_one(exponent: Tensor) -> bool:
