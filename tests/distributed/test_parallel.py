@@ -88,7 +88,7 @@ def trained(
 ) -> Trained:
     """Train on the part of a rank, or alone on all."""
     module = model().to(dtype)
-    state = tk.init_state(module, config, optimizer, storage=storage)
+    state = tk.init_state(module, config, optimizer, storage=storage, mask_seed=1)
     together = {} if rank is None else {"process_group": dist.group.WORLD, "shard": shard}
     step = tk.make_train_step(module, loss, config, optimizer, compile=compile, **together)
     numbers, refreshes = [], 0
