@@ -124,15 +124,13 @@ def top_sets(
     Raises:
         NaNParameterError: A score on the CPU is NaN.
     """
-    rows = grouped(scores, group)
-    if len(rows) == 1:
-        first, second = _top(name, rows[0], None, forward, backward)
-    else:
-        if scores.device.type == "cpu" and scores.isnan().any():
-            raise NaNParameterError(NO_RANKING.format(name))
-        shares = (forward // len(rows), backward // len(rows))
-        return _top_of_groups(scores, *shares, group)
-    return ungrouped(first, scores.shape, group), ungrouped(second, scores.shape, group)
+    groups = 1 if group is None else scores.numel() // group
+    if group is None or groups == 1:
+        first, second = _top(name, scores.flatten(), None, forward, backward)
+        return first.view(scores.shape), second.view(scores.shape)
+    if scores.device.type == "cpu" and scores.isnan().any():
+        raise NaNParameterError(NO_RANKING.format(name))
+    return _top_of_groups(scores, forward // groups, backward // groups, group)
 
 
 def largest_among(name: str, candidates: Tensor, scores: Tensor, count: int) -> Tensor:
@@ -179,7 +177,7 @@ def _keys(scores: Tensor, first: int = 0) -> Tensor:
     return tie_key(torch.arange(first, end, device=scores.device)).view(scores.shape)
 
 
-def _top_of_groups(scores: Tensor, forward: int, backward: int, group: int | None) -> Sets:
+def _top_of_groups(scores: Tensor, forward: int, backward: int, group: int) -> Sets:
     """Mark the largest of each group, band by band."""
     first, second = (torch.empty_like(scores, dtype=torch.bool) for _ in range(2))
     for band in bands(scores):
@@ -216,9 +214,9 @@ def top_by_bits(
 def _top_by_values(
     scores: Tensor, places: Tensor | None, forward: int, backward: int
 ) -> Sets | None:
-    magnitudes = (
-        scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
-    ).abs()
+    magnitudes = scores.abs()
+    if scores.dtype == torch.bfloat16:  # which numpy lacks
+        magnitudes = magnitudes.float()
     largest = _largest(magnitudes, backward)
     if largest.isnan().any():
         return None

@@ -20,7 +20,6 @@ from topkast_func.types import Params
 MANY = 64
 """Looks of states that are kept: threads may train several at once."""
 
-
 ELSEWHERE = -1
 """The number of sets that the host cannot read."""
 
