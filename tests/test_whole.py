@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 import topkast_func as tk
 from topkast_func import TrainState
+from topkast_func.storage.index import MADE, tensors_of
+from topkast_func.storage.sound import is_sound
 from topkast_func.training import watch, whole
 from topkast_func.training.state import Part
 
@@ -82,6 +85,24 @@ def left_out(path: str, name: str) -> Damage:
 
 def absent(tensor: Tensor) -> Tensor:
     return tensor.to("meta")
+
+
+def numbers(field: str, change: Callable[[Tensor], Tensor]) -> Damage:
+    """Return what changes the numbers of a tensor in the index of the first or second weight."""
+
+    def changed(sets: Any) -> Any:
+        first, *rest = field.split(".")
+        part = getattr(sets, first)
+        inner = part._replace(**{rest[0]: change(getattr(part, rest[0]))}) if rest else change(part)
+        return sets._replace(**{first: inner})
+
+    in_kernel = "." in field or field == "places"
+    tree, name = ("patterns", FIRST) if in_kernel else ("positions", SECOND)
+    return mapped(f"weights.{tree}", name, changed)
+
+
+def with_last(value: int) -> Callable[[Tensor], Tensor]:
+    return lambda t: torch.cat([t[:-1], t.new_tensor([value])])
 
 
 def seed(value: Tensor) -> Damage:
@@ -167,11 +188,33 @@ COMPACT: dict[str, Damage] = {
             positions={**s.weights.positions, FIRST: s.weights.positions[SECOND]}
         )
     ),
+    "places doubled": numbers("forward", lambda t: t * 2),
+    "a place twice": numbers("forward", lambda t: torch.cat([t[:1], t[:-1]])),
+    "places backwards": numbers("forward", lambda t: t.flip(0)),
+    "a place below": numbers("forward", lambda t: torch.cat([-t[:1] - 1, t[1:]])),
+    "a place beyond": numbers("exploring", with_last(10**12)),
+    "places of A": mapped(
+        "weights.positions", SECOND, lambda p: p._replace(exploring=p.forward[: len(p.exploring)])
+    ),
+    "a pattern doubled": mapped("weights.patterns", FIRST, lambda p: tree_map(lambda t: t * 2, p)),
+    "a column beyond": numbers("forward.columns", with_last(10**9)),
+    "a column below": numbers("exploring.columns", with_last(-1)),
+    "columns of A": mapped("weights.patterns", FIRST, lambda p: p._replace(
+        exploring=p.forward._replace(columns=p.forward.columns[: p.exploring_count])
+    )),
+    "columns backwards": numbers("forward.columns", lambda t: t.flip(0)),
+    "rows from the second on": numbers("forward.pointers", lambda t: t + (t == 0).int()),
+    "rows that end before they start": numbers("exploring.pointers", lambda t: t.flip(0)),
+    "rows beyond": numbers("forward.pointers", with_last(10**9)),
+    "rows that end early": numbers("forward.pointers", with_last(0)),
+    "another transpose": numbers("transposed.columns", lambda t: t.flip(0)),
+    "other values": numbers("places", lambda t: t.flip(0)),
 }  # fmt: skip
 ONLY_DENSE: dict[str, Damage] = {
     "sets of unknown": put("weights.sets", "x", NONE),
     "sets in float": mapped("weights.sets", FIRST, lambda m: tk.Masks(*(x.float() for x in m))),
     "sets of a shape": mapped("weights.sets", FIRST, lambda m: tk.Masks(*(x[:-1] for x in m))),
+    "A beyond B": mapped("weights.sets", FIRST, lambda m: tk.Masks(m.backward, m.forward)),
     "sets of nothing": mapped("weights.sets", FIRST, lambda m: m._replace(forward=None)),
     "sets without values": mapped("weights.sets", FIRST, lambda m: tk.Masks(*map(absent, m))),
     "theta of integers": mapped("weights.theta", FIRST, Tensor.int),
@@ -244,6 +287,34 @@ def test_a_state_that_is_damaged_between_steps_is_named() -> None:
         state, _ = train_step(state, BATCH)
         with pytest.raises((TypeError, ValueError), match=WORDS):
             train_step(damage(state), BATCH)
+
+
+@pytest.mark.parametrize(("storage", "tree"), [("compact", "patterns"), ("dense", "sets")])
+def test_sets_that_are_written_to_are_looked_at_again(storage: str, tree: str) -> None:
+    model, state = made(storage)
+    train_step = tk.make_train_step(model, loss, CONFIG, OPTIMIZER, compile=False)
+    train_step(state, BATCH)
+    kept = getattr(state.weights, tree)[FIRST].forward
+    written = kept.columns if storage == "compact" else kept
+    before = written.clone()
+    written.fill_(1)
+    with pytest.raises(ValueError, match=WORDS):
+        train_step(state, BATCH)
+    written.copy_(before)
+    train_step(state, BATCH)
+
+
+def test_an_index_that_was_copied_is_looked_at_once() -> None:
+    _, state = made()
+    index, shape = state.weights.patterns[FIRST], state.weights.theta[FIRST].shape
+    copied = tree_map(torch.clone, index)
+    held = tensors_of(copied)
+    assert MADE.knows(tensors_of(index), ((1, 1), shape))
+    assert not MADE.knows(held, ((1, 1), shape))
+    assert is_sound(copied, (1, 1), shape)
+    assert MADE.knows(held, ((1, 1), shape))
+    assert not MADE.knows(held, ((1, 1), shape[::-1]))
+    assert not MADE.knows([held[0], *map(torch.clone, held[1:])], ((1, 1), shape))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

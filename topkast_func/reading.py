@@ -37,8 +37,13 @@ def check_numbers(what: str) -> None:
         )
 
 
-def versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def version(tensor: Tensor) -> int | None:
+    """Return a number that is another after a write; None of an inference tensor."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def versions(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
     """Return numbers that are others after a write; none in a graph, nor of inference tensors."""
     if torch.compiler.is_compiling():
         return {}
-    return {name: t._version for name, t in tensors.items() if not t.is_inference()}
+    return {name: version(t) for name, t in tensors.items()}

@@ -67,9 +67,14 @@ def _groups(rank: int) -> dict[str, Any]:
     if rank == 1:  # a process may be in groups that the others know nothing of
         dist.new_group([1], use_local_synchronization=True)
     ranks, synced = Ranks(world), nn.Sequential(nn.Linear(6, 8), nn.SyncBatchNorm(8))
-    mesh, axes = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1))
+    mesh, axes = (
+        init_device_mesh("cpu", (2,)),
+        init_device_mesh("cpu", (2, 1), mesh_dim_names=("two", "one")),
+    )
     alone = [dist.new_group([member]) for member in range(2)]
     errors = {
+        "alone": lambda: _step(process_group=alone[rank]),
+        "alone in a mesh": lambda: _step(mesh=axes["one"]),
         "both": lambda: _step(process_group=world, mesh=mesh),
         "axes": lambda: _step(mesh=axes),
         "no mesh": lambda: _step(mesh=2),
@@ -87,9 +92,13 @@ def _groups(rank: int) -> dict[str, Any]:
     }
     found: dict[str, Any] = {name: _error(work) for name, work in errors.items()}
     found["mesh"], found["group"] = _train(mesh=mesh), _train(process_group=world)
+    return found
+
+
+def _one(rank: int) -> tk.TrainState:
     for name in ("all_reduce", "all_gather", "all_gather_object"):
         setattr(dist, name, _refuse)
-    return found | {"alone": _train(process_group=alone[rank])}
+    return _train(process_group=dist.group.WORLD)
 
 
 def _rows(world: dist.ProcessGroup) -> None:
@@ -104,8 +113,11 @@ def pair() -> list[dict[str, Any]]:
     return results(_groups)
 
 
+ALONE = r"ValueError: process_group or mesh has one process alone, rank [01] of the 2 that were"
 OUTSIDE = r"ValueError: process_group must be one that this process is in"
 EXPECTED = {
+    "alone": ALONE,
+    "alone in a mesh": ALONE,
     "both": r"ValueError: process_group and mesh are both given",
     "axes": r"ValueError: mesh must have one axis, got 2 of sizes \(2, 1\): give that over which",
     "no mesh": r"TypeError: mesh must be a DeviceMesh, got int",
@@ -145,9 +157,8 @@ def test_a_mesh_of_one_axis_is_its_group(pair: list[dict[str, Any]]) -> None:
     torch.testing.assert_close(pair[0]["mesh"], pair[0]["group"], rtol=0.0, atol=0.0)
 
 
-def test_a_group_of_one_trains_as_no_group_and_sends_nothing(pair: list[dict[str, Any]]) -> None:
-    for found in pair:
-        torch.testing.assert_close(found["alone"], _train())
+def test_a_process_that_was_started_alone_trains_as_without_group_and_sends_nothing() -> None:
+    torch.testing.assert_close(results(_one, ranks=1), [_train()])
 
 
 def test_samples_are_asked_for_with_a_group_alone() -> None:

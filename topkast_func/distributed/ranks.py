@@ -21,6 +21,11 @@ LOST = (
     "rank {rank} of {size} waited in vain for {others} {where}: a process has ended or "
     "hangs{fewer} (its own message says which). {reason}"
 )
+ALONE = (
+    "process_group or mesh has one process alone, rank {} of the {} that were started, so that it "
+    "would train apart from the others: pass the group of those that train together, such as "
+    "torch.distributed.group.WORLD, or neither for a network of its own"
+)
 FEWER = ", or has no batch left where it is to give empty ones"
 
 
@@ -215,7 +220,8 @@ def ranks_of(process_group: object, mesh: object) -> Ranks | None:
 
     Raises:
         TypeError: They are no group and no mesh.
-        ValueError: The mesh has several axes, or this process is not in the group.
+        ValueError: The mesh has several axes, or this process is not in the group, or alone in it,
+            among others that were started with it.
     """
     if process_group is None and mesh is not None:
         if not isinstance(mesh, DeviceMesh):
@@ -228,7 +234,10 @@ def ranks_of(process_group: object, mesh: object) -> Ranks | None:
         process_group = mesh.get_group()
     if process_group is None:
         return None
-    return Ranks(process_group)
+    ranks = Ranks(process_group)
+    if ranks.size == 1 < dist.get_world_size():
+        raise ValueError(ALONE.format(dist.get_rank(), dist.get_world_size()))
+    return ranks
 
 
 def _is_lost(reason: Exception) -> bool:

@@ -14,7 +14,7 @@ from topkast_func.kernels.pattern import pattern_of, places_in
 from topkast_func.masks import telling
 from topkast_func.model.indexed import Indexed
 from topkast_func.places import counted
-from topkast_func.reading import readable
+from topkast_func.reading import readable, version
 from topkast_func.types import Masks, changed
 
 UNSHARDED = (
@@ -46,7 +46,7 @@ class Derived(NamedTuple):
         """Whether the buffer has been written to; on the host, through ``.data`` too."""
         if self.sets.device.type == "cpu":
             return not same(self.content, self.sets)
-        return self.version is None or self.version != _version(self.sets)
+        return self.version is None or self.version != version(self.sets)
 
     def bits(self) -> Tensor:
         """Return the bits; in a graph, which would go on with any, no others than sets."""
@@ -78,7 +78,7 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
     if not readable(sets):
         return Derived(sets, None, sets, None)
     if known is not None and same(known.content, sets):
-        return changed(known, sets=sets, version=_version(sets))
+        return changed(known, sets=sets, version=version(sets))
     masks = masks_in(sets, theta.shape)
     counts = counts_of(masks, rule.config)
     counts = counts if counts in rule.counts else None
@@ -87,7 +87,7 @@ def derive(sets: Tensor, theta: Tensor, rule: Rule, known: Derived | None) -> De
         block = rule.config.block_shape
         pattern = pattern_of(*masks, block, sizes=counts)
         indexed = Indexed(pattern, theta.shape, places_in(pattern, block, theta.shape))
-    return Derived(sets, _version(sets), sets.clone(), counts, indexed)
+    return Derived(sets, version(sets), sets.clone(), counts, indexed)
 
 
 def counts_of(masks: Masks, config: TopKastConfig) -> tuple[int, int] | None:
@@ -139,7 +139,3 @@ def bits_in(layer: nn.Module, buffer: str, name: str) -> Tensor:
 def same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors can be read, on one device, and are equal."""
     return a.device == b.device and readable(a) and torch.equal(a, b)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version

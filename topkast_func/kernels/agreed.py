@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from topkast_func.kernels.library import define
+from topkast_func.kernels.soundness import Sound
 
-_COMPARED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Versions of bits off the CPU, where to compare is to wait, by what they were compared with."""
+_COMPARED = Sound()
+"""Bits off the CPU, where to compare is to wait, and what they were compared with."""
 
 _EXPORTS = getattr(torch.compiler, "is_exporting", bool)  # torch 2.6 has none
 
@@ -37,8 +37,7 @@ def agreed(sets: Tensor, content: Tensor, exact: bool) -> Tensor:
 
 def _agreed(sets: Tensor, content: Tensor, exact: bool) -> Tensor:
     waits = sets.device.type != "cpu" and not sets.is_inference()
-    known = (id(sets), sets._version, exact) if waits else None
-    if known is None or _COMPARED.get(content) != known:
+    if not waits or not _COMPARED.knows((content, sets), exact):
         if not torch.equal(sets, content) and (exact or _sizes(sets) != _sizes(content)):
             raise RuntimeError(
                 f"a buffer of sets, <name>_sets, of shape {tuple(sets.shape)}, has been written to "
@@ -47,7 +46,7 @@ def _agreed(sets: Tensor, content: Tensor, exact: bool) -> Tensor:
                 "anew"
             )
         if waits:
-            _COMPARED[content] = known
+            _COMPARED.add((content, sets), exact)
     return sets.new_zeros(())
 
 

@@ -1,11 +1,51 @@
-"""Indices of stored matrices, checked before a kernel follows them."""
+"""Indices that a kernel may follow without looking at their numbers."""
+
+from collections.abc import Hashable, Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_SOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Versions of the indices that have been checked, by the columns of their matrix."""
+from topkast_func.reading import version
+
+
+class Sound:
+    """Tensors that are known to hold what they should: those that were given, until one is written.
+
+    It holds them weakly.
+    """
+
+    def __init__(self) -> None:
+        self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def add(self, tensors: Sequence[Tensor], about: Hashable) -> None:
+        """Know tensors from now on.
+
+        Args:
+            tensors: At least one.
+            about: What they go together with.
+        """
+        first, *others = tensors
+        self._known[first] = ([*map(ref, others)], [*map(version, tensors)], about)
+
+    def knows(self, tensors: Sequence[Tensor], about: Hashable) -> bool:
+        """Return whether these tensors, in this order, were last added as they are."""
+        first, *others = tensors
+        known = self._known.get(first)
+        if known is None:
+            return False
+        references, versions, was_about = known
+        met = [one() for one in references]
+        return (
+            len(met) == len(others)
+            and all(one is other for one, other in zip(met, others, strict=True))
+            and versions == [*map(version, tensors)]
+            and was_about == about
+        )
+
+
+_ROWS = Sound()
 
 
 def check_indices(rows: Tensor, columns: Tensor, height: int, width: int) -> None:
@@ -20,14 +60,7 @@ def check_indices(rows: Tensor, columns: Tensor, height: int, width: int) -> Non
     Raises:
         RuntimeError: One does.
     """
-    versions = (id(rows), _version(rows), _version(columns), height, width)
-    if _SOUND.get(columns) == versions:
-        return
-    torch._validate_sparse_csr_tensor_args(
-        rows, columns, columns.new_zeros(columns.shape, dtype=torch.float32), (height, width)
-    )
-    _SOUND[columns] = versions
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    if not _ROWS.knows((columns, rows), (height, width)):
+        values = columns.new_zeros(columns.shape, dtype=torch.float32)
+        torch._validate_sparse_csr_tensor_args(rows, columns, values, (height, width))
+        _ROWS.add((columns, rows), (height, width))

@@ -17,6 +17,7 @@ from topkast_func.storage.index import (
     carry,
     flat_pieces,
     index_of,
+    masks_at,
     old_slots,
     reindex,
     split_by,
@@ -171,14 +172,7 @@ class CompactWeights(NamedTuple):
         return self.sets(name).flat_index(block_of(self.values[name]), self.theta[name].shape)
 
     def _masks(self, name: str) -> Masks:
-        places, size = self._where(name), self.theta[name].numel()
-        active = self.sets(name).active_count
-        masks = []
-        for chosen in (places[:active], places):
-            mask = torch.zeros(size + 1, dtype=torch.bool, device=places.device)
-            mask.index_fill_(0, chosen.flatten(), True)
-            masks.append(mask[:-1].view(self.theta[name].shape))
-        return Masks(*masks)
+        return masks_at(self.sets(name), block_of(self.values[name]), self.theta[name].shape)
 
 
 def compact(

@@ -10,6 +10,7 @@ from topkast_func.kernels.pattern import Pattern
 from topkast_func.model.alpha import straight_through_all
 from topkast_func.penalty import Terms, masked_parts, summed_penalty
 from topkast_func.places import sizes_of
+from topkast_func.storage.index import note
 from topkast_func.types import Masks, Params, Tensors
 
 
@@ -106,5 +107,20 @@ class DenseWeights(NamedTuple):
         sizes: Mapping[str, tuple[int, int]],
     ) -> tuple["DenseWeights", dict[str, Tensors]]:
         """Take over new sets."""
-        weights = DenseWeights(dict(dense), dict(masks))
+        weights = dense_weights(dict(dense), dict(masks))
         return weights, weights.mask_slots(slots)
+
+
+def dense_weights(theta: Tensors, sets: dict[str, Masks]) -> DenseWeights:
+    """Store weights densely.
+
+    Args:
+        theta: θ by name.
+        sets: Sets that were chosen here, by name.
+
+    Returns:
+        The weights.
+    """
+    for masks in sets.values():
+        note(masks, (1, 1), masks.forward.shape)
+    return DenseWeights(theta, sets)

@@ -8,9 +8,17 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from topkast_func.kernels.pattern import INDEX_LIMIT, Pattern, flat_in_bands, pattern_of
+from topkast_func.kernels.pattern import (
+    INDEX_LIMIT,
+    Pattern,
+    flat_in_bands,
+    flattened,
+    pattern_of,
+)
+from topkast_func.kernels.soundness import Sound
 from topkast_func.model.alpha import split
 from topkast_func.places import PIECE, places_apart
+from topkast_func.reading import readable
 from topkast_func.types import Masks
 
 
@@ -48,6 +56,14 @@ class Positions(NamedTuple):
 Index: TypeAlias = Pattern | Positions
 """A and B∖A of a weight: a pattern, of entries or blocks, where a kernel computes it."""
 
+MADE = Sound()
+"""Sets that were made here, with the block and shape that they were made of."""
+
+
+def tensors_of(sets: Index | Masks) -> tuple[Tensor, ...]:
+    """Return the tensors that sets consist of."""
+    return flattened(sets) if isinstance(sets, Pattern) else tuple(sets)
+
 
 def index_of(
     masks: Masks,
@@ -68,9 +84,30 @@ def index_of(
     Returns:
         The pattern or the positions, on the device of the masks.
     """
+    made: Index
     if by_kernel:
-        return pattern_of(*masks, block, exploring, sizes)
-    return Positions(*places_apart(*masks, exploring, sizes))
+        made = pattern_of(*masks, block, exploring, sizes)
+    else:
+        made = Positions(*places_apart(*masks, exploring, sizes))
+    note(made, block, masks.forward.shape)
+    return made
+
+
+def note(sets: Index | Masks, block: tuple[int, int], shape: torch.Size) -> None:
+    """Note in `MADE` that sets are made as they should be, if they have numbers."""
+    if all(map(readable, tensors_of(sets))):
+        MADE.add(tensors_of(sets), (block, shape))
+
+
+def masks_at(index: Index, block: tuple[int, int], shape: torch.Size) -> Masks:
+    """Return the sets that an index tells of; inverse of `index_of`."""
+    places, size = index.flat_index(block, shape), shape.numel()
+    masks = []
+    for chosen in (places[: index.active_count], places):
+        mask = torch.zeros(size + 1, dtype=torch.bool, device=places.device)
+        mask.index_fill_(0, chosen.flatten(), True)
+        masks.append(mask[:-1].view(shape))
+    return Masks(*masks)
 
 
 def reindex(old: Index, masks: Masks, block: tuple[int, int], sizes: tuple[int, int]) -> Index:

@@ -15,7 +15,7 @@ from topkast_func.places import bands
 from topkast_func.powerprop import check_moves, phi_of
 from topkast_func.sparsity import Allocation
 from topkast_func.storage.compact import compact
-from topkast_func.storage.dense import DenseWeights
+from topkast_func.storage.dense import dense_weights
 from topkast_func.storage.weights import Weights
 from topkast_func.training.fits_config import check_masks
 from topkast_func.training.materialize import Source
@@ -112,7 +112,7 @@ def outlined_weights(
     sets = {n: Masks(*2 * [torch.empty_like(outlines[n], dtype=torch.bool)]) for n in sizes}
     if storage == "compact":
         return compact(outlines, sets, sizes, layers, config.block_shape)
-    return DenseWeights(outlines, sets)
+    return dense_weights(outlines, sets)
 
 
 def check_master(master: object) -> None:
@@ -181,7 +181,7 @@ def _stored(
     if manner.storage == "compact":
         block, place = manner.config.block_shape, manner.theta_device
         return compact(raw, sets, sizes, layers, block, place)
-    return DenseWeights(raw, sets)
+    return dense_weights(raw, sets)
 
 
 def _sets(

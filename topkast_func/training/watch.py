@@ -1,6 +1,6 @@
 """Which states a step has found whole, so that it need not look at them again."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from itertools import count
 from operator import is_
 from typing import NamedTuple
@@ -8,14 +8,14 @@ from weakref import ref
 
 from torch import Tensor
 
-from topkast_func.kernels.pattern import flattened
-from topkast_func.reading import readable
+from topkast_func.reading import readable, version
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.dense import DenseWeights
+from topkast_func.storage.index import Index, tensors_of
 from topkast_func.storage.weights import Weights
 from topkast_func.training.state import TrainState
 from topkast_func.training.whole import check_whole
-from topkast_func.types import Params
+from topkast_func.types import Masks, Params
 
 MANY = 64
 """Looks of states that are kept: threads may train several at once."""
@@ -25,17 +25,18 @@ ELSEWHERE = -1
 
 
 class _Known(NamedTuple):
-    """Sets that were met: the tensors that hold them, and which they were of those."""
+    """Sets that were met: the tensors that hold them, as they were, and which of those they are."""
 
     tensors: tuple["ref[Tensor]", ...]
+    versions: list[int | None]
     number: int
 
 
 class Watch:
     """Asks `check_whole` of a state where its sets are others, or it looks otherwise, than before.
 
-    Sets are known by the tensors that hold them, to which nobody writes, and not by their numbers,
-    which take time to read.
+    Sets are known by the tensors that hold them, as long as nobody writes to them, and not by their
+    numbers, which take time to read.
     """
 
     def __init__(self) -> None:
@@ -79,7 +80,8 @@ class Watch:
     def _number(self, weights: Weights) -> int:
         held = _held(weights)
         known = self._known.get(tuple(map(id, held)))
-        if known and all(map(is_, [one() for one in known.tensors], held)):
+        same = known and all(map(is_, [one() for one in known.tensors], held))
+        if known and same and known.versions == [*map(version, held)]:
             return known.number
         if not all(map(readable, held)):  # vmap wraps them anew at each call
             return ELSEWHERE
@@ -87,7 +89,7 @@ class Watch:
 
     def _meet(self, held: list[Tensor], number: int) -> int:
         alive = {k: v for k, v in self._known.items() if all(one() is not None for one in v[0])}
-        known = _Known(tuple(map(ref, held)), number)
+        known = _Known(tuple(map(ref, held)), [*map(version, held)], number)
         self._known = {**alive, tuple(map(id, held)): known}
         return number
 
@@ -112,8 +114,9 @@ def _kinds(tensors: Params) -> Hashable:
 def _held(weights: Weights) -> list[Tensor]:
     """Return the tensors that say which entries are in A and in B."""
     if isinstance(weights, DenseWeights):
-        return [mask for masks in weights.sets.values() for mask in masks]
-    if not isinstance(weights, CompactWeights):
+        found: Iterable[Index | Masks] = weights.sets.values()
+    elif isinstance(weights, CompactWeights):
+        found = [*weights.patterns.values(), *weights.positions.values()]
+    else:
         return []
-    found = [tensor for sets in weights.patterns.values() for tensor in flattened(sets)]
-    return found + [part for sets in weights.positions.values() for part in sets]
+    return [tensor for sets in found for tensor in tensors_of(sets)]

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from topkast_func.kernels.pattern import BlockRows, Pattern, block_of, flattened, is_indexed
+from topkast_func.kernels.pattern import BlockRows, Pattern, block_of, is_indexed
 from topkast_func.leaves import check_leaf, check_plain, check_strided
 from topkast_func.reading import readable
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.dense import DenseWeights
-from topkast_func.storage.index import Index
+from topkast_func.storage.index import Index, tensors_of
+from topkast_func.storage.sound import is_sound
 from topkast_func.storage.weights import Weights
 from topkast_func.training.forms import AS_MADE, check_form
 from topkast_func.trees import check_mask_pair, check_named, check_text
@@ -124,6 +125,8 @@ def _weights_problem(weights: Weights) -> str | None:
             check_mask_pair(f"state.{what}", masks, theta[name].shape)
             if {mask.device for mask in masks} != {theta[name].device}:
                 return f"{what} is on another device than theta, {theta[name].device}"
+            if not is_sound(masks, (1, 1), theta[name].shape):
+                return f"A of {what} is not within B"
     if isinstance(weights, CompactWeights):
         found = [*weights.patterns, *weights.positions]
         if sorted(found) != sorted(sparse) or not {*sparse} <= values.keys():
@@ -142,6 +145,8 @@ def _weights_problem(weights: Weights) -> str | None:
                     f"{what} of shape {tuple(values[name].shape)} is not what its index tells of "
                     f"theta, of shape {tuple(theta[name].shape)}, on the same device"
                 )
+            if not is_sound(index, block_of(values[name]), theta[name].shape):
+                return f"the numbers in weights.{kept}[{name!r}] are no places of A and B∖A"
     return None
 
 
@@ -159,7 +164,7 @@ def _is_index(index: Index, values: Tensor, shape: torch.Size) -> bool:
         return False
     height, width = map(floordiv, sides, block)
     forward, exploring, transposed, places = index
-    kinds = {(part.dtype, part.ndim, part.device) for part in flattened(index)}
+    kinds = {(part.dtype, part.ndim, part.device) for part in tensors_of(index)}
     return (
         kinds == {(torch.int32, *like)}
         and forward.columns.shape == transposed.columns.shape == places.shape
