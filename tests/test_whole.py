@@ -5,6 +5,7 @@ So is what is no state at all.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -334,12 +335,14 @@ def test_a_pass_of_shapes_alone_is_told_where_numbers_are_read(tmp_path: Path) -
     model, state = made()
     params, masks = dict(model.named_parameters()), tk.masks_of(state)
     tk.save(state, tmp_path / "state", CONFIG)
+    tk.save_sharded(state, tmp_path / "sharded", CONFIG)
     uses: list[Callable[[], Any]] = [
         *(partial(use, model, state) for use in USES.values()),
         lambda: tk.init_state(model, CONFIG, OPTIMIZER),
         lambda: tk.init_state(params, CONFIG, OPTIMIZER, storage="dense", masks=masks),
         lambda: tk.compute_masks(params, CONFIG),
         lambda: tk.load(tmp_path / "state"),
+        lambda: tk.load_sharded(tmp_path / "sharded"),
         lambda: tk.exchanges(masks, masks),
         lambda: tk.index_masks(model, masks),
     ]
@@ -357,13 +360,18 @@ def test_a_pass_of_shapes_alone_is_told_where_numbers_are_read(tmp_path: Path) -
         tk.refresh(put("weights.values", DENSE, fake)(state), CONFIG)
 
 
-@pytest.mark.parametrize("storage", ["compact", "dense"])
-@pytest.mark.parametrize("tree", ["weights.values", "frozen"])
-def test_what_was_averaged_in_inference_mode_trains_on(storage: str, tree: str) -> None:
+@pytest.mark.parametrize(
+    ("storage", "tree"),
+    [
+        *product(["compact", "dense"], ["frozen", "buffers"]),
+        *(("compact", f"weights.{tree}") for tree in ("values", "patterns", "positions")),
+        *(("dense", f"weights.{tree}") for tree in ("theta", "sets")),
+    ],
+)
+def test_what_was_made_in_inference_mode_trains_on(storage: str, tree: str) -> None:
     model, state = made(storage)
-    tree = tree if storage == "compact" else tree.replace("values", "theta")
     with torch.inference_mode():
-        same = with_tree(tree, lambda tensors: {n: t + 0 for n, t in tensors.items()})(state)
+        same = with_tree(tree, partial(tree_map, torch.clone))(state)
     found, expected = (tk.dense_params(step(model, given)[0]) for given in (same, state))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     tk.refresh(same, CONFIG)

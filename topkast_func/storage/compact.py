@@ -22,6 +22,7 @@ from topkast_func.storage.index import (
     reindex,
     split_by,
     split_in_pieces,
+    tensors_of,
 )
 from topkast_func.types import Masks, Params, Tensors, changed
 
@@ -51,6 +52,12 @@ class CompactWeights(NamedTuple):
     def sparse_names(self) -> tuple[str, ...]:
         """Names of the sparse parameters."""
         return tuple(self.theta)
+
+    @property
+    def set_tensors(self) -> list[Tensor]:
+        """What patterns and positions consist of."""
+        found: list[Index] = [*self.patterns.values(), *self.positions.values()]
+        return [tensor for sets in found for tensor in tensors_of(sets)]
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of every parameter."""

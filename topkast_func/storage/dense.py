@@ -40,6 +40,11 @@ class DenseWeights(NamedTuple):
         """Names of the sparse parameters."""
         return tuple(self.sets)
 
+    @property
+    def set_tensors(self) -> list[Tensor]:
+        """The masks."""
+        return [mask for masks in self.sets.values() for mask in masks]
+
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of every parameter."""
         return {name: theta.shape for name, theta in self.theta.items()}

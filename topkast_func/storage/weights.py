@@ -33,6 +33,10 @@ class Weights(Protocol):
     def sparse_names(self) -> tuple[str, ...]:
         """Names of the sparse parameters."""
 
+    @property
+    def set_tensors(self) -> list[Tensor]:
+        """What says which entries are in A and in B."""
+
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of every parameter."""
 

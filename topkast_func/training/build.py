@@ -159,8 +159,8 @@ def built(
         if is_mapped("a step", (state, batch)):
             ensemble: tuple[TrainState, StepMetrics] = mapped(train_step, state, batch)
             return ensemble
-        state = ordinary(state) if is_inferred(state) else state
         look = whole.look(state)
+        state = ordinary(state) if is_inferred(state) else state
         state, batch = way.part(state), ordinary(batch)
         call = call_of(model, criterion, config, optimizer, state, batch, compile is not False)
         work = partial(as_written, call.parts, partial(in_its_turn, state, batch, call, look))

@@ -18,6 +18,7 @@ from topkast_func.distributed.ranks import Ranks
 from topkast_func.distributed.roll import calling
 from topkast_func.files.container import damage_of
 from topkast_func.files.drafts import path_of
+from topkast_func.reading import check_numbers
 from topkast_func.training.checkpoint import agreed, put_together, taken_apart
 from topkast_func.training.in_ranges import up_to_date
 from topkast_func.training.optim import Optimizer, check_optimizer
@@ -179,6 +180,7 @@ def load_sharded(
     ranks = Ranks(process_group or world())
 
     def asked() -> Path:
+        check_numbers(f"what reads {folder}")
         if config is not None:
             check_type("config", config, TopKastConfig)
         if optimizer is not None:

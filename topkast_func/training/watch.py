@@ -1,6 +1,6 @@
 """Which states a step has found whole, so that it need not look at them again."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from itertools import count
 from operator import is_
 from typing import NamedTuple
@@ -9,13 +9,10 @@ from weakref import ref
 from torch import Tensor
 
 from topkast_func.reading import readable, version
-from topkast_func.storage.compact import CompactWeights
-from topkast_func.storage.dense import DenseWeights
-from topkast_func.storage.index import Index, tensors_of
 from topkast_func.storage.weights import Weights
 from topkast_func.training.state import TrainState
 from topkast_func.training.whole import check_whole
-from topkast_func.types import Masks, Params
+from topkast_func.types import Params
 
 MANY = 64
 """Looks of states that are kept: threads may train several at once."""
@@ -66,9 +63,9 @@ class Watch:
 
     def follow(self, before: TrainState, after: TrainState) -> None:
         """Let the sets that a step has chosen be known in the place of those that it chose from."""
-        number, old = self._number(before.weights), tuple(map(id, _held(before.weights)))
+        number, old = self._number(before.weights), tuple(map(id, before.weights.set_tensors))
         self._known = {key: known for key, known in self._known.items() if key != old}
-        self._meet(_held(after.weights), number)
+        self._meet(after.weights.set_tensors, number)
 
     def _key(self, state: TrainState) -> Hashable:
         try:
@@ -78,7 +75,7 @@ class Watch:
             raise
 
     def _number(self, weights: Weights) -> int:
-        held = _held(weights)
+        held = weights.set_tensors
         known = self._known.get(tuple(map(id, held)))
         same = known and all(map(is_, [one() for one in known.tensors], held))
         if known and same and known.versions == [*map(version, held)]:
@@ -109,14 +106,3 @@ def looks(state: TrainState) -> Hashable:
 
 def _kinds(tensors: Params) -> Hashable:
     return tuple(tensors), tuple([(t.shape, t.dtype, t.device, t.layout) for t in tensors.values()])
-
-
-def _held(weights: Weights) -> list[Tensor]:
-    """Return the tensors that say which entries are in A and in B."""
-    if isinstance(weights, DenseWeights):
-        found: Iterable[Index | Masks] = weights.sets.values()
-    elif isinstance(weights, CompactWeights):
-        found = [*weights.patterns.values(), *weights.positions.values()]
-    else:
-        return []
-    return [tensor for sets in found for tensor in tensors_of(sets)]

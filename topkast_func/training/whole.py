@@ -4,6 +4,7 @@ What it is a state of is for `agreement` to ask.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from operator import floordiv, mod
 from typing import TYPE_CHECKING
 
@@ -189,9 +190,9 @@ def _split_problem(state: "TrainState") -> str | None:
 
 def is_inferred(state: "TrainState") -> bool:
     """Return whether what a step reads is of inference mode, and so nothing that autograd takes."""
-    trees = state.weights.values, state.frozen
-    read = (state.step, *(tensor for tree in trees for tensor in tree.values()))
-    return any(map(Tensor.is_inference, read))
+    weights = state.weights
+    trees = weights.values.values(), state.frozen.values(), state.buffers.values()
+    return any(map(Tensor.is_inference, chain([state.step], weights.set_tensors, *trees)))
 
 
 def _exceeds_one(exponent: Tensor) -> bool:
