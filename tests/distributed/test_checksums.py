@@ -41,7 +41,7 @@ def test_a_checksum_is_of_the_entries_in_their_order(monkeypatch: pytest.MonkeyP
     tensor = torch.randn(7, 11)
     whole = checksum(tensor)
     assert checksum(tensor.t().contiguous().t()) == whole
-    monkeypatch.setattr(checksums, "CHUNK", 10)
+    monkeypatch.setattr(checksums, "PIECE", 10)
     assert checksum(tensor) == whole
     bits = tensor.flatten().view(torch.int32).tolist()
     total = sum((2 * i + 1) * b for i, b in enumerate(bits))

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from topkast_func.distributed.ranks import Ranks
+from topkast_func.places import PIECE
 from topkast_func.types import Tensors
 
 ONE_START = (
     "Ranks are to begin with one state (of one seed or file) and to move it by train_step alone"
 )
-CHUNK = 1 << 18  # entries that are weighted at a time, for the memory it takes
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -106,8 +106,8 @@ def _checksum(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = real.detach().contiguous().flatten().view(INTEGERS[real.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    weights = 2 * torch.arange(min(CHUNK, bits.numel()), device=bits.device) + 1
-    for start in range(0, bits.numel(), CHUNK):
-        part = bits[start : start + CHUNK].to(torch.int64)
+    weights = 2 * torch.arange(min(PIECE, bits.numel()), device=bits.device) + 1
+    for start in range(0, bits.numel(), PIECE):
+        part = bits[start : start + PIECE].to(torch.int64)
         total += (part * weights[: part.numel()]).sum() + 2 * start * part.sum()
     return total

@@ -1,7 +1,7 @@
 """Compact storage: values, gradients and optimiser slots of B only; θ rests beside them."""
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -82,10 +82,6 @@ class CompactWeights(NamedTuple):
     def alpha(self, values: Tensors) -> Tensors:
         """Return α, put together where it is read."""
         return self._alpha(values, alpha_when_read)
-
-    def sets_key(self) -> Hashable:
-        """Return a key that changes with the sets, without counting them."""
-        return tuple((n, self.sets(n).active_count, self.values[n].shape) for n in self.theta)
 
     def penalty(
         self,

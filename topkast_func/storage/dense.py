@@ -1,6 +1,6 @@
 """Dense storage: θ and boolean masks."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -55,10 +55,6 @@ class DenseWeights(NamedTuple):
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return |A| and |B|."""
         return sizes_of(self.sets)
-
-    def sets_key(self) -> Hashable:
-        """Return a key of the sets."""
-        return tuple((name, id(masks.forward)) for name, masks in self.sets.items())
 
     def alpha(self, values: Tensors) -> Tensors:
         """Return α."""

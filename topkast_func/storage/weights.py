@@ -1,6 +1,6 @@
 """What a state asks of its weights, in whatever storage they are."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
 import torch
@@ -45,9 +45,6 @@ class Weights(Protocol):
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Return how many entries A and B have, by name."""
-
-    def sets_key(self) -> Hashable:
-        """Return a key that changes with the sets, without counting them."""
 
     def alpha(self, values: Tensors) -> Tensors:
         """Return what the model computes with.

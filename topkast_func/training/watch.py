@@ -17,16 +17,13 @@ from topkast_func.types import Params
 MANY = 64
 """Looks of states that are kept: threads may train several at once."""
 
-ELSEWHERE = -1
-"""The number of sets that the host cannot read."""
-
 
 class _Known(NamedTuple):
-    """Sets that were met: the tensors that hold them, as they were, and which of those they are."""
+    """Sets that were met: what holds them, how often that had been written to, and their number."""
 
     tensors: tuple["ref[Tensor]", ...]
     versions: list[int | None]
-    number: int
+    number: Hashable
 
 
 class Watch:
@@ -74,17 +71,17 @@ class Watch:
             check_whole(state)
             raise
 
-    def _number(self, weights: Weights) -> int:
+    def _number(self, weights: Weights) -> Hashable:
         held = weights.set_tensors
         known = self._known.get(tuple(map(id, held)))
         same = known and all(map(is_, [one() for one in known.tensors], held))
         if known and same and known.versions == [*map(version, held)]:
             return known.number
         if not all(map(readable, held)):  # vmap wraps them anew at each call
-            return ELSEWHERE
+            return tuple([tensor.shape for tensor in held])
         return self._meet(held, next(self._numbers))
 
-    def _meet(self, held: list[Tensor], number: int) -> int:
+    def _meet(self, held: list[Tensor], number: Hashable) -> Hashable:
         alive = {k: v for k, v in self._known.items() if all(one() is not None for one in v[0])}
         known = _Known(tuple(map(ref, held)), [*map(version, held)], number)
         self._known = {**alive, tuple(map(id, held)): known}
@@ -97,7 +94,7 @@ def looks(state: TrainState) -> Hashable:
     trees = [weights.values, state.frozen, state.buffers, state.narrow, *slots.values()]
     trees += [part.slots for part in state.split.values()]
     return (
-        (type(weights), weights.sets_key(), tuple(slots), tuple(state.split)),
+        (type(weights), tuple(slots), tuple(state.split)),
         tuple([(name, a.dtype, float(a)) for name, a in state.exponents.items()]),
         None if weights.theta is weights.values else _kinds(weights.theta),
         tuple([_kinds(tree) for tree in trees]),
