@@ -290,18 +290,26 @@ def test_a_state_that_is_damaged_between_steps_is_named() -> None:
             train_step(damage(state), BATCH)
 
 
+@pytest.mark.parametrize("inferred", [False, True])
 @pytest.mark.parametrize(("storage", "tree"), [("compact", "patterns"), ("dense", "sets")])
-def test_sets_that_are_written_to_are_looked_at_again(storage: str, tree: str) -> None:
+def test_sets_that_are_written_to_are_looked_at_again(
+    storage: str, tree: str, inferred: bool
+) -> None:
     model, state = made(storage)
+    with torch.inference_mode(inferred):
+        state = tree_map(torch.clone, state)
     train_step = tk.make_train_step(model, loss, CONFIG, OPTIMIZER, compile=False)
     train_step(state, BATCH)
     kept = getattr(state.weights, tree)[FIRST].forward
     written = kept.columns if storage == "compact" else kept
     before = written.clone()
-    written.fill_(1)
-    with pytest.raises(ValueError, match=WORDS):
-        train_step(state, BATCH)
-    written.copy_(before)
+    with torch.inference_mode(inferred):
+        written.fill_(1)
+    for use in (tk.masks_of, lambda state: train_step(state, BATCH)):
+        with pytest.raises(ValueError, match=WORDS):
+            use(state)
+    with torch.inference_mode(inferred):
+        written.copy_(before)
     train_step(state, BATCH)
 
 
