@@ -93,7 +93,7 @@ def make_train_step(
             GPU, "dense", "reference" or "torch_sparse", or "auto" for the fastest of each layer.
         process_group: The processes that train together, as `torch.distributed` has them; all
             call this function and the step, from one thread. Its time-out says how long one
-            waits for another.
+            waits for another. A process that was started alone trains as without a group.
         mesh: A device mesh of one axis in place of the group.
         samples: ``samples(batch)``, how much a batch counts: how many tokens a loss is the mean
             of, say. None for the length of the first axis of its tensors.
@@ -115,7 +115,8 @@ def make_train_step(
             itself, ``config`` is no configuration, or the optimiser none of this library.
         ValueError: There is no such engine, or a part of the model is what torch.compile returned;
             or ranks differ in configuration, model, optimiser or torch, the mesh has several axes,
-            or a part of the model is SyncBatchNorm. What is wrong on one rank is an error on all.
+            the group has one alone of several processes, or a part of the model is SyncBatchNorm.
+            What is wrong on one rank is an error on all.
         RuntimeError: Another rank is lost.
 
     Example:
