@@ -68,6 +68,7 @@ COMPACT: list[tuple[Edit, str]] = [
     (lambda h, t: t[THETA].view(-1)[3:4].fill_(math.nan), r"theta/0\.weight holds NaN"),
     (lambda h, t: t["theta/1.bias"].fill_(math.nan), r"theta/1\.bias holds NaN"),
     (lambda h, t: t.update({THETA: t[THETA].int()}), r"theta/0.weight is torch.int32 of shape"),
+    (lambda h, t: t.update({THETA: t[THETA].to(torch.float8_e5m2)}), "theta/0.weight is torch.fl"),
     (lambda h, t: t.update({THETA: t[THETA][:0]}), r"theta/0.weight is .* of shape \(0, 10\)"),
     (lambda h, t: _let_be_complex(h, t, THETA), r"theta of \['0.weight'\] is complex and sparse"),
     (lambda h, t: [t.pop(n) for n in [*t] if n.startswith("theta/")], "it has no theta"),

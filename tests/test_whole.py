@@ -281,6 +281,31 @@ def test_what_is_no_state_is_told_what_one_is(other: Any, use: Callable[..., Any
         use(Net(), other)
 
 
+BY_MEMBER = "step", "refresh", "dense_params", "forward_params", "masks_of", "dense_gradients"
+"""What returns tensors, so that `torch.vmap` maps it over an ensemble."""
+
+
+@pytest.mark.parametrize("storage", ["compact", "dense"])
+def test_an_ensemble_is_read_by_member_or_named(storage: str) -> None:
+    model, state = made(storage)
+    stacked = tree_map(lambda leaf: torch.stack((leaf, leaf)), state)
+    for name, use in USES.items():
+        over_members = torch.vmap(partial(use, model))
+        if name in BY_MEMBER:
+            found, expected = over_members(stacked), use(model, state)
+            torch.testing.assert_close(tree_map(lambda leaf: leaf[1], found), expected)
+        elif name != "train":
+            with pytest.raises(ValueError, match=r"^state is one of an ensemble .* take a member"):
+                over_members(stacked)
+
+
+@pytest.mark.parametrize("what", [absent, lambda step: FakeTensorMode().from_tensor(step)])
+def test_a_counter_without_a_number_is_named(what: Callable[[Tensor], Tensor]) -> None:
+    _, state = made()
+    with pytest.raises(ValueError, match=r"^state.step has no number that could be read"):
+        tk.masks_of(state._replace(step=what(state.step)))
+
+
 def test_a_state_that_is_damaged_between_steps_is_named() -> None:
     model, state = made()
     train_step = tk.make_train_step(model, loss, CONFIG, OPTIMIZER, compile=False)

@@ -63,10 +63,11 @@ from topkast_func.training.optim import (
     partition,
     sgd,
 )
+from topkast_func.training.readout import dense_params, forward_params, masks_of
 from topkast_func.training.refresh import refresh
 from topkast_func.training.sharded import async_save_sharded, load_sharded, save_sharded
 from topkast_func.training.start import init_state
-from topkast_func.training.state import TrainState, dense_params, forward_params, masks_of
+from topkast_func.training.state import TrainState
 from topkast_func.training.step import make_train_step
 from topkast_func.types import Masks
 

@@ -22,8 +22,9 @@ from topkast_func.training.loop import Callback
 from topkast_func.training.loop import train as loop
 from topkast_func.training.metrics import StepMetrics
 from topkast_func.training.optim import sgd
+from topkast_func.training.readout import forward_params
 from topkast_func.training.start import init_state
-from topkast_func.training.state import Storage, TrainState, forward_params
+from topkast_func.training.state import Storage, TrainState
 from topkast_func.training.step import make_train_step
 
 JOBS: dict[str, Callable[[], TensorDataset]] = {

@@ -17,7 +17,8 @@ from topkast_func.groups import grouped
 from topkast_func.masks import compute_masks, counts, uneven_sets
 from topkast_func.ranking import magnitudes
 from topkast_func.tiebreak import tie_key as tie_key
-from topkast_func.training.state import TrainState, dense_params, masks_of
+from topkast_func.training.readout import dense_params, masks_of
+from topkast_func.training.state import TrainState
 from topkast_func.types import Masks, Params
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

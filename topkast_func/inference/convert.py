@@ -23,7 +23,8 @@ from topkast_func.model.layers import stand_ins
 from topkast_func.model.stand_in import StandIn, TransposedStandIn
 from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.fits_model import check_tensors
-from topkast_func.training.state import TrainState, alpha_in, check_state, masks_of
+from topkast_func.training.readout import alpha_in, masks_of
+from topkast_func.training.state import TrainState, check_one
 
 
 def sparse_module(
@@ -84,7 +85,7 @@ def sparse_module(
     if model is None:
         stored = partial(_of_module, given)
     else:
-        check_state(state)
+        check_one(state)
         stored = partial(_of_state, cast(TrainState, state), given)
     convert = partial(alone_with, given, lambda: _converted(*stored(batch)))
     return mapped(convert) if is_mapped("sparse_module", ()) else convert()

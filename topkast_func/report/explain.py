@@ -8,7 +8,8 @@ from topkast_func.kernels.engines import ALPHA, Choice, EngineName, choose
 from topkast_func.kernels.linear import described
 from topkast_func.report.notes import UNKNOWN
 from topkast_func.report.table import table
-from topkast_func.training.state import TrainState, check_state, narrowed
+from topkast_func.training.readout import narrowed
+from topkast_func.training.state import TrainState, check_one
 
 
 def explain(
@@ -54,7 +55,7 @@ def explain(
 
 def choices(state: TrainState, batch_size: int, engine: EngineName) -> dict[str, Choice]:
     """Return which engine computes each sparse parameter; see `explain`."""
-    check_state(state)
+    check_one(state)
     batch = check_count("batch_size", batch_size, 1)
     values, shapes = narrowed(state.weights.values, state.narrow), state.weights.shapes()
     patterns = state.weights.patterns

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from topkast_func.checks import check_block_shape
 from topkast_func.kernels.layouts import csr_matrix
-from topkast_func.training.state import TrainState, alpha_in, check_state, masks_of
+from topkast_func.training.readout import alpha_in, masks_of
+from topkast_func.training.state import TrainState, check_one
 
 
 def to_sparse(
@@ -44,7 +45,7 @@ def to_sparse(
     """
     if layout not in (*LAYOUTS, "bsr"):
         raise ValueError(f"layout must be one of {(*LAYOUTS, 'bsr')}, got {layout!r}")
-    check_state(state)
+    check_one(state)
     alpha = alpha_in(state)
     to_layout = partial(bsr, block_shape) if layout == "bsr" else LAYOUTS[layout]
     return {

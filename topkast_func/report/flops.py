@@ -19,7 +19,8 @@ from topkast_func.checks import check_callable
 from topkast_func.model.alone import alone_with, as_plain
 from topkast_func.training.ensembles import is_mapped
 from topkast_func.training.fits_model import check_tensors
-from topkast_func.training.state import TrainState, forward_params, masks_of
+from topkast_func.training.readout import forward_params, masks_of
+from topkast_func.training.state import TrainState, check_one
 from topkast_func.turns import EVERYTHING
 from topkast_func.types import Model
 
@@ -77,6 +78,7 @@ def training_flops(model: Model, state: TrainState, *inputs: Any, **options: Any
     check_callable("model", model)
     is_mapped("training_flops", (inputs, options))
     model = as_plain(model)
+    check_one(state)
     tensors = forward_params(state)
     owners = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
     devices = {t.device.index for t in tensors.values() if t.device.type == "cuda"}

@@ -8,7 +8,8 @@ from topkast_func.report.exchange import Exchange, exchanges, exploration_rate, 
 from topkast_func.report.flops import TrainingFlops
 from topkast_func.training.loop import Callback
 from topkast_func.training.metrics import StepMetrics
-from topkast_func.training.state import TrainState, masks_of
+from topkast_func.training.readout import masks_of
+from topkast_func.training.state import TrainState, check_one
 from topkast_func.types import Tensors
 
 
@@ -57,6 +58,7 @@ class History(Callback):
 
     def on_refresh(self, before: TrainState, after: TrainState) -> None:
         """Keep what changed."""
+        check_one(before)
         old, new = masks_of(before), masks_of(after)
         self._explored = explored(new, self._explored or explored(old))
         rate = exploration_rate(self._explored)

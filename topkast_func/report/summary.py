@@ -15,7 +15,8 @@ from topkast_func.model.axes import axes_by_name
 from topkast_func.report.explain import choices
 from topkast_func.report.notes import Row, notes, with_lines
 from topkast_func.report.table import in_bytes, paragraph, table
-from topkast_func.training.state import TrainState, masks_of
+from topkast_func.training.readout import masks_of
+from topkast_func.training.state import TrainState
 from topkast_func.types import Model
 
 

@@ -104,9 +104,8 @@ def masks_at(index: Index, block: tuple[int, int], shape: torch.Size) -> Masks:
     places, size = index.flat_index(block, shape), shape.numel()
     masks = []
     for chosen in (places[: index.active_count], places):
-        mask = torch.zeros(size + 1, dtype=torch.bool, device=places.device)
-        mask.index_fill_(0, chosen.flatten(), True)
-        masks.append(mask[:-1].view(shape))
+        blank = torch.zeros(size + 1, dtype=torch.bool, device=places.device)
+        masks.append(blank.index_fill(0, chosen.flatten(), True)[:-1].view(shape))
     return Masks(*masks)
 
 

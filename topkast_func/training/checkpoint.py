@@ -19,7 +19,8 @@ from topkast_func.model.modules import check_names, trainable
 from topkast_func.training.agreement import disagreements
 from topkast_func.training.fits_config import outlines
 from topkast_func.training.optim import Optimizer, check_optimizer
-from topkast_func.training.state import TrainState, check_at_hand, check_state, theta_in
+from topkast_func.training.readout import theta_in
+from topkast_func.training.state import TrainState, check_at_hand, check_one
 from topkast_func.training.state_file import block_problem, flattened, restored
 from topkast_func.training.stored import StoredState, stored
 from topkast_func.types import Model
@@ -57,7 +58,7 @@ def save(
         ValueError: The state is an ensemble, θ holds NaN, A is not within B, or the state is not
             one of ``config``; what was at ``path`` stays.
     """
-    check_state(state)
+    check_one(state)
     check_at_hand(state)
     header, tensors = taken_apart(state, config)
     with replacing(path_of("path", path)) as file:

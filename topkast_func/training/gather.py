@@ -10,7 +10,7 @@ from topkast_func.distributed.roll import calling
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.storage.parted import with_theta
 from topkast_func.training.split import LOST, check_parts, joined
-from topkast_func.training.state import TrainState, check_state, elsewhere
+from topkast_func.training.state import TrainState, check_one, elsewhere
 from topkast_func.types import Tensors
 
 
@@ -34,7 +34,7 @@ def gather(state: TrainState, process_group: dist.ProcessGroup | None = None) ->
         ValueError: It is an ensemble of states, stacked; or no rank owns some of it.
         RuntimeError: Another rank is lost.
     """
-    check_state(state)
+    check_one(state)
     ranks = Ranks(process_group or world())
     with calling(ranks, f"in gather at step {int(state.step)}"):
         kinds = {name: theta.device.type for name, theta in state.weights.theta.items()}

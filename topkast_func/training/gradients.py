@@ -15,7 +15,8 @@ from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.fits_model import check_tensors
 from topkast_func.training.loss import check_loss_fn, loss_and_aux
 from topkast_func.training.random_numbers import random_numbers_of
-from topkast_func.training.state import TrainState, alpha_in, check_state
+from topkast_func.training.readout import alpha_in
+from topkast_func.training.state import TrainState, check_state
 from topkast_func.training.trial import check_pure
 from topkast_func.turns import RANDOM_NUMBERS
 from topkast_func.types import LossFn, Model, Tensors

@@ -21,9 +21,10 @@ from topkast_func.model.alpha import split
 from topkast_func.ranking import magnitudes, ranked_by
 from topkast_func.storage.index import carry, old_slots
 from topkast_func.storage.parted import compact_in
+from topkast_func.training.readout import powered
 from topkast_func.training.refresh import sizes_after
 from topkast_func.training.split import joined_flat, joined_values, places_in
-from topkast_func.training.state import TrainState, powered
+from topkast_func.training.state import TrainState
 from topkast_func.types import Masks, Tensors, changed
 
 

@@ -16,13 +16,8 @@ from topkast_func.storage.weights import Weights
 from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.fits_config import check_gradients, check_refresh, is_of_stage
 from topkast_func.training.optim import Optimizer
-from topkast_func.training.state import (
-    TrainState,
-    check_at_hand,
-    check_state,
-    ordinary,
-    powered,
-)
+from topkast_func.training.readout import powered
+from topkast_func.training.state import TrainState, check_at_hand, check_state, ordinary
 from topkast_func.training.whole import is_inferred
 from topkast_func.types import Masks, Params, Tensors
 from topkast_func.warn import warn_caller

@@ -24,7 +24,7 @@ from topkast_func.training.in_ranges import up_to_date
 from topkast_func.training.optim import Optimizer, check_optimizer
 from topkast_func.training.pieces import with_pieces, without_pieces
 from topkast_func.training.split import check_parts
-from topkast_func.training.state import TrainState, check_state
+from topkast_func.training.state import TrainState, check_one
 from topkast_func.training.stored import stored
 from topkast_func.types import Model, Tensors
 
@@ -111,7 +111,7 @@ def _saving(
 ) -> Future[Path]:
     from topkast_func.distributed.folder import write  # loads torch's checkpoints: half a second
 
-    check_state(state)
+    check_one(state)
     ranks, step = Ranks(process_group or world()), int(state.step)
 
     def asked() -> tuple[Path, int | None]:

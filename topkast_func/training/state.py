@@ -8,14 +8,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from topkast_func.checks import check_type
-from topkast_func.powerprop import theta_of
 from topkast_func.reading import check_numbers, readable
 from topkast_func.storage.weights import Weights as Weights
 from topkast_func.training.brief import brief
 from topkast_func.training.forms import check_form
 from topkast_func.training.optim import OptimizerState
 from topkast_func.training.whole import check_whole
-from topkast_func.types import Masks, Params, Tensors
+from topkast_func.types import Tensors
 
 Tree = TypeVar("Tree")
 
@@ -81,6 +80,9 @@ class TrainState(NamedTuple):
         return brief(self)
 
 
+MEMBER = "take a member out of it, tree_map(lambda leaf: leaf[i], state)"
+"""The way on for whoever has an ensemble where numbers are read."""
+
 NO_STATE = (
     ": a state is what init_state returns, and a step as the first of two. A model that sparsify "
     "has changed has none: ask what sparsify returned, by sparsifier.summary() or "
@@ -103,6 +105,22 @@ def check_state(state: Any) -> None:
     check_whole(state)
 
 
+def check_one(state: Any) -> None:
+    """Check that this is the state of one network, of which the host can read the numbers.
+
+    Args:
+        state: What is to be one.
+
+    Raises:
+        TypeError: See `check_state`.
+        ValueError: See `check_state`; or `torch.vmap` maps over it.
+    """
+    check_state(state)
+    leaves = (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    if any(map(is_functorch_wrapped_tensor, leaves)):
+        raise ValueError(f"state is one of an ensemble that torch.vmap maps over: {MEMBER}")
+
+
 def check_fields(state: Any) -> None:
     """Check that this is the state of one network, but for what its parts have in common.
 
@@ -119,19 +137,16 @@ def check_fields(state: Any) -> None:
     check_form("state", state)
     if state.step.ndim:
         raise ValueError(
-            "state is an ensemble of states, stacked: call this under torch.vmap, or take a member "
-            "out of it, tree_map(lambda leaf: leaf[i], state)"
+            f"state is an ensemble of states, stacked: call what returns tensors under torch.vmap, "
+            f"or {MEMBER}"
         )
     counters = {"step": state.step, "seed": state.seed, "mask_seed": state.mask_seed}
     for name, counter in {**counters, "optimizer.step": state.optimizer.step}.items():
-        if not _counts(counter):
+        known = readable(counter)
+        if not known and not is_functorch_wrapped_tensor(counter):
+            raise ValueError(f"state.{name} has no number that could be read: {counter!r}")
+        if counter.dtype != torch.int64 or counter.ndim or (known and int(counter) < 0):
             raise ValueError(f"state.{name} must be an int64 tensor of at least 0, got {counter!r}")
-
-
-def _counts(counter: Tensor) -> bool:
-    if counter.dtype != torch.int64 or counter.ndim:
-        return False
-    return is_functorch_wrapped_tensor(counter) or (readable(counter) and int(counter) >= 0)
 
 
 def elsewhere(state: TrainState) -> list[str]:
@@ -157,93 +172,7 @@ def check_at_hand(state: TrainState) -> None:
         )
 
 
-def dense_params(state: TrainState) -> Tensors:
-    """Return θ by name, the entries outside B included.
-
-    Args:
-        state: The state.
-
-    Returns:
-        θ, copies, in the dtype that it is kept in; in compact storage the sparse parameters are on
-        ``theta_device``.
-
-    Raises:
-        TypeError: It is no state.
-        ValueError: It is an ensemble of states, stacked, or other ranks own a part of it.
-    """
-    check_state(state)
-    check_at_hand(state)
-    return _apart(state, theta_in(state))
-
-
-def masks_of(state: TrainState) -> dict[str, Masks]:
-    """Return A and B of the sparse parameters by name.
-
-    Args:
-        state: The state.
-
-    Returns:
-        Masks by name, copies; dense parameters are absent.
-
-    Raises:
-        TypeError: It is no state.
-        ValueError: It is an ensemble of states, stacked.
-    """
-    check_state(state)
-    masks = state.weights.masks()
-    return {n: Masks(sets.forward.clone(), sets.backward.clone()) for n, sets in masks.items()}
-
-
-def forward_params(state: TrainState) -> Tensors:
-    """Return what inference needs: α = θ·1_A, the dense parameters, and the buffers.
-
-    ``model.load_state_dict(forward_params(state), strict=False)`` makes a plain model of it,
-    and ``torch.func.functional_call(model, forward_params(state), inputs)`` runs it.
-
-    Args:
-        state: The state.
-
-    Returns:
-        Tensors by name, copies, which the model may write to: α, in the dtype that the forward
-        pass computes in, then frozen parameters, then buffers. ``load_state_dict`` passes over
-        buffers that are not persistent, `functional_call` does not.
-
-    Raises:
-        TypeError: It is no state.
-        ValueError: It is an ensemble of states, stacked.
-    """
-    check_state(state)
-    return _apart(state, alpha_in(state))
-
-
-def theta_in(state: TrainState) -> Tensors:
-    """Return θ by name, to be read: some tensors are those of the state."""
-    return powered(state.weights.dense(), state.exponents)
-
-
-def alpha_in(state: TrainState) -> Tensors:
-    """Return what `forward_params` does, to be read: some tensors are those of the state."""
-    alpha = narrowed(powered(state.weights.forward(), state.exponents), state.narrow)
-    return {**alpha, **state.frozen, **state.buffers}
-
-
-def narrowed(tensors: Tensors, narrow: Params) -> Tensors:
-    """Return tensors in the dtypes that the forward pass computes in; see `TrainState`."""
-    return tensors | {name: tensors[name].to(like.dtype) for name, like in narrow.items()}
-
-
 def ordinary(tree: Tree) -> Tree:
     """Copy a tree, and of its tensors those of inference mode, which autograd refuses."""
     copied: Tree = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, tree)
     return copied
-
-
-def powered(raw: Tensors, exponents: Params) -> Tensors:
-    """Return θ of φ, where φ is trained."""
-    return raw | {name: theta_of(raw[name], a) for name, a in exponents.items()}
-
-
-def _apart(state: TrainState, tensors: Tensors) -> Tensors:
-    """Copy the tensors that are those of a state."""
-    held = set(map(id, tree_leaves(state)))
-    return {name: t.clone() if id(t) in held else t for name, t in tensors.items()}

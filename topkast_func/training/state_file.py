@@ -13,7 +13,8 @@ from topkast_func.storage.compact import CompactWeights, compact
 from topkast_func.storage.dense import DenseWeights
 from topkast_func.storage.weights import Weights
 from topkast_func.training.optim import OptimizerState
-from topkast_func.training.state import TrainState, masks_of
+from topkast_func.training.readout import masks_of
+from topkast_func.training.state import TrainState
 from topkast_func.training.stored import COUNTERS, StoredState, check_numbers, slots_tree
 from topkast_func.types import Masks, Tensors
 

@@ -140,7 +140,8 @@ def _check_theta(theta: Tensors) -> None:
     if not theta:
         raise ValueError("it has no theta")
     for name, weight in theta.items():
-        if not (weight.is_floating_point() or weight.is_complex()) or not weight.numel():
+        real = weight.is_floating_point() and weight.itemsize > 1
+        if not (real or weight.is_complex()) or not weight.numel():
             raise ValueError(f"theta/{name} is {weight.dtype} of shape {tuple(weight.shape)}")
     check_numbers(theta)
 

@@ -21,8 +21,9 @@ from topkast_func.reading import versions
 from topkast_func.training.derivative import HOOKS, without_hooks
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.random_numbers import random_numbers_of
+from topkast_func.training.readout import alpha_in
 from topkast_func.training.repeats import Repeats, Result
-from topkast_func.training.state import TrainState, alpha_in
+from topkast_func.training.state import TrainState
 from topkast_func.turns import RANDOM_NUMBERS, require
 from topkast_func.types import LossFn, Model, Tensors
 from topkast_func.warn import warn_caller

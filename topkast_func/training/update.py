@@ -18,7 +18,8 @@ from topkast_func.powerprop import theta_of
 from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.loss import loss_and_aux
 from topkast_func.training.optim import Optimizer, OptimizerState, Rate, global_norm, updated
-from topkast_func.training.state import TrainState, narrowed
+from topkast_func.training.readout import narrowed
+from topkast_func.training.state import TrainState
 from topkast_func.types import LossFn, Model, Tensors, changed
 
 Objective: TypeAlias = tuple[Tensor, tuple[Tensor, Tensor, tuple[Any, ...], Tensors]]
