@@ -58,7 +58,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what is there by now to no collection of garbage, of which a compilation makes one."""
+    _leave_what_is_there()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_a_module_leaves() -> Iterator[None]:
+    yield
+    _leave_what_is_there()
+
+
+def _leave_what_is_there() -> None:
+    """Let no later collection of garbage look at it: the compiler's modules are many objects."""
     gc.collect()
     gc.freeze()
 

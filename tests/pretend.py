@@ -102,7 +102,9 @@ def _mapped(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
         return change(tree)
     if isinstance(tree, dict):
         return {name: _mapped(change, part) for name, part in tree.items()}
-    return type(tree)(_mapped(change, t) for t in tree) if isinstance(tree, (list, tuple)) else tree
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([_mapped(change, part) for part in tree])
+    return tree
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -124,14 +126,17 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        asked = kwargs.get("device")
+        there = asked is not None and torch.device(asked).type == DEVICE.type
+        if Pretended not in types and not there:
+            return operator(*args, **kwargs)
         if operator.namespace == "topkast_func":
             with self:
                 return operator._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         tensors = _tensors((args, kwargs))
         ours = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
         name = operator._schema.name.removeprefix("aten::")
-        asked = kwargs.get("device")
-        here = bool(ours) if asked is None else torch.device(asked).type == DEVICE.type
+        here = bool(ours) if asked is None else there
         if here and asked is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         if name == "_to_copy":
@@ -183,7 +188,7 @@ def _wrapped(operator: Any, args: Any, kwargs: Any, here: bool) -> Any:
 
 def _note(operator: str) -> None:
     """Note a wait that the library has asked for; those of the tests are their own."""
-    frames = [f for f in traceback.extract_stack() if f.filename.startswith(ROOT)]
-    if frames:
-        path = Path(frames[-1].filename).relative_to(ROOT)
-        WAITS.append(Wait(f"{path.with_suffix('').as_posix()}.{frames[-1].name}", operator))
+    frames = (frame.f_code for frame, _ in traceback.walk_stack(None))
+    if code := next((code for code in frames if code.co_filename.startswith(ROOT)), None):
+        path = Path(code.co_filename).relative_to(ROOT)
+        WAITS.append(Wait(f"{path.with_suffix('').as_posix()}.{code.co_name}", operator))

@@ -102,9 +102,10 @@ def assert_agree(compact: list[tk.TrainState], dense: list[tk.TrainState]) -> No
 
 
 def check(model: nn.Module, **options: Any) -> list[tk.TrainState]:
-    """Train copies of a module in both storages, and compare."""
+    """Train copies of a module in both storages, the dense one eager, and compare."""
     make = options.pop("make", OPTIMIZERS["adam"])
-    only = {key: options.pop(key) for key in ("engine", "theta_device") if key in options}
+    of_compact = ("engine", "theta_device", "compile")
+    only = {key: options.pop(key) for key in of_compact if key in options}
     compact = trajectory(deepcopy(model), "compact", make, **options, **only)
     assert_agree(compact, trajectory(deepcopy(model), "dense", make, **options))
     return compact
@@ -178,13 +179,14 @@ def test_nothing_outside_b_moves_after_exploration(make: Any, block: tuple[int, 
     assert all(shape == shapes[0] for shape in shapes)
 
 
-@pytest.mark.parametrize(("block", "powerprop"), [((1, 1), 1.0), ((4, 4), 1.0), ((1, 1), 2.0)])
+@pytest.mark.parametrize(("block", "powerprop"), [((4, 4), 1.0), ((1, 1), 2.0)])
 def test_one_graph_over_refreshes_and_the_end_of_exploration(
     block: tuple[int, int], powerprop: float
 ) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     config = replace(CONFIG, explore_until=7, block_shape=block, powerprop=powerprop)
-    trajectory(network().double(), "compact", tk.adam, config, compile={"backend": counter})
+    make = OPTIMIZERS["momentum"]
+    trajectory(network().double(), "compact", make, config, compile={"backend": counter})
     assert counter.frame_count == 1
 
 
@@ -192,7 +194,9 @@ def test_one_graph_over_refreshes_and_the_end_of_exploration(
 @torch._dynamo.config.patch(recompile_limit=1)  # type: ignore[untyped-decorator]
 def test_dynamic_shapes_compile() -> None:
     batches = [(x[:n], y[:n]) for n, (x, y) in zip(range(3, 12), BATCHES, strict=True)]
-    check(network().double(), batches=batches, compile={"dynamic": True, "backend": "aot_eager"})
+    model, make = nn.Linear(8, 4).double(), OPTIMIZERS["momentum"]
+    compile = {"dynamic": True, "backend": "aot_eager"}
+    check(model, make=make, batches=batches, compile=compile)
 
 
 # Modules of any kind.
@@ -279,7 +283,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
 def test_a_parameter_of_any_shape_can_be_sparse(compile: Any) -> None:
     every = replace(CONFIG, sparse="*", keep_dense=())
-    check(Scaled().double(), config=every, compile=compile)
+    check(Scaled().double(), make=OPTIMIZERS["momentum"], config=every, compile=compile)
 
 
 @pytest.mark.parametrize(
@@ -340,9 +344,12 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
 
 
-@pytest.mark.parametrize("make", [Attention, encoder])
 @pytest.mark.parametrize(
-    ("training", "compile"), [(True, False), (False, False), (True, {"backend": "aot_eager"})]
+    ("make", "training", "compile"),
+    [
+        *((make, training, False) for make in (Attention, encoder) for training in (True, False)),
+        (encoder, True, {"backend": "aot_eager"}),
+    ],
 )
 def test_attention_trains_as_in_dense_storage(make: Any, training: bool, compile: Any) -> None:
     """With plain gradient descent, for the bias of the keys, as above."""
@@ -507,8 +514,6 @@ def test_a_loss_with_derivatives_of_the_model_trains_as_in_dense_storage(
         return (apply(x) - y).square().mean() + slope.square().mean() + tangent.square().mean()
 
     model = network().double()
-    found = [
-        trajectory(model, storage, OPTIMIZERS["adam"], loss=loss, compile=compile, engine=engine)
-        for storage in ("compact", "dense")
-    ]
-    assert_agree(*found)
+    make = OPTIMIZERS["adam"]
+    found = trajectory(model, "compact", make, loss=loss, compile=compile, engine=engine)
+    assert_agree(found, trajectory(model, "dense", make, loss=loss))

@@ -89,7 +89,7 @@ def test_storages_agree(method: tk.Method) -> None:
 @pytest.mark.parametrize(
     ("name", "storage", "compile"),
     [
-        *((name, "compact", {"backend": "aot_eager"}) for name in COMPILED),
+        *((name, "compact", {"backend": "aot_eager"}) for name in COMPILED if name != "topkast"),
         ("topkast", "dense", {"backend": "aot_eager"}),
         ("topkast", "compact", True),
     ],
@@ -326,7 +326,7 @@ def test_dense_is_plain_training() -> None:
 
 @pytest.mark.parametrize(
     ("storage", "compile"),
-    [("compact", False), ("dense", False), ("compact", {"backend": "aot_eager"})],
+    [("compact", False), ("dense", False), ("compact", {"backend": "eager"})],
 )
 def test_staged_sparsities_change_the_counts_and_keep_the_weights(
     storage: str, compile: Any

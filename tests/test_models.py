@@ -104,9 +104,9 @@ def its_own_loss(apply: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> Ten
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], Any], Any]] = {
     "grouped 2d": (images, squared, lambda: torch.randn(5, 4, 4, 4), True),
-    "depthwise 1d": (signals, squared, lambda: torch.randn(5, 4, 6), True),
+    "depthwise 1d": (signals, squared, lambda: torch.randn(5, 4, 6), AOT),
     "lstm, tied": (Tagger, next_word, lambda: words(4, 6), BROKEN),
-    "[in, out]": (InByOut, of_a_tuple, lambda: torch.randn(9, 20), True),
+    "[in, out]": (InByOut, of_a_tuple, lambda: torch.randn(9, 20), AOT),
     "bert": (classifier, its_own_loss, lambda: (words(4, 8), torch.randint(0, 2, (4,))), AOT),
     "gpt2": (language_model, next_word, lambda: words(4, 8), AOT),
 }
@@ -195,10 +195,10 @@ class Walking(nn.Module):
         return x * len(list(self.modules()))
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, AOT])
 @pytest.mark.parametrize("make", [Swapping, Walking])
 def test_kernels_stand_in_for_the_weight_they_hold_and_for_nothing_else(
-    make: type[nn.Module], compile: bool
+    make: type[nn.Module], compile: Any
 ) -> None:
     torch.manual_seed(0)
     model = make().double()

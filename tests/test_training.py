@@ -20,6 +20,7 @@ from tests.storage import STORAGES, dense_slots
 
 PAPER = tk.topkast("value", exchange=None)
 CONFIG = tk.TopKastConfig(0.7, 0.4, refresh_every=3, method=PAPER)
+AOT, EAGER = {"backend": "aot_eager"}, {"backend": "eager"}
 OPTIMIZERS = {
     "sgd": lambda: tk.sgd(0.5),
     "momentum": lambda: tk.sgd(0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -309,8 +310,8 @@ class Average(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_buffers_that_a_module_assigns_live_in_the_state(compile: bool) -> None:
+@pytest.mark.parametrize("compile", [False, AOT])
+def test_buffers_that_a_module_assigns_live_in_the_state(compile: Any) -> None:
     model = Average()
     states, _ = run(model, CONFIG, tk.sgd(0.05), 3, compile)
     assert states[-1].buffers["calls"] == 3
@@ -335,18 +336,20 @@ def test_frozen_parameters_stay_and_are_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "penalty"),
+    ("name", "penalty", "backend"),
     [
-        *((name, "l2") for name in OPTIMIZERS),
-        *(("adam", penalty) for penalty in ("l1", "group_l2", None)),
+        ("sgd", "l1", "aot_eager"),
+        ("momentum", None, "aot_eager"),
+        ("adam", "group_l2", "aot_eager"),
+        ("adamw", "l2", "inductor"),
     ],
 )
-def test_compiled_equals_eager(name: str, penalty: Any) -> None:
+def test_compiled_equals_eager(name: str, penalty: Any, backend: str) -> None:
     model = network().double()
     config = replace(CONFIG, penalty=penalty, penalty_weight=0.1, refresh_every=2)
     data = tree_map(torch.Tensor.double, batches(4))
     ends = []
-    for compile in (False, True):
+    for compile in (False, {"backend": backend}):
         optimizer = OPTIMIZERS[name]()
         state = tk.init_state(model, config, optimizer)
         start = tk.dense_params(state)
@@ -387,8 +390,8 @@ def test_random_numbers_are_the_same_compiled_and_eager_and_differ_between_steps
     assert len(set(told[False])) == 3
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_deterministic_bit_for_bit(compile: bool) -> None:
+@pytest.mark.parametrize("compile", [False, AOT])
+def test_deterministic_bit_for_bit(compile: Any) -> None:
     model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 3))
     one, other = (run(model, CONFIG, tk.adam(0.01), 5, compile)[0][-1] for _ in range(2))
     assert same(one, other)
@@ -435,15 +438,15 @@ def test_each_shape_of_batch_compiles_once() -> None:
     model, optimizer = network(), tk.sgd(0.1)
     state = tk.init_state(model, CONFIG, optimizer)
     train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile={"backend": counting})
-    for n in (16, 16, 5, 16, 7):
+    for n in (16, 16, 5, 16):
         state, _ = train_step(state, (torch.randn(n, 6), torch.randn(n, 3)))
-    assert len(graphs) == 3
+    assert len(graphs) == 2
 
 
 def test_dropout_and_a_ragged_last_batch() -> None:
     model, optimizer = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)), tk.sgd(0.1)
     state = tk.init_state(model, CONFIG, optimizer)
-    train_step = tk.make_train_step(model, mse, CONFIG, optimizer)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=AOT)
     for n in (16, 16, 5, 16):
         state, _ = train_step(state, (torch.randn(n, 6), torch.randn(n, 3)))
     assert int(state.step) == 4
@@ -451,9 +454,9 @@ def test_dropout_and_a_ragged_last_batch() -> None:
 
 @torch._dynamo.config.patch(recompile_limit=2)  # type: ignore[untyped-decorator]
 def test_too_many_shapes_name_the_way_on() -> None:
-    model, optimizer = network(), tk.sgd(0.1)
+    model, optimizer = nn.Linear(6, 3), tk.sgd(0.1)
     state = tk.init_state(model, CONFIG, optimizer)
-    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile={"backend": "eager"})
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=EAGER)
 
     def epoch(state: tk.TrainState) -> None:
         for n in range(2, 8):
@@ -465,7 +468,7 @@ def test_too_many_shapes_name_the_way_on() -> None:
 
 @torch._dynamo.config.patch(recompile_limit=2)  # type: ignore[untyped-decorator]
 def test_many_steps_in_one_process_do_not_share_a_recompile_limit() -> None:
-    for scale in range(5):
+    for scale in range(3):
         config, optimizer = replace(CONFIG, penalty_weight=float(scale)), tk.sgd(0.1)
         step = tk.make_train_step(
             lambda p, x: x @ p["weight"].T, mse, config, optimizer, compile={"backend": "eager"}
@@ -489,8 +492,8 @@ def test_metrics_are_scalars_that_add_up() -> None:
     torch.testing.assert_close(told.loss, expected)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_a_learning_rate_tensor_is_read_at_each_step(compile: bool) -> None:
+@pytest.mark.parametrize("compile", [False, AOT])
+def test_a_learning_rate_tensor_is_read_at_each_step(compile: Any) -> None:
     lr = torch.tensor(0.1)
     model, optimizer = network(), tk.sgd(lr)
     state = tk.init_state(model, CONFIG, optimizer)
@@ -510,7 +513,7 @@ def test_autocast_inside_the_loss() -> None:
 
     model, optimizer = network(), tk.sgd(0.1)
     updates = []
-    for compile in (False, True):
+    for compile in (False, AOT):
         state = tk.init_state(model, CONFIG, optimizer)
         train_step = tk.make_train_step(model, loss, CONFIG, optimizer, compile=compile)
         after, _ = train_step(state, batches(1)[0])
@@ -579,7 +582,7 @@ def test_training_lowers_the_loss() -> None:
 # Bad input gets a clear error, and nothing is lost.
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, EAGER])
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
@@ -590,7 +593,7 @@ def test_training_lowers_the_loss() -> None:
     ],
 )
 def test_a_fault_of_the_callers_raises_by_its_own_name(
-    compile: bool, loss: Any, error: type[Exception], message: str
+    compile: Any, loss: Any, error: type[Exception], message: str
 ) -> None:
     model, optimizer = network(), tk.sgd(0.1)
     state = tk.init_state(model, CONFIG, optimizer)
@@ -604,7 +607,7 @@ def test_a_fault_of_the_callers_raises_by_its_own_name(
 def test_a_bad_batch_after_good_ones_raises_and_training_goes_on() -> None:
     model, optimizer = network(), tk.sgd(0.1)
     state = tk.init_state(model, CONFIG, optimizer)
-    train_step = tk.make_train_step(model, mse, CONFIG, optimizer)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=EAGER)
     state, _ = train_step(state, batches(1)[0])
     with pytest.raises(ValueError, match=r"\(16, 5\) do not fit a layer of in_features=6"):
         train_step(state, (torch.randn(16, 5), torch.randn(16, 3)))
@@ -612,8 +615,8 @@ def test_a_bad_batch_after_good_ones_raises_and_training_goes_on() -> None:
     assert int(state.step) == 2
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_a_nan_loss_is_told_and_the_masks_stay(compile: bool) -> None:
+@pytest.mark.parametrize("compile", [False, EAGER])
+def test_a_nan_loss_is_told_and_the_masks_stay(compile: Any) -> None:
     def loss(apply: Any, batch: Any) -> Tensor:
         return mse(apply, batch) * float("nan")
 

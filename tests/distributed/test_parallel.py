@@ -38,7 +38,6 @@ OPTIMIZERS = ("momentum", "lion", "clipped", "gathered", "all")
 UNEVEN, TWO_SHAPES = ((4, 4), (1, 7), (8, 3), (0, 5), (6, 0)), ((4, 4),) * 4 + ((4, 0),)
 STEPS = 20
 
-
 Sizes: TypeAlias = tuple[tuple[int, int], ...]
 
 
@@ -184,28 +183,27 @@ def test_ranks_and_owners_are_the_same_bit_for_bit_in_float32() -> None:
         assert_close(other, first, rtol=0.0, atol=0.0)
 
 
-def _compiled(rank: int) -> tuple[list[tuple[Trained, int, int]], list[dict[str, Tensor]]]:
-    found = []
-    for shard in SHARED:
-        counters.clear()
-        ran = trained(rank, compile=COMPILED, steps=10, cycle=TWO_SHAPES, shard=shard)
-        found.append((ran, len(counters["graph_break"]), counters["stats"]["unique_graphs"]))
-    return found, _changing(rank, COMPILED, 3)
+def _compiled(rank: int) -> tuple[Trained, int, int, list[dict[str, Tensor]]]:
+    counters.clear()
+    ran = trained(rank, compile=COMPILED, steps=10, cycle=TWO_SHAPES)
+    breaks, graphs = len(counters["graph_break"]), counters["stats"]["unique_graphs"]
+    return ran, breaks, graphs, _changing(rank, COMPILED, 3)
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[tuple[list[tuple[Trained, int, int]], list[dict[str, Tensor]]]]:
+def compiled() -> list[tuple[Trained, int, int, list[dict[str, Tensor]]]]:
     return results(_compiled)
 
 
 def test_compiled_ranks_train_as_an_eager_process_in_a_graph_for_each_shape(compiled: Any) -> None:
-    one, pair = trained(None, steps=10, cycle=TWO_SHAPES), (found for found, _ in compiled)
+    """Owners are compiled beside split tensors, in another module."""
+    one = trained(None, steps=10, cycle=TWO_SHAPES)
+    (first, *of_first, _), (second, *of_second, _) = compiled
     start, sets = network().get_parameter("0.weight").double(), one.masks["0.weight"]
     assert (one.theta["0.weight"] - start)[sets.backward & ~sets.forward].abs().max() > 0
-    for (first, breaks, graphs), (second, others, of_second) in zip(*pair, strict=True):
-        assert (breaks, others, graphs, of_second) == (0, 0, 1, 2)
-        assert_close(first, one)
-        assert_close(second, first, rtol=0.0, atol=0.0)
+    assert (of_first, of_second) == ([0, 1], [0, 2])
+    assert_close(first, one)
+    assert_close(second, first, rtol=0.0, atol=0.0)
 
 
 NORMED = tk.TopKastConfig(0.8, 0.5, refresh_every=4)
@@ -291,7 +289,8 @@ PHASES = (0, 0, 1, 1, 2, 0)
 
 def _changing(rank: int | None, compile: Any, steps: int = len(PHASES)) -> list[dict[str, Tensor]]:
     """Return what comes with the loss, by step, of other keys, numbers and dtypes at some."""
-    model, config, phase = network().double(), tk.TopKastConfig(0.8, 0.5), 0
+    torch.manual_seed(1)
+    model, config, phase = nn.Linear(6, 3).double(), tk.TopKastConfig(0.8, 0.5), 0
 
     def loss(apply: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Any:
         errors = (apply(batch[0]) - batch[1]).detach().square().mean(1)
@@ -353,7 +352,7 @@ def test_numbers_beside_the_loss_are_averaged_when_they_change_too(
     assert [len(told) for told in one] == [1, 1, 3, 3, 1, 1]
     for found in particular:
         assert_close(found["changing"], one)
-    for _, told in compiled:
+    for *_, told in compiled:
         assert_close(told, one[: len(told)])
 
 
