@@ -113,7 +113,7 @@ def pair() -> list[dict[str, Any]]:
     return results(_groups)
 
 
-ALONE = r"ValueError: process_group or mesh has one process alone, rank [01] of the 2 that were"
+ALONE = r"ValueError: process_group or mesh has rank [01] of 2 alone, which would train apart"
 OUTSIDE = r"ValueError: process_group must be one that this process is in"
 EXPECTED = {
     "alone": ALONE,

@@ -22,9 +22,8 @@ LOST = (
     "hangs{fewer} (its own message says which). {reason}"
 )
 ALONE = (
-    "process_group or mesh has one process alone, rank {} of the {} that were started, so that it "
-    "would train apart from the others: pass the group of those that train together, such as "
-    "torch.distributed.group.WORLD, or neither for a network of its own"
+    "process_group or mesh has rank {} of {} alone, which would train apart from the others: pass "
+    "the group of those that train together, or neither for a network of its own"
 )
 FEWER = ", or has no batch left where it is to give empty ones"
 
@@ -158,8 +157,7 @@ class Ranks:
         Raises:
             ValueError: It does not; the same on every rank.
         """
-        told = self.told(facts)
-        for rank, other in enumerate(told):
+        for rank, other in enumerate(told := self.told(facts)):
             for name, here in told[0].items():
                 if other[name] != here:
                     sides = f"{_short(other[name], here)}, rank 0 {_short(here, other[name])}"
@@ -196,9 +194,7 @@ class Ranks:
 
     def patience(self) -> timedelta | None:
         """Return how long one waits for another; None where that is not known."""
-        if self.group is None:
-            return None
-        backend = self.group._get_backend(self._device())
+        backend = self.group and self.group._get_backend(self._device())
         return getattr(getattr(backend, "options", None), "_timeout", None)
 
     def _device(self) -> torch.device:
@@ -220,8 +216,7 @@ def ranks_of(process_group: object, mesh: object) -> Ranks | None:
 
     Raises:
         TypeError: They are no group and no mesh.
-        ValueError: The mesh has several axes, or this process is not in the group, or alone in it,
-            among others that were started with it.
+        ValueError: The mesh has several axes; this process is not in the group, or alone in it.
     """
     if process_group is None and mesh is not None:
         if not isinstance(mesh, DeviceMesh):

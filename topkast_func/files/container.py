@@ -102,8 +102,7 @@ def write(file: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Tenso
     said = {name: as_json(entry) for name, entry in entries.items()}
     text = json.dumps({METADATA: {HEADER: json.dumps(full)}, **said}).encode()
     text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    file.write(head)
+    file.write(head := len(text).to_bytes(8, "little") + text)
     checksums = dict.fromkeys(parts, b"")
     for name in sorted(parts, key=lambda name: entries[name].start):
         content = _content(parts[name])
