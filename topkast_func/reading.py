@@ -43,7 +43,7 @@ def version(tensor: Tensor) -> int | None:
 
 
 def versions(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:
-    """Return numbers that are others after a write; none in a graph, nor of inference tensors."""
+    """Return what `version` does, by name; nothing in a graph."""
     if torch.compiler.is_compiling():
         return {}
     return {name: version(t) for name, t in tensors.items()}
