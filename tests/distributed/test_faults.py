@@ -234,6 +234,21 @@ def _change(rank: int, change: Any, at: int) -> None:
         state, _ = step(state, torch.randn(4, 6))
 
 
+def _rising(step: Tensor) -> Tensor:
+    """Return a rate that is another on each rank from some step on."""
+    return 0.01 + 0.01 * dist.get_rank() * (step >= 3)
+
+
+def _rates() -> None:
+    model, adam = _network(), tk.adamw(_rising)
+    state = tk.init_state(model, CONFIG, adam)
+    step = tk.make_train_step(
+        model, _loss, CONFIG, adam, compile=False, process_group=dist.group.WORLD
+    )
+    for _ in range(5):
+        state, _ = step(state, torch.ones(4, 6))
+
+
 def _differ(rank: int) -> dict[str, str]:
     """Return what ranks say that differ in what they are given, by what that is."""
     model, batch = _network(), torch.randn(4, 6)
@@ -253,6 +268,7 @@ def _differ(rank: int) -> dict[str, str]:
         "seed": lambda: _step(seeded)(start(seeded), batch),
         "mode": lambda: _step(mode)(start(mode), batch),
         "storage": lambda: _step(model)(start(model, storage=storage), batch),
+        "rate": _rates,
         "no data": lambda: _step(model)(start(model), batch[:0]),
         "samples": lambda: _step(model, samples=lambda b: -1.0)(start(model), batch),
     }
@@ -395,6 +411,7 @@ DIFFERENCES = {
     "torch": ALIKE + r"torch of rank 1 is '2.14.0', rank 0 '2.13.0'",
     "seed": r"step 0: rank 1 holds another state than rank 0, in \d+ of its tensors",
     "mode": r"ranks must train alike: in step 0 modes of rank 1 is \(False, .*, rank 0 \(True",
+    "rate": r"train alike: in step 3 learning rate of rank 1 is \[0.0199.*\], rank 0 \[0.0099",
     "storage": r"ranks must train alike: in step 0 (sizes|tensors in the state) of rank 1 is",
     "no data": r"ValueError: rank \d of 2, step 0: the ranks have \[0.0, 0.0\] samples",
     "samples": r"ValueError: rank \d of 2, step 0: the ranks have \[-1.0, -1.0\] samples",

@@ -5,6 +5,7 @@ from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from topkast_func.checks import check_callable, check_type
 from topkast_func.compiling import one_report
@@ -166,7 +167,10 @@ def built(
         work = partial(as_written, call.parts, partial(in_its_turn, state, batch, call, look))
         turn = partial(in_turn, own | draws.claims(call.kind), work)
         compared, due = partial(way.compared, state), call.is_due or call.ends
-        kind = {"modes": call.mode, "sizes": call.sizes}
+        kind: dict[str, Any] = {"modes": call.mode, "sizes": call.sizes}
+        if ranks.several:
+            rates = tree_leaves(optimizer.learning_rate(state.optimizer.step))
+            kind["learning rate"] = [float(r) for r in rates if r.device.type == "cpu"]
         with one_report():
             return ranks.take_part(state, batch, turn, compared=compared, due=due, **kind)
 
