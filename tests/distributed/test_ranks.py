@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, HashStore
 from torch.distributed.device_mesh import init_device_mesh
 
 import topkast_func as tk
@@ -93,6 +93,21 @@ def _groups(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: _error(work) for name, work in errors.items()}
     found["mesh"], found["group"] = _train(mesh=mesh), _train(process_group=world)
     return found
+
+
+def _gone(rank: int) -> list[str]:
+    first, second = (_step(process_group=dist.group.WORLD) for _ in range(2))
+    state, _ = first(_start(), torch.ones(4, 6))
+    dist.destroy_process_group()
+    found = [_error(lambda: first(state, torch.ones(4, 6)))]
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    return [*found, _error(lambda: second(state, torch.ones(4, 6)))]
+
+
+def test_a_group_that_is_there_no_more_is_named() -> None:
+    for found in results(_gone):
+        for told in found:
+            assert told.startswith("RuntimeError: the process group is there no more, as after")
 
 
 def _one(rank: int) -> tk.TrainState:

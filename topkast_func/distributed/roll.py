@@ -31,6 +31,11 @@ APART = (
     f"is to give empty ones, and {BROKEN}"
 )
 
+GONE = (
+    "the process group is there no more, as after destroy_process_group: make another, and a step "
+    "with it, on all ranks"
+)
+
 _KNOWN: WeakKeyDictionary[Any, dict[tuple[int, ...], Ranks]] = WeakKeyDictionary()
 """The groups over which rolls are called, by their processes; gone with the group of all."""
 
@@ -122,6 +127,8 @@ def digest(value: object) -> int:
 
 def _line(ranks: Ranks) -> Ranks:
     """Return the processes with the group over which they call the roll."""
+    if ranks.group not in dist.distributed_c10d._world.pg_map:
+        raise RuntimeError(GONE)
     known = _KNOWN.setdefault(world(), {})
     members = tuple(dist.get_process_group_ranks(ranks.group))
     if members not in known:
