@@ -210,6 +210,39 @@ def test_all_else_of_a_model_stays_and_the_model_itself_too(
     assert model.training
 
 
+class Versioned(nn.Module):
+    """A model that reads older files otherwise, and strips a prefix from their names."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 8))
+        self.gain = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layers(x) * self.gain
+        return found
+
+    def _load_from_state_dict(self, state: Any, prefix: str, about: Any, *others: Any) -> None:
+        if about.get("version", 1) < 2 and f"{prefix}gain" in state:
+            state[f"{prefix}gain"] = state[f"{prefix}gain"] * 2
+        super()._load_from_state_dict(state, prefix, about, *others)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        stripped = {n[7:]: t for n, t in state_dict.items() if n.startswith("module.")}
+        return super().load_state_dict(stripped, strict, assign)
+
+
+@small
+def test_how_a_model_loads_files_does_not_matter() -> None:
+    model, x = Versioned(), torch.randn(3, 48)
+    state = tk.init_state(model, tk.TopKastConfig(0.9), tk.sgd(0.1))
+    sparse = tk.sparse_module(state, model, 64)
+    with torch.no_grad():
+        assert_close(sparse(x), functional_call(model, tk.forward_params(state), x))
+
+
 @small
 def test_it_shares_no_memory_with_the_state_or_the_model() -> None:
     model = perceptron()

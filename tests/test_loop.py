@@ -130,6 +130,11 @@ def test_nothing_finite_is_no_best() -> None:
     assert best.state is None
 
 
+def test_patience_that_has_ended_ends_the_next_training_too() -> None:
+    best = tk.Best(lambda state: 1.0, patience=2)
+    assert [int(trained(best).step) for _ in range(2)] == [3, 1]
+
+
 @pytest.mark.parametrize("option", ["every", "patience"])
 def test_bad_options_of_the_best_are_refused(option: str) -> None:
     options: dict[str, Any] = {option: 0}

@@ -133,12 +133,19 @@ def _beside(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def _load_by_name(rank: int, kept: Path) -> None:
+    """Load a checkpoint by its name alone, from another folder on rank 1."""
+    os.chdir(Path("/") if rank else kept.parent)
+    tk.load_sharded(kept.name)
+
+
 def _refused(rank: int, folder: Path) -> dict[str, str]:
     state, kept = _start(), folder / "compact"
     other = state._replace(seed=state.seed + rank)
     works: dict[str, Callable[[], Any]] = {
         "states": lambda: tk.save_sharded(other, folder / "new"),
         "folders": lambda: tk.save_sharded(state, folder / f"of {rank}"),
+        "unseen": lambda: _load_by_name(rank, kept),
         "none": lambda: tk.load_sharded(folder / "nothing"),
         "config": lambda: tk.load_sharded(kept, replace(CONFIG, penalty_weight=0.3)),
         "one config": lambda: tk.load_sharded(
@@ -200,6 +207,7 @@ def test_checkpoints_beside_training_stand_in_line_and_old_ones_go(kept: Any) ->
 REFUSED = {
     "states": r"RuntimeError: rank \d of 2, in save_sharded at step 0: rank 1 holds another state",
     "folders": r"FileNotFoundError: .*step-0.part was made by rank 0 and is not there",
+    "unseen": r"FileNotFoundError: .*step-5 was found by rank 0 and is not there",
     "none": r"FileNotFoundError: .*there is no checkpoint in .*nothing",
     "config": r"ValueError: .* with another configuration .*: penalty_weight is 1e-05 and not 0.3",
     "one config": r"ValueError: .* with another configuration",

@@ -76,7 +76,7 @@ def _written(
     name = ranks.by_first(lambda: begin(folder, step))
     part = folder / f"{name}{PART}"
     try:
-        ranks.attempted(lambda: _check_seen(part))
+        ranks.attempted(lambda: _check_seen(part, "made"))
         writer = FileSystemWriter(part)
         stay = f"{part} was not written, and the checkpoints before it stay"
         with _by_torch(RuntimeError, stay), _no_warning(ranks):
@@ -110,10 +110,10 @@ def read(ranks: Ranks, folder: Path) -> tuple[Path, dict[str, Any], Tensors]:
     return path, about["header"], tensors
 
 
-def _check_seen(part: Path) -> None:
-    if not part.is_dir():
+def _check_seen(path: Path, how: str) -> None:
+    if not path.is_dir():
         raise FileNotFoundError(
-            f"{part} was made by rank 0 and is not there on this rank: checkpoints of several "
+            f"{path} was {how} by rank 0 and is not there on this rank: checkpoints of several "
             "processes need a folder that all of them see"
         )
 
@@ -153,6 +153,7 @@ def _latest(folder: Path) -> Path:
 
 def _opened(path: Path) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """Return the facts of ``about.json``, a reader, and empty tensors to read into."""
+    _check_seen(path, "found")
     with _by_torch(ValueError, DAMAGED.format(path)):
         about = dict(json.loads((path / ABOUT).read_text()))
         if about.pop("digest", None) != _digest(_encoded(about)) or about.get("format") != FORMAT:

@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import cast
 
 from torch import Tensor, nn
 
 from topkast_func.checks import check_count
+from topkast_func.facade.derived import same
 from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.facade.sparsify import densify
 from topkast_func.inference.attention import SparseAttention
@@ -95,10 +97,9 @@ def _of_state(state: TrainState, model: nn.Module, batch: int) -> tuple[nn.Modul
     check_tensors(state, model)
     alpha = alpha_in(state)
     plain = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
-    plain.load_state_dict(alpha, strict=False)
-    for name, buffer in plain.named_buffers():  # of which that passes over those it never saves
-        if not buffer.equal(state.buffers[name]):
-            buffer.copy_(state.buffers[name])
+    for name, tensor in chain(plain.named_parameters(), plain.named_buffers()):
+        if not same(tensor, alpha[name]):  # else it may be one that cannot be written to
+            tensor.copy_(alpha[name])
     masks = {name: sets.forward for name, sets in masks_of(state).items()}
     return plain, Stored(alpha, masks, state.weights.values, batch)
 

@@ -82,4 +82,4 @@ class Best(Callback):
             self.state, self.step, self.value, self._waited = state, step, value, 0
             if self.path is not None:
                 save(state, self.path, self.config)
-        return self._waited == self.patience
+        return self.patience is not None and self._waited >= self.patience
