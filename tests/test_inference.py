@@ -237,7 +237,7 @@ class Versioned(nn.Module):
 @small
 def test_how_a_model_loads_files_does_not_matter() -> None:
     model, x = Versioned(), torch.randn(3, 48)
-    state = tk.init_state(model, tk.TopKastConfig(0.9), tk.sgd(0.1))
+    state = tk.init_state(Versioned(), tk.TopKastConfig(0.9), tk.sgd(0.1))
     sparse = tk.sparse_module(state, model, 64)
     with torch.no_grad():
         assert_close(sparse(x), functional_call(model, tk.forward_params(state), x))
