@@ -75,8 +75,9 @@ def by_backward(model: nn.Module, params: Any, masks: Any, x: Tensor) -> dict[st
 
 
 def by_compiled_backward(model: nn.Module, params: Any, masks: Any, x: Tensor) -> dict[str, Tensor]:
-    run: Any = lambda p: sparse_forward(model, p, masks, x)  # noqa: E731
-    run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    run = torch.compile(
+        lambda p: sparse_forward(model, p, masks, x), fullgraph=True, backend="aot_eager"
+    )
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     run(leaves).square().sum().backward()
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

@@ -1,6 +1,8 @@
 """Whether a tensor has numbers that the host can read, and whether they are others by now."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -40,6 +42,30 @@ def check_numbers(what: str) -> None:
 def version(tensor: Tensor) -> int | None:
     """Return a number that is another after a write; None of an inference tensor."""
     return None if tensor.is_inference() else tensor._version
+
+
+class AsTheyAre(NamedTuple):
+    """Tensors as they are, held weakly.
+
+    Attributes:
+        references: To them.
+        versions: See `version`.
+    """
+
+    references: tuple["ref[Tensor]", ...]
+    versions: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "AsTheyAre":
+        """Return those of tensors."""
+        return cls(tuple(map(ref, tensors)), tuple(map(version, tensors)))
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether tensors are these, in this order, and no write to one was counted."""
+        return self.versions == tuple(map(version, tensors)) and all(
+            reference() is tensor
+            for reference, tensor in zip(self.references, tensors, strict=True)
+        )
 
 
 def versions(tensors: Mapping[str, Tensor]) -> dict[str, int | None]:

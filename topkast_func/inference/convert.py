@@ -98,7 +98,7 @@ def _of_state(state: TrainState, model: nn.Module, batch: int) -> tuple[nn.Modul
     alpha = alpha_in(state)
     plain = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
     for name, tensor in chain(plain.named_parameters(), plain.named_buffers()):
-        if not same(tensor, alpha[name]):  # else it may be one that cannot be written to
+        if not same(tensor, alpha[name]):  # what is equal may be expanded, and so not written to
             tensor.copy_(alpha[name])
     masks = {name: sets.forward for name, sets in masks_of(state).items()}
     return plain, Stored(alpha, masks, state.weights.values, batch)

@@ -1,13 +1,12 @@
 """Indices that a kernel may follow without looking at their numbers."""
 
 from collections.abc import Hashable, Sequence
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from topkast_func.reading import version
+from topkast_func.reading import AsTheyAre
 
 
 class Sound:
@@ -26,23 +25,12 @@ class Sound:
             tensors: At least one.
             about: What they go together with.
         """
-        first, *others = tensors
-        self._known[first] = ([*map(ref, others)], [*map(version, tensors)], about)
+        self._known[tensors[0]] = AsTheyAre.of(tensors), about
 
     def knows(self, tensors: Sequence[Tensor], about: Hashable) -> bool:
         """Return whether these tensors, in this order, were last added as they are."""
-        first, *others = tensors
-        known = self._known.get(first)
-        if known is None:
-            return False
-        references, versions, was_about = known
-        met = [one() for one in references]
-        return (
-            len(met) == len(others)
-            and all(one is other for one, other in zip(met, others, strict=True))
-            and versions == [*map(version, tensors)]
-            and was_about == about
-        )
+        known = self._known.get(tensors[0])
+        return known is not None and known[1] == about and known[0].are(tensors)
 
 
 _ROWS = Sound()

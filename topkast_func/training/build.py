@@ -138,7 +138,7 @@ def built(
             sparse = tuple((name, shapes[name]) for name in state.weights.sparse_names)
             run = run_from(schedule.stage(int(state.step)), call.hooked, sparse)
             with standing_in(lent.values()):
-                return run_at(run, [*lent], state, batch, optimizer, ranks.share)
+                return run_at(run, [*lent], state, batch, call.rate, optimizer.every, ranks.share)
 
         moved, numbers, aux = draws.run(call.kind, state, step)
         after = anew(moved, batch, call) if call.ends else moved
@@ -169,8 +169,8 @@ def built(
         compared, due = partial(way.compared, state), call.is_due or call.ends
         kind: dict[str, Any] = {"modes": call.mode, "sizes": call.sizes}
         if ranks.several:
-            rates = tree_leaves(optimizer.learning_rate(state.optimizer.step))
-            kind["learning rate"] = [float(r) for r in rates if r.device.type == "cpu"]
+            rates = [rate for rate in tree_leaves(call.rate) if rate.device.type == "cpu"]
+            kind["learning rate"] = [*map(float, rates)]
         with one_report():
             return ranks.take_part(state, batch, turn, compared=compared, due=due, **kind)
 

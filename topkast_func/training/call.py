@@ -8,6 +8,7 @@ from topkast_func.model.alone import parts_of
 from topkast_func.model.modules import hooks, modes
 from topkast_func.training.compilation import signature
 from topkast_func.training.optim import Optimizer
+from topkast_func.training.optim.rates import Rate
 from topkast_func.training.refresh import refreshes_around
 from topkast_func.training.state import TrainState
 
@@ -21,6 +22,7 @@ class Call(NamedTuple):
         hooked: See `hooks_of`.
         sizes: Shapes of all that is stored as values.
         kind: What tells steps apart that draw random numbers or do not, and that have graphs apart.
+        rate: The learning rate.
         is_due: See `refreshes_around`.
         ends: See there.
     """
@@ -30,6 +32,7 @@ class Call(NamedTuple):
     hooked: Hashable
     sizes: tuple[Any, ...]
     kind: Hashable
+    rate: Rate
     is_due: bool
     ends: bool
 
@@ -58,7 +61,8 @@ def call_of(
         The call.
 
     Raises:
-        TypeError: See `signature`.
+        TypeError: See `signature` and `RateOf`.
+        ValueError: See `RateOf`.
     """
     parts = parts_of(model)
     mode, hooked = modes(parts), hooks_of(parts, criterion)
@@ -68,7 +72,8 @@ def call_of(
     if traced:
         stored = type(state.weights), sizes, config.schedule.stage(int(state.step))
         kind = mode, hooked, *stored, *refreshes, signature(batch)
-    return Call(parts, mode, hooked, sizes, kind, *refreshes)
+    rate = optimizer.learning_rate(state.optimizer.step)
+    return Call(parts, mode, hooked, sizes, kind, rate, *refreshes)
 
 
 def hooks_of(parts: list[Any], criterion: object) -> Hashable:

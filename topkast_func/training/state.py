@@ -137,7 +137,7 @@ def check_fields(state: Any) -> None:
     check_form("state", state)
     if state.step.ndim:
         raise ValueError(
-            f"state is an ensemble of states, stacked: call what returns tensors under torch.vmap, "
+            "state is an ensemble of states, stacked: call what returns tensors under torch.vmap, "
             f"or {MEMBER}"
         )
     counters = {"step": state.step, "seed": state.seed, "mask_seed": state.mask_seed}

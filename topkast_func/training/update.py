@@ -98,7 +98,8 @@ def run_at(
     lent: Sequence[int],
     state: TrainState,
     batch: Any,
-    optimizer: Optimizer,
+    rate: Rate,
+    every: int,
     share: Tensor | None,
 ) -> Moved:
     """Run what `update_of` returns at a state, and count.
@@ -108,14 +109,15 @@ def run_at(
         lent: Places of the layers that are lent.
         state: The state.
         batch: The batch.
-        optimizer: The optimiser.
+        rate: The learning rate.
+        every: Calls of the optimiser to one update.
         share: Share of this rank.
 
     Returns:
         What ``run`` returns, with the step and the calls of the optimiser of the state after.
     """
     place = _place_of(state)
-    rate = tree_map(partial(_number, place), optimizer.learning_rate(state.optimizer.step))
+    rate = tree_map(partial(_number, place), rate)
     share = None if share is None else _number(place, share)
     calls = state.optimizer.step
     held = calls if place == CPU else _number(place, calls)
@@ -124,7 +126,7 @@ def run_at(
     calls = calls + 1
     after = changed(
         after,
-        step=state.step + (int(calls) % optimizer.every == 0),
+        step=state.step + (int(calls) % every == 0),
         exponents=state.exponents,
         optimizer=changed(after.optimizer, step=calls),
     )

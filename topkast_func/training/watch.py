@@ -2,13 +2,11 @@
 
 from collections.abc import Hashable
 from itertools import count
-from operator import is_
 from typing import NamedTuple
-from weakref import ref
 
 from torch import Tensor
 
-from topkast_func.reading import readable, version
+from topkast_func.reading import AsTheyAre, readable
 from topkast_func.storage.weights import Weights
 from topkast_func.training.state import TrainState
 from topkast_func.training.whole import check_whole
@@ -19,10 +17,9 @@ MANY = 64
 
 
 class _Known(NamedTuple):
-    """Sets that were met: what holds them, how often that had been written to, and their number."""
+    """Sets that were met: the tensors that hold them, and their number."""
 
-    tensors: tuple["ref[Tensor]", ...]
-    versions: list[int | None]
+    held: AsTheyAre
     number: Hashable
 
 
@@ -74,22 +71,19 @@ class Watch:
     def _number(self, weights: Weights) -> Hashable:
         held = weights.set_tensors
         known = self._known.get(tuple(map(id, held)))
-        same = known and all(map(is_, [one() for one in known.tensors], held))
-        if (
-            known
-            and same
-            and known.versions == [*map(version, held)]
-            and None not in known.versions
-        ):
+        if known and None not in known.held.versions and known.held.are(held):
             return known.number
         if not all(map(readable, held)):  # vmap wraps them anew at each call
             return tuple([tensor.shape for tensor in held])
         return self._meet(held, next(self._numbers))
 
     def _meet(self, held: list[Tensor], number: Hashable) -> Hashable:
-        alive = {k: v for k, v in self._known.items() if all(one() is not None for one in v[0])}
-        known = _Known(tuple(map(ref, held)), [*map(version, held)], number)
-        self._known = {**alive, tuple(map(id, held)): known}
+        alive = {
+            key: known
+            for key, known in self._known.items()
+            if all(one() is not None for one in known.held.references)
+        }
+        self._known = {**alive, tuple(map(id, held)): _Known(AsTheyAre.of(held), number)}
         return number
 
 
