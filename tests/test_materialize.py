@@ -18,6 +18,7 @@ import topkast_func as tk
 from tests.distributed.processes import FORKING
 from tests.storage import STORAGES
 from topkast_func.kernels.columns import MANY, by_columns
+from topkast_func.training.memory import give_back
 
 CONFIG = tk.TopKastConfig(0.75, 0.5, refresh_every=2)
 OPTIMIZERS = [tk.adamw(0.01), tk.sgd(0.1, momentum=0.9)]
@@ -291,6 +292,7 @@ def _grown(start: str, streamed: bool, end: Any) -> None:
     dtype = torch.bfloat16 if "half" in start else torch.float32
     tk.init_state(nn.Linear(WIDTH, WIDTH), config, optimizer)
     by_columns(torch.arange(MANY, dtype=torch.int32), WIDTH, MANY // WIDTH)
+    give_back()
     process = psutil.Process()
     before = process.memory_info().rss
     if streamed:
