@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import topkast_func as tk
 from tests.storage import STORAGES
 from tests.test_methods import batch, mse, network
+from topkast_func.sparsity import Allocation
 from topkast_func.testing import check_counts, check_nested, check_outside_untouched
 
 
@@ -89,6 +90,8 @@ def test_configurations_with_it_are_values_and_pickle_and_have_no_json() -> None
         (lambda forward, backward: forward, "must return two masks"),
         (lambda forward, backward: (forward.float(), backward), "must return masks of .*bool"),
         (lambda forward, backward: (forward[:1], backward), "must return masks of .*bool"),
+        (lambda forward, backward: (forward.to_sparse(), backward), "must return masks of .*bool"),
+        (lambda forward, backward: (mask for mask in (forward,)), "must return two masks"),
         (
             lambda forward, backward: (backward, backward),
             r"must choose \(24, 48\) entries for A and B, and has chosen \(48, 48\)",
@@ -113,5 +116,83 @@ class Writing(Checkered):
 
 def test_a_method_that_writes_to_the_weights_is_named() -> None:
     params = dict(network().named_parameters())
-    with pytest.raises(ValueError, match=r"sets writes to the scores of '0.weight': copy them"):
+    with pytest.raises(ValueError, match=r"sets, for '0.weight', writes to the scores: copy them"):
         tk.compute_masks(params, replace(CONFIG, method=Writing()))
+
+
+@dataclass(frozen=True)
+class Reusing(Checkered):
+    """Returns what it has returned before, with other numbers."""
+
+    def sets(self, situation: tk.Situation) -> tuple[Tensor, Tensor]:
+        masks = super().sets(situation)
+        given = GIVEN.setdefault(situation.scores.shape, masks)
+        for mask, new in zip(given, masks, strict=True):
+            mask.copy_(new)
+        return given
+
+
+GIVEN: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_sets_are_copied_from_what_a_method_returns(storage: Any) -> None:
+    torch.manual_seed(1)
+    model, optimizer = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), tk.sgd(0.1)
+    first, again = (
+        tk.init_state(model, replace(CONFIG, method=kind()), optimizer, storage=storage)
+        for kind in (Checkered, Reusing)
+    )
+    nn.init.normal_(model.get_parameter("0.weight"))
+    tk.compute_masks(dict(model.named_parameters()), replace(CONFIG, method=Reusing()))
+    for name, masks in tk.masks_of(first).items():
+        assert all(map(torch.equal, masks, tk.masks_of(again)[name]))
+
+
+@dataclass(frozen=True)
+class Telling(Checkered):
+    """Says of itself what it is given."""
+
+    entry: Any = "value"
+    steps: Any = ()
+    share: Any = None
+
+    @property
+    def enters_at(self) -> Any:
+        return self.entry
+
+    def starts(self) -> Any:
+        return self.steps
+
+    def sparsities(self, asked: Any, step: int) -> Any:
+        return asked if self.share is None else self.share
+
+
+@pytest.mark.parametrize("said", ["ZERO", None, 0])
+def test_an_entry_that_does_not_exist_is_named(said: Any) -> None:
+    known = "'value', 'zero', 'threshold'"
+    with pytest.raises(ValueError, match=f"enters_at must be one of {known}, got {said!r}"):
+        replace(CONFIG, method=Telling(entry=said))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(TypeError, None), (TypeError, "12"), (TypeError, (2.5,)), (ValueError, (-1,))],
+)
+def test_steps_at_which_no_stage_can_start_are_named(error: Any, said: Any) -> None:
+    with pytest.raises(error, match=r"starts\(\)"):
+        replace(CONFIG, method=Telling(steps=said))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (TypeError, 0.5),
+        (ValueError, Allocation(1.5, 1.0)),
+        (ValueError, Allocation(0.5, 0.9)),
+        (TypeError, Allocation("half", 0.1)),  # type: ignore[arg-type]
+    ],
+)
+def test_sparsities_that_are_none_are_named(error: Any, said: Any) -> None:
+    with pytest.raises(error, match=r"what .*sparsities returns"):
+        tk.init_state(network(), replace(CONFIG, method=Telling(share=said)), tk.sgd(0.1))

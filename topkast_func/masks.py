@@ -15,10 +15,10 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.allocation import allocate, shared_among_all
 from topkast_func.groups import uneven
 from topkast_func.leaves import check_present
-from topkast_func.methods.base import Situation, check_kind, size_problem
+from topkast_func.methods.base import Situation
+from topkast_func.methods.contract import chosen, size_problem
 from topkast_func.places import counted
 from topkast_func.ranking import NO_RANKING, NaNParameterError, kept, magnitudes
-from topkast_func.reading import versions
 from topkast_func.sparsity import Allocation
 from topkast_func.types import Masks, Params
 
@@ -179,7 +179,7 @@ def masks_at(
         ValueError: A parameter is not divisible into blocks, or the method has not chosen as many
             entries as it was asked for, or has written to what it chooses by.
     """
-    chosen, situations = {}, {}
+    sets, situations = {}, {}
     block, norm = config.block_shape, config.block_norm
     active = {name: blocks(sets.forward, block) for name, sets in (old or {}).items()}
     held = dict(zip(active, counted([*active.values()]), strict=True))
@@ -200,13 +200,8 @@ def masks_at(
             held=held.get(name, 0),
             group=config.group,
         )
-        given = versions({name: scores})
-        sets = config.method.sets(situation)
-        if versions({name: scores}) != given:
-            raise ValueError(f"{config.method}.sets writes to the scores of {name!r}: copy them")
-        check_kind(config.method, situation, sets)
-        chosen[name], situations[name] = sets, situation
-    told = {name: telling(*sets, config.group) for name, sets in chosen.items()}
+        sets[name], situations[name] = chosen(config.method, situation), situation
+    told = {name: telling(*both, config.group) for name, both in sets.items()}
     found = iter(counted([mask for masks in told.values() for mask in masks]))
     for name, situation in situations.items():
         problem = size_problem(config.method, situation, *(next(found) for _ in told[name]))
@@ -214,7 +209,7 @@ def masks_at(
             raise NaNParameterError(NO_RANKING.format(name))
         if problem:
             raise ValueError(problem)
-    return {n: Masks(*(spread(mask, block) for mask in sets)) for n, sets in chosen.items()}
+    return {n: Masks(*(spread(mask, block) for mask in both)) for n, both in sets.items()}
 
 
 def telling(forward: Tensor, backward: Tensor, group: int | None) -> tuple[Tensor, ...]:

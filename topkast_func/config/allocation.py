@@ -7,6 +7,7 @@ from typing import Any
 from topkast_func.checks import check_count, check_order, check_type
 from topkast_func.config.selection import matched_by, select, undivided
 from topkast_func.config.topkast_config import TopKastConfig
+from topkast_func.methods.contract import allocated
 from topkast_func.ranking import kept
 from topkast_func.sparsity import Allocation, ByPattern, density
 from topkast_func.trees import check_params
@@ -86,7 +87,7 @@ def shared(
     asked = {name: Allocation(forward[name], backward[name]) for name in forward}
     if isinstance(config.allocation, ByPattern):
         asked |= _given(config.allocation, asked)
-    found = {name: config.method.sparsities(both, step) for name, both in asked.items()}
+    found = {name: allocated(config.method, both, step) for name, both in asked.items()}
     return _erdos_renyi(shapes, found, config) if config.allocation == "erk" else found
 
 

@@ -17,6 +17,7 @@ from topkast_func.config.as_json import METHODS
 from topkast_func.config.schedule import check_refresh_every
 from topkast_func.groups import check_pattern
 from topkast_func.methods import Method
+from topkast_func.methods.contract import check_method
 from topkast_func.sparsity import ByPattern, Fixed, Staged
 from topkast_func.types import BlockNorm
 
@@ -94,6 +95,7 @@ def _patterns(name: str, value: Mapping[Any, Any]) -> Mapping[str, object]:
 
 def _method(value: object) -> Method:
     if isinstance(value, Method):
+        check_method(value)
         return value
     name = value if isinstance(value, str) else getattr(value, "__name__", "")
     make = METHODS.get(name)

@@ -123,63 +123,12 @@ class Method:
 
         Returns:
             1_A and 1_B, bool, of the shape of the scores, with as many entries as are asked for,
-            in each group where there are groups, A within B.
+            in each group where there are groups, A within B. They are copied.
 
         Raises:
             NotImplementedError: The method is abstract.
         """
         raise NotImplementedError(f"{type(self).__name__} chooses no sets: override `sets`")
-
-
-def check_kind(method: Method, situation: Situation, sets: Sets) -> None:
-    """Check that a method has returned masks of the scores that it was given.
-
-    Args:
-        method: The method.
-        situation: What it chose from.
-        sets: What it returned.
-
-    Raises:
-        ValueError: These are no two masks of the shape of the scores.
-    """
-    told = f"{method}.sets, for {situation.name!r},"
-    kind = (torch.bool, situation.scores.shape, situation.scores.device)
-    try:
-        forward, backward = sets
-        found = [(mask.dtype, mask.shape, mask.device) for mask in (forward, backward)]
-    except (TypeError, ValueError, AttributeError) as reason:
-        raise ValueError(f"{told} must return two masks: {reason}") from reason
-    for one in found:
-        if one != kind:
-            raise ValueError(f"{told} must return masks of {kind}, got {one}")
-
-
-def size_problem(
-    method: Method, situation: Situation, forward: int, backward: int, both: int, uneven: int = 0
-) -> str | None:
-    """Say what is wrong with the sizes of the sets that a method has chosen.
-
-    Args:
-        method: The method.
-        situation: What it chose from.
-        forward: Entries of A.
-        backward: Entries of B.
-        both: Entries of A that are in B.
-        uneven: Groups in which A or B lacks its exact count.
-
-    Returns:
-        A sentence; None where they are right.
-    """
-    told, asked = f"{method}.sets, for {situation.name!r},", (situation.forward, situation.backward)
-    if (forward, backward) != asked:
-        found = (forward, backward)
-        return f"{told} must choose {asked} entries for A and B, and has chosen {found}"
-    if uneven:
-        return (
-            f"{told} must choose as many entries in each group of {situation.group}, and has not: "
-            "`Situation.group` asks for it"
-        )
-    return f"{told} has chosen an A that is not part of B" if both != forward else None
 
 
 def drawn(situation: Situation) -> Sets:
