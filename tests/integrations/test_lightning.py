@@ -253,6 +253,56 @@ def test_each_step_of_the_optimizer_of_the_sparse_part_counts(
     assert sparsifier.steps == EPOCHS * steps
 
 
+class Sharp(torch.optim.SGD):
+    """Steps by the gradient that the loss has a little uphill (Foret and others, 2021)."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        uphill = [(p, 0.05 * p.grad) for group in self.param_groups for p in group["params"]]
+        for parameter, way in uphill:
+            parameter += way
+        loss = closure()
+        for parameter, way in uphill:
+            parameter -= way
+        super().step()
+        return loss
+
+
+def sharp(parameters: Any) -> torch.optim.Optimizer:
+    return Sharp(parameters, 0.1)
+
+
+def line_searching(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(parameters, max_iter=5, line_search_fn="strong_wolfe")
+
+
+@pytest.mark.parametrize("make", [sharp, line_searching])
+def test_a_step_that_computes_its_loss_several_times_is_one(make: Any, tmp_path: Path) -> None:
+    config = replace(CONFIG, refresh_every=3, penalty=None)
+    module, expected = classifier(), classifier()
+    sparsifier, handle = tk.sparsify(module, config), tk.sparsify(expected, config)
+    vars(module)["configure_optimizers"] = lambda: make(module.parameters())
+    options: Any = {"gradient_clip_val": None, "accumulate_grad_batches": 1, "max_epochs": 1}
+    callback = TopKastCallback(sparsifier, densify_at_end=False)
+    trainer_of(tmp_path, callback, **options).fit(module, loader())
+    optimizer = make(expected.parameters())
+    for batch in loader():
+
+        def closure(batch: Any = batch) -> Tensor:
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                loss = expected.training_step(batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimizer.step(closure)
+        handle.step()
+    assert sparsifier.steps == handle.steps == 10
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(module.get_parameter(name), parameter)
+
+
 def test_sparse_weights_that_are_frozen_need_no_optimizer(tmp_path: Path) -> None:
     module = classifier()
     sparsifier = tk.sparsify(module, CONFIG)

@@ -50,8 +50,14 @@ class TopKastCallback(Hosted, Callback):
         TypeError: The first argument is no sparsifier.
     """
 
+    _stepping: tuple[Optimizer, ...] = ()
+    """The optimisers that have begun a step that is not counted yet."""
+
     _stepped: tuple[Optimizer, ...] = ()
-    """The optimisers that have made a step that is not counted yet."""
+    """Those that have ended one since the last count."""
+
+    _noting: tuple[RemovableHandle, ...] = ()
+    """What notes the end of steps."""
 
     _loads: RemovableHandle | None = None
     """Turns what is loaded to be evaluated into what a plain module holds."""
@@ -66,7 +72,9 @@ class TopKastCallback(Hosted, Callback):
             self._loads = pl_module.register_load_state_dict_pre_hook(turn)  # type: ignore[no-untyped-call]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
+        """Leave the module and its optimisers as they were."""
+        for handle in self._noting:
+            handle.remove()
         if self._loads is not None:
             self._loads.remove()
         for name in STEPS:
@@ -74,27 +82,34 @@ class TopKastCallback(Hosted, Callback):
         vars(pl_module).update(self._own)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the sparse module is trained."""
+        """Check that the sparse module is trained, and note from now on where a step ends."""
         self._begin(pl_module, trainer.optimizers)
+        self._noting = tuple(o.register_step_post_hook(self._note) for o in trainer.optimizers)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Add the gradient of the penalty; who steps twice in a batch is counted twice."""
+        """Add the gradient of the penalty; who steps twice in a batch is counted twice.
+
+        An optimiser that has its loss computed several times in a step comes here as often.
+        """
         if optimizer in self._stepped:
             self.on_train_batch_end()
         if self.sparsifier.penalize(optimizer):
-            self._stepped = (*self._stepped, optimizer)
+            self._stepping = (*self._stepping, optimizer)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Count the step, if one was made, and choose the sets anew where that is due."""
-        if self._stepped:
-            self._stepped = ()
+        made, self._stepping, self._stepped = self._stepping, (), ()
+        if made:
             self.sparsifier.step()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a plain module."""
         self._end()
+
+    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+        self._stepped = (*self._stepped, optimizer)
 
     def state_dict(self) -> dict[str, float]:
         """Return what a checkpoint keeps; see `Sparsifier.state_dict`."""
