@@ -456,3 +456,31 @@ def test_warnings_point_at_the_line_that_called(reason: str) -> None:
     with pytest.warns(UserWarning, match="no refresh|no compiler") as warned:
         tk.train(train_step, state, [batch()] * 2, config)
     assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_a_compiled_step_reads_a_batch_that_is_the_negative_of_what_is_in_memory() -> None:
+    """Inductor reads an imaginary part of a conjugate without its sign."""
+    model, optimizer, (inputs, targets) = network(), tk.sgd(0.1), batch()
+    negative = torch.complex(torch.zeros_like(inputs), -inputs).conj().imag
+    assert negative.is_neg()
+    state = tk.init_state(model, CONFIG, optimizer)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer)
+    expected = train_step(state, (inputs, targets))
+    assert same(train_step(state, (negative, targets)), expected)
+
+
+class Kind(Tensor):
+    """A kind of tensor that is computed as any."""
+
+
+@every_storage
+def test_what_a_step_returns_are_plain_tensors_whatever_the_batch_is(storage: Any) -> None:
+    model, optimizer = network(), tk.adamw(0.01)
+    state = tk.init_state(model, CONFIG, optimizer, storage=storage)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
+    expected, found = state, state
+    for _ in range(3):
+        expected, _ = train_step(expected, batch())
+        found, metrics = train_step(found, tree_map(lambda t: t.as_subclass(Kind), batch()))
+        assert {*map(type, leaves((found, metrics)))} == {Tensor}
+    assert same(found, expected)

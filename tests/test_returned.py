@@ -70,6 +70,11 @@ BAD_STARTS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "a row": (lambda params: MADE(zero()[None], {}), TypeError, "int64 tensor, 0-d"),
     "no slots": (lambda params: MADE(zero(), [1]), TypeError, "slots must map names to trees of"),
     "half a name": (lambda params: MADE(zero(), {"\udc80": {}}), ValueError, r"name '\\udc80'"),
+    "on meta": (
+        lambda params: MADE(zero(), {"m": {n: p.to("meta") for n, p in params.items()}}),
+        ValueError,
+        r"with values: slots 'm' of \['weight', 'bias'\] are on the meta device",
+    ),
     "of all": (
         lambda params: tk.OptimizerState(zero(), {"m": {"all": torch.zeros(())}}),
         ValueError,
@@ -108,6 +113,11 @@ BAD_UPDATES: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "a tensor for 'weight'",
     ),
+    "complex": (
+        lambda g, s, p, lr: ({n: -lr * grad * (1 + 1j) for n, grad in g.items()}, after(s)),
+        ValueError,
+        "a tensor for 'weight' .* and real where they are",
+    ),
 }
 
 
@@ -117,6 +127,85 @@ def test_an_update_of_another_kind_is_named(case: Any, compile: Any) -> None:
     update, error, message = case
     with pytest.raises(error, match=message):
         first_step(own(update), compile)
+
+
+def ones(params: Any) -> tk.OptimizerState:
+    return tk.OptimizerState(zero(), {"m": {n: torch.ones_like(p) for n, p in params.items()}})
+
+
+BAD_SLOTS: dict[str, tuple[Any, str]] = {
+    "lost": (lambda slots: {}, r"slots are \[\], those before it are \['m'\]"),
+    "some": (lambda slots: {"m": {"bias": slots["m"]["bias"]}}, r"'m' are of \['bias'\], those"),
+    "more": (lambda slots: {**slots, "n": {}}, r"slots are \['m', 'n'\]"),
+    "another shape": (
+        lambda slots: {"m": {n: slot[:2] for n, slot in slots["m"].items()}},
+        r"slot 'm' of 'weight' has shape \(2,\)",
+    ),
+    "another dtype": (
+        lambda slots: {"m": {n: slot.double() for n, slot in slots["m"].items()}},
+        "torch.float64, those before it",
+    ),
+}
+
+
+@compiled_or_not
+@pytest.mark.parametrize("case", BAD_SLOTS.values(), ids=BAD_SLOTS.keys())
+def test_slots_that_are_others_after_an_update_are_named_at_once(case: Any, compile: Any) -> None:
+    change, message = case
+
+    def update(grads: Any, state: Any, params: Any, lr: Any) -> Any:
+        return down(grads, lr), tk.OptimizerState(state.step + 1, change(state.slots))
+
+    with pytest.raises(ValueError, match=f"update of own must keep what it remembers: .*{message}"):
+        first_step(own(update, ones), compile)
+
+
+@pytest.mark.parametrize(
+    ("rate", "error", "message"),
+    [
+        (None, TypeError, "lr must be a number"),
+        ("fast", TypeError, "lr must be a number"),
+        (torch.ones(2), ValueError, r"lr must be a 0-d tensor, got shape \(2,\)"),
+        (torch.tensor(1j), TypeError, "lr must be a real number, got a tensor of torch.complex64"),
+        (torch.tensor(float("nan")), ValueError, "lr must be in"),
+        (-0.1, ValueError, "lr must be in"),
+    ],
+    ids=str,
+)
+def test_a_learning_rate_that_is_none_is_named(rate: Any, error: Any, message: str) -> None:
+    optimizer = tk.Optimizer(nothing, descend, lambda step: rate, elementwise=True)
+    with pytest.raises(error, match=message):
+        first_step(optimizer, False)
+
+
+def test_a_learning_rate_may_be_a_number() -> None:
+    rates: Any = (tenth, lambda step: 0.1)
+    made = (tk.Optimizer(nothing, descend, rate, elementwise=True) for rate in rates)
+    (_, one), (_, other) = (first_step(optimizer, False) for optimizer in made)
+    assert torch.equal(one.weights.values["weight"], other.weights.values["weight"])
+
+
+def tenth(step: Tensor) -> Tensor:
+    return torch.tensor(0.1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ((3, descend, tenth), TypeError, "init must be callable"),
+        ((nothing, None, tenth), TypeError, "update must be callable"),
+        ((nothing, descend, 0.1), TypeError, "learning_rate must be callable"),
+    ],
+)
+def test_what_an_optimizer_is_made_of_are_functions(given: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        tk.Optimizer(*given)
+
+
+@pytest.mark.parametrize(("every", "error"), [(0, ValueError), (0.5, TypeError)])
+def test_calls_to_an_update_are_counted(every: Any, error: Any) -> None:
+    with pytest.raises(error, match="every must be"):
+        tk.Optimizer(nothing, descend, tenth, every=every)
 
 
 def halve(grads: Any, state: Any, params: Any, lr: Any) -> Any:

@@ -170,12 +170,12 @@ VALUES = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
         (
             tk.lion(),
             tk.partition({"b": tk.sgd(0.1), "*": tk.lion()}),
-            "slots 'lion.exp_avg' are of ['a', 'b'], by partition(",
+            "slots 'lion.exp_avg' are of ['a', 'b'], those of partition(",
         ),
         (
             normalized(0.1),
             normalized(0.1, (1,)),
-            "slot 'largest' of 'a' has shape () and torch.float64, by normalized(",
+            "slot 'largest' of 'a' has shape () and torch.float64, those of normalized(",
         ),
     ],
 )

@@ -17,6 +17,16 @@ def dispatches(tensor: Tensor) -> bool:
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """Return a tensor without its subclass, if that changes nothing of how it is computed.
+
+    Dynamo would not follow this for one without any.
+    """
+    if type(tensor) is Tensor or dispatches(tensor):
+        return tensor
+    return tensor.as_subclass(Tensor)
+
+
 def readable(tensor: Tensor) -> bool:
     """Return whether the host can read the numbers of a tensor."""
     other = dispatches(tensor) or tensor.is_meta or is_functorch_wrapped_tensor(tensor)

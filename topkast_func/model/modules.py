@@ -3,11 +3,11 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import module as torch_module
 
-from topkast_func.reading import versions
+from topkast_func.reading import plain, versions
 from topkast_func.types import Model, Params, Tensors
 
 CHANGED = (
@@ -102,7 +102,7 @@ def buffers(model: object, given: Params | None = None) -> Tensors:
         return {}
     held = {**dict(model.named_buffers()), **(given or {})}
     own = {name: held[name].detach() for name, _ in model.named_buffers()}
-    return {name: _plain(buffer).clone() for name, buffer in own.items()}
+    return {name: plain(buffer).clone() for name, buffer in own.items()}
 
 
 def parameters_of(model: object) -> dict[str, tuple[nn.Module, str]]:
@@ -185,8 +185,3 @@ def check_names(model: Model, names: Collection[str]) -> None:
         raise ValueError(
             f"the parameters are not those of the model: missing {missing}, unknown {unknown}"
         )
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Return a tensor without its subclass; Dynamo would not follow this for one without any."""
-    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)

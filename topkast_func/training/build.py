@@ -138,7 +138,7 @@ def built(
             sparse = tuple((name, shapes[name]) for name in state.weights.sparse_names)
             run = run_from(schedule.stage(int(state.step)), call.hooked, sparse)
             with standing_in(lent.values()):
-                return run_at(run, [*lent], state, batch, call.rate, optimizer.every, ranks.share)
+                return run_at(run, [*lent], state, batch, call.rate, optimizer, ranks.share)
 
         moved, numbers, aux = draws.run(call.kind, state, step)
         after = anew(moved, batch, call) if call.ends else moved

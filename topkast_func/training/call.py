@@ -3,12 +3,14 @@
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
+from torch.utils._pytree import tree_map
+
 from topkast_func.config import TopKastConfig
 from topkast_func.model.alone import parts_of
 from topkast_func.model.modules import hooks, modes
 from topkast_func.training.compilation import signature
 from topkast_func.training.optim import Optimizer
-from topkast_func.training.optim.rates import Rate
+from topkast_func.training.optim.rates import Rate, checked
 from topkast_func.training.refresh import refreshes_around
 from topkast_func.training.state import TrainState
 
@@ -61,8 +63,8 @@ def call_of(
         The call.
 
     Raises:
-        TypeError: See `signature` and `RateOf`.
-        ValueError: See `RateOf`.
+        TypeError: See `signature` and `checked`.
+        ValueError: See `checked`.
     """
     parts = parts_of(model)
     mode, hooked = modes(parts), hooks_of(parts, criterion)
@@ -72,7 +74,7 @@ def call_of(
     if traced:
         stored = type(state.weights), sizes, config.schedule.stage(int(state.step))
         kind = mode, hooked, *stored, *refreshes, signature(batch)
-    rate = optimizer.learning_rate(state.optimizer.step)
+    rate = tree_map(checked, optimizer.learning_rate(state.optimizer.step))
     return Call(parts, mode, hooked, sizes, kind, rate, *refreshes)
 
 

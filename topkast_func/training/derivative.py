@@ -11,6 +11,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import grad_and_value
 from torch.utils._pytree import tree_map_only
 
+from topkast_func.reading import plain
 from topkast_func.types import Tensors
 
 HOOKS = (
@@ -39,14 +40,14 @@ def gradient_and_value(
 
     Returns:
         Gradients by name, zero where the function does not depend on a value, and the pair, which
-        autograd follows no further.
+        autograd follows no further; all plain tensors, whatever kind a batch is of.
     """
     if torch.compiler.is_compiling() or peek_interpreter_stack() is not None:
         traced: tuple[Tensors, tuple[Tensor, Any]] = grad_and_value(objective, has_aux=True)(values)
         return traced
     leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
     with torch.enable_grad(), without_hooks():
-        loss, beside = objective(leaves)
+        loss, beside = tree_map_only(Tensor, plain, objective(leaves))
     if not loss.requires_grad:
         return {name: torch.zeros_like(value) for name, value in values.items()}, (loss, beside)
     found = torch.autograd.grad(loss, tuple(leaves.values()), materialize_grads=True)

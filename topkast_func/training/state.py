@@ -173,6 +173,12 @@ def check_at_hand(state: TrainState) -> None:
 
 
 def ordinary(tree: Tree) -> Tree:
-    """Copy a tree, and of its tensors those of inference mode, which autograd refuses."""
-    copied: Tree = tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, tree)
+    """Return a tree with copies of some of its tensors.
+
+    Those are of inference mode, which autograd refuses, and those that stand for the negative of
+    what is in memory (the imaginary part of a conjugate), which torch.compile reads without that.
+    """
+    copied: Tree = tree_map_only(
+        Tensor, lambda t: t.clone() if t.is_inference() or t.is_neg() else t, tree
+    )
     return copied

@@ -17,7 +17,14 @@ from topkast_func.penalty import Terms
 from topkast_func.powerprop import theta_of
 from topkast_func.training.derivative import gradient_and_value
 from topkast_func.training.loss import loss_and_aux
-from topkast_func.training.optim import Optimizer, OptimizerState, Rate, global_norm, updated
+from topkast_func.training.optim import (
+    Optimizer,
+    OptimizerState,
+    Rate,
+    check_slots,
+    global_norm,
+    updated,
+)
 from topkast_func.training.readout import narrowed
 from topkast_func.training.state import TrainState
 from topkast_func.types import LossFn, Model, Tensors, changed
@@ -99,7 +106,7 @@ def run_at(
     state: TrainState,
     batch: Any,
     rate: Rate,
-    every: int,
+    optimizer: Optimizer,
     share: Tensor | None,
 ) -> Moved:
     """Run what `update_of` returns at a state, and count.
@@ -110,11 +117,14 @@ def run_at(
         state: The state.
         batch: The batch.
         rate: The learning rate.
-        every: Calls of the optimiser to one update.
+        optimizer: The optimiser.
         share: Share of this rank.
 
     Returns:
         What ``run`` returns, with the step and the calls of the optimiser of the state after.
+
+    Raises:
+        ValueError: See `check_slots`.
     """
     place = _place_of(state)
     rate = tree_map(partial(_number, place), rate)
@@ -123,10 +133,11 @@ def run_at(
     held = calls if place == CPU else _number(place, calls)
     bare = changed(state, exponents={}, optimizer=changed(state.optimizer, step=held))
     after, numbers, aux = run(tuple(lent), tuple(state.exponents), bare, batch, rate, share)
+    check_slots(optimizer, state.optimizer.slots, after.optimizer.slots)
     calls = calls + 1
     after = changed(
         after,
-        step=state.step + (int(calls) % every == 0),
+        step=state.step + (int(calls) % optimizer.every == 0),
         exponents=state.exponents,
         optimizer=changed(after.optimizer, step=calls),
     )

@@ -9,7 +9,7 @@ from topkast_func.training.optim.descent import adam, adamw, lion, sgd
 from topkast_func.training.optim.groups import partition
 from topkast_func.training.optim.norms import global_norm, summed_by
 from topkast_func.training.optim.rates import Rate
-from topkast_func.training.optim.returned import started, updated
+from topkast_func.training.optim.returned import check_slots, started, updated
 from topkast_func.training.optim.transformation import (
     Optimizer,
     OptimizerState,
@@ -27,6 +27,7 @@ __all__ = [
     "adamw",
     "chain",
     "check_optimizer",
+    "check_slots",
     "clip_by_global_norm",
     "global_norm",
     "lion",

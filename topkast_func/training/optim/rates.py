@@ -31,7 +31,7 @@ class RateOf:
     def __post_init__(self) -> None:
         """Check what can be checked before the first step."""
         if not callable(self.given):
-            _checked(self.given, "lr")
+            checked(self.given, "lr")
 
     def __call__(self, step: Tensor) -> Tensor:
         """Return the learning rate of a step.
@@ -48,11 +48,11 @@ class RateOf:
             ValueError: It is not 0-d, not finite, or below 0.
         """
         if not callable(self.given) and not isinstance(self.given, Tensor):
-            return _checked(self.given, "lr")
+            return checked(self.given, "lr")
         name = "lr" if torch.compiler.is_compiling() else f"lr at step {int(step)}"
         if isinstance(self.given, Tensor):
-            return _checked(self.given, name)
-        return _checked(self.given(step), name).to(torch.float64)
+            return checked(self.given, name)
+        return checked(self.given(step), name).to(torch.float64)
 
     def __eq__(self, other: object) -> bool:
         """Compare what is given; tensors, which may change, as objects."""
@@ -69,7 +69,20 @@ class RateOf:
         return getattr(self.given, "__name__", repr(self.given))
 
 
-def _checked(rate: Any, name: str) -> Tensor:
+def checked(rate: Any, name: str = "lr") -> Tensor:
+    """Return a learning rate as a tensor.
+
+    Args:
+        rate: A number or a 0-d tensor.
+        name: What it is called in the error.
+
+    Returns:
+        The rate, 0-d.
+
+    Raises:
+        TypeError: It is no real number.
+        ValueError: It is not 0-d, not finite, or below 0.
+    """
     if not isinstance(rate, Tensor):
         return torch.tensor(check_number(name, rate, 0.0), dtype=torch.float64, device="cpu")
     if rate.ndim != 0:

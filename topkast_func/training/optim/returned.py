@@ -5,7 +5,12 @@ from torch import Tensor
 
 from topkast_func.reading import versions
 from topkast_func.training.optim.rates import Rate
-from topkast_func.training.optim.transformation import Optimizer, OptimizerState, cast
+from topkast_func.training.optim.transformation import (
+    Optimizer,
+    OptimizerState,
+    cast,
+    slots_differ,
+)
 from topkast_func.trees import check_named, check_text
 from topkast_func.types import Params, Tensors, changed
 
@@ -22,7 +27,8 @@ def started(optimizer: Optimizer, params: Params) -> OptimizerState:
 
     Raises:
         TypeError: That is no `OptimizerState`, or its slots are no tensors by name.
-        ValueError: It has slots of what is no parameter, or of a kind no file can name.
+        ValueError: It has slots of what is no parameter, without values, or of a kind no file can
+            name.
     """
     start = optimizer.init(params)
     told = f"init of {optimizer} must return an OptimizerState"
@@ -37,6 +43,8 @@ def started(optimizer: Optimizer, params: Params) -> OptimizerState:
             raise TypeError(f"{told} whose slots {kind!r} are tensors by the names of parameters")
         if unknown := sorted(tree.keys() - params.keys()):
             raise ValueError(f"{told} whose slots {kind!r} are of parameters, got {unknown}")
+        if away := [name for name, slot in tree.items() if slot.is_meta > params[name].is_meta]:
+            raise ValueError(f"{told} with values: slots {kind!r} of {away} are on the meta device")
     return start
 
 
@@ -58,7 +66,7 @@ def updated(
     Raises:
         TypeError: ``update`` returns no pair of updates and an `OptimizerState`.
         ValueError: The updates are not one tensor for each parameter, of its shape, or it writes to
-            what it is given.
+            what it is given; see `check_slots` for what it remembers.
     """
     before = versions(params)
     found = optimizer.update(grads, state, params, lr)
@@ -68,12 +76,31 @@ def updated(
     if updates.keys() != params.keys():
         raise ValueError(f"update of {optimizer} must return one for each of {sorted(params)}")
     for name, param in params.items():
-        if not isinstance(updates[name], Tensor) or updates[name].shape != param.shape:
+        update = updates[name]
+        fits = isinstance(update, Tensor) and update.shape == param.shape
+        if not fits or update.is_complex() > param.is_complex():
             raise ValueError(
                 f"update of {optimizer} must return a tensor for {name!r} of the shape of its "
-                f"values, {tuple(param.shape)}"
+                f"values, {tuple(param.shape)}, and real where they are"
             )
     if versions(params) != before:
         raise ValueError(f"update of {optimizer} writes to the parameters: return what to add")
     updates = {name: cast(update, params[name].dtype) for name, update in updates.items()}
     return updates, changed(after, step=state.step + 1)
+
+
+def check_slots(
+    optimizer: Optimizer, before: dict[str, Tensors], after: dict[str, Tensors]
+) -> None:
+    """Check that slots are after an update what they were before it but for their numbers.
+
+    Args:
+        optimizer: The optimiser.
+        before: Those that it was given.
+        after: Those that it returned.
+
+    Raises:
+        ValueError: They have other kinds, names, shapes or dtypes.
+    """
+    if problem := slots_differ(after, before, "those before it"):
+        raise ValueError(f"update of {optimizer} must keep what it remembers: {problem}")

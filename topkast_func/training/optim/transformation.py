@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from topkast_func.checks import check_callable, check_count
 from topkast_func.training.optim.rates import Rate
 from topkast_func.types import Params, Tensors
 
@@ -53,6 +54,11 @@ class Transformation:
     elementwise: bool = field(default=False, kw_only=True)
     name: str = field(default="", kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Check that there are functions."""
+        check_callable("init", self.init)
+        check_callable("update", self.update)
+
     def __repr__(self) -> str:
         """Print the name, or the kind where there is none."""
         return self.name or f"{type(self).__name__}(...)"
@@ -69,7 +75,7 @@ class Optimizer(Transformation):
         init: See `Transformation`.
         update: ``update(grads, state, params, lr=None)`` to (updates, state); the updates are
             to be added to the parameters. ``lr`` None takes ``learning_rate(state.step)``.
-        learning_rate: ``learning_rate(step)`` to the learning rate of that call, 0-d.
+        learning_rate: ``learning_rate(step)`` to the learning rate of that call, 0-d, at least 0.
         every: How many calls make one update of the parameters; see `multi_steps`.
 
     Example:
@@ -87,6 +93,12 @@ class Optimizer(Transformation):
 
     learning_rate: Callable[[Tensor], Rate]
     every: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before the first step."""
+        super().__post_init__()
+        check_callable("learning_rate", self.learning_rate)
+        check_count("every", self.every, 1)
 
 
 @dataclass(frozen=True)
@@ -205,16 +217,32 @@ def slot_problem(slots: dict[str, Tensors], values: Params, optimizer: Optimizer
             f"init of {optimizer} must make its slots by the shapes and dtypes of parameters: it "
             f"fails on the meta device, where these have no values ({reason})"
         ) from reason
+    return slots_differ(slots, expected, f"those of {optimizer}")
+
+
+def slots_differ(
+    slots: dict[str, Tensors], expected: dict[str, Tensors], others: str
+) -> str | None:
+    """Say in what slots differ from others: kinds, names, shapes or dtypes.
+
+    Args:
+        slots: By kind and name.
+        expected: What they should be like.
+        others: What those are called.
+
+    Returns:
+        The first difference, or None.
+    """
     if slots.keys() != expected.keys():
-        return f"slots are {sorted(slots)}, those of {optimizer} are {sorted(expected)}"
+        return f"slots are {sorted(slots)}, {others} are {sorted(expected)}"
     for kind, tree in expected.items():
         if slots[kind].keys() != tree.keys():
-            return f"slots {kind!r} are of {sorted(slots[kind])}, by {optimizer} of {sorted(tree)}"
+            return f"slots {kind!r} are of {sorted(slots[kind])}, {others} of {sorted(tree)}"
         for name, slot in tree.items():
             found = slots[kind][name]
             if (found.shape, found.dtype) != (slot.shape, slot.dtype):
                 return (
                     f"slot {kind!r} of {name!r} has shape {tuple(found.shape)} and {found.dtype}, "
-                    f"by {optimizer} {tuple(slot.shape)} and {slot.dtype}"
+                    f"{others} {tuple(slot.shape)} and {slot.dtype}"
                 )
     return None
