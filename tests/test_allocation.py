@@ -62,6 +62,12 @@ def test_no_weight_at_all_is_an_error_too() -> None:
         select({"bias": torch.zeros(3)}, TopKastConfig())
 
 
+def test_weights_of_complex_numbers_are_named_where_there_are_no_others() -> None:
+    told = "selects no parameter; 'weight' of complex numbers, which are trained densely; there are"
+    with pytest.raises(ValueError, match=told):
+        select({"weight": torch.zeros(4, 4, dtype=torch.complex64)}, TopKastConfig())
+
+
 @pytest.mark.parametrize(
     ("config", "told"),
     [

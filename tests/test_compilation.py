@@ -142,3 +142,9 @@ def test_a_tensor_that_is_kept_from_the_graph_is_told_of() -> None:
     step = step_of(Keeping(), compile={"backend": "aot_eager"})
     with pytest.warns(UserWarning, match="keeps a tensor where it is not passed on"):
         assert int(step()[0].step) == 1
+
+
+@torch._dynamo.config.patch(disable=True)  # type: ignore[untyped-decorator]
+def test_where_torch_compiles_nothing_the_step_runs_eager_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"runs eager, .*switched off \(TORCH_COMPILE_DISABLE\)"):
+        assert step_of(nn.Linear(6, 3), True)()[1].loss > 0

@@ -121,3 +121,14 @@ def test_rates_compare_by_what_they_are() -> None:
 )
 def test_a_rate_prints_as_what_was_given(lr: Any, text: str) -> None:
     assert repr(RateOf(lr)) == text
+
+
+def test_a_rate_on_the_meta_device_is_named_by_the_step() -> None:
+    model, config = nn.Linear(4, 3), tk.TopKastConfig()
+    optimizer = tk.sgd(torch.tensor(0.1, device="meta"))
+    state = tk.init_state(model, config, optimizer)
+    train_step = tk.make_train_step(
+        model, lambda apply, x: apply(x).sum(), config, optimizer, compile=False
+    )
+    with pytest.raises(ValueError, match="lr has no number: it is a tensor on the meta device"):
+        train_step(state, torch.ones(2, 4))

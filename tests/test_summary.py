@@ -475,3 +475,9 @@ def test_without_tensorboard_the_way_to_get_it_is_told(
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'topkast_func\[tensorboard\]'"):
         tk.TensorBoardLogger(tmp_path)
+
+
+def test_a_state_of_another_model_is_named() -> None:
+    state = tk.init_state(nn.Linear(8, 4), CONFIG, tk.sgd(0.1))
+    with pytest.raises(ValueError, match="the state is of another model: 'weight' has shape"):
+        tk.summary(state, model=nn.Linear(4, 8))

@@ -570,10 +570,21 @@ def test_an_optimizer_over_other_parameters_is_refused() -> None:
     handle = tk.sparsify(model, CONFIG)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     with pytest.raises(
-        RuntimeError, match=r"holds none of the sparse weights: build it from model\.parameters"
+        RuntimeError, match=r"moved none of the sparse weights: build it from model\.parameters"
     ):
         _step(model, handle, optimizer, (torch.randn(4, 16), torch.randn(4, 5)))
     assert handle.steps == 0
+
+
+def test_gradients_that_are_gone_before_the_step_are_told_of() -> None:
+    model = perceptron()
+    handle = tk.sparsify(model, CONFIG)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 16)).sum().backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) before loss\.backward\(\), not between"):
+        handle.step()
 
 
 def test_an_optimizer_over_other_parameters_is_told_of_later_too() -> None:
@@ -583,7 +594,7 @@ def test_an_optimizer_over_other_parameters_is_told_of_later_too() -> None:
     batch = torch.randn(4, 16), torch.randn(4, 5)
     _step(model, handle, own, batch)
     for _ in range(2):
-        with pytest.warns(UserWarning, match="holds none of the sparse weights"):
+        with pytest.warns(UserWarning, match="moved none of the sparse weights"):
             _step(model, handle, wrong, batch)
     _step(model, handle, own, batch)
     assert handle.steps == 4

@@ -49,6 +49,8 @@ def select(params: Params, config: TopKastConfig) -> list[str]:
         way = f"; choose by patterns, such as sparse={_glob(others[0])!r}" if others else ""
         if fields := {undivided(params[name].shape, config) for name in weights_among(params)}:
             way += "".join(f"; {field} divides none of its shapes" for field in fields - {None})
+        if unreal := [name for name, leaf in params.items() if leaf.is_complex()]:
+            way += f"; {_listed(unreal)} of complex numbers, which are trained densely"
         raise ValueError(f"{told} selects no parameter{way}; there are: {_listed(params)}")
     if unreal := [name for name in chosen if params[name].is_complex()]:
         raise ValueError(

@@ -10,8 +10,9 @@ from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.warn import warn_caller
 
 OTHERS = (
-    "the optimizer that has made a step holds none of the sparse weights: build it from "
-    "model.parameters()"
+    "the optimizer that has made a step has moved none of the sparse weights: build it from "
+    "model.parameters(), and call zero_grad() before loss.backward(), not between that and "
+    "optimizer.step()"
 )
 GONE = (
     "{} are sparse no more: their layers were densified, or others were put in their place, which "
@@ -63,7 +64,7 @@ class Progress:
 
         Raises:
             RuntimeError: No backward pass has reached them, or the optimiser that made a step has
-                none of them, nor has one of before; after a step that has them a warning says so.
+                moved none of them, nor has one before; after a step that has, a warning says so.
         """
         self._reached |= self._follow(owners)
         trained = [p for p in parameters_of(owners).values() if p.requires_grad]

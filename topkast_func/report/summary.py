@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from topkast_func.checks import check_type
@@ -15,6 +15,7 @@ from topkast_func.model.axes import axes_by_name
 from topkast_func.report.explain import choices
 from topkast_func.report.notes import Row, notes, with_lines
 from topkast_func.report.table import in_bytes, paragraph, table
+from topkast_func.training.fits_model import check_tensors
 from topkast_func.training.readout import masks_of
 from topkast_func.training.state import TrainState
 from topkast_func.types import Model
@@ -96,7 +97,9 @@ def summary(
     """Describe what a state consists of.
 
     Below the table it says why weights are dense, and warns of weights that no kernel computes,
-    and of rows and columns of A without an entry.
+    and of rows and columns of A without an entry. An output without an input is a constant: a
+    BatchNorm behind it divides what rounding has left of its spread by as little, so that the
+    gradients of such a row differ from one processor to another, and where they are compiled.
 
     Args:
         state: The state.
@@ -115,7 +118,8 @@ def summary(
         ImportError: The engine asked for is not installed.
         TypeError: The engine asked for does not support the dtype or device, ``state`` is no
             state, or ``config`` no configuration.
-        ValueError: The batch size is below 1 or there is no such engine.
+        ValueError: The batch size is below 1, there is no such engine, or the state is of another
+            model.
 
     Example:
         >>> import torch
@@ -128,6 +132,8 @@ def summary(
         check_type("config", config, TopKastConfig)
     chosen, masks = choices(state, batch_size, engine), masks_of(state)
     model = uncompiled(model)
+    if isinstance(model, nn.Module):
+        check_tensors(state, model)
     values, axes = state.weights.values, axes_by_name(model)
     rows = []
     for name, shape in state.weights.shapes().items():

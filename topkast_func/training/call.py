@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from topkast_func.config import TopKastConfig
@@ -64,7 +65,7 @@ def call_of(
 
     Raises:
         TypeError: See `signature` and `checked`.
-        ValueError: See `checked`.
+        ValueError: See `checked`; or the learning rate is on the meta device.
     """
     parts = parts_of(model)
     mode, hooked = modes(parts), hooks_of(parts, criterion)
@@ -74,8 +75,15 @@ def call_of(
     if traced:
         stored = type(state.weights), sizes, config.schedule.stage(int(state.step))
         kind = mode, hooked, *stored, *refreshes, signature(batch)
-    rate = tree_map(checked, optimizer.learning_rate(state.optimizer.step))
+    rate = tree_map(_with_number, optimizer.learning_rate(state.optimizer.step))
     return Call(parts, mode, hooked, sizes, kind, rate, *refreshes)
+
+
+def _with_number(given: Any) -> Tensor:
+    rate = checked(given)
+    if rate.is_meta:
+        raise ValueError("lr has no number: it is a tensor on the meta device")
+    return rate
 
 
 def hooks_of(parts: list[Any], criterion: object) -> Hashable:

@@ -96,8 +96,11 @@ def _as_it_is(step: Callable[..., Any]) -> Callable[..., Any]:
 def _compiled(
     options: Mapping[str, Any], required: bool, step: Callable[..., Any]
 ) -> Callable[..., Any]:
-    from torch._dynamo import callback, exc  # loads Dynamo, which takes a second
+    from torch._dynamo import callback, config, exc  # loads Dynamo, which takes a second
 
+    if config.disable:
+        _run_eager("torch.compile is switched off (TORCH_COMPILE_DISABLE)", required)
+        return step
     fast: Callable[..., Any] = torch.compile(_fresh(step), **options)
 
     def call(*arguments: Any) -> Any:
