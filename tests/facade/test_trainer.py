@@ -302,6 +302,19 @@ def test_predict_runs_alpha_in_evaluation_mode_without_gradient() -> None:
     torch.testing.assert_close(found, linear(inputs, _alpha(layer), layer.bias))
 
 
+@pytest.mark.parametrize("use", ["train", "eval", "predict"])
+def test_the_random_numbers_of_torch_are_left_alone(use: str) -> None:
+    trainer = _trainer(_net(), num_epochs=1)
+    uses: dict[str, Callable[[], Any]] = {
+        "train": trainer.train,
+        "eval": trainer.eval,
+        "predict": lambda: trainer.predict(torch.ones(3, 4)),
+    }
+    before = torch.get_rng_state()
+    uses[use]()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_batch_statistics_are_learnt_in_training_and_used_in_validation() -> None:
     norm = nn.BatchNorm1d(4)
     net = nn.Sequential(norm, TopKastLinear(4, 1, 0.5, 0.2))

@@ -69,7 +69,8 @@ def target_for(y_hat: Any, target: Tensor, device: torch.device) -> Tensor:
 def mean_of(measure: Callable[[Any, Any], Any], data: "Dataset[Any]", batch_size: int) -> float:
     """Return the mean of what is measured of batches, each weighed by its size; NaN of none."""
     total, n = 0.0, 0
-    for features, target in DataLoader(data, batch_size):
+    own = torch.Generator("cpu")  # a loader draws a seed, of torch's own generator if it has none
+    for features, target in DataLoader(data, batch_size, generator=own):
         total += float(measure(features, target)) * len(target)
         n += len(target)
     return total / n if n else float("nan")
