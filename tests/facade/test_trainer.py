@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count, pairwise
 from typing import Any
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import linear, mse_loss
 from torch.optim import SGD, Optimizer
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from topkast_func import TopKastConfig, TopKastLinear, TopKastLoss, TopKastTrainer, sparsify
 from topkast_func.data import BostonHousing, boston_dataset
@@ -605,11 +605,98 @@ def test_a_value_out_of_range_is_refused(options: dict[str, Any], message: str) 
             {"train_val_test_split": ("0.7", 0.3)},
             r"train_val_test_split must be a number .* '0\.7'",
         ),
+        ({"train_val_test_split": None}, "train_val_test_split must be 2 or 3 fractions.* None"),
+        ({"train_val_test_split": 0.7}, r"train_val_test_split must be 2 or 3 fractions.* 0\.7"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         _trainer(_net(), **options)
+
+
+class Streamed(IterableDataset[tuple[Tensor, Tensor]]):
+    """Pairs that can only be read in order."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(_data())
+
+    def __len__(self) -> int:
+        return 40
+
+
+NOT_PAIRS: dict[str, Any] = {
+    "loader": DataLoader(_data()),
+    "tensor": torch.ones(40, 4),
+    "array": np.ones((40, 5)),
+    "stream": Streamed(),
+    "iterator": iter(_data()),
+    "class": BostonHousing,
+    "number": 3,
+    "one": (torch.ones(40, 4),),
+    "three": [torch.ones(40, 4)] * 3,
+    "arrays": (np.ones((40, 4)), np.ones(40)),
+}
+"""What gives no pairs (features, target), as can be seen without a look at an observation."""
+
+
+@pytest.mark.parametrize("data", NOT_PAIRS.values(), ids=NOT_PAIRS.keys())
+def test_data_of_another_kind_are_refused_by_name(data: Any) -> None:
+    told = r"must be a (map-style data set of pairs|pair) \(features, target\).* got "
+    with pytest.raises(TypeError, match=rf"^data {told}"):
+        _trainer(_net(), data=data)
+    trainer = _trainer(_net())
+    with pytest.raises(TypeError, match=rf"^test_data {told}"):
+        trainer.eval(data)
+
+
+def test_a_loader_is_refused_with_the_way_on() -> None:
+    with pytest.raises(TypeError, match=r"got DataLoader: pass its dataset$"):
+        _trainer(_net(), data=DataLoader(_data()))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [1, 2, 3, 4],
+        TensorDataset(torch.ones(40, 4)),
+        TensorDataset(*[torch.ones(40, 4)] * 3),
+        [{"features": torch.ones(4), "target": torch.ones(1)}] * 40,
+        [(torch.ones(4), "one")] * 40,
+    ],
+    ids=["numbers", "one", "three", "names", "text"],
+)
+def test_observations_that_are_no_pairs_are_refused_by_name(data: Any) -> None:
+    told = r"must be of pairs \(features, target\) of tensors or numbers, and a batch of them is"
+    with pytest.raises(TypeError, match=rf"^data {told}"):
+        _trainer(_net(), data=data).train()
+    trainer = _trainer(_net(), batch_size=2)
+    with pytest.raises(TypeError, match=rf"^test_data {told}"):
+        trainer.eval(data)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_pair_of_tensors_is_data_to_train_and_to_evaluate_on(kind: Any) -> None:
+    net, pair = _net(), kind(_pair(_data()))
+    found, expected = (_trainer(copy.deepcopy(net), data=data) for data in (pair, _data()))
+    assert found.eval() == expected.eval()
+    assert found.eval(pair) == expected.eval(_data())
+
+
+@pytest.mark.parametrize("features", [torch.ones(13, 4), torch.tensor(1.0)])
+def test_a_pair_of_unequal_length_is_refused_by_name(features: Tensor) -> None:
+    told = "must be as many features as targets, got tensors of"
+    with pytest.raises(ValueError, match=f"^data {told}"):
+        _trainer(_net(), data=(features, torch.ones(12)))
+    trainer = _trainer(_net())
+    with pytest.raises(ValueError, match=f"^test_data {told}"):
+        trainer.eval((features, torch.ones(12)))
+
+
+@pytest.mark.parametrize("data", [np.ones((3, 4)), [[1.0] * 4], _data(), None])
+def test_features_that_are_no_tensor_are_refused_by_name(data: Any) -> None:
+    trainer = _trainer(_net())
+    with pytest.raises(TypeError, match=r"^data must be a Tensor, got .*torch\.as_tensor"):
+        trainer.predict(data)
 
 
 def test_a_net_whose_sets_the_trainer_does_not_choose_is_refused() -> None:

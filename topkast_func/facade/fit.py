@@ -1,8 +1,9 @@
-"""What a trainer asks of a network and its optimiser."""
+"""What a trainer asks of what it is given."""
 
 from torch import nn
 from torch.optim import Optimizer
 
+from topkast_func.checks import check_count
 from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.facade.topkast_layer import TopKastLayer
 
@@ -43,3 +44,44 @@ def check_fit(optimizer: Optimizer | None, net: nn.Module) -> Optimizer:
             "net that is trained"
         )
     return optimizer
+
+
+def count_or(name: str, value: int | None, default: int, low: int = 1) -> int:
+    """Return a whole number that was given.
+
+    Args:
+        name: What it is called in the error.
+        value: The number, or None.
+        default: What None stands for; at least 1 is taken.
+        low: Lowest value allowed.
+
+    Returns:
+        The number, or the default.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is below ``low``.
+    """
+    return max(1, default) if value is None else check_count(name, value, low)
+
+
+def explored(num_epochs_explore: int | None, num_epochs: int) -> int:
+    """Return the number of epochs that choose sets anew each time.
+
+    Args:
+        num_epochs_explore: The number that was given; None for a tenth of all, at least one.
+        num_epochs: Most epochs to train.
+
+    Returns:
+        The number.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is outside [0, num_epochs].
+    """
+    epochs = count_or("num_epochs_explore", num_epochs_explore, num_epochs // 10, 0)
+    if epochs > num_epochs:
+        raise ValueError(
+            f"num_epochs_explore must be in [0, num_epochs={num_epochs}], got {num_epochs_explore}"
+        )
+    return epochs

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from topkast_func.checks import check_count
-from topkast_func.facade.fit import check_fit, sparse_layers
+from topkast_func.checks import check_count, check_type
+from topkast_func.facade import observations
+from topkast_func.facade.fit import check_fit, count_or, explored, sparse_layers
 from topkast_func.facade.loss import TopKastLoss
-from topkast_func.facade.observations import features_for, mean_of, split, target_for
 from topkast_func.ranking import NaNParameterError
 from topkast_func.warn import warn_caller
 
@@ -45,7 +45,7 @@ class TopKastTrainer:
             None never stops early.
         optimizer: The optimiser, built from ``net.parameters()``.
         seed: Seed of the split and of the order of the batches.
-        data: A map-style data set of pairs (features, target).
+        data: A map-style data set of pairs (features, target), or one such pair of tensors.
         device: Where to train; None takes the GPU if there is one.
         callbacks: Functions of the trainer, each called after every epoch; one that returns True
             ends the training.
@@ -60,10 +60,11 @@ class TopKastTrainer:
         test_loss: What `eval` returned last.
 
     Raises:
-        TypeError: A number is no number, or the optimiser no `torch.optim.Optimizer`.
-        ValueError: Data or optimiser are missing, the optimiser is one of another network, the
-            network was made sparse by `sparsify`, the split does not sum to 1 or leaves no
-            training data, or a number is out of range.
+        TypeError: A number is no number, the optimiser no `torch.optim.Optimizer`, or the data
+            are no data set of pairs.
+        ValueError: Data or optimiser are missing, a pair is not of as many features as targets,
+            the optimiser is one of another network, the network was made sparse by `sparsify`,
+            the split does not sum to 1 or leaves no training data, or a number is out of range.
 
     Departures:
         The seed's losses carry the penalty, and its training loss is divided by the batch
@@ -85,28 +86,22 @@ class TopKastTrainer:
         patience: int | None = None,
         optimizer: Optimizer | None = None,
         seed: int = 42,
-        data: "Dataset[Any] | None" = None,
+        data: "Dataset[Any] | tuple[Tensor, Tensor] | None" = None,
         device: torch.device | str | None = None,
         *,
         callbacks: "Sequence[Callable[[TopKastTrainer], bool | None]]" = (),
     ) -> None:
-        if data is None:
-            raise ValueError("data is missing: pass a data set of pairs (features, target)")
+        data = observations.data_set("data", data)
         self.optimizer = check_fit(optimizer, net)
         self.num_epochs = check_count("num_epochs", num_epochs, 1)
         self.print_info_every = check_count("print_info_every", print_info_every, 1)
         self.print_loss_history = print_loss_history
-        self.num_epochs_explore = _or(num_epochs_explore, num_epochs // 10, "num_epochs_explore", 0)
-        if self.num_epochs_explore > num_epochs:
-            raise ValueError(
-                f"num_epochs_explore must be in [0, num_epochs={num_epochs}], "
-                f"got {num_epochs_explore}"
-            )
-        self.update_every = _or(update_every, num_epochs // 5, "update_every", 1)
-        self.patience = _or(patience, num_epochs, "patience", 1)
-        self.batch_size = _or(batch_size, len(data) // 50, "batch_size", 1)  # type: ignore[arg-type]
+        self.num_epochs_explore = explored(num_epochs_explore, num_epochs)
+        self.update_every = count_or("update_every", update_every, num_epochs // 5)
+        self.patience = count_or("patience", patience, num_epochs)
+        self.batch_size = count_or("batch_size", batch_size, len(data) // 50)  # type: ignore[arg-type]
         generator = torch.Generator("cpu").manual_seed(check_count("seed", seed, 0))
-        parts = split(data, train_val_test_split, generator)
+        parts = observations.split(data, train_val_test_split, generator)
         self.train_dataset, self.validation_dataset, self.test_dataset = parts
         self.train_loader = DataLoader(
             self.train_dataset, self.batch_size, shuffle=True, generator=generator
@@ -166,12 +161,17 @@ class TopKastTrainer:
                     break
 
     def predict(self, data: Tensor) -> Any:
-        """Return the network's output of features [n, ...], in evaluation mode, no gradient."""
+        """Return the network's output of features [n, ...], in evaluation mode, no gradient.
+
+        Raises:
+            TypeError: ``data`` is no tensor.
+        """
+        check_type("data", data, Tensor, ": torch.as_tensor(data) makes one")
         mode = self.net.training
         self.net.eval()
         try:
             with torch.no_grad():
-                return self.net(features_for(self.net, data, self.device))
+                return self.net(observations.features_for(self.net, data, self.device))
         finally:
             self.net.train(mode)
 
@@ -186,14 +186,17 @@ class TopKastTrainer:
             The mean loss.
 
         Raises:
-            ValueError: There are no observations to measure on.
+            TypeError: The data are no data set of pairs.
+            ValueError: There are no observations to measure on, or a pair is not of as many
+                features as targets.
         """
-        if isinstance(test_data, tuple):
-            test_data = TensorDataset(*test_data)
-        chosen: Any = self.test_dataset if test_data is None else test_data
+        name = "data" if test_data is None else "test_data"
+        chosen: Any = (
+            self.test_dataset if test_data is None else observations.data_set(name, test_data)
+        )
         if not len(chosen):
             raise ValueError("no observations to evaluate on: the test part is empty")
-        self.test_loss = self._mean_loss(chosen)
+        self.test_loss = self._mean_loss(chosen, name)
         return self.test_loss
 
     def plot_loss(self) -> "Figure":
@@ -210,17 +213,17 @@ class TopKastTrainer:
     def _train_epoch(self) -> float:
         self.net.train()
         total = 0.0
-        for features, target in self.train_loader:
+        for features, target in observations.pairs("data", self.train_loader):
             total += self._train_batch(features, target) * len(target)
         return total / len(self.train_dataset)
 
     def _train_batch(self, features: Tensor, target: Tensor) -> float:
-        features, measured = features_for(self.net, features, self.device), []
+        features, measured = observations.features_for(self.net, features, self.device), []
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             y_hat = self.net(features)
-            y = target_for(y_hat, target, self.device)
+            y = observations.target_for(y_hat, target, self.device)
             measured.append(self.data_loss(y_hat.detach(), y))
             loss = self.loss(y_hat, y)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -229,12 +232,12 @@ class TopKastTrainer:
         self.optimizer.step(closure)  # type: ignore[arg-type]
         return float(measured[0])
 
-    def _mean_loss(self, data: "Dataset[Any]") -> float:
+    def _mean_loss(self, data: "Dataset[Any]", name: str = "data") -> float:
         def measure(features: Tensor, target: Tensor) -> Tensor:
             y_hat = self.predict(features)
-            return self.data_loss(y_hat, target_for(y_hat, target, self.device))
+            return self.data_loss(y_hat, observations.target_for(y_hat, target, self.device))
 
-        return mean_of(measure, data, max(self.batch_size, 256))
+        return observations.mean_of(measure, data, max(self.batch_size, 256), name)
 
     def _keep_if_best(self, epoch: int, loss: float) -> None:
         if loss < self.best_loss:
@@ -244,7 +247,3 @@ class TopKastTrainer:
     def _restore_best(self) -> None:
         if self.best_net is not None:
             self.net.load_state_dict(self.best_net.state_dict())
-
-
-def _or(value: int | None, default: int, name: str, low: int) -> int:
-    return max(1, default) if value is None else check_count(name, value, low)
