@@ -170,3 +170,12 @@ def test_alpha_outside_its_range_is_refused(alpha: float) -> None:
 def test_alpha_that_is_no_number_is_refused(alpha: Any) -> None:
     with pytest.raises(TypeError, match=rf"alpha must be a number in .*, got {alpha!r}"):
         TopKastLoss(nn.MSELoss, _net(), alpha=alpha)
+
+
+def test_a_loss_that_cannot_be_called_and_a_net_that_is_no_module_are_named() -> None:
+    loss: Any = "mse"
+    with pytest.raises(TypeError, match="loss must be callable, got str"):
+        TopKastLoss(loss, _net())
+    for net in (None, _net().parameters()):
+        with pytest.raises(TypeError, match=r"net must be a Module, got (NoneType|generator)"):
+            TopKastLoss(nn.MSELoss, net)  # type: ignore[arg-type]

@@ -205,6 +205,45 @@ def test_defect_12_sets_are_chosen_in_so_many_epochs_and_no_more(
     assert epochs == expected
 
 
+def test_a_class_of_losses_is_called_without_arguments() -> None:
+    net = _net()
+    found = _trainer(net, loss=nn.MSELoss)
+    assert isinstance(found.loss, nn.MSELoss)
+    assert found.eval() == _trainer(net).eval()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_goes_on_where_gradients_are_switched_off(mode: Callable[[], Any]) -> None:
+    net, data = _net(), _data()
+    expected = _trainer(copy.deepcopy(net), num_epochs=2)
+    expected.optimizer = SGD(expected.net.parameters(), lr=0.02)
+    expected.train()
+    with mode():
+        trainer = _trainer(net, num_epochs=2, data=tuple(2 * part / 2 for part in data.tensors))
+        trainer.train()
+        assert trainer.eval() == expected.eval()
+        assert not any(parameter.is_inference() for parameter in net.parameters())
+    assert np.array_equal(trainer.losses_train, expected.losses_train)
+    assert np.array_equal(trainer.losses_validation, expected.losses_validation)
+
+
+def test_a_net_is_moved_outside_of_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, modes = _net(), []
+    monkeypatch.setattr(net, "to", lambda _: modes.append(torch.is_inference_mode_enabled()))
+    with torch.inference_mode():
+        _trainer(net)
+    assert modes == [False]
+
+
+def test_a_net_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        net = _net()
+    with pytest.raises(
+        ValueError, match=r"'0\.weight' of net was made under torch\.inference_mode"
+    ):
+        _trainer(net)
+
+
 def test_slots_follow_their_weight_in_the_trainer() -> None:
     net = TopKastLinear(4, 8, 0.5, 0.25)
     data = TensorDataset(torch.randn(20, 4), torch.randn(20, 8))
@@ -584,6 +623,8 @@ def test_the_seeds_example_on_standardized_features_is_near_a_dense_network() ->
         ({"num_epochs_explore": -1}, "num_epochs_explore must be at least 0, got -1"),
         ({"num_epochs_explore": 5}, r"must be in \[0, num_epochs=4\], got 5"),
         ({"update_every": 0}, "update_every must be at least 1, got 0"),
+        ({"device": "meta"}, "device must be a device that holds values, which 'meta' does not"),
+        ({"device": "nowhere"}, "device must be a device that is there, got 'nowhere'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
@@ -606,12 +647,36 @@ def test_a_value_out_of_range_is_refused(options: dict[str, Any], message: str) 
             r"train_val_test_split must be a number .* '0\.7'",
         ),
         ({"train_val_test_split": None}, "train_val_test_split must be 2 or 3 fractions.* None"),
+        ({"callbacks": 3}, "callbacks must be a Sequence, got int: pass functions in a list"),
+        (
+            {"callbacks": print},
+            "callbacks must be a Sequence, got builtin_function_or_method: pass",
+        ),
+        ({"callbacks": [print, 3]}, r"callbacks\[1\] must be callable, got int"),
+        ({"loss": "mse"}, "loss must be callable, got str"),
+        ({"loss": None}, "loss must be callable, got NoneType"),
+        (
+            {"loss": TopKastLoss},
+            "loss must be a function .* got TopKastLoss: .* missing 2 required",
+        ),
         ({"train_val_test_split": 0.7}, r"train_val_test_split must be 2 or 3 fractions.* 0\.7"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         _trainer(_net(), **options)
+
+
+def test_a_net_that_is_no_module_is_refused() -> None:
+    net: Any = [_net()]
+    with pytest.raises(TypeError, match="net must be a Module, got list"):
+        TopKastTrainer(net, nn.MSELoss(), optimizer=SGD(net[0].parameters(), 0.1), data=_data())
+
+
+def test_a_net_without_values_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 1, device="meta"))
+    with pytest.raises(ValueError, match=r"'0\.weight' of net is on the meta device"):
+        _trainer(net)
 
 
 class Streamed(IterableDataset[tuple[Tensor, Tensor]]):
@@ -715,11 +780,26 @@ def test_data_that_does_not_fit_the_net_is_refused_and_trains_nothing() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_a_loss_that_is_no_scalar_is_refused_and_trains_nothing() -> None:
+@pytest.mark.parametrize(
+    ("loss", "kind", "told"),
+    [
+        (nn.MSELoss(reduction="none"), TypeError, r"must return a scalar, got .* \(8, 1\)"),
+        (
+            lambda y_hat, y: 1.0,
+            TypeError,
+            "what loss returns must be a Tensor, got float: a scalar",
+        ),
+        (lambda y_hat, y: mse_loss(y_hat.detach(), y), ValueError, "not depend on what is trained"),
+    ],
+    ids=["entries", "number", "detached"],
+)
+def test_a_loss_that_cannot_be_differentiated_is_refused_and_trains_nothing(
+    loss: Any, kind: type[Exception], told: str
+) -> None:
     net = _net()
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises((TypeError, RuntimeError), match="scalar"):
-        _trainer(net, loss=nn.MSELoss(reduction="none")).train()
+    with pytest.raises(kind, match=told):
+        _trainer(net, loss=loss).train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 

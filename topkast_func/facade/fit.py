@@ -1,9 +1,14 @@
 """What a trainer asks of what it is given."""
 
-from torch import nn
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from topkast_func.checks import check_count
+from topkast_func.checks import check_callable, check_count, check_type
+from topkast_func.devices import check_device
 from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.facade.topkast_layer import TopKastLayer
 
@@ -24,10 +29,11 @@ def check_fit(optimizer: Optimizer | None, net: nn.Module) -> Optimizer:
         The optimiser.
 
     Raises:
-        TypeError: It is no optimiser.
+        TypeError: It is no optimiser, or the network no module.
         ValueError: It is missing or one of another network, or the network was made sparse by
-            `sparsify`.
+            `sparsify`, or made under `torch.inference_mode`, or is on the meta device.
     """
+    check_type("net", net, nn.Module)
     if optimizer is None:
         raise ValueError("optimizer is missing: pass one built from net.parameters()")
     if not isinstance(optimizer, Optimizer):
@@ -37,6 +43,14 @@ def check_fit(optimizer: Optimizer | None, net: nn.Module) -> Optimizer:
             "net was made sparse by sparsify, which keeps a schedule of its own: train it in a "
             "loop that calls its step(), or build net of layers such as TopKastLinear"
         )
+    for name, parameter in net.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name!r} of net is on the meta device, and holds no values")
+        if parameter.is_inference():
+            raise ValueError(
+                f"{name!r} of net was made under torch.inference_mode(), and cannot be trained: "
+                "build net outside of it"
+            )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in net.parameters()):
         raise ValueError(
@@ -85,3 +99,57 @@ def explored(num_epochs_explore: int | None, num_epochs: int) -> int:
             f"num_epochs_explore must be in [0, num_epochs={num_epochs}], got {num_epochs_explore}"
         )
     return epochs
+
+
+def check_callbacks(callbacks: Sequence[Callable[..., Any]]) -> None:
+    """Check that callbacks are functions.
+
+    Args:
+        callbacks: The callbacks.
+
+    Raises:
+        TypeError: They are no sequence, or one of them cannot be called.
+    """
+    check_type("callbacks", callbacks, Sequence, ": pass functions in a list, such as [f]")
+    for place, callback in enumerate(callbacks):
+        check_callable(f"callbacks[{place}]", callback)
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    """Return the device to train on.
+
+    Args:
+        device: The device that was given, or its name; None for the GPU if there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: It is not there, or is the meta device.
+    """
+    check_device("device", device)
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def trainable(loss: Tensor) -> Tensor:
+    """Return what a loss function returned, if it can be differentiated.
+
+    Args:
+        loss: What it returned.
+
+    Returns:
+        The same.
+
+    Raises:
+        TypeError: It is no tensor, or none of one entry.
+        ValueError: It does not depend on what is trained.
+    """
+    check_type("what loss returns", loss, Tensor, ": a scalar one, to be differentiated")
+    if loss.numel() != 1:
+        raise TypeError(f"loss must return a scalar, got a tensor of shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss does not depend on what is trained: detach nothing, nor compute under "
+            "torch.no_grad(), on the way to it, and let parameters of net require a gradient"
+        )
+    return loss

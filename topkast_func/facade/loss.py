@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topkast_func.checks import check_fraction
+from topkast_func.checks import check_callable, check_fraction, check_type
 from topkast_func.facade.sparse_weight import SparseWeight, weights_of
 from topkast_func.penalty import group_l2
 
@@ -28,7 +28,8 @@ class TopKastLoss(nn.Module):
         loss: The loss without penalty.
 
     Raises:
-        TypeError: ``alpha`` is no number.
+        TypeError: ``alpha`` is no number, ``loss`` cannot be called (or its class takes arguments),
+            or ``net`` is no module.
         ValueError: ``alpha`` is outside [0, 1].
 
     Departures:
@@ -51,7 +52,8 @@ class TopKastLoss(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.loss = loss() if isinstance(loss, type) else loss
+        check_type("net", net, nn.Module)
+        self.loss = loss_of(loss)
         self.net = net
         self.alpha = check_fraction("alpha", alpha)
         self.device = device
@@ -77,6 +79,29 @@ class TopKastLoss(nn.Module):
             The penalised loss, 0-d.
         """
         return self.loss(y_hat, y) + self.alpha * self.compute_norm_active_set()
+
+
+def loss_of(loss: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+    """Return a loss function.
+
+    Args:
+        loss: The function, or its class, which is called without arguments.
+
+    Returns:
+        The function, or an instance of the class.
+
+    Raises:
+        TypeError: It cannot be called, or the class takes arguments.
+    """
+    try:
+        made = loss() if isinstance(loss, type) else loss
+    except TypeError as reason:
+        raise TypeError(
+            f"loss must be a function (y_hat, y) -> scalar, or a class of such without arguments, "
+            f"got {loss.__name__}: {reason}"
+        ) from reason
+    check_callable("loss", made)
+    return made
 
 
 def _norms(module: nn.Module) -> list[Tensor]:

@@ -13,9 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from topkast_func.checks import check_count, check_type
-from topkast_func.facade import observations
-from topkast_func.facade.fit import check_fit, count_or, explored, sparse_layers
-from topkast_func.facade.loss import TopKastLoss
+from topkast_func.facade import fit, observations
+from topkast_func.facade.loss import TopKastLoss, loss_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.warn import warn_caller
 
@@ -32,7 +31,8 @@ class TopKastTrainer:
 
     Args:
         net: The network; it is moved to the device and trained in place.
-        loss: A `TopKastLoss`, or any loss ``(y_hat, y) -> scalar``, the mean over observations.
+        loss: A `TopKastLoss`, or any loss ``(y_hat, y) -> scalar``, the mean over observations;
+            a class such as `torch.nn.MSELoss` is called without arguments.
         num_epochs: Most epochs to train, at least 1.
         print_info_every: Print the losses every so many epochs, at least 1.
         print_loss_history: Print all losses up to the best epoch in the end.
@@ -60,11 +60,12 @@ class TopKastTrainer:
         test_loss: What `eval` returned last.
 
     Raises:
-        TypeError: A number is no number, the optimiser no `torch.optim.Optimizer`, or the data
-            are no data set of pairs.
-        ValueError: Data or optimiser are missing, a pair is not of as many features as targets,
-            the optimiser is one of another network, the network was made sparse by `sparsify`,
-            the split does not sum to 1 or leaves no training data, or a number is out of range.
+        TypeError: A number is no number, the network no module, the optimiser none of
+            `torch.optim`, the data no data set of pairs, or loss or callbacks cannot be called.
+        ValueError: Data or optimiser are missing, features and targets are not as many, the
+            optimiser is one of another network, the network was made sparse by `sparsify`, or made
+            under `torch.inference_mode`, the split does not sum to 1 or leaves no training data, a
+            number is out of range, or network or device hold no values.
 
     Departures:
         The seed's losses carry the penalty, and its training loss is divided by the batch
@@ -72,10 +73,11 @@ class TopKastTrainer:
         that class indices stay as they are.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         net: nn.Module,
-        loss: Callable[[Any, Any], Tensor],
+        loss: Callable[..., Any],
         num_epochs: int = 50,
         print_info_every: int = 10,
         print_loss_history: bool = False,
@@ -92,37 +94,39 @@ class TopKastTrainer:
         callbacks: "Sequence[Callable[[TopKastTrainer], bool | None]]" = (),
     ) -> None:
         data = observations.data_set("data", data)
-        self.optimizer = check_fit(optimizer, net)
+        self.optimizer = fit.check_fit(optimizer, net)
         self.num_epochs = check_count("num_epochs", num_epochs, 1)
         self.print_info_every = check_count("print_info_every", print_info_every, 1)
         self.print_loss_history = print_loss_history
-        self.num_epochs_explore = explored(num_epochs_explore, num_epochs)
-        self.update_every = count_or("update_every", update_every, num_epochs // 5)
-        self.patience = count_or("patience", patience, num_epochs)
-        self.batch_size = count_or("batch_size", batch_size, len(data) // 50)  # type: ignore[arg-type]
+        self.num_epochs_explore = fit.explored(num_epochs_explore, num_epochs)
+        self.update_every = fit.count_or("update_every", update_every, num_epochs // 5)
+        self.patience = fit.count_or("patience", patience, num_epochs)
+        self.batch_size = fit.count_or("batch_size", batch_size, len(data) // 50)  # type: ignore[arg-type]
         generator = torch.Generator("cpu").manual_seed(check_count("seed", seed, 0))
         parts = observations.split(data, train_val_test_split, generator)
         self.train_dataset, self.validation_dataset, self.test_dataset = parts
-        self.train_loader = DataLoader(
-            self.train_dataset, self.batch_size, shuffle=True, generator=generator
-        )
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.train_loader = DataLoader(parts[0], self.batch_size, True, generator=generator)
+        self.loss = loss_of(loss)
+        self.data_loss = self.loss.loss if isinstance(self.loss, TopKastLoss) else self.loss
+        fit.check_callbacks(callbacks)
+        self.callbacks, self.device = callbacks, fit.device_of(device)
         self.net = net.to(self.device)
-        self.loss = loss
-        self.data_loss = loss.loss if isinstance(loss, TopKastLoss) else loss
-        self.callbacks = callbacks
         self.losses_train, self.losses_validation = np.zeros(0), np.zeros(0)
-        self.best_loss = float("inf")
-        self.best_epoch = 0
+        self.best_loss, self.best_epoch = float("inf"), 0
         self.best_net: nn.Module | None = None
         self.test_loss: float | None = None
 
+    @torch.inference_mode(False)
     def train(self) -> None:
         """Train, then give the network the weights of its best epoch.
 
         It gets them too where an exception ends the training, such as `KeyboardInterrupt`
         (Ctrl-C). A second call goes on where the first ended, from its best epoch. A loss or
         weight that is not finite ends the training with a warning.
+
+        Raises:
+            TypeError: An observation is no pair, or the loss no scalar.
+            ValueError: The loss does not depend on what is trained.
         """
         try:
             self._train()
@@ -148,10 +152,8 @@ class TopKastTrainer:
                 losses = {"train": f"{train:.4g}", "validation": f"{validation:.4g}"}
                 epochs.set_postfix(losses, refresh=False)
                 if (epoch + 1) % self.print_info_every == 0:
-                    tqdm.write(
-                        f"epoch {epoch + 1}: training loss {train:.6g}, "
-                        f"validation loss {validation:.6g}"
-                    )
+                    told = f"training loss {train:.6g}, validation loss {validation:.6g}"
+                    tqdm.write(f"epoch {epoch + 1}: {told}")
                 self._keep_if_best(epoch, validation if len(self.validation_dataset) else train)
                 if not isfinite(train):
                     warn_caller(f"training ends: the loss of epoch {epoch + 1} is {train}")
@@ -187,8 +189,7 @@ class TopKastTrainer:
 
         Raises:
             TypeError: The data are no data set of pairs.
-            ValueError: There are no observations to measure on, or a pair is not of as many
-                features as targets.
+            ValueError: There are no observations, or features and targets are not as many.
         """
         name = "data" if test_data is None else "test_data"
         chosen: Any = (
@@ -207,7 +208,7 @@ class TopKastTrainer:
 
     def _refresh_when_due(self, epoch: int) -> None:
         if epoch < self.num_epochs_explore or epoch % self.update_every == 0:
-            for layer in sparse_layers(self.net):
+            for layer in fit.sparse_layers(self.net):
                 layer.update_active_param_set()
 
     def _train_epoch(self) -> float:
@@ -225,7 +226,7 @@ class TopKastTrainer:
             y_hat = self.net(features)
             y = observations.target_for(y_hat, target, self.device)
             measured.append(self.data_loss(y_hat.detach(), y))
-            loss = self.loss(y_hat, y)
+            loss = fit.trainable(self.loss(y_hat, y))
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
