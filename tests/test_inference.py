@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -147,6 +148,134 @@ def test_an_input_that_requires_a_gradient_gets_that_of_the_model() -> None:
     assert not any(p.requires_grad for p in sparse.parameters())
     found = torch.func.grad(lambda leaf: sparse(leaf).square().sum())(x)
     assert_close(found, grads[0])
+
+
+def jacobian_forwards(layer: nn.Module, x: Tensor) -> Any:
+    return torch.func.jacfwd(layer)(x)
+
+
+def jacobian_backwards(layer: nn.Module, x: Tensor) -> Any:
+    return torch.func.jacrev(layer)(x)
+
+
+def dual_tangent(layer: nn.Module, x: Tensor) -> Any:
+    forward_ad: Any = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+def curvature(layer: nn.Module, x: Tensor) -> Any:
+    return torch.func.hessian(lambda x: layer(x).pow(3).sum())(x)
+
+
+@small
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+@pytest.mark.parametrize("derive", [jacobian_forwards, jacobian_backwards, dual_tangent, curvature])
+def test_derivatives_of_any_mode_and_order(derive: Any, block: tuple[int, int]) -> None:
+    sparse, plain, _ = made(perceptron(torch.float64), tk.TopKastConfig(0.9, block_shape=block))
+    for batch in (2, 20):
+        x = torch.randn(batch, 48, dtype=torch.float64)[: 1 if derive is curvature else batch]
+        expected = derive(plain, x)
+        assert expected.count_nonzero()
+        assert_close(derive(sparse, x), expected)
+
+
+@small
+def test_a_compiled_derivative_is_that_of_the_eager_layer() -> None:
+    sparse, plain, _ = made(perceptron())
+    x, way = torch.randn(2, 20, 48).unbind(0)
+
+    def along(x: Tensor) -> Tensor:
+        moved: Tensor = torch.func.jvp(sparse, (x,), (way,))[1]
+        return moved
+
+    expected = torch.func.jvp(plain, (x,), (way,))[1]
+    assert expected.count_nonzero()
+    assert_close(torch.compile(along, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+@small
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+def test_values_and_bias_that_require_a_gradient_get_it(block: tuple[int, int]) -> None:
+    sparse, _, _ = made(perceptron(torch.float64), tk.TopKastConfig(0.9, block_shape=block))
+    layer = layers(sparse)[0]
+    assert layer.bias is not None
+    given = layer.values.clone().requires_grad_(), layer.bias.clone().requires_grad_()
+
+    def run(values: Tensor, bias: Tensor) -> Any:
+        return functional_call(layer, {"values": values, "bias": bias}, (x,))
+
+    for batch in (2, 20):
+        x = torch.randn(batch, 48, dtype=torch.float64)
+        assert torch.autograd.gradcheck(run, given, check_forward_ad=True)
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """Leave to others as many graphs of a layer as Dynamo keeps."""
+    yield
+    torch.compiler.reset()
+
+
+@small
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("batch", [1, 4, 5, 15, 16])
+def test_it_compiles_with_inductor_whatever_computes_a_batch(batch: int) -> None:
+    sparse, plain, _ = made(perceptron())
+    x = torch.randn(batch, 48)
+    with torch.no_grad():
+        found = torch.compile(sparse, dynamic=False)(x)
+        assert_close(found, plain(x))
+        assert found.stride() == plain(x).stride() == sparse(x).stride()
+
+
+@small
+@pytest.mark.parametrize(
+    ("bias", "error", "message"),
+    [
+        (torch.zeros(4, dtype=torch.float64), TypeError, "bias is torch.float64, the weight is"),
+        (torch.zeros(4).long(), TypeError, "bias is torch.int64, the weight is"),
+        (torch.zeros(3), ValueError, r"bias must be of shape \(4,\), got \(3,\)"),
+        (torch.zeros(1, 4), ValueError, r"bias must be of shape \(4,\), got \(1, 4\)"),
+        ([0.0] * 4, TypeError, "bias must be a Tensor"),
+    ],
+    ids=str,
+)
+def test_a_bias_that_does_not_fit_is_named_at_the_start_and_later(
+    bias: Any, error: Any, message: str
+) -> None:
+    weight = torch.eye(4).to_sparse_csr()
+    with pytest.raises(error, match=message):
+        tk.SparseLinear(weight, bias)
+    layer = tk.SparseLinear(weight, torch.zeros(4))
+    if isinstance(bias, Tensor):
+        layer.bias = bias
+        for batch in (1, 8, 64):
+            with pytest.raises(error, match=message):
+                layer(torch.ones(batch, 4))
+
+
+@small
+@pytest.mark.parametrize(
+    "names", [["col_indices"], ["crow_indices"], ["crow_indices", "col_indices"]]
+)
+def test_indices_of_another_dtype_are_named(names: list[str]) -> None:
+    layer = tk.SparseLinear(torch.eye(4).to_sparse_csr())
+    layer.load_state_dict({n: getattr(layer, n).long() for n in names}, strict=False, assign=True)
+    for batch in (1, 4, 8, 64):
+        with pytest.raises(TypeError, match="crow_indices and col_indices must be int32, got"):
+            layer(torch.ones(batch, 4))
+
+
+@small
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_inputs_of_another_kind_are_named() -> None:
+    layer = tk.SparseLinear(torch.eye(4).to_sparse_csr())
+    nested = torch.nested.nested_tensor([torch.ones(1, 4), torch.ones(2, 4)])
+    for wrong in ([1.0] * 4, torch.ones(2, 4).numpy(), torch.ones(2, 4).to_sparse(), nested):
+        with pytest.raises(TypeError, match="inputs"):
+            layer(wrong)
+    assert layer.to("meta")(torch.ones(2, 4, device="meta")).shape == (2, 4)
 
 
 @small

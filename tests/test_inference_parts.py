@@ -108,6 +108,20 @@ def test_attention_wants_the_mask_that_it_is_told_of() -> None:
 
 
 @small
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_masks_of_integers_are_refused_as_by_torch(name: str, need_weights: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+    sparse, _, _ = made(plain)
+    x = torch.randn(2, 3, WIDTH)
+    mask = torch.ones(3, 3) if name == "attn_mask" else torch.ones(2, 3)
+    for layer in (plain, sparse):
+        with pytest.raises((TypeError, AssertionError, RuntimeError), match="bool"):
+            layer(x, x, x, need_weights=need_weights, **{name: mask.long()})
+
+
+@small
 def test_projections_of_which_some_are_dense() -> None:
     for keep, count in (("*in_proj*", 1), ("*out_proj*", 3)):
         config = tk.TopKastConfig(0.9, keep_dense=keep)

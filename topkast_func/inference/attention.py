@@ -66,8 +66,13 @@ class SparseAttention(nn.Module):
             The output, as ``query``, and the weights, or None.
 
         Raises:
+            TypeError: A mask is of integers.
             ValueError: ``is_causal`` without an ``attn_mask``.
         """
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+        for name, mask in masks.items():
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise TypeError(f"{name} must be of bool or floating point, got {mask.dtype}")
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says what attn_mask is: give that too")
         alone, lengths = query.dim() == 2, self.batch_first

@@ -1,5 +1,6 @@
 """An embedding for inference that looks its rows up in the sparse weight of an output layer."""
 
+import torch
 from torch import Tensor, nn
 
 from topkast_func.inference.linear import SparseLinear
@@ -43,7 +44,13 @@ class SparseEmbedding(nn.Module):
 
         Returns:
             [*input.shape, embedding_dim].
+
+        Raises:
+            TypeError: The indices are of another dtype.
+            IndexError: One is of no row.
         """
+        if input.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"indices must be int64 or int32, got {input.dtype}")
         of = self.shared
         index = of.crow_indices, of.col_indices
         found: Tensor = lookup(input.flatten(), of.values, *index, of.in_features)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from topkast_func.kernels.inference import product, supported
+from topkast_func.kernels.inference import check_bias, product, supported
+from topkast_func.kernels.linear import check_inputs
 from topkast_func.kernels.pattern import BlockRows, block_of, flat
 
 LAYOUTS = (torch.sparse_csr, torch.sparse_bsr)
@@ -16,8 +17,8 @@ class SparseLinear(nn.Module):
 
     They are those of `torch.sparse_csr_tensor` and `torch.sparse_bsr_tensor`, so that
     ``torch.sparse_csr_tensor(layer.crow_indices, layer.col_indices, layer.values)`` is the weight;
-    `scipy.sparse.csr_array` takes the same. The dense weight is put together, at each call, where
-    an input requires a gradient, off the CPU, and in half precision.
+    `scipy.sparse.csr_array` takes the same. The dense weight is put together, at each call, off the
+    CPU and in half precision, and in a backward pass.
 
     Args:
         weight: The weight, [out_features, in_features], of layout CSR or BSR.
@@ -32,7 +33,8 @@ class SparseLinear(nn.Module):
         out_features: Rows of the weight.
 
     Raises:
-        TypeError: The weight is none.
+        TypeError: The weight is none, or the bias is of another dtype.
+        ValueError: The bias is of another size than the weight.
     """
 
     values: Tensor
@@ -49,6 +51,8 @@ class SparseLinear(nn.Module):
         self.register_buffer("values", weight.values().detach().clone())
         self.register_buffer("crow_indices", weight.crow_indices().int())
         self.register_buffer("col_indices", weight.col_indices().int())
+        if bias is not None:
+            check_bias(bias, self.values, self.out_features)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @property
@@ -71,21 +75,16 @@ class SparseLinear(nn.Module):
             [..., out_features].
 
         Raises:
-            TypeError: The dtype is another one.
+            TypeError: The dtype is another one, or the input no strided tensor.
             ValueError: There is another number of features.
         """
-        if input.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"inputs of shape {tuple(input.shape)} do not fit a layer of "
-                f"in_features={self.in_features}"
-            )
+        check_inputs(input, self.in_features)
         values, bias, device = self.values, self.bias, input.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
         x = input.to(values.dtype) if autocast else input
         if x.dtype != values.dtype:
             raise TypeError(f"inputs are {x.dtype}, the weight is {values.dtype}")
-        differentiated = x.requires_grad and torch.is_grad_enabled()
-        if differentiated or not supported(x.dtype, device):
+        if not supported(x.dtype, device):
             return functional.linear(x, self.weight, bias)
         rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
         index = self.crow_indices, self.col_indices

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topkast_func.checks import check_type
 from topkast_func.kernels.engines import installed
 from topkast_func.kernels.layouts import csr_matrix
-from topkast_func.kernels.library import define
-from topkast_func.kernels.pattern import BlockRows, block_of
+from topkast_func.kernels.library import Gradient, define
+from topkast_func.kernels.pattern import BlockRows, block_of, flat
 from topkast_func.kernels.soundness import check_indices
 from topkast_func.kernels.tiles import pack, unpack
+from topkast_func.places import gathered, placed
 
 FEW, NUMBA_FROM = 4, 16
 """Rows of activations up to which a kernel has them side by side, and from which on they fill a
@@ -51,12 +53,33 @@ def pays(shape: tuple[int, int], stored: int, batch: int, dtype: torch.dtype, de
     return 2 * stored < entries and sparse < dense
 
 
+def check_bias(bias: Tensor, values: Tensor, features: int) -> None:
+    """Check that a bias goes with a matrix.
+
+    Args:
+        bias: The bias.
+        values: Those of the matrix.
+        features: Rows of the matrix.
+
+    Raises:
+        TypeError: It is no tensor of the dtype of the values.
+        ValueError: It has not as many entries as the matrix has rows.
+    """
+    check_type("bias", bias, Tensor)
+    if bias.dtype != values.dtype:
+        raise TypeError(f"bias is {bias.dtype}, the weight is {values.dtype}")
+    if bias.shape != (features,):
+        raise ValueError(f"bias must be of shape ({features},), got {tuple(bias.shape)}")
+
+
 def _compute(
     x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, features: int
 ) -> Tensor:
-    x = x.detach()
+    x, values, bias = x.detach(), values.detach(), None if bias is None else bias.detach()
     if values.shape[0] != columns.shape[0]:
         raise ValueError(f"{len(values)} values do not go with {len(columns)} col_indices")
+    if bias is not None:
+        check_bias(bias, values, features)
     check_indices(rows, columns, features // block_of(values)[0], x.shape[1] // block_of(values)[1])
     if values.ndim == 3 or (x.shape[0] >= NUMBA_FROM and installed("numba")):
         y = _by_tiles(x, values, BlockRows(rows, columns), features)
@@ -66,8 +89,8 @@ def _compute(
 
         return few_rows_times(x, values, rows, columns, bias, features)
     matrix = csr_matrix(rows, columns, values, (features, x.shape[1]))
-    y = (matrix @ x.t()).t()
-    return y.contiguous() if bias is None else y + bias
+    y = (matrix @ x.t()).t().contiguous()
+    return y if bias is None else y.add_(bias)
 
 
 def _by_tiles(x: Tensor, values: Tensor, part: BlockRows, features: int) -> Tensor:
@@ -84,6 +107,47 @@ def _fake(
     return x.new_empty(x.shape[0], features)
 
 
+class _Apply(Gradient):
+    """Derivatives by the dense matrix, which is put together where one is asked for."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, values, rows, columns, _, ctx.features = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, values, rows, columns)
+        ctx.save_for_forward(x, values, rows, columns)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, values, *index = ctx.saved_tensors
+        for_x = for_values = for_bias = None
+        if g is not None:
+            places = _places(values, index, ctx.features, x.shape[1])
+            if ctx.needs_input_grad[1]:
+                for_x = g @ placed(values, places, (ctx.features, x.shape[1]))
+            if ctx.needs_input_grad[2]:
+                for_values = gathered(g.t() @ x, places)
+            if ctx.needs_input_grad[5]:
+                for_bias = g.sum(0)
+        return None, for_x, for_values, None, None, for_bias, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (x, values, *index), (_, of_x, of_values, _, _, of_bias, _) = ctx.saved_tensors, tangents
+        moved = x.new_zeros(x.shape[0], ctx.features)
+        if of_x is not None:
+            moved = product(of_x, values, *index, None, ctx.features)
+        if of_values is not None:
+            places = _places(values, index, ctx.features, x.shape[1])
+            moved = moved + x @ placed(of_values, places, (ctx.features, x.shape[1])).t()
+        return moved if of_bias is None else moved + of_bias
+
+
+def _places(values: Tensor, index: list[Tensor], features: int, depth: int) -> Tensor:
+    """Return where the values stand in the flat matrix, in their shape."""
+    return flat(BlockRows(*index), block_of(values), (features, depth)).view(values.shape)
+
+
 def batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
     """Batch a product in one call; it is the activations that are batched."""
     x, *matrix, features = arguments
@@ -97,7 +161,8 @@ product = define(
     " -> Tensor",
     _compute,
     _fake,
-    batched=batched,
+    _Apply,
+    batched,
 )
 """``product(x, values, crow_indices, col_indices, bias, out_features)``: x·αᵀ + b of x [batch, in],
-with values [stored] or [blocks, r, c], int32 indices and b [out] or None. It has no gradient."""
+with values [stored] or [blocks, r, c], int32 indices and b [out] or None."""

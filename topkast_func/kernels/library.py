@@ -49,8 +49,9 @@ class Gradient(_SingleLevelFunction):
 
     @staticmethod
     def forward(below: Callable[..., Any], *arguments: Any) -> Any:
-        """Compute the operator."""
-        return below(*arguments)
+        """Compute the operator; forward mode takes no view of a larger tensor for its result."""
+        result = below(*arguments)
+        return result.clone() if result._is_view() else result
 
 
 def define(

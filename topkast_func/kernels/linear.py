@@ -55,14 +55,8 @@ def sparse_linear(
             engine asked for does not support the dtype or device.
         ValueError: ``x`` has another number of features, or there is no such engine.
     """
-    check_type("inputs", x, Tensor)
     out_features, in_features = shape[::-1] if transposed else shape
-    if x.layout != torch.strided:
-        raise TypeError(f"inputs of layout {x.layout} are not supported, torch.strided ones are")
-    if x.shape[-1:] != (in_features,):
-        raise ValueError(
-            f"inputs of shape {tuple(x.shape)} do not fit a layer of in_features={in_features}"
-        )
+    check_inputs(x, in_features)
     device = values.device.type
     if autocast := torch.is_autocast_enabled(device):
         if device != "cpu" and values.dtype != torch.float64:
@@ -89,6 +83,27 @@ def sparse_linear(
     y = y if bias is None else y + bias
     cast = autocast and y.dtype == torch.float32
     return y.to(torch.get_autocast_dtype(device)) if cast else y
+
+
+def check_inputs(x: Tensor, in_features: int) -> None:
+    """Check that a linear layer can compute with its inputs.
+
+    Args:
+        x: The inputs.
+        in_features: Of the layer.
+
+    Raises:
+        TypeError: They are no tensor, or one that is nested or otherwise not strided.
+        ValueError: They have another number of features.
+    """
+    check_type("inputs", x, Tensor)
+    if x.is_nested or x.layout != torch.strided:
+        layout = "nested tensors" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"inputs of {layout} are not supported, torch.strided ones are")
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(
+            f"inputs of shape {tuple(x.shape)} do not fit a layer of in_features={in_features}"
+        )
 
 
 def _takes(name: str, values: Tensor, bias: Tensor | None) -> bool:

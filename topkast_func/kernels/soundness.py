@@ -46,9 +46,12 @@ def check_indices(rows: Tensor, columns: Tensor, height: int, width: int) -> Non
         width: Columns (of blocks).
 
     Raises:
+        TypeError: They are not int32.
         RuntimeError: One does.
     """
     if not _ROWS.knows((columns, rows), (height, width)):
+        if wrong := {rows.dtype, columns.dtype} - {torch.int32}:
+            raise TypeError(f"crow_indices and col_indices must be int32, got {wrong.pop()}")
         values = columns.new_zeros(columns.shape, dtype=torch.float32)
         torch._validate_sparse_csr_tensor_args(rows, columns, values, (height, width))
         _ROWS.add((columns, rows), (height, width))
