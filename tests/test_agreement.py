@@ -334,3 +334,37 @@ def test_gradients_that_a_method_does_not_read_are_passed_over() -> None:
     found = tk.masks_of(tk.refresh(state, CONFIG, {}))
     expected = tk.masks_of(tk.refresh(state, CONFIG, {"x": torch.ones(2)}))
     assert torch.equal(found["0.weight"].backward, expected["0.weight"].backward)
+
+
+class Twice(nn.Module):
+    """Has one layer under two names, in which functional_call leaves its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.again = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.first(x))
+
+
+def test_parameters_that_are_none_any_more_are_named() -> None:
+    model, config, optimizer = Twice(), tk.TopKastConfig(0.5), tk.sgd(0.1)
+    state, x = tk.init_state(model, config, optimizer), torch.ones(2, 8)
+
+    def loss(apply: Any, x: torch.Tensor) -> torch.Tensor:
+        return apply(x).sum()
+
+    train_step = tk.make_train_step(model, loss, config, optimizer, compile=False)
+    state, _ = train_step(state, x)
+    torch.func.functional_call(model, tk.forward_params(state), x)
+    assert not isinstance(model.first.weight, nn.Parameter)
+    for use in (
+        lambda: train_step(state, x),
+        lambda: tk.init_state(model, config, optimizer),
+        lambda: tk.sparse_module(state, model),
+        lambda: tk.index_masks(model, tk.masks_of(state)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"'first\.weight' of the model is an nn.Parameter no more"
+        ):
+            use()

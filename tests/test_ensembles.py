@@ -216,3 +216,24 @@ def test_what_reads_numbers_is_not_differentiated(name: str, derive: Any) -> Non
     }
     with pytest.raises(RuntimeError, match=rf"^{name} is not differentiated.*tk\.penalized_loss"):
         derive(lambda x: sum(leaf.float().sum() for leaf in tree_leaves(uses[name](x))), x)
+
+
+def test_an_ensemble_of_no_members_is_named() -> None:
+    model, optimizer = network(), tk.sgd(0.1)
+    state = tk.init_state(model, CONFIG, optimizer)
+    train_step = tk.make_train_step(model, mse, CONFIG, optimizer, compile=False)
+    nobody = tree_map(lambda leaf: leaf[None][:0], state)
+    with pytest.raises(ValueError, match="an ensemble of no members"):
+        torch.vmap(train_step, in_dims=(0, None))(nobody, batch(0))
+
+
+def test_members_at_different_stages_are_named() -> None:
+    config = replace(CONFIG, forward_sparsity=tk.staged({0: 0.5, 2: 0.75}), explore_until=None)
+    model, optimizer = network(), tk.sgd(0.1)
+    state = tk.init_state(model, config, optimizer)
+    train_step = tk.make_train_step(model, mse, config, optimizer, compile=False)
+    late = state._replace(step=state.step + 1)
+    with pytest.raises(
+        ValueError, match="differs in shape, as their steps are of different stages"
+    ):
+        torch.vmap(train_step, in_dims=(0, None))(stacked([state, late]), batch(0))

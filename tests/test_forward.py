@@ -194,6 +194,32 @@ def test_vmap_over_inputs_of_indexed_layers() -> None:
             torch.testing.assert_close(found[name][i], expected[name])
 
 
+def test_sets_are_not_indexed_where_vmap_hides_them() -> None:
+    model = network()
+    masks = compute_masks(params_of(model), CONFIG)
+
+    def index(forward: Tensor) -> Tensor:
+        index_masks(model, {"0.weight": masks["0.weight"]._replace(forward=forward)})
+        return forward
+
+    with pytest.raises(ValueError, match=r"vmap hide those of masks.*call index_masks outside"):
+        vmap(index)(torch.stack([masks["0.weight"].forward] * 2))
+
+
+def test_forward_mode_needs_no_grad_mode() -> None:
+    model, (x, way) = network(), torch.randn(2, 5, 6).unbind(0)
+    params = params_of(model)
+    masks = compute_masks(params, CONFIG)
+    found = []
+    for sets in (masks, index_masks(model, masks)):
+        with torch.no_grad():
+            found += [
+                jvp(lambda x, sets=sets: sparse_forward(model, params, sets, x), (x,), (way,))
+            ]
+    assert found[0][1].count_nonzero()
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_the_penalised_loss_is_the_same_of_indexed_sets(compile: bool) -> None:
     model, batch = network(), torch.randn(5, 6)

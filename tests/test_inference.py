@@ -493,3 +493,14 @@ def test_values_that_do_not_go_with_the_indices_are_refused() -> None:
     layer.values = layer.values[:3].clone()
     with pytest.raises(ValueError, match="3 values do not go with 6 col_indices"):
         layer(torch.ones(2, 6))
+
+
+@small
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+def test_buffers_of_half_complex_numbers_are_those_of_the_state() -> None:
+    model = perceptron()
+    model.register_buffer("phase", torch.ones(3, dtype=torch.complex32))
+    sparse, _, _ = made(model)
+    assert torch.equal(
+        sparse.get_buffer("phase").to(torch.complex64), torch.ones(3, dtype=torch.complex64)
+    )

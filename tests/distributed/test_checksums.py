@@ -51,3 +51,9 @@ def test_a_checksum_is_of_the_entries_in_their_order(monkeypatch: pytest.MonkeyP
 def test_no_entry_has_a_checksum() -> None:
     assert checksum(torch.empty(0)) == 0
     assert checksum(torch.tensor(1.0)) != 0
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_the_numbers_of_a_quantised_tensor_count() -> None:
+    numbers = torch.quantize_per_tensor(torch.arange(3.0), 0.1, 0, torch.qint8)
+    assert checksum(numbers) == checksum(numbers.int_repr())

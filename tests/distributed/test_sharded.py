@@ -482,3 +482,15 @@ def test_a_checkpoint_without_its_configuration_asks_for_it(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="was saved without its configuration"):
         tk.load_sharded(tmp_path)
     same(tk.load_sharded(tmp_path, CONFIG, theta_device="cpu"), state)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_a_tensor_that_no_file_holds_is_named(tmp_path: Path) -> None:
+    model, config, optimizer = nn.Linear(8, 4), tk.TopKastConfig(0.5), tk.sgd(0.1)
+    steps = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    model.register_buffer("steps", steps)
+    state = tk.init_state(model, config, optimizer)
+    with pytest.raises(
+        TypeError, match=r"buffers/steps has dtype torch\.qint8, which no file holds"
+    ):
+        tk.save_sharded(state, tmp_path / "state", config)

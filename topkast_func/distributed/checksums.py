@@ -103,6 +103,7 @@ def _told(tensor: Tensor) -> Tensor:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
+    tensor = tensor.int_repr() if tensor.is_quantized else tensor
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = real.detach().contiguous().flatten().view(INTEGERS[real.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)

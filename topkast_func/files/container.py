@@ -17,7 +17,14 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from topkast_func.files.layout import CODES, Entry, as_json, check_places, entry_of, laid_out
+from topkast_func.files.layout import (
+    Entry,
+    as_json,
+    check_places,
+    entry_of,
+    laid_out,
+    storable,
+)
 from topkast_func.reading import check_numbers
 from topkast_func.types import Tensors
 
@@ -96,7 +103,7 @@ def write(file: BinaryIO, header: Mapping[str, Any], tensors: Mapping[str, Tenso
     """
     complex_ones = [name for name, tensor in tensors.items() if tensor.is_complex()]
     full = {"format": FORMAT, "version": VERSION, "complex": complex_ones, **header}
-    parts = {name: _real(name, tensor.detach()) for name, tensor in tensors.items()}
+    parts = {name: storable(name, tensor.detach()) for name, tensor in tensors.items()}
     table = torch.empty(len(parts) + 1, DIGEST, dtype=torch.uint8, device="meta")
     entries = laid_out({**parts, CHECKSUMS: table})
     said = {name: as_json(entry) for name, entry in entries.items()}
@@ -228,16 +235,6 @@ def _check_header(header: Mapping[str, Any], entries: Mapping[str, Entry]) -> No
         pairs = entries.get(name)
         if pairs is None or pairs.dtype not in PARTS or pairs.shape[-1:] != (2,):
             raise ValueError(f"{name} is not the parts of a complex tensor: {pairs}")
-
-
-def _real(name: str, tensor: Tensor) -> Tensor:
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} has layout {tensor.layout}, which no file holds")
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.dtype not in CODES:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, which no file holds")
-    return tensor
 
 
 def _content(tensor: Tensor) -> Tensor:

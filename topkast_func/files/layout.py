@@ -115,3 +115,25 @@ def is_shape(value: object) -> bool:
         return False
     whole = all(type(side) is int and side >= 0 for side in value)
     return whole and math.prod(max(side, 1) for side in value) < 2**63
+
+
+def storable(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor as a file holds it: of real numbers, those of complex ones in pairs.
+
+    Args:
+        name: Its name.
+        tensor: The tensor.
+
+    Returns:
+        The same memory, if it can.
+
+    Raises:
+        TypeError: It has a layout or a dtype that no file holds.
+    """
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, which no file holds")
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.dtype not in CODES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, which no file holds")
+    return tensor

@@ -22,6 +22,7 @@ from topkast_func.leaves import check_present
 from topkast_func.model.alone import alone_with, as_plain, check_uncompiled, uncompiled
 from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.layers import stand_ins
+from topkast_func.model.modules import check_parameters
 from topkast_func.model.stand_in import StandIn, TransposedStandIn
 from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.fits_model import check_tensors
@@ -84,6 +85,7 @@ def sparse_module(
             f"changed, got {type(given).__name__}"
         )
     check_uncompiled(given)
+    check_parameters(given)
     if model is None:
         stored = partial(_of_module, given)
     else:

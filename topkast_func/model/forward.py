@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from topkast_func.model.alone import alone_with, as_plain, may_draw
 from topkast_func.model.alpha import alpha_when_read, straight_through
@@ -110,7 +112,7 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
     Returns:
         ``apply(*inputs, **options)``.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not _derives():
         masks = {n: s.active() if isinstance(s, Indexed) else s for n, s in masks.items()}
     indexed = {name: sets for name, sets in masks.items() if isinstance(sets, Indexed)}
     patterns = {name: sets.pattern for name, sets in indexed.items()}
@@ -124,6 +126,15 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
             return apply(*inputs, **options)
 
     return lent if lending else apply
+
+
+def _derives() -> bool:
+    """Return whether forward mode or a transform may ask for a derivative without grad mode."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+    )
 
 
 def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from topkast_func.block_masks import is_of_blocks
 from topkast_func.checks import check_block_shape, check_callable
@@ -13,10 +14,15 @@ from topkast_func.kernels.pattern import Pattern, is_indexed, pattern_of, places
 from topkast_func.leaves import check_present
 from topkast_func.model.alone import alone_with, as_plain
 from topkast_func.model.layers import kernel_weights
-from topkast_func.model.modules import tensors_of
+from topkast_func.model.modules import check_parameters, tensors_of
 from topkast_func.places import gathered
 from topkast_func.trees import check_known, check_mask_pair, check_named
 from topkast_func.types import Masks, Model, changed
+
+HIDDEN = (
+    "an index is made of numbers, and torch.func.grad and vmap hide those of masks[{!r}]: call "
+    "index_masks outside of them, and pass what it returns in"
+)
 
 
 class Indexed(NamedTuple):
@@ -66,7 +72,8 @@ def index_masks(
         TypeError: The sets are not `Masks` of bool by name, ``model`` is not callable, or
             ``block_shape`` is no pair of integers.
         ValueError: The sets are of what is no parameter or without values, or those of a layer are
-            not made of such blocks or have another shape than its weight.
+            not made of such blocks or have another shape than its weight, or a transform of
+            `torch.func` hides their numbers.
 
     Example:
         >>> import topkast_func as tk
@@ -83,6 +90,7 @@ def index_masks(
     block_shape = check_block_shape("block_shape", block_shape)
     model = as_plain(model)
     check_callable("model", model)
+    check_parameters(model)
     check_named("masks", masks, "Masks")
     check_known("masks", masks, tensors_of(model) or masks)
     shapes = {
@@ -94,6 +102,8 @@ def index_masks(
         check_mask_pair(f"masks[{name!r}]", sets, shapes.get(name))
         for mask in sets:
             check_present(f"masks[{name!r}]", mask)
+            if is_functorch_wrapped_tensor(mask):
+                raise ValueError(HIDDEN.format(name))
         if name in shapes and not all(is_of_blocks(mask, block_shape) for mask in sets):
             raise ValueError(f"the sets of {name!r} are not made of blocks of {block_shape}")
     return {

@@ -16,6 +16,12 @@ CHANGED = (
     "was given may hold the change: go on from one that was saved"
 )
 
+REPLACED = (
+    "{!r} of the model is an nn.Parameter no more: torch.func.functional_call leaves its tensors "
+    "in a module that is reached under two names. Put a Parameter back, and let a copy of the "
+    "model run with forward_params(state)"
+)
+
 
 def bind(
     model: Model, tied: Mapping[str, str], alpha: Params, constant: Params, buffers: Tensors
@@ -115,6 +121,20 @@ def parameters_of(model: object) -> dict[str, tuple[nn.Module, str]]:
         for key, parameter in module._parameters.items()
         if parameter is not None
     }
+
+
+def check_parameters(model: object) -> None:
+    """Check that the parameters of a module are some.
+
+    Args:
+        model: A module, or anything else.
+
+    Raises:
+        ValueError: One is another tensor.
+    """
+    for name, (module, key) in parameters_of(model).items():
+        if not isinstance(module._parameters[key], nn.Parameter):
+            raise ValueError(REPLACED.format(name))
 
 
 def unset_buffers(model: object) -> dict[str, tuple[nn.Module, str]]:

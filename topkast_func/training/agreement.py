@@ -7,7 +7,7 @@ from torch import nn
 
 from topkast_func.config import TopKastConfig
 from topkast_func.model.alone import parts_of
-from topkast_func.model.modules import parameters_of, ties, trainable
+from topkast_func.model.modules import REPLACED, parameters_of, ties, trainable
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.training.fits_config import config_problem, outlines
 from topkast_func.training.fits_model import model_problem
@@ -107,6 +107,8 @@ def agreement(
                 continue
             if first.setdefault(id(parameter), name) != tied.get(name, name):
                 raise ValueError(TIED.format(tied or "none", ties(model) or "none"))
+            if not isinstance(parameter, nn.Parameter):
+                raise ValueError(REPLACED.format(name))
             role = tied.get(name, name) in state.frozen
             if parameter.requires_grad == role:
                 raise ValueError(EXCHANGED.format(name, *ROLES[role]))

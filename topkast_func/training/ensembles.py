@@ -24,6 +24,11 @@ CLOSED_OVER = (
     "part of the batch"
 )
 
+UNEVEN = (
+    "what the members of an ensemble return differs in shape, as their steps are of different "
+    "stages of a schedule: call it for each of them by itself"
+)
+
 Leaves = tuple[Any, ...]
 
 
@@ -58,6 +63,7 @@ def mapped(run: Callable[..., Any], *trees: Any) -> Any:
         What it returns, mapped over where an argument is.
 
     Raises:
+        ValueError: There are no members, or what they return differs in shape.
         RuntimeError: `torch.vmap` maps over what is no argument.
     """
     try:
@@ -112,5 +118,9 @@ class _ByMember(torch.autograd.Function):
             run(*(x if d is None else x.select(d, i) for x, d in zip(leaves, axes, strict=True)))
             for i in range(info.batch_size)
         ]
-        results = tuple(torch.stack(several) for several in zip(*members, strict=True))
-        return results, (0,) * len(results)
+        if not members:
+            raise ValueError("torch.vmap maps over an ensemble of no members, which has no results")
+        several = [*zip(*members, strict=True)]
+        if any(len({leaf.shape for leaf in leaves}) > 1 for leaves in several):
+            raise ValueError(UNEVEN)
+        return tuple(map(torch.stack, several)), (0,) * len(several)

@@ -18,6 +18,7 @@ from topkast_func.distributed.ranks import Ranks
 from topkast_func.distributed.roll import calling
 from topkast_func.files.container import damage_of
 from topkast_func.files.drafts import path_of
+from topkast_func.files.layout import storable
 from topkast_func.reading import check_numbers
 from topkast_func.training.checkpoint import agreed, put_together, taken_apart
 from topkast_func.training.in_ranges import up_to_date
@@ -119,6 +120,8 @@ def _saving(
 
     def taken() -> tuple[dict[str, Any], Tensors]:
         header, tensors = with_pieces(ranks, state, ranges, *taken_apart(state, config))
+        for name, tensor in tensors.items():
+            storable(name, tensor)
         return header, staged(state, tensors)
 
     with calling(ranks, f"in save_sharded at step {step}"):
