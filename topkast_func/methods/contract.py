@@ -20,7 +20,7 @@ def check_method(method: Method) -> None:
 
     Raises:
         TypeError: ``starts`` returns no steps.
-        ValueError: There is no such ``enters_at``, or one of the steps is below 1.
+        ValueError: There is no such ``enters_at``, or one of the steps is below 0.
     """
     if method.enters_at not in get_args(Entry):
         known = ", ".join(map(repr, get_args(Entry)))

@@ -66,7 +66,7 @@ def updated(
     Raises:
         TypeError: ``update`` returns no pair of updates and an `OptimizerState`.
         ValueError: The updates are not one tensor for each parameter, of its shape, or it writes to
-            what it is given; see `check_slots` for what it remembers.
+            what it is given.
     """
     before = versions(params)
     found = optimizer.update(grads, state, params, lr)
