@@ -219,7 +219,7 @@ def compiler() -> Iterator[None]:
 
 @small
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("batch", [1, 4, 5, 15, 16])
+@pytest.mark.parametrize("batch", [4, 5, 16])
 def test_it_compiles_with_inductor_whatever_computes_a_batch(batch: int) -> None:
     sparse, plain, _ = made(perceptron())
     x = torch.randn(batch, 48)
