@@ -284,10 +284,15 @@ def test_vmap_and_autocast() -> None:
     x = torch.randn(3, 7, 48)
     with torch.no_grad():
         assert_close(torch.vmap(sparse, in_dims=1)(x), plain(x.transpose(0, 1)))
+    for rows in (1, 5, 21):
+        leaf = torch.randn(rows, 48, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = sparse(x)
-            assert y.dtype == torch.bfloat16
-            assert_close(y, plain(x), rtol=0.05, atol=0.05)
+            y, expected = sparse(leaf), plain(leaf)
+        assert y.dtype == torch.bfloat16
+        assert_close(y, expected, rtol=0.05, atol=0.05)
+        (gradient,) = torch.autograd.grad(y.float().sum(), leaf)
+        (of_plain,) = torch.autograd.grad(expected.float().sum(), leaf)
+        assert_close(gradient, of_plain, rtol=0.05, atol=0.05)
 
 
 class Encoder(nn.Module):

@@ -89,7 +89,8 @@ def _compute(
 
         return few_rows_times(x, values, rows, columns, bias, features)
     matrix = csr_matrix(rows, columns, values, (features, x.shape[1]))
-    y = (matrix @ x.t()).t().contiguous()
+    with torch.autocast("cpu", enabled=False):
+        y = (matrix @ x.t()).t().contiguous()
     return y if bias is None else y.add_(bias)
 
 
