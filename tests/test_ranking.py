@@ -1,6 +1,7 @@
 """One ranking, whichever way it is computed: by bits or by values; see `test_device` too."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,3 +106,33 @@ def test_nan_is_named_where_it_could_be_chosen() -> None:
     assert among.tolist() == [False, False, True]
     with pytest.raises(NaNParameterError, match=r"params\['w'\] holds NaN"):
         largest_among("w", torch.tensor([True, True, True]), scores, 1)
+
+
+def taps(numbers: Tensor) -> Tensor:
+    return numbers.view(8, 5, 3, 3)[:, :, 1, 1]
+
+
+def parts(numbers: Tensor) -> Tensor:
+    return torch.view_as_complex(numbers.float().view(-1, 4, 2)).conj().imag
+
+
+VIEWS = {
+    "every other column": lambda numbers: numbers.view(12, 30)[:, ::2],
+    "the middle of kernels": taps,
+    "the last axis of three": lambda numbers: numbers.view(6, 20, 3)[..., 1],
+    "turned": lambda numbers: numbers.view(12, 30).t(),
+    "backwards in part": lambda numbers: numbers.view(12, 30)[3:, 5:],
+    "one number": lambda numbers: numbers[7].expand(6, 9),
+    "parts of conjugates": parts,
+}
+
+
+@pytest.mark.parametrize("dtype", ranking.RANKED)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_views_are_ranked_as_what_they_show(view: Any, dtype: torch.dtype) -> None:
+    seen = view(torch.randn(360).to(dtype))
+    copied = seen.clone(memory_format=torch.contiguous_format)
+    for found, expected in zip(*(top_sets("w", w, 9, 20) for w in (seen, copied)), strict=True):
+        assert torch.equal(found, expected)
+    among = torch.rand(seen.shape) < 0.5
+    assert torch.equal(largest_among("w", among, seen, 7), largest_among("w", among, copied, 7))

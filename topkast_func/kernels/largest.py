@@ -55,8 +55,8 @@ def top_marks(
     """Mark the entries of largest magnitude, ties going in the order of `tie_key`.
 
     Args:
-        numbers: 1-D, floating point, contiguous: a tensor, or a range of it; the bits of a format
-            that numpy lacks.
+        numbers: 1-D, floating point: a tensor, or a range of it; the bits of a format that numpy
+            lacks.
         forward: How many to mark in the first mask, at least 1, in all ranges.
         backward: How many to mark in the second, at least as many.
         places: Where the numbers stand in the range, int64; None where they are all of it.
@@ -67,7 +67,8 @@ def top_marks(
     Returns:
         The two masks; None if a number of any range is NaN.
     """
-    width = 8 * numbers.itemsize
+    width, numbers = 8 * numbers.itemsize, np.ascontiguousarray(numbers)
+    places = None if places is None else np.ascontiguousarray(places)
     entries = _Entries(numbers, places, first)
     counts = cache(lambda tied, shift, sought: total(_counts(entries, tied, shift, sought)))
     bits = numbers.view(f"u{numbers.itemsize}")
