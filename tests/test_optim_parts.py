@@ -472,3 +472,16 @@ def test_patterns_that_do_not_fit_the_parameters_are_named(
     optimizer = tk.partition({pattern: tk.sgd(0.1) for pattern in patterns})
     with pytest.raises(ValueError, match=re.escape(message)):
         optimizer.init(_weights())
+
+
+def test_a_group_of_nothing_clips_nothing() -> None:
+    model, config = nn.Linear(6, 3), tk.TopKastConfig(0.5)
+    clipped = tk.chain(tk.clip_by_global_norm(1.0), tk.sgd(0.1))
+    groups = {"weight": tk.sgd(0.1), "bias": tk.sgd(0.1), "*": clipped}
+    optimizer = tk.partition(groups)
+    state = tk.init_state(model, config, optimizer)
+    train_step = tk.make_train_step(
+        model, lambda apply, x: apply(x).square().mean(), config, optimizer, compile=False
+    )
+    after, _ = train_step(state, torch.randn(4, 6))
+    assert not torch.equal(after.weights.values["bias"], state.weights.values["bias"])

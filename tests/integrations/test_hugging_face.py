@@ -123,6 +123,34 @@ def test_the_trainer_trains_as_a_loop_by_hand(method: tk.Method, tmp_path: Path)
     assert len(sparsifier.masks()) == 12
 
 
+def test_parts_of_a_model_have_callbacks_of_their_own(tmp_path: Path) -> None:
+    """Each with a configuration, a seed and a name; two of one name are refused."""
+
+    def train(resume: Path | None, *names: str) -> tuple[Any, list[tk.Sparsifier]]:
+        model = bert()
+        first, second = model.bert.encoder.layer
+        config = replace(CONFIG, sparse=None, keep_dense="*LayerNorm*", penalty=None)
+        configs = config, replace(config, method=tk.set(), powerprop=2.0)
+        told = [tk.sparsify(first, configs[0], seed=1), tk.sparsify(second, configs[1], seed=2)]
+        callbacks = [
+            TopKastCallback(one, densify_at_end=False, name=name)
+            for one, name in zip(told, names, strict=True)
+        ]
+        options: Any = {"save_strategy": "steps", "save_steps": 4}
+        trainer = trainer_of(model, tmp_path, *callbacks, **options)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return model, told
+
+    model, told = train(None, "first", "second")
+    assert [one.steps for one in told] == [STEPS, STEPS]
+    again, resumed = train(tmp_path / "checkpoint-4", "first", "second")
+    assert [one.state_dict()["seed"] for one in resumed] == [1, 2]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter), name
+    with pytest.raises(ValueError, match=r"two callbacks have the name ''.*a name of its own"):
+        train(None, "", "")
+
+
 def test_the_penalty_is_there_without_a_word_in_the_loss(tmp_path: Path) -> None:
     with_penalty, sparsifier = trained(tmp_path, max_steps=2)  # the first has a rate of 0
     without, _ = trained(tmp_path, config=replace(CONFIG, penalty=None), max_steps=2)

@@ -303,6 +303,36 @@ def test_a_step_that_computes_its_loss_several_times_is_one(make: Any, tmp_path:
         assert torch.equal(module.get_parameter(name), parameter)
 
 
+def test_parts_of_a_module_have_callbacks_of_their_own(tmp_path: Path) -> None:
+    """Each with a configuration, a seed and a name; the trainer asks for keys that differ."""
+
+    def fit(folder: Path, resume: Path | None = None) -> tuple[Classifier, list[tk.Sparsifier]]:
+        module = classifier()
+        parts = [module.body, module.head]
+        config = replace(CONFIG, keep_dense=())
+        configs = [config, replace(config, method=tk.set())]
+        told = [
+            tk.sparsify(p, c, seed=s) for s, (p, c) in enumerate(zip(parts, configs, strict=True))
+        ]
+        callbacks = [
+            TopKastCallback(one, densify_at_end=False, name=f"part {i}")
+            for i, one in enumerate(told)
+        ]
+        trainer = trainer_of(folder, *callbacks, saving(folder), enable_checkpointing=True)
+        trainer.fit(module, loader(), ckpt_path=resume)
+        assert not {"training_step", "validation_step"} & vars(module).keys()
+        return module, told
+
+    module, told = fit(tmp_path / "whole")
+    assert [one.steps for one in told] == [STEPS, STEPS]
+    saved = (tmp_path / "whole").glob("step*.ckpt")
+    first = min(saved, key=lambda path: int(path.stem.split("=")[1]))
+    again, resumed = fit(tmp_path / "again", first)
+    assert [one.state_dict()["seed"] for one in resumed] == [0, 1]
+    for name, parameter in module.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter)
+
+
 def test_sparse_weights_that_are_frozen_need_no_optimizer(tmp_path: Path) -> None:
     module = classifier()
     sparsifier = tk.sparsify(module, CONFIG)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.optim import Optimizer
 
+from topkast_func.checks import check_type
 from topkast_func.facade import Sparsifier, densify
 from topkast_func.facade.progress import held_by
 from topkast_func.facade.sparse_weight import weights_of
@@ -21,18 +22,20 @@ class Hosted:
     Args:
         sparsifier: What `sparsify` returned.
         densify_at_end: Whether the model becomes plain at the end.
+        name: What tells it from another of the same training.
 
     Raises:
-        TypeError: The first argument is no sparsifier.
+        TypeError: The first argument is no sparsifier, or the name no text.
     """
 
-    def __init__(self, sparsifier: Sparsifier, densify_at_end: bool = True) -> None:
+    def __init__(self, sparsifier: Sparsifier, densify_at_end: bool = True, name: str = "") -> None:
         if not isinstance(sparsifier, Sparsifier):
             raise TypeError(
                 "sparsifier must be what tk.sparsify(model, config) returns, got "
                 f"{type(sparsifier).__name__}"
             )
-        self.sparsifier, self.densify_at_end = sparsifier, densify_at_end
+        check_type("name", name, str)
+        self.sparsifier, self.densify_at_end, self.name = sparsifier, densify_at_end, name
 
     def _begin(
         self, model: nn.Module, optimizers: Iterable[Optimizer], resumed: bool = False

@@ -15,6 +15,10 @@ RECORD = "topkast_func.Sparsifier"
 """Where ``trainer_state.json`` keeps the number of the step, among the states of callbacks."""
 
 
+NAMES = "give each a name of its own, as in TopKastCallback(sparsifier, name='encoder')"
+"""The way on."""
+
+
 class TopKastCallback(Hosted, TrainerCallback):
     """Lets `transformers.Trainer` train a model that `sparsify` has made sparse.
 
@@ -40,9 +44,11 @@ class TopKastCallback(Hosted, TrainerCallback):
     Args:
         sparsifier: What `sparsify` returned for the model.
         densify_at_end: Whether the model becomes plain at the end. Without, it can be trained on.
+        name: What tells it from another of the same trainer, of a part that was sparsified by
+            itself; to resume, the same again.
 
     Raises:
-        TypeError: The first argument is no sparsifier.
+        TypeError: The first argument is no sparsifier, or the name no text.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -60,9 +66,12 @@ class TopKastCallback(Hosted, TrainerCallback):
     ) -> None:
         """Check that the sparse model is trained, and go on where a checkpoint was written."""
         records: Any = state.stateful_callbacks
-        self._begin(given["model"], [given["optimizer"]], resumed=RECORD in records)
-        if RECORD in records:
-            self.sparsifier.load_state_dict(records[RECORD])
+        others: dict[str, TopKastCallback] = vars(state).setdefault(RECORD, {})
+        if others.setdefault(self._record, self) is not self:
+            raise ValueError(f"two callbacks have the name {self.name!r}: {NAMES}")
+        self._begin(given["model"], [given["optimizer"]], resumed=self._record in records)
+        if self._record in records:
+            self.sparsifier.load_state_dict(records[self._record])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -78,10 +87,14 @@ class TopKastCallback(Hosted, TrainerCallback):
         """Count the step, and choose the sets anew where that is due."""
         self.sparsifier.step()
         records: Any = state.stateful_callbacks
-        records[RECORD] = self.sparsifier.state_dict()
+        records[self._record] = self.sparsifier.state_dict()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Leave a plain model."""
         self._end()
+
+    @property
+    def _record(self) -> str:
+        return f"{RECORD}.{self.name}" if self.name else RECORD

@@ -21,6 +21,10 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 """What Lightning calls in place of the forward pass of a module."""
 
 
+WRAPPED = "_topkast_func_wrapped"
+"""What marks a step that a callback has wrapped, which another one of the trainer is not to."""
+
+
 class TopKastCallback(Hosted, Callback):
     """Lets `lightning.Trainer` train a module that `sparsify` has made sparse, or a part of it.
 
@@ -45,9 +49,11 @@ class TopKastCallback(Hosted, Callback):
     Args:
         sparsifier: What `sparsify` returned.
         densify_at_end: Whether the module becomes plain at the end. Without, it can be trained on.
+        name: What tells it from another of the same trainer, of a part that was sparsified by
+            itself; to resume, the same again.
 
     Raises:
-        TypeError: The first argument is no sparsifier.
+        TypeError: The first argument is no sparsifier, or the name no text.
     """
 
     _stepping: tuple[Optimizer, ...] = ()
@@ -62,10 +68,17 @@ class TopKastCallback(Hosted, Callback):
     _loads: RemovableHandle | None = None
     """Turns what is loaded to be evaluated into what a plain module holds."""
 
+    @property
+    def state_key(self) -> str:
+        """What a checkpoint calls the callback."""
+        kind = type(self).__qualname__
+        return self._generate_state_key(name=self.name) if self.name else kind
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let sparse weights that a step of the module reads, or it loads to be plain, be α."""
-        self._own = {name: vars(pl_module)[name] for name in STEPS if name in vars(pl_module)}
-        for name in STEPS:
+        plain = [name for name in STEPS if not hasattr(getattr(pl_module, name), WRAPPED)]
+        self._own = {name: vars(pl_module).get(name) for name in plain}
+        for name in plain:
             setattr(pl_module, name, _forward_pass(getattr(pl_module, name)))
         if stage != "fit":
             turn = partial(_to_alpha, self.sparsifier.config.powerprop)
@@ -77,9 +90,9 @@ class TopKastCallback(Hosted, Callback):
             handle.remove()
         if self._loads is not None:
             self._loads.remove()
-        for name in STEPS:
+        for name, step in self._own.items():
             delattr(pl_module, name)
-        vars(pl_module).update(self._own)
+            vars(pl_module).update({} if step is None else {name: step})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the sparse module is trained, and note from now on where a step ends."""
@@ -136,4 +149,5 @@ def _forward_pass(step: Callable[..., Any]) -> Callable[..., Any]:
         with ForwardPass():
             return step(*inputs, **options)
 
+    setattr(run, WRAPPED, True)
     return run

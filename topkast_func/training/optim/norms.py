@@ -18,12 +18,13 @@ def global_norm(tensors: Params) -> Tensor:
     """Return the Euclidean norm of all tensors together.
 
     Args:
-        tensors: Any, at least one.
+        tensors: Any.
 
     Returns:
-        The norm, 0-d, in float32 at the least.
+        The norm, 0-d, in float32 at the least; zero of none.
     """
-    norms = torch.stack([torch.linalg.vector_norm(wide(tensor)) for tensor in tensors.values()])
+    each = [torch.linalg.vector_norm(wide(tensor)) for tensor in tensors.values()]
+    norms = torch.stack(each) if each else torch.zeros(0, device="cpu")
     total = _ELSEWHERE.taken
     if total is not None:  # in float64 the root of a square is the number itself
         norms = total(norms.double().square()).sqrt().to(norms.dtype)
