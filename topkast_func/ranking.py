@@ -205,7 +205,7 @@ def top_by_bits(
     """Mark the largest of scores on the CPU, or of a range of them; see `top_marks`."""
     largest = import_module("topkast_func.kernels.largest")
     where = None if places is None else places.numpy()
-    scores = scores.resolve_neg().contiguous()  # as views to other dtypes and numpy want it
+    scores = scores.resolve_neg()  # which numpy does not
     if scores.dtype == torch.bfloat16:  # which numpy lacks
         scores, range_of["infinite"] = scores.view(torch.int16), 0x7F80
     marks = largest.top_marks(scores.numpy(), forward, backward, where, **range_of)

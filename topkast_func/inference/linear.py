@@ -4,9 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from topkast_func.kernels.inference import check_bias, product, supported
+from topkast_func.kernels.inference import check_bias, dense_matrix, product, supported
 from topkast_func.kernels.linear import check_inputs
-from topkast_func.kernels.pattern import BlockRows, block_of, flat
 
 LAYOUTS = (torch.sparse_csr, torch.sparse_bsr)
 MADE_BY = "tk.sparse_module makes such layers, and tk.to_sparse such matrices"
@@ -59,10 +58,7 @@ class SparseLinear(nn.Module):
     def weight(self) -> Tensor:
         """The weight, dense, [out_features, in_features]."""
         shape = (self.out_features, self.in_features)
-        places = flat(BlockRows(self.crow_indices, self.col_indices), block_of(self.values), shape)
-        entries = self.values.new_zeros(self.out_features * self.in_features)
-        dense: Tensor = entries.index_put((places,), self.values).view(shape)
-        return dense
+        return dense_matrix(self.values, self.crow_indices, self.col_indices, shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what `torch.nn.Linear` returns.

@@ -71,8 +71,7 @@ class TopKastCallback(Hosted, Callback):
     @property
     def state_key(self) -> str:
         """What a checkpoint calls the callback."""
-        kind = type(self).__qualname__
-        return self._generate_state_key(name=self.name) if self.name else kind
+        return self._generate_state_key(name=self.name) if self.name else super().state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let sparse weights that a step of the module reads, or it loads to be plain, be α."""

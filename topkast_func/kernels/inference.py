@@ -123,11 +123,11 @@ class _Apply(Gradient):
         x, values, *index = ctx.saved_tensors
         for_x = for_values = for_bias = None
         if g is not None:
-            places = _places(values, index, ctx.features, x.shape[1])
+            shape = ctx.features, x.shape[1]
             if ctx.needs_input_grad[1]:
-                for_x = g @ placed(values, places, (ctx.features, x.shape[1]))
+                for_x = g @ dense_matrix(values, *index, shape)
             if ctx.needs_input_grad[2]:
-                for_values = gathered(g.t() @ x, places)
+                for_values = gathered(g.t() @ x, _places(values, *index, shape))
             if ctx.needs_input_grad[5]:
                 for_bias = g.sum(0)
         return None, for_x, for_values, None, None, for_bias, None
@@ -139,14 +139,28 @@ class _Apply(Gradient):
         if of_x is not None:
             moved = product(of_x, values, *index, None, ctx.features)
         if of_values is not None:
-            places = _places(values, index, ctx.features, x.shape[1])
-            moved = moved + x @ placed(of_values, places, (ctx.features, x.shape[1])).t()
+            moved = moved + x @ dense_matrix(of_values, *index, (ctx.features, x.shape[1])).t()
         return moved if of_bias is None else moved + of_bias
 
 
-def _places(values: Tensor, index: list[Tensor], features: int, depth: int) -> Tensor:
+def dense_matrix(values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return a matrix in CSR or BSR as a dense one; autograd follows it.
+
+    Args:
+        values: [stored] or [blocks, r, c].
+        rows: Where each row (of blocks) starts, int32.
+        columns: Column (of blocks) of each, int32.
+        shape: Rows and columns.
+
+    Returns:
+        The matrix.
+    """
+    return placed(values, _places(values, rows, columns, shape), shape)
+
+
+def _places(values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return where the values stand in the flat matrix, in their shape."""
-    return flat(BlockRows(*index), block_of(values), (features, depth)).view(values.shape)
+    return flat(BlockRows(rows, columns), block_of(values), shape).view(values.shape)
 
 
 def batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:

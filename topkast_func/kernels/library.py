@@ -139,9 +139,14 @@ def _is_plain(arguments: Any) -> bool:
     return all(_dispatch_keys(tensor).raw_repr() == _ORDINARY for tensor in tensors)
 
 
+def derives() -> bool:
+    """Return whether forward mode or a transform of `torch.func` may ask for derivatives."""
+    return forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+
+
 def _is_followed(arguments: Any) -> bool:
     """Return whether a derivative of what is done with the arguments may be asked for."""
-    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
+    if derives():
         return True
     tensors = (argument for argument in arguments if isinstance(argument, Tensor))
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

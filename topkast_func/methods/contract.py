@@ -8,7 +8,7 @@ import torch
 from topkast_func.checks import check_count, check_number, check_type
 from topkast_func.methods.base import Entry, Method, Situation
 from topkast_func.ranking import Sets
-from topkast_func.reading import versions
+from topkast_func.reading import version
 from topkast_func.sparsity import Allocation
 
 
@@ -72,16 +72,15 @@ def chosen(method: Method, situation: Situation) -> Sets:
         ValueError: These are no two masks of the shape of the scores, or it writes to the scores.
     """
     told = f"{method}.sets, for {situation.name!r},"
-    scores = situation.scores
+    scores, given = situation.scores, version(situation.scores)
     kind = (torch.bool, scores.shape, scores.device, torch.strided)
-    given = versions({situation.name: scores})
     returned = method.sets(situation)
     try:
         forward, backward = returned
         found = [(mask.dtype, mask.shape, mask.device, mask.layout) for mask in (forward, backward)]
     except (TypeError, ValueError, AttributeError) as reason:
         raise ValueError(f"{told} must return two masks: {reason}") from reason
-    if versions({situation.name: scores}) != given:
+    if version(scores) != given:
         raise ValueError(f"{told} writes to the scores: copy them")
     for one in found:
         if one != kind:

@@ -5,9 +5,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 
+from topkast_func.kernels.library import derives
 from topkast_func.model.alone import alone_with, as_plain, may_draw
 from topkast_func.model.alpha import alpha_when_read, straight_through
 from topkast_func.model.fits import check_sets, several_kinds
@@ -112,7 +111,7 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
     Returns:
         ``apply(*inputs, **options)``.
     """
-    if not torch.is_grad_enabled() and not _derives():
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or derives()):
         masks = {n: s.active() if isinstance(s, Indexed) else s for n, s in masks.items()}
     indexed = {name: sets for name, sets in masks.items() if isinstance(sets, Indexed)}
     patterns = {name: sets.pattern for name, sets in indexed.items()}
@@ -126,15 +125,6 @@ def at_alpha(model: Model, params: Params, masks: Mapping[str, AnySets]) -> Call
             return apply(*inputs, **options)
 
     return lent if lending else apply
-
-
-def _derives() -> bool:
-    """Return whether forward mode or a transform may ask for a derivative without grad mode."""
-    return (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or peek_interpreter_stack() is not None
-    )
 
 
 def _weight(theta: Tensor, sets: AnySets | None, values: Tensor | None) -> Tensor:
