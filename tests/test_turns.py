@@ -416,3 +416,39 @@ def test_a_step_compiles_while_nobody_else_has_a_turn() -> None:
     for number in range(7):
         state, _ = train_step(state, tuple(t[: 10 + number // 4] for t in batch(0)))
     assert alone == [True] * 4
+
+
+class Waiting(nn.Module):
+    """Waits within its forward pass, where other tensors stand in its parameters' place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.inside, self.go = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inside.set()
+        assert self.go.wait(PATIENCE)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("use", ["init_state", "index_masks", "kernels"])
+def test_parameters_that_a_pass_has_replaced_for_a_while_are_waited_for(use: str) -> None:
+    model = Waiting()
+    state = tk.init_state(model, CONFIG, OPTIMIZER)
+    params, masks = tk.dense_params(state), tk.masks_of(state)
+    uses: dict[str, Callable[[], Any]] = {
+        "init_state": lambda: tk.init_state(model, CONFIG, OPTIMIZER),
+        "index_masks": lambda: tk.index_masks(model, masks),
+        "kernels": lambda: step_of(model),
+    }
+
+    def beside() -> Any:
+        assert model.inside.wait(PATIENCE)
+        threading.Timer(0.2, model.go.set).start()
+        return uses[use]()
+
+    passed, used = at_once([lambda: tk.sparse_forward(model, params, masks, batch(0)[0]), beside])
+    assert passed.shape == (16, 3)
+    assert used is not None
+    assert isinstance(model.layer.weight, nn.Parameter)

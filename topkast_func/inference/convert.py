@@ -85,13 +85,17 @@ def sparse_module(
             f"changed, got {type(given).__name__}"
         )
     check_uncompiled(given)
-    check_parameters(given)
     if model is None:
         stored = partial(_of_module, given)
     else:
         check_one(state)
         stored = partial(_of_state, cast(TrainState, state), given)
-    convert = partial(alone_with, given, lambda: _converted(*stored(batch)))
+
+    def converted() -> nn.Module:
+        check_parameters(given)
+        return _converted(*stored(batch))
+
+    convert = partial(alone_with, given, converted)
     return mapped(convert) if is_mapped("sparse_module", ()) else convert()
 
 

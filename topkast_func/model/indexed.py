@@ -14,7 +14,7 @@ from topkast_func.kernels.pattern import Pattern, is_indexed, pattern_of, places
 from topkast_func.leaves import check_present
 from topkast_func.model.alone import alone_with, as_plain
 from topkast_func.model.layers import kernel_weights
-from topkast_func.model.modules import check_parameters, tensors_of
+from topkast_func.model.modules import tensors_of
 from topkast_func.places import gathered
 from topkast_func.trees import check_known, check_mask_pair, check_named
 from topkast_func.types import Masks, Model, changed
@@ -90,7 +90,6 @@ def index_masks(
     block_shape = check_block_shape("block_shape", block_shape)
     model = as_plain(model)
     check_callable("model", model)
-    check_parameters(model)
     check_named("masks", masks, "Masks")
     check_known("masks", masks, tensors_of(model) or masks)
     shapes = {

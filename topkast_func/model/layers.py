@@ -10,6 +10,7 @@ from topkast_func.kernels.engines import EngineName
 from topkast_func.kernels.pattern import Pattern
 from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.convolution import ConvolutionStandIn
+from topkast_func.model.modules import check_parameters
 from topkast_func.model.stand_in import Bound, Product, StandIn, TransposedStandIn
 from topkast_func.types import Params
 
@@ -51,9 +52,20 @@ def _weight(layer: nn.Module, path: str) -> Tensor | None:
 
 
 def kernel_weights(model: object) -> dict[str, torch.Size]:
-    """Return the shapes of the weights of a module that kernels can multiply by, by name."""
+    """Return the shapes of the weights of a module that kernels can multiply by, by name.
+
+    Args:
+        model: A module, in a turn of one's own; anything else has none.
+
+    Returns:
+        The shapes.
+
+    Raises:
+        ValueError: A parameter of the module is another tensor.
+    """
     if not isinstance(model, nn.Module):
         return {}
+    check_parameters(model)
     products = [product for stand_in in stand_ins(model) for product in stand_in.products]
     return {product.name: model.get_parameter(product.name).shape for product in products}
 

@@ -11,7 +11,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import matches, warn_of_other_names
 from topkast_func.devices import check_device
 from topkast_func.model.alone import alone_with, as_plain
-from topkast_func.model.modules import check_parameters, frozen, tensors_of, ties
+from topkast_func.model.modules import frozen, tensors_of, ties
 from topkast_func.reading import check_numbers
 from topkast_func.sparsity import ByPattern
 from topkast_func.training.agreement import COMPACT
@@ -102,7 +102,6 @@ def init_state(
     if storage == "compact" and not optimizer.elementwise:
         raise ValueError(COMPACT.format(optimizer))
     model = as_plain(model_or_params)
-    check_parameters(model)
     seed = check_count("seed", seed, 0)
     mask_seed = seed if mask_seed is None else check_count("mask_seed", mask_seed, 0)
     check_master(master)
