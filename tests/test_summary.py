@@ -131,9 +131,9 @@ def test_what_no_kernel_computes_is_named_by_family() -> None:
     state = tk.init_state(model, CONFIG, tk.sgd(0.1), storage="dense")
     warned = [note for note in tk.summary(state).notes if "kernel" in note]
     assert warned == ["warning: on no kernel, all of α: storage='dense': *.weight (13)"]
-    half = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
+    half = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).half()
     warned = [note for note in tk.sparsify(half, CONFIG).summary().notes if "kernel" in note]
-    told = "all of α: numba supports float32 and float64, not bfloat16: *.weight (2)"
+    told = "all of α: numba takes float32, float64, bfloat16, not float16: *.weight (2)"
     assert warned == [f"warning: on no kernel, {told}"]
 
 
@@ -261,7 +261,7 @@ def test_tables_are_as_wide_as_the_terminal_and_have_one_line_a_row(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert max(map(len, lines)) <= columns
-    assert lines[2].endswith("numba supports float32 and float64, not float16")
+    assert lines[2].endswith("numba takes float32, float64, bfloat16, not float16")
 
 
 def test_the_table_prints_as_text_and_as_html() -> None:

@@ -342,7 +342,7 @@ def test_half_precision_computes_with_the_engine_that_supports_it() -> None:
     ("options", "error", "message"),
     [
         ({"engine": "cuda"}, ValueError, "engine must be 'auto' or one of .*, got 'cuda'"),
-        ({"engine": "numba", "dtype": torch.bfloat16}, TypeError, "float32 and float64"),
+        ({"engine": "numba", "dtype": torch.float16}, TypeError, "float64, bfloat16"),
     ],
 )
 def test_an_engine_that_cannot_compute_is_refused_when_the_layer_is_made(

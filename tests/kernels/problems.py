@@ -10,7 +10,7 @@ from topkast_func.kernels import ENGINES, Pattern, pattern_of
 from topkast_func.kernels.engines import engine, layout
 
 BLOCKS = [(1, 1), (4, 1), (1, 4), (4, 4), (8, 8), (16, 16), (3, 5)]
-DTYPES = [torch.float32, torch.float64]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 ON_CPU = tuple(name for name in ENGINES if name != "triton")
 """The engines that compute here; Triton's is in `interpreted`."""
 

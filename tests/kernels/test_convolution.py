@@ -64,6 +64,21 @@ class Case:
 
 
 @each_geometry
+def test_a_convolution_in_bfloat16_is_one_in_float32_rounded_once(name: str) -> None:
+    case = Case(name, torch.bfloat16)
+    x, values = (t.clone().requires_grad_() for t in (case.x, case.values))
+    of_x, alpha = (t.float().requires_grad_() for t in (case.x, case.alpha))
+    y, expected = case.sparse(x, values), case.dense(of_x, alpha)
+    g = torch.randn_like(y)
+    for_x, for_values = torch.autograd.grad(y, (x, values), g)
+    of_x, of_alpha = torch.autograd.grad(expected, (of_x, alpha), g.float())
+    assert for_values.any()
+    for found, full in ((y, expected), (for_x, of_x), (for_values, case.gathered(of_alpha))):
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), full, rtol=2**-8, atol=1e-5)
+
+
+@each_geometry
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_a_convolution_and_its_gradients_are_those_of_torch(name: str, dtype: torch.dtype) -> None:
     case = Case(name, dtype)

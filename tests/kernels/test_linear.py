@@ -259,15 +259,15 @@ def test_inputs_of_another_layout_are_refused(engine: str, convert: Any) -> None
         case(case.given.values, convert(case.x))
 
 
-@pytest.mark.parametrize(
-    ("values", "result"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
-)
-def test_autocast_computes_in_the_dtype_of_the_values_and_returns_what_torch_does(
-    values: torch.dtype, result: torch.dtype
-) -> None:
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("values", [torch.float32, torch.float64])
+def test_autocast_returns_what_torch_does(values: torch.dtype, cast: torch.dtype) -> None:
     case = Case("auto", (1, 1), values)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = case(case.given.values, case.x.bfloat16(), case.bias)
-        assert nn.functional.linear(case.x, case.given.alpha, case.bias).dtype == result
+    case.x = torch.randn_like(case.x)
+    with torch.autocast("cpu", dtype=cast):
+        y = case(case.given.values, case.x.to(cast), case.bias)
+        result = nn.functional.linear(case.x, case.given.alpha, case.bias).dtype
     assert y.dtype == result
-    assert torch.equal(y, (case.x @ case.given.alpha.T + case.bias).to(result))
+    in_bfloat16 = values == torch.float32 and cast == torch.bfloat16
+    product = (case.x.to(cast).to(values) @ case.given.alpha.T).to(cast if in_bfloat16 else values)
+    assert torch.equal(y, (product + case.bias.to(product.dtype)).to(result))

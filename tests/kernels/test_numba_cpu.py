@@ -44,6 +44,7 @@ def _two_threads() -> Iterator[None]:
     ("block", "dtype"),
     [
         *((block, torch.float32) for block in BLOCKS),
+        *((block, torch.bfloat16) for block in BLOCKS),
         *((block, torch.float64) for block in ((1, 1), (4, 1), (4, 4), (3, 5))),
     ],
 )
@@ -65,12 +66,15 @@ def test_products_of_any_sets(given: Problem, batch: int) -> None:
 
 @pytest.mark.parametrize("block", [(1, 1), (4, 4)])
 @pytest.mark.parametrize("density", [0.02, 0.2, 1.0])
-def test_products_of_matrices_of_several_panels(block: tuple[int, int], density: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_matrices_of_several_panels(
+    block: tuple[int, int], density: float, dtype: torch.dtype
+) -> None:
     grid = (12 // block[0], 2400 // block[1])
-    wide = problem(block, grid=grid, densities=(density / 2, density))
+    wide = problem(block, dtype, grid, (density / 2, density))
     assert wide.pattern.forward.pointers.shape[0] > wide.shape[0] // block[0] + 1
     check_products("numba", wide, 3)
-    tall = problem(block, grid=grid[::-1], densities=(density / 2, density))
+    tall = problem(block, dtype, grid[::-1], (density / 2, density))
     assert tall.pattern.transposed.pointers.shape[0] > tall.shape[1] // block[1] + 1
     check_products("numba", tall, 3)
 

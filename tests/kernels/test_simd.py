@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from tests.kernels.problems import check_products, problem
+from tests.kernels.problems import DTYPES, check_products, problem
 from topkast_func.kernels import simd
 from topkast_func.kernels.simd import REGISTERS
 
@@ -23,8 +24,11 @@ UNROLLED = [(8, 1), (3, 2), (17, 1)]
 
 @pytest.mark.parametrize("block", UNROLLED)
 @pytest.mark.parametrize("batch", [1, 200])
-def test_products_of_blocks_of_odd_sides(block: tuple[int, int], batch: int) -> None:
-    check_products("numba", problem(block), batch)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_blocks_of_odd_sides(
+    block: tuple[int, int], batch: int, dtype: torch.dtype
+) -> None:
+    check_products("numba", problem(block, dtype), batch)
 
 
 def test_the_shapes_reach_different_ways() -> None:

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.kernels.problems import DTYPES
 from topkast_func.kernels.tiles import TILE_BYTES, VECTOR_BYTES, pack, unpack
 
 
-@given(st.integers(0, 700), st.integers(1, 9), st.sampled_from([torch.float32, torch.float64]))
+@given(st.integers(0, 700), st.integers(1, 9), st.sampled_from(DTYPES))
 def test_unpacking_is_the_inverse_of_packing(batch: int, n: int, dtype: torch.dtype) -> None:
     x = torch.arange(1, batch * n + 1).to(dtype).view(batch, n)
     tiles = pack(x)
@@ -17,7 +18,7 @@ def test_unpacking_is_the_inverse_of_packing(batch: int, n: int, dtype: torch.dt
     assert not padding.any()
 
 
-@given(st.integers(0, 700), st.integers(1, 9), st.sampled_from([torch.float32, torch.float64]))
+@given(st.integers(0, 700), st.integers(1, 9), st.sampled_from(DTYPES))
 def test_rows_of_a_tile_are_whole_vectors_that_fit(batch: int, n: int, dtype: torch.dtype) -> None:
     tiles = pack(torch.ones(batch, n, dtype=dtype))
     assert tiles.is_contiguous()

@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import jvp, vmap
 
 import topkast_func as tk
+from tests.kernels.problems import DTYPES
 from topkast_func.kernels.tiles import at_once, spelled_out
 from topkast_func.kernels.transpose import transposed
 
@@ -24,7 +25,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@given(st.integers(0, 3), SIDES, SIDES, st.sampled_from([torch.float32, torch.float64]))
+@given(st.integers(0, 3), SIDES, SIDES, st.sampled_from(DTYPES))
 def test_any_shape(matrices: int, n: int, m: int, dtype: torch.dtype) -> None:
     x = torch.arange(matrices * n * m, dtype=dtype).view(matrices, n, m)
     found = transposed(x)

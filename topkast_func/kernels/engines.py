@@ -64,7 +64,7 @@ class Choice(NamedTuple):
 
 _FLOATS = (torch.float32, torch.float64)
 _RUNS: dict[str, tuple[tuple[torch.dtype, ...], tuple[str, ...]]] = {
-    "numba": (_FLOATS, ("cpu",)),
+    "numba": ((*_FLOATS, torch.bfloat16), ("cpu",)),
     "triton": ((torch.float32, torch.float16, torch.bfloat16), ("cuda",)),
     "torch_sparse": (_FLOATS, ("cpu", "cuda")),
 }
@@ -185,7 +185,7 @@ def _problem(name: str, layer: Layer, least: tuple[int, int] = (7, 0)) -> str | 
     dtypes, devices = _RUNS.get(name, ((), ()))
     if dtypes and layer.dtype not in dtypes:
         given, *supported = (str(d).removeprefix("torch.") for d in (layer.dtype, *dtypes))
-        return f"{name} supports {' and '.join(supported)}, not {given}"
+        return f"{name} takes {', '.join(supported)}, not {given}"
     if devices and layer.device not in devices:
         return f"{name} runs on {' and '.join(devices)}, not on {layer.device}"
     if name == "triton" and any(side % TRITON_SIDE for side in layer.block_shape):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.llvm import Kernel
-from topkast_func.kernels.numba_cpu import share
+from topkast_func.kernels.rows import share
 from topkast_func.kernels.vectors import Tile
 
 CHAINS = 2

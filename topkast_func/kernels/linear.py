@@ -36,9 +36,9 @@ def sparse_linear(
     same rule; there the products with what moves in B are dense.
 
     Args:
-        x: [..., in_features], of the dtype and device of ``values``, any strides. Under
-            autocast it is cast to that dtype, and float32 that is returned to that of autocast; on
-            a device other than the CPU the values too are cast to that of autocast first.
+        x: [..., in_features], of the dtype and device of ``values``, any strides. Under autocast
+            all is cast to its dtype, but for float64, which is kept, and float16 on a CPU: products
+            are in the dtype of the values there, and float32 that is returned is cast.
         values: θ on B, A first: [|B|], or [blocks, r, c].
         pattern: The sets.
         shape: Of α: out_features and in_features.
@@ -59,8 +59,9 @@ def sparse_linear(
     check_inputs(x, in_features)
     device = values.device.type
     if autocast := torch.is_autocast_enabled(device):
-        if device != "cpu" and values.dtype != torch.float64:
-            values = values.to(torch.get_autocast_dtype(device))
+        kind = torch.get_autocast_dtype(device)
+        if values.dtype != torch.float64 and (device != "cpu" or kind == torch.bfloat16):
+            values = values.to(kind)
             bias = None if bias is None else bias.to(values.dtype)
         x = x.to(values.dtype)
     if x.dtype != values.dtype:
@@ -81,8 +82,7 @@ def sparse_linear(
     y = unpack(y, batch, turn)
     y = y if flat else y.reshape(*x.shape[:-1], out_features)
     y = y if bias is None else y + bias
-    cast = autocast and y.dtype == torch.float32
-    return y.to(torch.get_autocast_dtype(device)) if cast else y
+    return y.to(kind) if autocast and y.dtype == torch.float32 else y
 
 
 def check_inputs(x: Tensor, in_features: int) -> None:

@@ -17,6 +17,7 @@ from llvmlite import binding, ir
 from torch import Tensor
 
 from topkast_func.compiling import untold
+from topkast_func.kernels.halves import HalfTile
 from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.threads import in_parallel
 from topkast_func.kernels.vectors import Tile
@@ -43,7 +44,7 @@ class Kernel:
     Args:
         emit: ``emit(tile, part, parts, *integers)`` emits the code of one part; of tensors it is
             given the addresses.
-        dtype: float32 or float64.
+        dtype: float32, float64 or bfloat16.
     """
 
     def __init__(self, emit: Callable[..., None], dtype: torch.dtype) -> None:
@@ -92,11 +93,23 @@ class Kernel:
         part = Integer(builder, taken)
         builder.cbranch(part.below(numbers[0]), work, done)
         builder.position_at_end(work)
-        self._emit(Tile(builder, self._dtype), part, *numbers)
+        self._emit(_tile(builder, self._dtype), part, *numbers)
         builder.branch(take)
         builder.position_at_end(done)
         builder.ret_void()
         return str(module)
+
+
+def _tile(builder: ir.IRBuilder, dtype: torch.dtype) -> Tile:
+    """Return what emits the arithmetic of a dtype."""
+    if dtype == torch.bfloat16:
+        return HalfTile(builder, multiplies_bfloat16())
+    return Tile(builder, dtype)
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether LLVM knows that this processor multiplies bfloat16."""
+    return "+avx512bf16" in _features()
 
 
 def _address(tensor: Tensor) -> int:

@@ -7,8 +7,7 @@ computed by one thread alone, so that results do not depend on how many there ar
 """
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.llvm import Kernel
 from topkast_func.kernels.pattern import BlockRows, Pattern, block_of
+from topkast_func.kernels.rows import panels_of, scratch, segments, share, summed, summed_in
 from topkast_func.kernels.simd import add_dots, add_rows
 from topkast_func.kernels.vectors import Tile
 
@@ -38,15 +38,15 @@ def input_gradient(values: Tensor, g: Tensor, pattern: Pattern, features: int) -
 
 def weight_gradient(g: Tensor, x: Tensor, pattern: Pattern, values: Tensor) -> Tensor:
     """Return g·xᵀ of tiles, sampled on B, in the order and shape of ``values``."""
-    gradient = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    gradient = values.new_zeros(values.shape, dtype=summed_in(x.dtype))
     block, (tiles, features, width) = block_of(values), g.shape
     height, active = features // block[0], pattern.active_count * block[0] * block[1]
     panels = (panels_of(part, height) for part in pattern[:2])
     index = (*pattern.forward, *pattern.exploring)
-    sizes = (tiles, height, x.shape[1], width, active * x.itemsize, *panels)
+    sizes = (tiles, height, x.shape[1], width, active * gradient.itemsize, *panels)
     work = values.numel() * tiles * width
     _dots_kernel(block, x.dtype)(*index, g, x, gradient, *sizes, work=work)
-    return gradient
+    return gradient.to(values.dtype)
 
 
 def _sums(
@@ -55,16 +55,12 @@ def _sums(
     block = block_of(values) if places is None else block_of(values)[::-1]
     tiles, depth, width = x.shape
     y, height = x.new_empty(tiles, features, width), features // block[0]
+    sums = scratch(y)
     index = (*part, part.columns if places is None else places)
     sizes = (tiles, height, depth, width, panels_of(part, height))
     work = part.columns.numel() * block[0] * block[1] * tiles * width
-    _rows_kernel(block, places is not None, x.dtype)(*index, values, x, y, *sizes, work=work)
+    _rows_kernel(block, places is not None, x.dtype)(*index, values, x, y, sums, *sizes, work=work)
     return y
-
-
-def panels_of(part: BlockRows, height: int) -> int:
-    """Return into how many panels so many block rows are cut."""
-    return (part.pointers.shape[0] - 1) // height
 
 
 @cache
@@ -98,6 +94,7 @@ def _rows_kernel(block: tuple[int, int], swapped: bool, dtype: torch.dtype) -> K
         values: Integer,
         x: Integer,
         y: Integer,
+        scratch: Integer,
         tiles: Integer,
         height: Integer,
         depth: Integer,
@@ -106,13 +103,16 @@ def _rows_kernel(block: tuple[int, int], swapped: bool, dtype: torch.dtype) -> K
     ) -> None:
         line = width * tile.size
         first, last = share(tile, pointers, panels, height, part, parts)
+        rows = first * block[0], last * block[0]
         with tile.loop(0, tiles) as number:
             of_tile = y + number * height * block[0] * line
-            clear(tile, of_tile, first * block[0] * width, last * block[0] * width)
-            with segments(tile, pointers, panels, first, last) as (row, begin, end):
+            with (
+                summed(tile, of_tile, scratch, rows, width, width) as sums,
+                segments(tile, pointers, panels, first, last) as (row, begin, end),
+            ):
                 add_rows(
                     tile,
-                    of_tile + row * block[0] * line,
+                    sums + row * (block[0] * tile.wide.size) * width,
                     x + number * depth * line,
                     width,
                     lambda k: tile.index(column, k) * (block[1] * width),
@@ -176,60 +176,3 @@ def _dots_kernel(block: tuple[int, int], dtype: torch.dtype) -> Kernel:
                 )
 
     return Kernel(emit, dtype)
-
-
-def clear(tile: Tile, base: Integer, start: Integer | int, end: Integer) -> None:
-    """Emit base[start:end] = 0, of whole vectors."""
-    with tile.loop(start, end, tile.lanes) as lane:
-        tile.store(tile.zero, *tile.beside(base, lane, 1))
-
-
-@contextmanager
-def segments(
-    tile: Tile, pointers: Integer, panels: Integer, first: Integer, last: Integer
-) -> Iterator[tuple[Integer, Integer, Integer]]:
-    """Walk block rows, panel by panel.
-
-    Args:
-        tile: What emits.
-        pointers: Those of the block rows.
-        panels: Into how many panels these are cut.
-        first: The first block row.
-        last: The one after the last.
-
-    Yields:
-        A block row, and where its stored blocks in a panel begin and end.
-    """
-    with tile.loop(0, panels) as panel, tile.loop(first, last) as row:
-        segment = row * panels + panel
-        yield row, tile.index(pointers, segment), tile.index(pointers, segment + 1)
-
-
-def share(
-    tile: Tile, pointers: Integer, panels: Integer, rows: Integer, part: Integer, parts: Integer
-) -> tuple[Integer, Integer]:
-    """Return the first block row of a part, and that of the next; stored blocks are shared evenly.
-
-    They are found by bisection: [low, high) holds the first row that so many blocks come before.
-
-    Args:
-        tile: What emits.
-        pointers: Of `BlockRows`.
-        panels: Panels of each block row.
-        rows: Block rows.
-        part: Number of the part.
-        parts: How many there are.
-
-    Returns:
-        Both.
-    """
-    stored, ends = tile.index(pointers, rows * panels), []
-    for number in (part, part + 1):
-        low, high = tile.variable(0), tile.variable(rows)
-        with tile.loop(0, 32):
-            middle = (low() + high()) // 2
-            before = tile.index(pointers, middle * panels).below(stored * number // parts)
-            low.set((middle + 1).where(before, low()))
-            high.set(high().where(before, middle))
-        ends.append(low().where(number.below(parts), rows))
-    return ends[0], ends[1]

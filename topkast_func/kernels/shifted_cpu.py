@@ -15,7 +15,8 @@ from torch import Tensor
 
 from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.llvm import Kernel
-from topkast_func.kernels.numba_cpu import clear, making, panels_of, segments, share
+from topkast_func.kernels.numba_cpu import making
+from topkast_func.kernels.rows import panels_of, scratch, segments, share, summed, summed_in
 from topkast_func.kernels.shifted import Shifted
 from topkast_func.kernels.simd import add_dots, add_rows
 from topkast_func.kernels.vectors import Tile
@@ -33,7 +34,8 @@ def forward(values: Tensor, x: Tensor, sets: Shifted, features: int) -> Tensor:
     y = x.new_empty(x.shape[0], features, x.shape[2])
     sizes = (x.shape[0], features, x.shape[1], x.shape[2], lead)
     part = pattern.forward
-    _forward_kernel(x.dtype)(*part, starts, values, x, y, *sizes, panels_of(part, features))
+    tensors = (*part, starts, values, x, y, scratch(y))
+    _forward_kernel(x.dtype)(*tensors, *sizes, panels_of(part, features))
     return y
 
 
@@ -43,21 +45,21 @@ def input_gradient(values: Tensor, g: Tensor, sets: Shifted, features: int) -> T
     x = g.new_empty(g.shape[0], features, g.shape[2])
     sizes = (g.shape[0], g.shape[1], features, g.shape[2], lead, *starts.shape)
     part = pattern.transposed
-    index = (*part, pattern.places, starts)
-    _input_kernel(g.dtype)(*index, values, g, x, *sizes, panels_of(part, starts.numel()))
+    tensors = (*part, pattern.places, starts, values, g, x, scratch(x))
+    _input_kernel(g.dtype)(*tensors, *sizes, panels_of(part, starts.numel()))
     return x
 
 
 def weight_gradient(g: Tensor, x: Tensor, sets: Shifted, values: Tensor) -> Tensor:
     """Return the gradient of the values, in their order."""
     pattern, starts, lead = sets
-    gradient = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    gradient = values.new_zeros(values.shape, dtype=summed_in(x.dtype))
     height = g.shape[1]
     panels = (panels_of(part, height) for part in pattern[:2])
     index = (*pattern.forward, *pattern.exploring, starts)
-    sizes = (*g.shape[:2], *x.shape[1:], lead, pattern.active_count * x.itemsize, *panels)
+    sizes = (*g.shape[:2], *x.shape[1:], lead, pattern.active_count * gradient.itemsize, *panels)
     _dots_kernel(x.dtype)(*index, g, x, gradient, *sizes)
-    return gradient
+    return gradient.to(values.dtype)
 
 
 @cache
@@ -80,6 +82,7 @@ def _forward_kernel(dtype: torch.dtype) -> Kernel:
         values: Integer,
         x: Integer,
         y: Integer,
+        scratch: Integer,
         tiles: Integer,
         height: Integer,
         depth: Integer,
@@ -87,17 +90,18 @@ def _forward_kernel(dtype: torch.dtype) -> Kernel:
         lead: Integer,
         panels: Integer,
     ) -> None:
-        line = length * tile.size
+        line, wide_line = length * tile.size, length * tile.wide.size
         first, last = share(tile, pointers, panels, height, part, parts)
         with tile.loop(0, tiles) as number, _strips(tile, length - lead) as (strip, width):
             outputs = y + number * height * line + (lead + strip) * tile.size
             inputs = x + number * depth * line + strip * tile.size
-            with tile.loop(first, last) as row:
-                clear(tile, outputs + row * line, 0, width)
-            with segments(tile, pointers, panels, first, last) as (row, begin, end):
+            with (
+                summed(tile, outputs, scratch, (first, last), length, width) as sums,
+                segments(tile, pointers, panels, first, last) as (row, begin, end),
+            ):
                 add_rows(
                     tile,
-                    outputs + row * line,
+                    sums + row * wide_line,
                     inputs,
                     width,
                     lambda k: tile.index(starts, tile.index(column, k)),
@@ -126,6 +130,7 @@ def _input_kernel(dtype: torch.dtype) -> Kernel:
         values: Integer,
         g: Integer,
         x: Integer,
+        scratch: Integer,
         tiles: Integer,
         height: Integer,
         depth: Integer,
@@ -135,19 +140,21 @@ def _input_kernel(dtype: torch.dtype) -> Kernel:
         taps: Integer,
         panels: Integer,
     ) -> None:
-        line, rows = length * tile.size, depth // channels
+        line, wide_line, rows = length * tile.size, length * tile.wide.size, depth // channels
         first, last = share(tile, pointers, panels * taps, channels, part, parts)
         with tile.loop(0, tiles) as number, _strips(tile, length - lead) as (strip, width):
             inputs = x + number * depth * line + strip * tile.size
             gradients = g + number * height * line + (lead + strip) * tile.size
-            with tile.loop(first * rows, last * rows) as row:
-                clear(tile, inputs + row * line, 0, width)
-            with tile.loop(first * taps, last * taps) as tap:
+            own = first * rows, last * rows
+            with (
+                summed(tile, inputs, scratch, own, length, width) as sums,
+                tile.loop(first * taps, last * taps) as tap,
+            ):
                 start = tile.index(starts, tap)
                 with segments(tile, pointers, panels, tap, tap + 1) as (_, begin, end):
                     add_rows(
                         tile,
-                        inputs + start // length * line,
+                        sums + start // length * wide_line,
                         gradients - start % length * tile.size,
                         width,
                         lambda k: tile.index(output, k) * length,

@@ -46,34 +46,46 @@ def add_rows(
         end: The one after the last.
         block: (r, c).
     """
-    height, depth = block
-    group = max(n for n in range(1, REGISTERS + 1) if height % n == 0)
-    vectors = width // tile.lanes
-    for count, vector in tile.runs(0, vectors, _halvings(min(8, REGISTERS // group))):
-        lane = vector * tile.lanes
+    (height, depth), taken, wide = block, tile.taken, tile.wide
+    beside = taken if depth % taken else 1
+    group = max(n for n in range(1, REGISTERS // taken + 1) if height % n == 0)
+    most = min(8, REGISTERS // (group * taken))
+    for count, vector in tile.runs(0, width // tile.lanes, _halvings(most)):
+        lane, sums = vector * tile.lanes, count * taken
         with tile.loop(0, height // group) as which:
             numbers = [which * group + i for i in range(group)]
-            outputs = [tile.beside(y, number * width + lane, count) for number in numbers]
-            chains = [tile.sums(group, count) for _ in range(max(1, CHAINS // (group * count)))]
-            first, *others = ([*itertools.chain(*sums)] for sums in chains)
+            outputs = [wide.beside(y, number * width + lane, sums) for number in numbers]
+            chains = [wide.sums(group, sums) for _ in range(max(1, CHAINS // (group * sums)))]
+            first, *others = ([*itertools.chain(*chain)] for chain in chains)
             for output, total in zip(itertools.chain(*outputs), first, strict=True):
-                tile.builder.store(tile.load(output), total)
+                tile.builder.store(wide.load(output), total)
             for total in itertools.chain(*others):
-                tile.builder.store(tile.zero, total)
-            for together, k in tile.runs(start, end, sorted({1, len(chains)}, reverse=True)):
-                for entry, sums in enumerate(chains[:together]):
-                    stored = k + entry if place is None else tile.index(place, k + entry)
-                    read = start_of(k + entry) + lane
-                    with tile.loop(0, depth) as j:
-                        offset = read + j * width
-                        inputs = [*map(tile.load, tile.beside(x, offset, count))]
-                        for number, line in zip(numbers, sums, strict=True):
-                            within = number * depth + j if place is None else j * height + number
-                            weight = tile.number(values, stored * (height * depth) + within)
-                            for total, input_ in zip(line, inputs, strict=True):
-                                tile.add_product(total, tile.splat(weight), input_)
+                tile.builder.store(wide.zero, total)
+            steps = sorted({1, beside, beside * len(chains)}, reverse=True)
+            for together, k in tile.runs(start, end, steps):
+                for chain, i in zip(chains, range(0, together, beside), strict=False):
+                    blocks = [k + entry for entry in range(i, min(i + beside, together))]
+                    stored = [b if place is None else tile.index(place, b) for b in blocks]
+                    reads = [start_of(b) + lane for b in blocks]
+                    with tile.loop(0, depth, taken // beside) as column:
+                        columns = [column + term for term in range(taken // beside)]
+                        factors = tile.factors([
+                            [*map(tile.load, tile.beside(x, read + j * width, count))]
+                            for read in reads
+                            for j in columns
+                        ])
+                        for number, line in zip(numbers, chain, strict=True):
+                            within = [
+                                number * depth + j if place is None else j * height + number
+                                for j in columns
+                            ]
+                            weight = tile.weight(
+                                values, [b * (height * depth) + w for b in stored for w in within]
+                            )
+                            for total, factor in zip(line, factors, strict=True):
+                                tile.add_product(total, weight, factor)
             for output, *totals in zip(itertools.chain(*outputs), first, *others, strict=True):
-                tile.store(reduce(tile.builder.fadd, map(tile.builder.load, totals)), output)
+                wide.store(reduce(tile.builder.fadd, map(tile.builder.load, totals)), output)
 
 
 def add_dots(
@@ -103,7 +115,7 @@ def add_dots(
         end: The one after the last.
         block: (r, c).
     """
-    block_height, size = block
+    (block_height, size), wide = block, tile.wide
     height = _halvings(_power_within(block_height, 4))[0]
     for count, q in tile.runs(start * size, end * size, _together(*block)):
         places, inputs = [], []
@@ -113,9 +125,9 @@ def add_dots(
             inputs.append(start_of(stored) + within * width)
         with tile.loop(0, block_height // height) as group:
             rows = [group * height + i for i in range(height)]
-            sums = tile.sums(height, count)
+            sums = wide.sums(height, count)
             for total in itertools.chain(*sums):
-                tile.builder.store(tile.zero, total)
+                tile.builder.store(wide.zero, total)
             with tile.loop(0, width, tile.lanes) as lane:
                 left = [tile.load(*tile.beside(g, row * width + lane, 1)) for row in rows]
                 for j, input_ in enumerate(inputs):
@@ -124,11 +136,11 @@ def add_dots(
                         tile.add_product(sums[i][j], left[i], right)
             totals = [[tile.builder.load(total) for total in line] for line in sums]
             for i, j, run in _adjacent(totals, *block):
-                for part in range(0, len(run), tile.lanes):
-                    total = tile.across(run[part : part + tile.lanes])
+                for part in range(0, len(run), wide.lanes):
+                    total = wide.across(run[part : part + wide.lanes])
                     offset = places[j] + rows[i] * size + part
-                    here = tile.at(gradient, offset, total.type, tile.size)
-                    tile.store(tile.builder.fadd(tile.load(here), total), here)
+                    here = wide.at(gradient, offset, total.type, wide.size)
+                    wide.store(tile.builder.fadd(wide.load(here), total), here)
 
 
 def _power_within(number: int, most: int) -> int:

@@ -19,7 +19,13 @@ class Tile:
     Args:
         builder: Where instructions go.
         dtype: float32 or float64.
+
+    Attributes:
+        taken: How many terms of a sum one instruction adds in a lane.
+        wide: What sums are kept in: the same, but for numbers of half precision.
     """
+
+    taken = 1
 
     def __init__(self, builder: ir.IRBuilder, dtype: torch.dtype) -> None:
         self.builder = builder
@@ -28,6 +34,7 @@ class Tile:
         self.lanes = VECTOR_BYTES // self.size
         self.vector = ir.VectorType(self.scalar, self.lanes)
         self.zero = ir.Constant(self.vector, [0.0] * self.lanes)
+        self.wide: Tile = self
 
     def variable(self, number: Integer | int) -> Variable:
         """Return a variable, set to a number."""
@@ -139,6 +146,14 @@ class Tile:
         return self.builder.shuffle_vector(
             a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes)
         )
+
+    def weight(self, values: Integer, offsets: list[Integer]) -> Any:
+        """Load a weight, in every lane, for each of the terms of a sum that are taken together."""
+        return self.splat(self.number(values, offsets[0]))
+
+    def factors(self, terms: list[list[Any]]) -> list[Any]:
+        """Return what weights multiply, given a line of vectors for each term."""
+        return terms[0]
 
     def add_product(self, accumulator: Any, a: Any, b: Any) -> None:
         """Add a·b to an accumulator, rounded once."""
