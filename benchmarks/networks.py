@@ -88,9 +88,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 """What builds a network, the shape of one input, and how many a step takes."""
 
 
-def problem(name: str, batch: int | None = None) -> Problem:
-    """Build one of `NETWORKS` and draw its batch, the same at every call."""
-    build, inputs, usual = NETWORKS[name]
+def problem(name: str, batch: int | None = None, dtype: str = "float32") -> Problem:
+    """Build one of `NETWORKS` and draw its batch, the same at every call, in a dtype of torch."""
+    (build, inputs, usual), kind = NETWORKS[name], getattr(torch, dtype)
     torch.manual_seed(0)
-    model, size = build(), batch or usual
-    return Problem(model, (torch.randn(size, *inputs), torch.randint(0, 10, (size,))))
+    model, size = build().to(kind), batch or usual
+    return Problem(model, (torch.randn(size, *inputs).to(kind), torch.randint(0, 10, (size,))))

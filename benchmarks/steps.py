@@ -21,8 +21,7 @@ Block: TypeAlias = tuple[int, int]
 PAIRS: tuple[Pair, ...] = ((0.5, 0.2), (0.8, 0.5), (0.9, 0.8), (0.95, 0.9), (0.98, 0.95))
 USUAL: Pair = (0.9, 0.8)
 FIXED: Pair = (0.9, 0.9)  # B is A, as SparseLab trains
-ENTRIES: Block = (1, 1)
-SQUARE: Block = (4, 4)
+ENTRIES, SQUARE = (1, 1), (4, 4)
 BLOCKS: tuple[Block, ...] = ((4, 1), (1, 4), SQUARE)
 SPARSELAB = ((0.8, 0.8), FIXED, (0.95, 0.95))
 ENGINES = ("numba", "dense", "reference", "torch_sparse")
@@ -68,11 +67,14 @@ def _cases() -> Iterator[tuple[str, dict[str, Parameters]]]:
     for network in NETWORKS:
         of = partial(arms, network=network)
         dense, entries = of((*DENSE, ONEDNN)), of([OURS], (*PAIRS, FIXED), [ENTRIES])
-        theirs = [] if network == IMAGES else SPARSELAB  # it has no convolutions
-        yield f"{network}, sparsities", dense | entries | of([PEER], theirs)
-        if network != IMAGES:
+        theirs = {} if network == IMAGES else of([PEER], SPARSELAB)  # it has no convolutions
+        yield f"{network}, sparsities", dense | entries | theirs
+        if theirs:
             blocks = of([OURS], [USUAL], BLOCKS) | of([OURS], PAIRS, [SQUARE])
             yield f"{network}, blocks", dense | blocks
+    for network in ("mlp-1024", "mlp-2048", "encoder"):
+        of = partial(arms, network=network, dtype="bfloat16")
+        yield f"{network}, bfloat16", of(DENSE) | of([OURS], PAIRS[1:4], [ENTRIES, SQUARE])
     engines = arms(DENSE)
     for more in ({}, *({"engine": e} for e in ENGINES), {"penalty": "l2"}, {"storage": "dense"}):
         engines |= arms([OURS], [USUAL], [ENTRIES], **more)
@@ -120,7 +122,8 @@ def training(on: Problem, p: Parameters, **options: Any) -> Training:
 
 
 def _prepare(p: Parameters) -> Tasks:
-    return {"step": (WAYS[p["way"]](problem(p["network"], p.get("batch")), p), _check)}
+    on = problem(p["network"], p.get("batch"), p.get("dtype", "float32"))
+    return {"step": (WAYS[p["way"]](on, p), _check)}
 
 
 def _check(loss: Tensor) -> None:
