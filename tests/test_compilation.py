@@ -1,5 +1,6 @@
 """What happens where a step cannot be compiled."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor
+from torch._inductor import cpu_vec_isa
 
 import topkast_func as tk
 from topkast_func.training import compilation
@@ -148,3 +150,24 @@ def test_a_tensor_that_is_kept_from_the_graph_is_told_of() -> None:
 def test_where_torch_compiles_nothing_the_step_runs_eager_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"runs eager, .*switched off \(TORCH_COMPILE_DISABLE\)"):
         assert step_of(nn.Linear(6, 3), True)()[1].loss > 0
+
+
+@pytest.mark.parametrize(("compile", "asked"), [(True, 1), ({"backend": "eager"}, 0), (False, 0)])
+def test_what_the_compiler_can_is_found_out_while_the_step_is_traced(
+    compile: Any, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread asks, once in a process; that there is no compiler is said by who needs it."""
+    threads = []
+
+    def pick_vec_isa() -> None:
+        threads.append(threading.current_thread())
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", pick_vec_isa)
+    compilation._find_vectors.cache_clear()
+    for _ in range(2):
+        step_of(nn.Linear(6, 3), compile)
+    if asked:
+        compilation._find_vectors().join()
+    assert len(threads) == asked
+    assert threading.current_thread() not in threads

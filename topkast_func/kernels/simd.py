@@ -36,7 +36,7 @@ def add_rows(
 
     Args:
         tile: What emits.
-        y: A block row of r rows.
+        y: A block row of r rows of sums, of what `Tile.wide` is of.
         x: The whole tile.
         width: Of the tile.
         start_of: Where in x a stored block begins to read, in numbers.
@@ -47,7 +47,7 @@ def add_rows(
         block: (r, c).
     """
     (height, depth), taken, wide = block, tile.taken, tile.wide
-    beside = taken if depth % taken else 1
+    joined = taken if depth % taken else 1  # blocks, where a column has no other beside it
     group = max(n for n in range(1, REGISTERS // taken + 1) if height % n == 0)
     most = min(8, REGISTERS // (group * taken))
     for count, vector in tile.runs(0, width // tile.lanes, _halvings(most)):
@@ -61,14 +61,14 @@ def add_rows(
                 tile.builder.store(wide.load(output), total)
             for total in itertools.chain(*others):
                 tile.builder.store(wide.zero, total)
-            steps = sorted({1, beside, beside * len(chains)}, reverse=True)
+            steps = sorted({1, joined, joined * len(chains)}, reverse=True)
             for together, k in tile.runs(start, end, steps):
-                for chain, i in zip(chains, range(0, together, beside), strict=False):
-                    blocks = [k + entry for entry in range(i, min(i + beside, together))]
+                for chain, i in zip(chains, range(0, together, joined), strict=False):
+                    blocks = [k + entry for entry in range(i, min(i + joined, together))]
                     stored = [b if place is None else tile.index(place, b) for b in blocks]
                     reads = [start_of(b) + lane for b in blocks]
-                    with tile.loop(0, depth, taken // beside) as column:
-                        columns = [column + term for term in range(taken // beside)]
+                    with tile.loop(0, depth, taken // joined) as column:
+                        columns = [column + term for term in range(taken // joined)]
                         factors = tile.factors([
                             [*map(tile.load, tile.beside(x, read + j * width, count))]
                             for read in reads
@@ -106,7 +106,7 @@ def add_dots(
 
     Args:
         tile: What emits.
-        gradient: Of the stored blocks, [r, c] each.
+        gradient: Of the stored blocks, [r, c] each, of what `Tile.wide` is of.
         g: A block row of r rows.
         x: The whole tile.
         width: Of the tile.

@@ -1,8 +1,9 @@
 """torch.compile for a pure step: one graph, or an error that says why not."""
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from types import FunctionType
 from typing import Any, TypeAlias
 
@@ -102,6 +103,8 @@ def _compiled(
         _run_eager("torch.compile is switched off (TORCH_COMPILE_DISABLE)", required)
         return step
     fast: Callable[..., Any] = torch.compile(_fresh(step), **options)
+    if options.get("backend", "inductor") == "inductor":
+        _find_vectors()
 
     def call(*arguments: Any) -> Any:
         nonlocal fast
@@ -124,6 +127,23 @@ def _compiled(
         raise RuntimeError((BROKEN if breaks else EAGER_ALONE).format(failed)) from failed
 
     return call
+
+
+@cache
+def _find_vectors() -> threading.Thread:
+    """Begin to find out which vectors the C++ compiler has: Inductor waits a second for programs.
+
+    That passes while the step is traced; Inductor asks once in a process, as this does.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    def find() -> None:
+        with suppress(Exception):  # Inductor will meet it where it matters
+            pick_vec_isa()
+
+    thread = threading.Thread(target=find, daemon=True)
+    thread.start()
+    return thread
 
 
 @contextmanager
