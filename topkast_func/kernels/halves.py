@@ -95,14 +95,11 @@ class HalfTile(Tile):
         return builder.bitcast(first, self.wide.vector), builder.bitcast(second, self.wide.vector)
 
     def _nearest(self, numbers: Any) -> Any:
-        """Return a vector of float32 rounded to bfloat16, ties to even; NaN stays NaN."""
+        """Return a vector of float32 rounded to bfloat16, ties to even; NaN of bfloat16 stays."""
         builder, bits = self.builder, self.builder.bitcast(numbers, self._pairs)
         odd = builder.and_(builder.lshr(bits, self._all(16)), self._all(1))
         up = builder.lshr(builder.add(builder.add(bits, self._all(0x7FFF)), odd), self._all(16))
-        found = builder.select(
-            builder.fcmp_unordered("uno", numbers, numbers), self._all(0x7FC0), up
-        )
-        return builder.trunc(found, ir.VectorType(_I16, self.wide.lanes))
+        return builder.trunc(up, ir.VectorType(_I16, self.wide.lanes))
 
     def _all(self, number: int) -> Any:
         """Return a vector of one integer of 32 bits."""

@@ -131,9 +131,12 @@ def _compiled(
 
 @cache
 def _find_vectors() -> threading.Thread:
-    """Begin to find out which vectors the C++ compiler has: Inductor waits a second for programs.
+    """Begin to find out which vectors the C++ compiler has, which takes Inductor a second.
 
-    That passes while the step is traced; Inductor asks once in a process, as this does.
+    It passes while the step is traced, in programs that a thread waits for, once in a process.
+
+    Returns:
+        The thread.
     """
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
