@@ -15,8 +15,8 @@ import torch
 from benchmarks import costs, gpu, products, ranks, record, steps
 from benchmarks.protocol import Plan, run
 
-_COSTS = (costs.REFRESH, costs.MEMORY, costs.COMPILATION)
-_ALL = (products.SUITE, steps.SUITE, steps.LOOPS, *_COSTS, ranks.BYTES, ranks.SECONDS)
+_MORE = (steps.HALVES, costs.REFRESH, costs.MEMORY, costs.COMPILATION)
+_ALL = (products.SUITE, steps.SUITE, steps.LOOPS, *_MORE, ranks.BYTES, ranks.SECONDS)
 SUITES = {suite.name: suite for suite in _ALL}
 SCRATCH = Path("runs") / "benchmarks"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -72,9 +72,6 @@ def _cases() -> Iterator[tuple[str, dict[str, Parameters]]]:
         if theirs:
             blocks = of([OURS], [USUAL], BLOCKS) | of([OURS], PAIRS, [SQUARE])
             yield f"{network}, blocks", dense | blocks
-    for network in ("mlp-1024", "mlp-2048", "encoder"):
-        of = partial(arms, network=network, dtype="bfloat16")
-        yield f"{network}, bfloat16", of(DENSE) | of([OURS], PAIRS[1:4], [ENTRIES, SQUARE])
     engines = arms(DENSE)
     for more in ({}, *({"engine": e} for e in ENGINES), {"penalty": "l2"}, {"storage": "dense"}):
         engines |= arms([OURS], [USUAL], [ENTRIES], **more)
@@ -196,3 +193,6 @@ SUITE = Suite("steps", dict(_cases()), _prepare)
 _fused = partial(arms, optimizer="adamw")
 _LOOPS = {n: _fused(DENSE[:2], network=n) | _fused([LOOP], PAIRS[1:4], network=n) for n in NETWORKS}
 LOOPS = Suite("loops", _LOOPS, _prepare)
+_half, _OURS = partial(arms, dtype="bfloat16"), ([OURS], PAIRS[1:4], [ENTRIES, SQUARE])
+_HALVES = {n: _half(DENSE, network=n) | _half(*_OURS, network=n) for n in [*NETWORKS][1:4]}
+HALVES = Suite("halves", _HALVES, _prepare)

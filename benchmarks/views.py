@@ -19,7 +19,7 @@ UNITS = {"s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")), "bytes": ((1e6, "MB"), 
 BASELINES = {  # over which arms there are ratios, by suite
     "products": (["dense"], [ONEDNN]),
     "steps": (DENSE, [ONEDNN]),
-    "loops": (DENSE,),
+    **dict.fromkeys(("loops", "halves"), (DENSE,)),
     "memory": (["dense"],),
     "refresh": (["copy", "step"],),
     **dict.fromkeys(("ranks", "ranks_seconds"), (["DDP"], ["FSDP2"])),

@@ -261,7 +261,7 @@ def test_figures_show_the_medians(results: record.Results) -> None:
 
 def test_the_short_table_reads_arms_that_are_measured() -> None:
     costs = {"refresh", "memory", "compilation"}
-    assert set(SUITES) == {"products", "steps", "loops", "ranks", "ranks_seconds"} | costs
+    assert set(SUITES) == {"products", "steps", "loops", "halves", "ranks", "ranks_seconds"} | costs
     cases = SUITES["steps"].cases
     for network in steps.NETWORKS:
         for case, arm in views.COLUMNS.values():

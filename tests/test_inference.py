@@ -23,6 +23,8 @@ from topkast_func.inference import linear
 from topkast_func.kernels import inference as kernels
 from topkast_func.kernels.layouts import csr_matrix
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+
 BATCHES = [0, 1, 2, 3, 4, 5, 15, 16, 17, 64, 300]
 
 
@@ -276,6 +278,14 @@ def test_inputs_of_another_kind_are_named() -> None:
         with pytest.raises(TypeError, match="inputs"):
             layer(wrong)
     assert layer.to("meta")(torch.ones(2, 4, device="meta")).shape == (2, 4)
+
+
+@small
+@pytest.mark.parametrize(("shape", "batch"), [((0, 4), 3), ((4, 0), 3), ((0, 0), 64), ((4, 6), 0)])
+def test_layers_and_batches_without_entries(shape: tuple[int, int], batch: int) -> None:
+    layer = tk.SparseLinear(torch.zeros(shape).to_sparse_csr(), torch.ones(shape[0]))
+    assert "density=0.0%" in repr(layer)
+    assert torch.equal(layer(torch.ones(batch, shape[1])), torch.ones(batch, shape[0]))
 
 
 @small

@@ -700,6 +700,7 @@ NOT_PAIRS: dict[str, Any] = {
     "one": (torch.ones(40, 4),),
     "three": [torch.ones(40, 4)] * 3,
     "arrays": (np.ones((40, 4)), np.ones(40)),
+    "dictionary": {"features": torch.ones(40, 4), "target": torch.ones(40)},
 }
 """What gives no pairs (features, target), as can be seen without a look at an observation."""
 

@@ -1,6 +1,6 @@
 """Parts of a data set, and its features and targets as a network takes them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import pairwise
 from math import isclose
 from reprlib import repr as short
@@ -40,7 +40,8 @@ def data_set(name: str, data: Any) -> "Dataset[Any]":
     if isinstance(data, tuple | list) and data and isinstance(data[0], Tensor | np.ndarray):
         return TensorDataset(*_pair(name, data))
     mapped = isinstance(data, Sized) and hasattr(type(data), "__getitem__")
-    if not mapped or isinstance(data, Tensor | np.ndarray | IterableDataset):
+    named = isinstance(data, Mapping) and 0 not in data
+    if not mapped or named or isinstance(data, Tensor | np.ndarray | IterableDataset):
         way = ": pass its dataset" if isinstance(data, DataLoader) else ""
         raise TypeError(
             f"{name} must be a map-style data set of pairs (features, target), or one such pair "

@@ -91,7 +91,7 @@ class SparseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the sizes, as `torch.nn.Linear` does, and how dense the weight is."""
-        density = self.values.numel() / (self.in_features * self.out_features)
+        density = self.values.numel() / max(1, self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, density={density:.1%}"

@@ -24,7 +24,7 @@ def scratch(y: Tensor) -> Tensor:
 
 def panels_of(part: BlockRows, height: int) -> int:
     """Return into how many panels so many block rows are cut."""
-    return (part.pointers.shape[0] - 1) // height
+    return (part.pointers.shape[0] - 1) // max(1, height)
 
 
 @contextmanager
