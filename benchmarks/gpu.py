@@ -30,7 +30,7 @@ LAYERS = ((4096, 8192), (1024, 2048), (2048, 4096), (8192, 16384), (4096, 2048),
 
 SPARSITIES = (0.8, 0.9, 0.95)
 NETWORKS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
-    "gpt": (lambda: Block(2048, 16, 8192, causal=True), (8, 1024, 2048)),
+    "gpt": (lambda: Block(2048, 16, causal=True), (8, 1024, 2048)),
     "mlp": (lambda: mlp(*[4096] * 5), (8192, 4096)),
 }
 """What builds a network, and the shape of what a step takes."""

@@ -22,14 +22,14 @@ def loss_fn(apply: Callable[..., Tensor], batch: tuple[Tensor, Tensor]) -> Tenso
 
 
 class Block(nn.Module):
-    """A transformer block with the norms first, ``hidden`` features in its feed-forward part."""
+    """A transformer block with the norms first, four times as wide in its feed-forward part."""
 
-    def __init__(self, width: int, heads: int, hidden: int, causal: bool = False) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
         self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention_in, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed_in, self.feed_out = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.feed_in, self.feed_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map sequences of tokens [batch, sequence, width] to as many."""
@@ -81,7 +81,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp-784": (lambda: mlp(784, 512, 512, 10), (784,), 128),
     "mlp-1024": (lambda: mlp(*[1024] * 5), (1024,), 256),
     "mlp-2048": (lambda: mlp(*[2048] * 4), (2048,), 512),
-    "encoder": (lambda: nn.Sequential(Block(256, 4, 1024), Mean(), *mlp(256, 10)), (64, 256), 16),
+    "encoder": (lambda: nn.Sequential(Block(256, 4), Mean(), *mlp(256, 10)), (64, 256), 16),
+    "gpt2": (lambda: nn.Sequential(Block(768, 12, True), Mean(), *mlp(768, 10)), (256, 768), 4),
     "residual": (lambda: residual(128), (128, 16, 16), 32),
     "mlp-64": (lambda: mlp(*[64] * 4), (64,), 512),
 }

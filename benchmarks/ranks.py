@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial, wraps
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,14 +28,12 @@ from torch.utils._pytree import tree_leaves
 
 import topkast_func as tk
 from benchmarks.networks import Problem, loss_fn, problem
-from benchmarks.protocol import Parameters, Suite
+from benchmarks.protocol import Numbers, Parameters, Suite
 from benchmarks.steps import ENTRIES, OURS, SQUARE, USUAL, arms, training
 from topkast_func.distributed import checksums
 from topkast_func.distributed.parallel import DataParallel
 from topkast_func.storage.compact import CompactWeights
 from topkast_func.training import owned, refresh
-
-Numbers: TypeAlias = dict[str, float]
 
 NETWORK, COUNTS = "mlp-1024", (2, 4)
 DDP, FSDP, OWNERS = "DDP", "FSDP2", "topkast owners"
@@ -175,7 +173,7 @@ def _seconds(own: Rank, folder: str) -> Numbers:
     found = {part: statistics.median(seconds) for part, seconds in took.items() if seconds}
     if "refresh" in found:
         found["refresh"] -= found["step"]
-    return found | own.save(folder)
+    return {**found, **own.save(folder)}
 
 
 def _timing(spent: dict[str, float], part: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,6 +30,7 @@ NETWORKS = {
     "mlp-1024": "1024, four layers, batch 256",
     "mlp-2048": "2048, three layers, batch 512",
     "encoder": "transformer block, 16 × 64 tokens of 256",
+    "gpt2": "block of GPT-2, 4 × 256 tokens of 768",
     "residual": "residual block, 32 images of 16 × 16 × 128",
 }
 SMALLEST, IMAGES, BATCHES = "mlp-784", "residual", (32, 512)

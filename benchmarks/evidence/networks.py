@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.characters = nn.Embedding(ALPHABET, width)
         self.places = nn.Parameter(0.02 * torch.randn(LONGEST, width))
-        blocks = (Block(width, HEADS, 4 * width, causal=True) for _ in range(layers))
+        blocks = (Block(width, HEADS, causal=True) for _ in range(layers))
         self.blocks = nn.Sequential(*blocks)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, ALPHABET)
         nn.init.normal_(self.characters.weight, std=0.02)
