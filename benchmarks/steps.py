@@ -30,7 +30,6 @@ NETWORKS = {
     "mlp-1024": "1024, four layers, batch 256",
     "mlp-2048": "2048, three layers, batch 512",
     "encoder": "transformer block, 16 × 64 tokens of 256",
-    "gpt2": "block of GPT-2, 4 × 256 tokens of 768",
     "residual": "residual block, 32 images of 16 × 16 × 128",
 }
 SMALLEST, IMAGES, BATCHES = "mlp-784", "residual", (32, 512)
@@ -195,5 +194,6 @@ _fused = partial(arms, optimizer="adamw")
 _LOOPS = {n: _fused(DENSE[:2], network=n) | _fused([LOOP], PAIRS[1:4], network=n) for n in NETWORKS}
 LOOPS = Suite("loops", _LOOPS, _prepare)
 _half, _OURS = partial(arms, dtype="bfloat16"), ([OURS], PAIRS[1:4], [ENTRIES, SQUARE])
-_HALVES = {n: _half(DENSE, network=n) | _half(*_OURS, network=n) for n in [*NETWORKS][1:4]}
+_LARGER = ("mlp-1024", "mlp-2048", "encoder", "gpt2")
+_HALVES = {n: _half(DENSE, network=n) | _half(*_OURS, network=n) for n in _LARGER}
 HALVES = Suite("halves", _HALVES, _prepare)
