@@ -74,7 +74,7 @@ def test_the_tensors_are_those_of_csr_and_the_file_is_smaller_than_dense(tmp_pat
     sparse, plain, state = made(perceptron(), tk.TopKastConfig(0.8))
     tensors = sparse.state_dict()
     assert [*tensors] == [
-        "0.values", "0.crow_indices", "0.col_indices", "0.bias",
+        "0.values", "0.bias", "0.crow_indices", "0.col_indices",
         "2.values", "2.crow_indices", "2.col_indices",
     ]  # fmt: skip
     parts = [tensors[f"0.{name}"] for name in ("crow_indices", "col_indices", "values")]
@@ -251,7 +251,7 @@ def test_a_bias_that_does_not_fit_is_named_at_the_start_and_later(
         tk.SparseLinear(weight, bias)
     layer = tk.SparseLinear(weight, torch.zeros(4))
     if isinstance(bias, Tensor):
-        layer.bias = bias
+        layer.bias = nn.Parameter(bias, requires_grad=False)
         for batch in (1, 8, 64):
             with pytest.raises(error, match=message):
                 layer(torch.ones(batch, 4))
@@ -267,6 +267,47 @@ def test_indices_of_another_dtype_are_named(names: list[str]) -> None:
     for batch in (1, 4, 8, 64):
         with pytest.raises(TypeError, match="crow_indices and col_indices must be int32, got"):
             layer(torch.ones(batch, 4))
+
+
+@pytest.mark.parametrize("batch", [3, 10, 64])
+@pytest.mark.parametrize("assign", [True, False])
+def test_indices_are_looked_at_in_inference_mode_too(batch: int, assign: bool) -> None:
+    weight, x = torch.randn(32, 32) * (torch.rand(32, 32) < 0.2), torch.randn(batch, 32)
+    with torch.inference_mode():
+        layer = tk.SparseLinear(weight.to_sparse_csr())
+        assert_close(layer(x), x @ weight.T)
+        state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        layer.load_state_dict(state, assign=assign)
+        assert_close(layer(x), x @ weight.T)
+        state["col_indices"] += 1000
+        layer.load_state_dict(state, assign=assign)
+        with pytest.raises(RuntimeError, match="col_indices"):
+            layer(x)
+        layer.col_indices.copy_(layer.col_indices - 1000)
+        assert_close(layer(x), x @ weight.T)
+        layer.col_indices.add_(10**9)
+        with pytest.raises(RuntimeError, match="col_indices"):
+            layer(x)
+
+
+@pytest.mark.parametrize("members", [1, 3, 4])
+@pytest.mark.parametrize("batch", [1, 8, 20])
+@pytest.mark.parametrize("dims", [(0, 0, 0), (1, 0, None), (0, None, 0), (1, None, None)], ids=str)
+def test_values_are_mapped_as_one_by_one(
+    members: int, batch: int, dims: tuple[int, int | None, int | None]
+) -> None:
+    layer = tk.SparseLinear(torch.eye(4).to_sparse_csr(), torch.zeros(4))
+    drawn = (torch.randn(members, *shape) for shape in ((4,), (batch, 4), (4,)))
+    given = [t[0] if d is None else t.movedim(0, d) for t, d in zip(drawn, dims, strict=True)]
+
+    def run(values: Tensor, x: Tensor, bias: Tensor) -> Any:
+        return functional_call(layer, {"values": values, "bias": bias}, (x,))
+
+    singles = [
+        run(*(t if d is None else t.select(d, i) for t, d in zip(given, dims, strict=True)))
+        for i in range(members)
+    ]
+    assert_close(torch.vmap(run, dims)(*given), torch.stack(singles))
 
 
 @small
@@ -338,9 +379,9 @@ def test_all_else_of_a_model_stays_and_the_model_itself_too(
     names = {name for name, part in sparse.named_modules() if isinstance(part, tk.SparseLinear)}
     parts = ["linear1", "linear2", *(f"self_attn.{key}_proj" for key in ("q", "k", "v", "out"))]
     linears = {f"layers.layers.{i}.{part}" for i in (0, 1) for part in parts}
-    assert names == linears | {"shared", "words.shared"}
+    assert names == linears | {"shared", "head"}
     assert sparse.shared is sparse.again
-    assert sparse.words.shared is sparse.head  # type: ignore[union-attr]
+    assert sparse.words.values is sparse.head.values
     assert not sparse.training
     words = torch.randint(0, 40, (3, 6))
     with torch.no_grad():
@@ -505,7 +546,7 @@ def test_the_model_of_an_ordinary_loop_needs_no_state(plain: bool) -> None:
 @small
 def test_values_that_do_not_go_with_the_indices_are_refused() -> None:
     layer = tk.SparseLinear(torch.eye(6).to_sparse_csr())
-    layer.values = layer.values[:3].clone()
+    layer.values = nn.Parameter(layer.values[:3].clone())
     with pytest.raises(ValueError, match="3 values do not go with 6 col_indices"):
         layer(torch.ones(2, 6))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +18,7 @@ from tests.inferred import layers, made, small
 from topkast_func.inference.attention import SparseAttention
 from topkast_func.inference.embedding import SparseEmbedding
 from topkast_func.inference.stored import Stored
+from topkast_func.kernels.inference import dense_matrix
 
 WIDTH = 32
 
@@ -121,6 +123,75 @@ def test_masks_of_integers_are_refused_as_by_torch(name: str, need_weights: bool
             layer(x, x, x, need_weights=need_weights, **{name: mask.long()})
 
 
+def _trained(model: nn.Module, config: tk.TopKastConfig) -> Any:
+    def loss(apply: Any, inputs: Any) -> Tensor:
+        return apply(*inputs)[0].square().mean()
+
+    state, optimizer = tk.init_state(model, config, tk.sgd(0.1)), tk.sgd(0.1)
+    step = tk.make_train_step(model, loss, config, optimizer, compile=False)
+    return lambda *inputs: step(state, inputs)
+
+
+def _sparsified(model: nn.Module, config: tk.TopKastConfig) -> Any:
+    tk.sparsify(model, config)
+    return model
+
+
+def _for_inference(model: nn.Module, config: tk.TopKastConfig) -> Any:
+    return made(model, config)[0]
+
+
+WAYS = {"step": _trained, "loop": _sparsified, "inference": _for_inference}
+OF_SAMPLES = {
+    "samples for heads": ("attn_mask", (4, 7, 7)),
+    "one line": ("attn_mask", (1, 7)),
+    "one column": ("attn_mask", (7, 1)),
+    "one sample": ("key_padding_mask", (1, 7)),
+    "one key": ("key_padding_mask", (4, 1)),
+    "a key too many": ("key_padding_mask", (4, 8)),
+}
+
+
+@small
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("name", "shape"), OF_SAMPLES.values(), ids=OF_SAMPLES.keys())
+def test_masks_that_do_not_fit_are_refused_as_by_torch(
+    way: str, name: str, shape: tuple[int, ...]
+) -> None:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    model = Attention({"need_weights": False, name: mask}, batch_first=True)
+    x = torch.randn(4, 7, WIDTH)
+    with pytest.raises((RuntimeError, AssertionError), match="shape"):
+        model(x, x, x)
+    run = WAYS[way](model, tk.TopKastConfig(0.9))
+    with pytest.raises((RuntimeError, AssertionError, ValueError), match="shape"):
+        run(x, x, x)
+
+
+@small
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_inputs_of_attention_that_do_not_go_together_are_refused(batch_first: bool) -> None:
+    sparse, plain, _ = made(Attention({"need_weights": False}, batch_first=batch_first))
+    x, longer, one = (torch.randn(*s, WIDTH) for s in ((4, 7), (4, 9), (1, 7)))
+    for inputs in ((x, x, longer), (x, one, one), (x, x[0], x[0])):
+        turned = [t if batch_first or t.dim() == 2 else t.transpose(0, 1) for t in inputs]
+        with pytest.raises((RuntimeError, AssertionError)):
+            plain(*turned)
+        with pytest.raises(ValueError, match="query, key and value are of shapes"):
+            sparse(*turned)
+
+
+@small
+def test_what_is_asked_of_the_output_projection_is_left_out_as_by_torch() -> None:
+    """It reads the weight of that, and calls neither it nor its hooks."""
+    model = Attention({"need_weights": False}, batch_first=True)
+    model.attention.out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    sparse, plain, _ = made(model, tk.TopKastConfig(0.9, keep_dense="*out_proj*"))
+    (x,) = sequences(7)
+    with torch.no_grad():
+        assert_close(sparse(x, x, x), plain(x, x, x))
+
+
 @small
 def test_projections_of_which_some_are_dense() -> None:
     for keep, count in (("*in_proj*", 1), ("*out_proj*", 3)):
@@ -163,7 +234,8 @@ def test_transformers_of_torch() -> None:
 def test_tied_embeddings_look_up_what_the_output_layer_stores(block: tuple[int, int]) -> None:
     sparse, plain, state = made(Language(), tk.TopKastConfig(0.8, block_shape=block))
     assert isinstance(sparse.words, SparseEmbedding)
-    assert sparse.words.shared is sparse.head
+    for name in ("values", "crow_indices", "col_indices"):
+        assert getattr(sparse.words, name) is getattr(sparse.head, name)
     assert len(layers(sparse)) == 2
     words = torch.randint(0, 40, (3, 9))
     with torch.no_grad():
@@ -173,7 +245,39 @@ def test_tied_embeddings_look_up_what_the_output_layer_stores(block: tuple[int, 
         assert sparse.words(words[:0]).shape == (0, 9, WIDTH)
     assert torch.equal(sparse.words.weight, tk.forward_params(state)["words.weight"])
     converted = sparse.double()
-    assert converted.words.shared.values is converted.head.values  # type: ignore[union-attr]
+    assert converted.words.values is converted.head.values
+
+
+@small
+@pytest.mark.parametrize("block", [(1, 1), (4, 8)])
+def test_tied_embeddings_are_differentiated_where_they_look_up_too(block: tuple[int, int]) -> None:
+    sparse, plain, _ = made(Language().double(), tk.TopKastConfig(0.8, block_shape=block))
+    words, head = torch.randint(0, 40, (3, 9)), sparse.get_submodule("head")
+    alpha, values = plain.get_parameter("words.weight").detach(), head.get_parameter("values")
+
+    def loss(values: Tensor) -> Tensor:
+        y: Tensor = functional_call(sparse, {"head.values": values}, (words,))
+        assert sparse.get_parameter("words.values") is head.get_parameter("values")
+        return y.square().mean()
+
+    def dense_loss(alpha: Tensor) -> Tensor:
+        given = {"words.weight": alpha, "head.weight": alpha}
+        y: Tensor = functional_call(plain, given, (words,))
+        return y.square().mean()
+
+    numbered = torch.arange(1, values.numel() + 1).view_as(values).double()
+    index = head.get_buffer("crow_indices"), head.get_buffer("col_indices")
+    places = dense_matrix(numbered, *index, (40, WIDTH)).long()
+    expected = grad(dense_loss)(alpha)[places > 0]
+    compiled = torch.compile(grad(loss), backend="aot_eager")
+    for found in (grad(loss)(values.detach()), compiled(values.detach())):
+        assert_close(found.flatten()[places[places > 0] - 1], expected)
+    moved, gradient = torch.randn_like(values), grad(loss)(values.detach())
+    assert_close(jvp(loss, (values.detach(),), (moved,))[1], (gradient * moved).sum())
+    assert head.get_parameter("values") is values
+    by_hand = values.detach().clone().requires_grad_()
+    loss(by_hand).backward()  # type: ignore[no-untyped-call]
+    assert_close(by_hand.grad, gradient)
 
 
 @small
@@ -335,6 +439,54 @@ def test_a_parametrised_bias_is_kept() -> None:
     module, plain, _ = made(model)
     x = torch.randn(3, WIDTH, 5, 5)
     assert_close(module(x), plain(x))
+
+
+@small
+def test_a_bias_that_is_a_buffer_is_kept() -> None:
+    model = nn.Sequential(nn.Conv1d(8, 8, 1), nn.Flatten(), nn.Linear(24, 8))
+    for layer in (model[0], model[2]):
+        bias = layer.get_parameter("bias").detach()
+        del layer.bias
+        layer.register_buffer("bias", bias)
+    sparse, plain, _ = made(model)
+    assert len(layers(sparse)) == 2
+    x = torch.randn(2, 8, 3)
+    assert_close(sparse(x), plain(x))
+
+
+class Listed(nn.Module):
+    """Calls its layers out of a list, or a dictionary, that torch does not know of."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.steps: Any = [self.first] if kind is list else {"first": (self.first,)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        (first,) = self.steps if isinstance(self.steps, list) else self.steps["first"]
+        y: Tensor = self.last(first(x))
+        return y
+
+
+@small
+@pytest.mark.parametrize("kind", [list, dict])
+def test_a_layer_that_a_list_holds_too_stays_the_one_that_is_called(kind: type) -> None:
+    one, other = (made(Listed(kind), tk.TopKastConfig(0.9))[0] for _ in range(2))
+    assert type(one.first) is nn.Linear
+    assert type(one.last) is tk.SparseLinear
+    x = torch.randn(3, WIDTH)
+    first = other.get_submodule("first")
+    one.get_submodule("first").load_state_dict(first.state_dict())
+    assert_close(one(x), one.get_submodule("last")(first(x)))
+    assert one.double()(x.double()).dtype == torch.float64
+
+
+@small
+def test_a_model_may_ask_its_parameters_where_it_is() -> None:
+    sparse, *_ = made(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+    assert len(layers(sparse)) == 2
+    assert next(sparse.double().parameters()).dtype == torch.float64
+    assert not any(parameter.requires_grad for parameter in sparse.parameters())
 
 
 def test_a_module_without_values_is_named() -> None:

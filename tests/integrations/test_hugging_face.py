@@ -263,6 +263,25 @@ def test_a_plain_model_that_is_to_go_on_where_a_sparse_one_was_is_told_how(tmp_p
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_a_run_is_resumed_under_the_name_that_it_had(tmp_path: Path) -> None:
+    model = bert()
+    saving: Any = {"save_strategy": "steps", "save_steps": 2}
+    callback = TopKastCallback(tk.sparsify(model, CONFIG), name="a")
+    trainer_of(model, tmp_path, callback, **saving).train()
+    again = bert()
+    trainer = trainer_of(again, tmp_path, TopKastCallback(tk.sparsify(again, CONFIG)))
+    with pytest.raises(ValueError, match=r"has \['topkast_func.Sparsifier.a'\] of callbacks"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_sparsifier_has_one_callback(tmp_path: Path) -> None:
+    model = bert()
+    sparsifier = tk.sparsify(model, CONFIG)
+    callbacks = [TopKastCallback(sparsifier, name=name) for name in ("a", "b")]
+    with pytest.raises(ValueError, match="two callbacks have one sparsifier"):
+        trainer_of(model, tmp_path, *callbacks).train()
+
+
 def test_what_is_no_sparsifier_is_refused() -> None:
     wrong: Any = bert()
     with pytest.raises(TypeError, match=r"tk\.sparsify\(model, config\) returns, got BertFor"):

@@ -3,13 +3,14 @@
 import copy
 import logging
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -377,6 +378,200 @@ def test_a_step_of_a_module_reads_alpha(whole: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(moved, torch.where(masks.backward, -0.1 * gradient, 0.0))
     assert moved[masks.backward & ~masks.forward].any()
     assert "training_step" not in vars(module)
+
+
+class Watched(Classifier):
+    """Has a validation loss."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.training_step(batch)
+
+
+ONCE: dict[str, Any] = {"max_epochs": 1, "gradient_clip_val": None, "accumulate_grad_batches": 1}
+
+
+def test_a_copy_that_is_made_meanwhile_steps_by_itself(tmp_path: Path) -> None:
+    """That of a callback which averages, or teaches, say."""
+    batch, found = next(iter(loader())), []
+
+    class Copying(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            copied = copy.deepcopy(pl_module)
+            with torch.no_grad():
+                for parameter in copied.parameters():
+                    parameter.zero_()
+                found.extend([copied.validation_step(batch), pl_module.validation_step(batch)])
+
+    module = Watched()
+    callback = TopKastCallback(tk.sparsify(module, CONFIG))
+    trainer_of(tmp_path, Copying(), callback, **ONCE).fit(module, loader(), loader())
+    of_copy, own = found
+    even = torch.tensor(3.0).log().double()  # of three classes, by weights that are zero
+    torch.testing.assert_close(of_copy, even)
+    assert (own - even).abs() > 1e-3
+
+
+class Failing(Watched):
+    """Raises between what is before the step of an optimiser, and that."""
+
+    broken: int | None = 3
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.trainer.global_step == self.broken:
+            raise ArithmeticError("lost")
+
+
+def test_an_exception_leaves_the_module_as_it_was_and_the_next_run_counts(tmp_path: Path) -> None:
+    module = Failing()
+    sparsifier = tk.sparsify(module, CONFIG)
+    callback = TopKastCallback(sparsifier)
+    with pytest.raises(ArithmeticError):
+        trainer_of(tmp_path, callback, **ONCE).fit(module, loader(), loader())
+    assert not {"training_step", "validation_step"} & vars(module).keys()
+    assert not module._load_state_dict_pre_hooks
+    module.broken, before = None, sparsifier.steps
+    options = {**ONCE, "accumulate_grad_batches": 2}
+    trainer_of(tmp_path, callback, **options).fit(module, loader(), loader())
+    assert sparsifier.steps == before + 5
+
+
+class Choosy(Classifier):
+    """Leaves batches out."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Any:  # type: ignore[override]
+        return super().training_step(batch) if number < 5 else None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step.* returned .None.")
+def test_a_batch_that_is_left_out_is_no_step(tmp_path: Path) -> None:
+    module, seen = Choosy(), []
+
+    class Watching(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            seen.append(pl_module.body[0].weight.detach().clone())
+
+    sparsifier = tk.sparsify(module, CONFIG)
+    callback = TopKastCallback(sparsifier, densify_at_end=False)
+    trainer_of(tmp_path, callback, Watching(), **ONCE).fit(module, loader())
+    assert sparsifier.steps == 5
+    assert not torch.equal(seen[3], seen[4])
+    assert torch.equal(seen[4], seen[-1])
+
+
+class Toggling(LightningModule):
+    """Two sparse networks against each other, the one stepped twice in a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.maker, self.judge = nn.Linear(12, 12), nn.Linear(12, 8)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        optimizers: Any = self.optimizers()
+        of_judge, of_maker = optimizers
+        for optimizer, sign in ((of_judge, -1), (of_judge, -1), (of_maker, 1)):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(sign * torch.tanh(self.judge(self.maker(batch[0]))).mean())
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.judge, self.maker)]
+
+
+def test_a_refresh_sees_weights_that_are_frozen_for_the_moment(tmp_path: Path) -> None:
+    module = Toggling().double()
+    config = tk.TopKastConfig(0.8, 0.5, refresh_every=1, method=tk.random_backward())
+    sparsifier = tk.sparsify(module, config)
+    chosen: list[dict[str, tk.Masks]] = []
+    count = sparsifier.step
+
+    def step() -> bool:
+        due = count()
+        chosen.append(sparsifier.masks())
+        return due
+
+    vars(sparsifier)["step"] = step
+    trainer_of(tmp_path, TopKastCallback(sparsifier), **ONCE).fit(module, loader())
+    assert len(chosen) == 20
+    for before, after in pairwise(chosen):
+        for name in ("maker.weight", "judge.weight"):
+            assert not torch.equal(before[name].backward, after[name].backward)
+
+
+class HeadApart(Adversaries):
+    """The dense part steps more often than the sparse one, and first."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> None:
+        super().training_step(batch, 1)
+        if number % 3 == 2:
+            super().training_step(batch, 0)
+
+
+def test_steps_of_a_dense_part_are_not_counted(tmp_path: Path) -> None:
+    module = HeadApart().double()
+    config = tk.TopKastConfig(0.8, 0.5, refresh_every=2, keep_dense="dense.*")
+    sparsifier = tk.sparsify(module, config)
+    trainer_of(tmp_path, TopKastCallback(sparsifier), **ONCE).fit(module, loader())
+    assert sparsifier.steps == 3
+
+
+class Saving(Callback):
+    """Saves after the third step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_is_the_same_whoever_is_first_at_the_end_of_a_batch(tmp_path: Path) -> None:
+    """That of before the callback of a refresh, too, and what is saved in between the same."""
+    module = classifier()
+    sparsifier = tk.sparsify(module, CONFIG)
+    start = sparsifier.masks()
+    callback = TopKastCallback(sparsifier)
+    first, last = (Saving(tmp_path / name) for name in ("first", "last"))
+    trainer_of(tmp_path, first, callback, last, **ONCE).fit(module, loader())
+    assert sparsifier.steps == 10
+    early, late = (torch.load(saving.path, weights_only=True) for saving in (first, last))
+    ((key, record),) = late["callbacks"].items()
+    assert early["callbacks"] == {key: record}
+    assert record["steps"] == 3
+    for name, tensor in late["state_dict"].items():
+        assert torch.equal(early["state_dict"][name], tensor)
+    sets = unpacked(
+        late["state_dict"]["body.0.weight_sets"][0], module.get_parameter("body.0.weight").shape
+    )
+    assert not torch.equal(sets, start["body.0.weight"].forward)
+
+
+class Decorated(Classifier):
+    """Its validation is decorated, and takes the batch alone."""
+
+    @torch.no_grad()
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self(batch[0]).sum()
+
+
+def test_a_decorated_step_takes_what_it_took(tmp_path: Path) -> None:
+    module = Decorated()
+    callback = TopKastCallback(tk.sparsify(module, CONFIG))
+    trainer_of(tmp_path, callback, **ONCE).fit(module, loader(), loader())
+
+
+def test_a_sparsifier_has_one_callback(tmp_path: Path) -> None:
+    module = classifier()
+    sparsifier = tk.sparsify(module, CONFIG)
+    callbacks = [TopKastCallback(sparsifier, name=name) for name in ("a", "b")]
+    with pytest.raises(ValueError, match="two callbacks have one sparsifier"):
+        trainer_of(tmp_path, *callbacks).fit(module, loader())
 
 
 # --- bad input -----------------------------------------------------------------------------

@@ -155,19 +155,20 @@ class Sparsifier(Fixed):
                 `torch.amp.GradScaler` say.
 
         Returns:
-            Whether the optimiser has parameters of the module, so that its step is to be counted.
+            Whether the optimiser has sparse weights that are trained, or other parameters of the
+            module where there are none, so that its step is to be counted.
 
         Raises:
             TypeError: It is no optimiser, or ``scale`` no number.
             ValueError: ``scale`` is negative, NaN or infinite.
         """
         held, scale = held_by(optimizer), check_number("scale", scale, 0.0)
-        own = parameters_of(self._owners()).values()
-        raw = [p for p in own if p.requires_grad and id(p) in held]
+        trained = [p for p in parameters_of(self._owners()).values() if p.requires_grad]
+        raw = [p for p in trained if id(p) in held]
         penalty = scale * self.penalty()
         if raw and penalty.requires_grad:
             torch.autograd.backward(penalty, inputs=raw)
-        return not held.isdisjoint(map(id, self.model.parameters()))
+        return not held.isdisjoint(map(id, trained or self.model.parameters()))
 
     def dense_params(self) -> Tensors:
         """Return copies of θ of all parameters by name, that of powerpropagation too."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from topkast_func.model.attention import mixed
+from topkast_func.model.attention import mask_problem, mixed
 
 
 class SparseAttention(nn.Module):
@@ -67,7 +67,8 @@ class SparseAttention(nn.Module):
 
         Raises:
             TypeError: A mask is of integers.
-            ValueError: ``is_causal`` without an ``attn_mask``.
+            ValueError: ``is_causal`` without an ``attn_mask``, or inputs and masks whose shapes do
+                not go together.
         """
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
         for name, mask in masks.items():
@@ -76,12 +77,19 @@ class SparseAttention(nn.Module):
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says what attn_mask is: give that too")
         alone, lengths = query.dim() == 2, self.batch_first
+        shapes = [(*x.shape[:-1],) for x in (query, key, value)]
+        sizes = [(1, *shape) if alone else shape if lengths else shape[::-1] for shape in shapes]
+        (batch, *length), (of_keys, *keys), _ = sizes
+        if {*map(len, sizes)} != {2} or batch != of_keys or sizes[1] != sizes[2]:
+            raise ValueError(f"query, key and value are of shapes {shapes}, but for their features")
         parts = []
         for x, project in ((query, self.q_proj), (key, self.k_proj), (value, self.v_proj)):
             x = x[None] if alone else x if lengths else x.transpose(0, 1)
             parts.append(project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
         padding = key_padding_mask
         padding = padding[None] if alone and padding is not None else padding
+        if problem := mask_problem(attn_mask, padding, (batch, self.num_heads, *length, *keys)):
+            raise ValueError(problem)
         joined, weights = mixed(self, parts, attn_mask, padding, is_causal, need_weights)
         y = self.out_proj(joined)
         y = y[0] if alone else y if lengths else y.transpose(0, 1)

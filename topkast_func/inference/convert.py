@@ -4,9 +4,10 @@ import copy
 from collections.abc import Iterable
 from functools import partial
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from topkast_func.checks import check_count
 from topkast_func.facade.derived import same
@@ -40,10 +41,10 @@ def sparse_module(
     `torch.nn.MultiheadAttention`, one each for queries, keys, values and the output, and
     convolutions of one pixel. An output layer that is tied to embeddings stays one with them, and
     they look up in its stored entries. All else is as in the model: layers of a class of one's own,
-    with hooks or with a forward pass of their own too; but `torch.nn.TransformerEncoder` leaves
-    torch's fast path, on which it returns 0 wherever a padding mask hides the input. It has no
-    parameter that requires a gradient. `torch.compile` and `torch.export` take it; what was
-    exported needs ``import topkast_func`` before it is loaded.
+    with hooks or a forward pass of their own, or that a plain list or dictionary holds as well; but
+    `torch.nn.TransformerEncoder` leaves torch's fast path, on which it returns 0 wherever a padding
+    mask hides the input. It has no parameter that requires a gradient. `torch.compile` and
+    `torch.export` take it; what was exported needs ``import topkast_func`` before it is loaded.
 
     ``sparse_module(model)`` takes the model of an ordinary loop: one that `sparsify` has made
     sparse, or one that is plain again, from `densify` or from a file. Entries that are zero are
@@ -123,10 +124,13 @@ def _of_module(model: nn.Module, batch: int) -> tuple[nn.Module, Stored]:
 
 def _converted(plain: nn.Module, stored: Stored) -> nn.Module:
     names = {id(parameter): name for name, parameter in plain.named_parameters()}
+    apart = _held_apart(plain)
     for layer in filter(SparsePointwise.fits, [*plain.modules()]):
         weight = layer._parameters.get("weight")
-        linear = stored.linear(names.get(id(weight)), layer._parameters["bias"])
-        if linear is not None and not _others(plain, layer, [weight]):
+        bias: Any = layer.bias
+        linear = stored.linear(names.get(id(weight)), bias)
+        alone = layer not in apart and not _others(plain, layer, [weight])
+        if linear is not None and alone:
             plain = _replaced(plain, layer, SparsePointwise(layer, linear))
     for part in stand_ins(plain):
         conv1d = (type(part.layer),) if isinstance(part, TransposedStandIn) else ()
@@ -135,6 +139,8 @@ def _converted(plain: nn.Module, stored: Stored) -> nn.Module:
         own = [plain.get_parameter(product.name) for product in part.products]
         lookups = _others(plain, part.layer, own)
         if not all(SparseEmbedding.fits(module) and type(part) is StandIn for module in lookups):
+            continue
+        if not apart.isdisjoint([part.layer, *lookups]):
             continue
         if isinstance(part, AttentionStandIn):
             by = _attention(part, stored)
@@ -160,6 +166,12 @@ def _others(
     ]
 
 
+def _held_apart(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that others hold in lists or attributes which torch does not know of."""
+    kept = ({**vars(module), "_modules": None} for module in model.modules())
+    return {leaf for leaf in tree_leaves(list(kept)) if isinstance(leaf, nn.Module)}
+
+
 def _attention(part: StandIn, stored: Stored) -> nn.Module | None:
     """Return an attention whose projections are sparse where that pays; None where none is."""
     layer, (packed, out) = part.layer, (product.name for product in part.products)
@@ -173,7 +185,8 @@ def _attention(part: StandIn, stored: Stored) -> nn.Module | None:
     projections = [
         by or _dense(weight, bias) for by, weight, bias in zip(found, weights, biases, strict=True)
     ]
-    return SparseAttention(layer, [*projections, found_out or layer.out_proj])
+    last = found_out or _dense(layer.out_proj.weight, layer.out_proj.bias)
+    return SparseAttention(layer, [*projections, last])
 
 
 def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from topkast_func.inference.linear import SparseLinear
 from topkast_func.inference.replaceable import replaceable
+from topkast_func.kernels.inference import dense_matrix
 from topkast_func.kernels.lookup import lookup
 
 
@@ -12,15 +13,23 @@ class SparseEmbedding(nn.Module):
     """An embedding whose weight is that of a linear layer, as in language models.
 
     Args:
-        shared: The layer, which both have as a part: its tensors are there once.
+        layer: The layer, whose tensors it has as well, as tied layers have.
 
     Attributes:
-        shared: The same.
+        values: See `SparseLinear`.
+        crow_indices: The same.
+        col_indices: The same.
     """
 
-    def __init__(self, shared: SparseLinear) -> None:
+    crow_indices: Tensor
+    col_indices: Tensor
+
+    def __init__(self, layer: SparseLinear) -> None:
         super().__init__()
-        self.shared = shared
+        self.num_embeddings, self.embedding_dim = layer.out_features, layer.in_features
+        self.values = layer.values
+        self.register_buffer("crow_indices", layer.crow_indices)
+        self.register_buffer("col_indices", layer.col_indices)
 
     @staticmethod
     def fits(layer: nn.Module) -> bool:
@@ -34,7 +43,8 @@ class SparseEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight, dense, [num_embeddings, embedding_dim]."""
-        return self.shared.weight
+        shape = (self.num_embeddings, self.embedding_dim)
+        return dense_matrix(self.values, self.crow_indices, self.col_indices, shape)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what `torch.nn.Embedding` returns.
@@ -51,7 +61,6 @@ class SparseEmbedding(nn.Module):
         """
         if input.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"indices must be int64 or int32, got {input.dtype}")
-        of = self.shared
-        index = of.crow_indices, of.col_indices
-        found: Tensor = lookup(input.flatten(), of.values, *index, of.in_features)
-        return found.view(*input.shape, of.in_features)
+        index = self.crow_indices, self.col_indices
+        found: Tensor = lookup(input.flatten(), self.values, *index, self.embedding_dim)
+        return found.view(*input.shape, self.embedding_dim)

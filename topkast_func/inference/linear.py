@@ -12,7 +12,7 @@ MADE_BY = "tk.sparse_module makes such layers, and tk.to_sparse such matrices"
 
 
 class SparseLinear(nn.Module):
-    """A linear layer for inference, whose weight is stored as CSR or BSR, in three plain tensors.
+    """A linear layer for inference, whose weight is stored as CSR or BSR, in three dense tensors.
 
     They are those of `torch.sparse_csr_tensor` and `torch.sparse_bsr_tensor`, so that
     ``torch.sparse_csr_tensor(layer.crow_indices, layer.col_indices, layer.values)`` is the weight;
@@ -24,10 +24,10 @@ class SparseLinear(nn.Module):
         bias: [out_features], or None.
 
     Attributes:
-        values: Stored values, [stored], or [blocks, r, c].
+        values: Stored values, [stored], or [blocks, r, c], a parameter without a gradient.
         crow_indices: Where each row (of blocks) starts, int32, [rows + 1].
         col_indices: Column (of blocks) of each, int32, [stored].
-        bias: [out_features], or None.
+        bias: [out_features], the same, or None.
         in_features: Columns of the weight.
         out_features: Rows of the weight.
 
@@ -36,23 +36,23 @@ class SparseLinear(nn.Module):
         ValueError: The bias is of another size than the weight.
     """
 
-    values: Tensor
     crow_indices: Tensor
     col_indices: Tensor
-    bias: Tensor | None
 
+    @torch.inference_mode(False)
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         if not isinstance(weight, Tensor) or weight.layout not in LAYOUTS or weight.ndim != 2:
             kind = (weight.layout, weight.ndim) if isinstance(weight, Tensor) else type(weight)
             raise TypeError(f"weight must be a matrix of layout CSR or BSR, got {kind}: {MADE_BY}")
         self.out_features, self.in_features = weight.shape
-        self.register_buffer("values", weight.values().detach().clone())
-        self.register_buffer("crow_indices", weight.crow_indices().int())
-        self.register_buffer("col_indices", weight.col_indices().int())
+        index = {"crow_indices": weight.crow_indices(), "col_indices": weight.col_indices()}
+        for name, numbers in index.items():
+            self.register_buffer(name, numbers.to(torch.int32, copy=True))
+        self.values = _fixed(weight.values())
         if bias is not None:
             check_bias(bias, self.values, self.out_features)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.bias = None if bias is None else _fixed(bias)
 
     @property
     def weight(self) -> Tensor:
@@ -96,3 +96,7 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, density={density:.1%}"
         )
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone(), requires_grad=False)

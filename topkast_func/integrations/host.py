@@ -61,6 +61,11 @@ class Hosted:
                 "the optimizer holds none of the sparse weights: build it from model.parameters()"
             )
 
+    def _check_alone(self, others: Iterable[object]) -> None:
+        """Refuse a sparsifier that another callback of the training has."""
+        if any(self is not o and self.sparsifier is getattr(o, "sparsifier", None) for o in others):
+            raise ValueError("two callbacks have one sparsifier: it would count each step twice")
+
     def _end(self) -> None:
         """Leave a plain model, unless it is plain or to be trained on."""
         if self.densify_at_end and self.sparsifier.config.method.sparsifies:

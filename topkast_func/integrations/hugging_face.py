@@ -18,6 +18,11 @@ RECORD = "topkast_func.Sparsifier"
 NAMES = "give each a name of its own, as in TopKastCallback(sparsifier, name='encoder')"
 """The way on."""
 
+UNKNOWN = (
+    "the checkpoint has {} of callbacks, and no {!r}: give the callback the name that it had when "
+    "the checkpoint was written"
+)
+
 
 class TopKastCallback(Hosted, TrainerCallback):
     """Lets `transformers.Trainer` train a model that `sparsify` has made sparse.
@@ -69,6 +74,10 @@ class TopKastCallback(Hosted, TrainerCallback):
         others: dict[str, TopKastCallback] = vars(state).setdefault(RECORD, {})
         if others.setdefault(self._record, self) is not self:
             raise ValueError(f"two callbacks have the name {self.name!r}: {NAMES}")
+        self._check_alone(others.values())
+        kept = [name for name in records if name.startswith(RECORD)]
+        if kept and self._record not in kept:
+            raise ValueError(UNKNOWN.format(kept, self._record))
         self._begin(given["model"], [given["optimizer"]], resumed=self._record in records)
         if self._record in records:
             self.sparsifier.load_state_dict(records[self._record])

@@ -1,7 +1,9 @@
 """Sparse training by Lightning, an optional extra."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
+from types import MethodType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -44,7 +46,9 @@ class TopKastCallback(Hosted, Callback):
     ``ddp_notebook``, hand α back to a module that stays sparse here: call `densify` after ``fit``.
 
     The gradient of the penalty is added to that of the batches before it is clipped, so that no
-    ``training_step`` has to be changed; the loss that it returns is without the penalty.
+    ``training_step`` has to be changed; the loss that it returns is without the penalty. Within a
+    step of the module ``layer.weight`` reads as α, to the end of it: what clips or clamps weights
+    there, after a step of the optimiser by hand, is to take them from ``parameters()``.
 
     Args:
         sparsifier: What `sparsify` returned.
@@ -68,6 +72,12 @@ class TopKastCallback(Hosted, Callback):
     _loads: RemovableHandle | None = None
     """Turns what is loaded to be evaluated into what a plain module holds."""
 
+    _own: tuple[tuple[str, Any], ...] = ()
+    """The steps that were wrapped, with what the module itself had in their place."""
+
+    _late = False
+    """Whether a checkpoint under way holds the sets of before the last count."""
+
     @property
     def state_key(self) -> str:
         """What a checkpoint calls the callback."""
@@ -76,7 +86,7 @@ class TopKastCallback(Hosted, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let sparse weights that a step of the module reads, or it loads to be plain, be α."""
         plain = [name for name in STEPS if not hasattr(getattr(pl_module, name), WRAPPED)]
-        self._own = {name: vars(pl_module).get(name) for name in plain}
+        self._own = tuple((name, vars(pl_module).get(name)) for name in plain)
         for name in plain:
             setattr(pl_module, name, _forward_pass(getattr(pl_module, name)))
         if stage != "fit":
@@ -89,13 +99,22 @@ class TopKastCallback(Hosted, Callback):
             handle.remove()
         if self._loads is not None:
             self._loads.remove()
-        for name, step in self._own.items():
+        for name, step in self._own:
             delattr(pl_module, name)
             vars(pl_module).update({} if step is None else {name: step})
+        self._noting, self._loads, self._own = (), None, ()
+        self._stepping = self._stepped = ()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Do what `teardown` does, which an exception leaves out."""
+        self.teardown(trainer, pl_module, "")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the sparse module is trained, and note from now on where a step ends."""
         self._begin(pl_module, trainer.optimizers)
+        self._check_alone(trainer.callbacks)  # type: ignore[attr-defined]
         self._noting = tuple(o.register_step_post_hook(self._note) for o in trainer.optimizers)
 
     def on_before_optimizer_step(
@@ -103,12 +122,15 @@ class TopKastCallback(Hosted, Callback):
     ) -> None:
         """Add the gradient of the penalty; who steps twice in a batch is counted twice.
 
-        An optimiser that has its loss computed several times in a step comes here as often.
+        An optimiser that has its loss computed several times in a step comes here as often, and one
+        without a gradient, where the module has left the batch out, makes no step.
         """
-        if optimizer in self._stepped:
-            self.on_train_batch_end()
-        if self.sparsifier.penalize(optimizer):
-            self._stepping = (*self._stepping, optimizer)
+        with _as_trained(pl_module):
+            if optimizer in self._stepped:
+                self.on_train_batch_end()
+            held = (p for group in optimizer.param_groups for p in group["params"])
+            if any(p.grad is not None for p in held) and self.sparsifier.penalize(optimizer):
+                self._stepping = (*self._stepping, optimizer)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Count the step, if one was made, and choose the sets anew where that is due."""
@@ -124,8 +146,22 @@ class TopKastCallback(Hosted, Callback):
         self._stepped = (*self._stepped, optimizer)
 
     def state_dict(self) -> dict[str, float]:
-        """Return what a checkpoint keeps; see `Sparsifier.state_dict`."""
+        """Return what a checkpoint keeps; see `Sparsifier.state_dict`.
+
+        Who saves at the end of a batch before this callback has seen it lets it count the step.
+        """
+        if self._stepping and self._stepped:
+            self.on_train_batch_end()
+            self._late = True
         return self.sparsifier.state_dict()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the sets that go with the count into the checkpoint."""
+        if self._late:
+            checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+        self._late = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a checkpoint was written."""
@@ -142,11 +178,40 @@ def _to_alpha(
         entries[key] = alpha(theta_of(entries[key], exponent), entries.pop(buffer))
 
 
+@contextmanager
+def _as_trained(module: LightningModule) -> Iterator[None]:
+    """Let weights that `toggle_optimizer` has frozen for the moment require a gradient.
+
+    Yields:
+        Nothing.
+    """
+    toggled = [
+        (parameter, parameter.requires_grad, trained)
+        for parameter, trained in getattr(module, "_param_requires_grad_state", {}).items()
+    ]
+    for parameter, _, trained in toggled:
+        parameter.requires_grad = trained
+    try:
+        yield
+    finally:
+        for parameter, now, _ in toggled:
+            parameter.requires_grad = now
+
+
 def _forward_pass(step: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(step)
+    """Wrap a step, bound as it is: `copy.deepcopy` of the module binds that of the copy to it.
+
+    Lightning reads what arguments a step has one level below a decorator, and no deeper.
+
+    Returns:
+        The step.
+    """
+    function = step.__func__ if isinstance(step, MethodType) else step
+
+    @wraps(function)
     def run(*inputs: Any, **options: Any) -> Any:
         with ForwardPass():
-            return step(*inputs, **options)
+            return function(*inputs, **options)
 
-    setattr(run, WRAPPED, True)
-    return run
+    vars(run).update({WRAPPED: True, "__wrapped__": getattr(step, "__wrapped__", step)})
+    return MethodType(run, step.__self__) if isinstance(step, MethodType) else run

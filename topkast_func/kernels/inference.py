@@ -9,7 +9,7 @@ from torch import Tensor
 from topkast_func.checks import check_type
 from topkast_func.kernels.engines import installed
 from topkast_func.kernels.layouts import csr_matrix
-from topkast_func.kernels.library import Gradient, define
+from topkast_func.kernels.library import Gradient, define, one_by_one
 from topkast_func.kernels.pattern import BlockRows, block_of, flat
 from topkast_func.kernels.soundness import check_indices
 from topkast_func.kernels.tiles import pack, unpack
@@ -127,7 +127,7 @@ class _Apply(Gradient):
             if ctx.needs_input_grad[1]:
                 for_x = g @ dense_matrix(values, *index, shape)
             if ctx.needs_input_grad[2]:
-                for_values = gathered(g.t() @ x, _places(values, *index, shape))
+                for_values = gathered(g.t() @ x, places_of(values, *index, shape))
             if ctx.needs_input_grad[5]:
                 for_bias = g.sum(0)
         return None, for_x, for_values, None, None, for_bias, None
@@ -155,16 +155,18 @@ def dense_matrix(values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int
     Returns:
         The matrix.
     """
-    return placed(values, _places(values, rows, columns, shape), shape)
+    return placed(values, places_of(values, rows, columns, shape), shape)
 
 
-def _places(values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return where the values stand in the flat matrix, in their shape."""
+def places_of(values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return where the values of a matrix in CSR or BSR stand in the flat one, in their shape."""
     return flat(BlockRows(rows, columns), block_of(values), shape).view(values.shape)
 
 
 def batched(operator: Any, info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
-    """Batch a product in one call; it is the activations that are batched."""
+    """Batch a product in one call, where the activations alone are batched."""
+    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+        return one_by_one(operator, info, in_dims, *arguments)
     x, *matrix, features = arguments
     x = x.movedim(in_dims[0], 0)
     y = operator(x.flatten(0, 1), *matrix, features)

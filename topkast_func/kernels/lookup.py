@@ -1,13 +1,15 @@
 """Rows of a matrix in CSR or BSR, put together."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from topkast_func.kernels.inference import batched
-from topkast_func.kernels.library import define
+from topkast_func.kernels.inference import batched, places_of
+from topkast_func.kernels.library import Gradient, define
 from topkast_func.kernels.pattern import block_of
 from topkast_func.kernels.soundness import check_indices
-from topkast_func.places import repeated
+from topkast_func.places import gathered, repeated
 
 
 def _compute(numbers: Tensor, values: Tensor, rows: Tensor, columns: Tensor, width: int) -> Tensor:
@@ -21,8 +23,8 @@ def _compute(numbers: Tensor, values: Tensor, rows: Tensor, columns: Tensor, wid
     which = repeated(lengths, int(lengths.sum()))
     first = rows[block] - (torch.cumsum(lengths, 0) - lengths)
     stored = torch.arange(which.shape[0], device=which.device) + first[which]
-    lines = values.new_zeros(numbers.shape[0], width // depth, depth)
-    lines[which, columns[stored].long()] = values.view(-1, height, depth)[stored, within[which]]
+    lines, blocks = values.new_zeros(numbers.shape[0], width // depth, depth), values.detach()
+    lines[which, columns[stored].long()] = blocks.view(-1, height, depth)[stored, within[which]]
     return lines.flatten(1)
 
 
@@ -30,11 +32,35 @@ def _fake(numbers: Tensor, values: Tensor, rows: Tensor, columns: Tensor, width:
     return values.new_empty(numbers.shape[0], width)
 
 
+class _Lookup(Gradient):
+    """The rows are linear in the values; their gradient goes through the dense matrix."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *tensors, ctx.width = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        numbers, values, rows, columns = ctx.saved_tensors
+        shape = (rows.shape[0] - 1) * block_of(values)[0], ctx.width
+        dense = g.new_zeros(shape).index_add(0, numbers.long(), g)
+        return None, None, gathered(dense, places_of(values, rows, columns, shape)), *3 * [None]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        numbers, _, *index = ctx.saved_tensors
+        moved: Tensor = lookup(numbers, tangents[2], *index, ctx.width)
+        return moved
+
+
 lookup = define(
     "lookup(Tensor numbers, Tensor values, Tensor rows, Tensor columns, int width) -> Tensor",
     _compute,
     _fake,
-    batched=batched,
+    _Lookup,
+    batched,
 )
 """``lookup(numbers, values, crow_indices, col_indices, width)``: the rows of these numbers,
 [n, width], of a matrix with values [stored] or [blocks, r, c] and int32 indices."""

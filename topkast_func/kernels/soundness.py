@@ -28,9 +28,12 @@ class Sound:
         self._known[tensors[0]] = AsTheyAre.of(tensors), about
 
     def knows(self, tensors: Sequence[Tensor], about: Hashable) -> bool:
-        """Return whether these tensors, in this order, were last added as they are."""
-        known = self._known.get(tensors[0])
-        return known is not None and known[1] == about and known[0].are(tensors)
+        """Return whether these tensors, in this order, were last added as they are.
+
+        Those of inference mode are not known: nobody counts how often they are written to.
+        """
+        known, counted = self._known.get(tensors[0]), not any(map(Tensor.is_inference, tensors))
+        return counted and known is not None and known[1] == about and known[0].are(tensors)
 
 
 _ROWS = Sound()

@@ -72,16 +72,19 @@ def attended(
         told: The other inputs, in the order of the layer.
 
     Returns:
-        What the layer returns; None where one attends to another or weights are asked for.
+        What the layer returns; None where one attends to another, weights are asked for, or a mask
+        does not fit, which torch has words for.
     """
     (query, key, value), (padding, need_weights, attn_mask, _, is_causal) = inputs, told
     itself = query is key and key is value and query.dim() == 3 and not query.is_nested
     if not itself or need_weights or (is_causal and attn_mask is None):
         return None
-    if not _projects_at_once(layer):
+    batch, length = query.shape[:2] if layer.batch_first else (query.shape[1], query.shape[0])
+    misfit = mask_problem(attn_mask, padding, (batch, layer.num_heads, length, length))
+    if misfit or not _projects_at_once(layer):
         return None
     projected = project(query if layer.batch_first else query.transpose(0, 1))
-    size = (*projected.shape[:2], 3, layer.num_heads, -1)
+    size = (batch, length, 3, layer.num_heads, -1)
     parts = projected.view(size).permute(2, 0, 3, 1, 4)
     joined, _ = mixed(layer, parts, attn_mask, padding, is_causal)
     y = project_out(joined)
@@ -96,6 +99,31 @@ def _projects_at_once(layer: Any) -> bool:
         and not layer.add_zero_attn
         and not calls_its_own(layer)
     )
+
+
+def mask_problem(
+    attention: Tensor | None, padding: Tensor | None, sizes: tuple[int, int, int, int]
+) -> str | None:
+    """Say why a mask does not fit, if one does not.
+
+    Args:
+        attention: The ``attn_mask``.
+        padding: The ``key_padding_mask``.
+        sizes: Batch, heads, length, and length of the keys.
+
+    Returns:
+        One line, or None.
+    """
+    batch, heads, length, keys = sizes
+    shapes = (length, keys), (batch * heads, length, keys)
+    for name, mask, allowed in (
+        ("attn_mask", attention, shapes),
+        ("key_padding_mask", padding, [(batch, keys)]),
+    ):
+        if mask is not None and tuple(mask.shape) not in allowed:
+            listed = " or ".join(map(str, allowed))
+            return f"{name} must be of shape {listed}, got {tuple(mask.shape)}"
+    return None
 
 
 def mixed(

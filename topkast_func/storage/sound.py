@@ -1,7 +1,6 @@
 """Whether the numbers in sets are those of sets: places in a weight, each once, A within B."""
 
 import torch
-from torch import Tensor
 
 from topkast_func.kernels.pattern import BlockRows, Pattern
 from topkast_func.places import counted
@@ -11,9 +10,7 @@ from topkast_func.types import Masks
 
 
 def is_sound(sets: Index | Masks, block: tuple[int, int], shape: torch.Size) -> bool:
-    """Return whether the numbers in sets are those of sets, looked at once.
-
-    Those of inference mode are looked at each time: nobody counts how often they are written to.
+    """Return whether the numbers in sets are those of sets, looked at once; see `Sound.knows`.
 
     Args:
         sets: The sets, of dtypes and shapes that go together; of their numbers nothing is known.
@@ -26,7 +23,7 @@ def is_sound(sets: Index | Masks, block: tuple[int, int], shape: torch.Size) -> 
     held = tensors_of(sets)
     if not all(map(readable, held)):
         return True
-    if MADE.knows(held, (block, shape)) and not any(map(Tensor.is_inference, held)):
+    if MADE.knows(held, (block, shape)):
         return True
     if isinstance(sets, Masks):
         sound = not bool((sets.forward > sets.backward).any())
