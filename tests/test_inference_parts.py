@@ -173,8 +173,8 @@ def test_masks_that_do_not_fit_are_refused_as_by_torch(
 def test_inputs_of_attention_that_do_not_go_together_are_refused(batch_first: bool) -> None:
     sparse, plain, _ = made(Attention({"need_weights": False}, batch_first=batch_first))
     x, longer, one = (torch.randn(*s, WIDTH) for s in ((4, 7), (4, 9), (1, 7)))
-    for inputs in ((x, x, longer), (x, one, one), (x, x[0], x[0])):
-        turned = [t if batch_first or t.dim() == 2 else t.transpose(0, 1) for t in inputs]
+    for inputs in ((x, x, longer), (x, one, one), (x, x[0], x[0]), (x[0, 0],) * 3):
+        turned = [t if batch_first or t.dim() < 3 else t.transpose(0, 1) for t in inputs]
         with pytest.raises((RuntimeError, AssertionError)):
             plain(*turned)
         with pytest.raises(ValueError, match="query, key and value are of shapes"):

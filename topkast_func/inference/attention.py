@@ -79,16 +79,16 @@ class SparseAttention(nn.Module):
         alone, lengths = query.dim() == 2, self.batch_first
         shapes = [(*x.shape[:-1],) for x in (query, key, value)]
         sizes = [(1, *shape) if alone else shape if lengths else shape[::-1] for shape in shapes]
-        (batch, *length), (of_keys, *keys), _ = sizes
-        if {*map(len, sizes)} != {2} or batch != of_keys or sizes[1] != sizes[2]:
+        if {*map(len, sizes)} != {2} or sizes[0][0] != sizes[1][0] or sizes[1] != sizes[2]:
             raise ValueError(f"query, key and value are of shapes {shapes}, but for their features")
+        (batch, length), (_, keys), _ = sizes
         parts = []
         for x, project in ((query, self.q_proj), (key, self.k_proj), (value, self.v_proj)):
             x = x[None] if alone else x if lengths else x.transpose(0, 1)
             parts.append(project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2))
         padding = key_padding_mask
         padding = padding[None] if alone and padding is not None else padding
-        if problem := mask_problem(attn_mask, padding, (batch, self.num_heads, *length, *keys)):
+        if problem := mask_problem(attn_mask, padding, (batch, self.num_heads, length, keys)):
             raise ValueError(problem)
         joined, weights = mixed(self, parts, attn_mask, padding, is_causal, need_weights)
         y = self.out_proj(joined)
