@@ -169,6 +169,27 @@ def test_masks_that_do_not_fit_are_refused_as_by_torch(
 
 
 @small
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_in_words() -> None:
+    sparse, *_ = made(Attention({"need_weights": False}, batch_first=True))
+    x = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(5, WIDTH)])
+    with pytest.raises(TypeError, match="inputs of nested tensors are not supported"):
+        sparse(x, x, x)
+
+
+@small
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_weights_of_attention_under_autocast_are_of_the_dtype_of_torch(name: str) -> None:
+    options = {name: torch.randn(3, 3)}
+    sparse, plain, _ = made(Attention(options, batch_first=True))
+    x = torch.randn(3, 3, WIDTH)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (y, weights), (expected, expected_weights) = sparse(x, x, x), plain(x, x, x)
+    assert (y.dtype, weights.dtype) == (expected.dtype, expected_weights.dtype)
+    assert_close(weights, expected_weights, rtol=0.05, atol=0.05)
+
+
+@small
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_inputs_of_attention_that_do_not_go_together_are_refused(batch_first: bool) -> None:
     sparse, plain, _ = made(Attention({"need_weights": False}, batch_first=batch_first))
@@ -278,6 +299,40 @@ def test_tied_embeddings_are_differentiated_where_they_look_up_too(block: tuple[
     by_hand = values.detach().clone().requires_grad_()
     loss(by_hand).backward()  # type: ignore[no-untyped-call]
     assert_close(by_hand.grad, gradient)
+
+
+@small
+@pytest.mark.parametrize("options", [{"padding_idx": 3}, {"scale_grad_by_freq": True}], ids=str)
+def test_gradients_of_tied_embeddings_are_those_of_their_options(options: dict[str, Any]) -> None:
+    model = Language()
+    model.words = nn.Embedding(40, WIDTH, **options)
+    model.head.weight = model.words.weight
+    with torch.no_grad():
+        model.words.weight[3] = 5.0
+    sparse, plain, _ = made(model)
+    assert isinstance(sparse.words, SparseEmbedding) is ("padding_idx" in options)
+    words, inside = torch.tensor([[3, 3, 1], [1, 7, 1]]), plain.get_parameter("words.weight") != 0
+    for module in (sparse, plain):
+        module.requires_grad_(True)
+        module.get_submodule("words")(words).square().sum().backward()
+    expected = plain.get_parameter("words.weight").grad
+    found = sparse.get_submodule("words")
+    if isinstance(found, SparseEmbedding):
+        shape = (40, WIDTH)
+        gradient = dense_matrix(found.values.grad, found.crow_indices, found.col_indices, shape)  # type: ignore[arg-type]
+        assert gradient.any()
+        assert_close(gradient[inside], expected[inside])  # type: ignore[index]
+        assert not gradient[3].any()
+
+
+@small
+@pytest.mark.parametrize("count", [5, 200])
+def test_values_that_do_not_go_with_the_indices_are_not_looked_up(count: int) -> None:
+    sparse, *_ = made(Language())
+    words = sparse.get_submodule("words")
+    words.values = nn.Parameter(torch.ones(count))
+    with pytest.raises(ValueError, match=f"{count} values do not go with .* col_indices"):
+        words(torch.tensor([1, 2]))
 
 
 @small

@@ -50,3 +50,19 @@ def test_a_penalty_of_a_densified_or_frozen_model_is_zero() -> None:
     assert not sparsifier.penalty().requires_grad
     model.requires_grad_()
     sparsifier.penalty().backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_its_gradient_is_added_where_gradients_are_not_recorded(mode: Any) -> None:
+    model = _model()
+    sparsifier = sparsify(model, TopKastConfig(0.6, penalty_weight=0.1))
+    optimizer = SGD(model.parameters(), lr=1.0)
+    sparsifier.penalize(optimizer)
+    expected = [p.grad for p in model.parameters()]
+    optimizer.zero_grad()
+    with mode():
+        assert sparsifier.penalize(optimizer)
+    assert model[0].weight.grad.any()  # type: ignore[index]
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert (parameter.grad is None) is (gradient is None)
+        assert gradient is None or torch.equal(parameter.grad, gradient)  # type: ignore[arg-type]

@@ -282,6 +282,40 @@ def test_summary_has_a_row_for_each_parameter() -> None:
     )
 
 
+def _swapped(model: Any) -> None:
+    model[0], model[1] = model[1], model[0]
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "swapped": _swapped,
+    "inserted": lambda model: model.insert(0, nn.Linear(6, 6)),
+    "deleted": lambda model: model.__delitem__(1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* are sparse no more")
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+def test_theta_and_sets_go_by_the_names_that_layers_have_now(edit: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    sparsifier = tk.sparsify(model, tk.TopKastConfig(0.5, penalty=None))
+    edit(model)
+    held, x = dict(model.named_parameters()), torch.randn(4, 6)
+    theta = sparsifier.dense_params()
+    assert theta.keys() == held.keys()
+    assert all(torch.equal(theta[name], parameter) for name, parameter in held.items())
+    before, sets = model(x), sparsifier.masks()
+    plain = tk.densify(copy.deepcopy(model))
+    torch.testing.assert_close(plain(x), before)
+    for name, masks in sets.items():
+        assert torch.equal(plain.get_parameter(name) != 0, masks.forward)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    sparsifier.step()
+    assert sparsifier.masks().keys() == sets.keys()
+
+
 def test_penalty_is_that_of_the_configuration_and_trains() -> None:
     config = tk.TopKastConfig(0.75, 0.5, penalty="l1", penalty_weight=0.5)
     model = perceptron()

@@ -39,6 +39,12 @@ def first(owners: Owners) -> dict[str, tuple[nn.Module, SparseWeight]]:
     return {name: several[0] for name, several in owners.items()}
 
 
+def placed(model: nn.Module, owners: Owners) -> dict[str, tuple[nn.Module, SparseWeight]]:
+    """Return what `first` does, by the names that the parameters have in the model as it is now."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(weight.raw(m))]: (m, weight) for m, weight in first(owners).values()}
+
+
 def parameters_of(owners: Owners) -> dict[str, nn.Parameter]:
     """Return the parameters that hold θ, or φ, of sparse weights, by name."""
     return {name: weight.raw(layer) for name, (layer, weight) in first(owners).items()}

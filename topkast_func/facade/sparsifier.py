@@ -23,6 +23,7 @@ from topkast_func.facade.owners import (
     follow,
     owners_of,
     parameters_of,
+    placed,
     summary_of,
 )
 from topkast_func.facade.patience import patience
@@ -30,6 +31,7 @@ from topkast_func.facade.penalty import penalty_of
 from topkast_func.facade.probes import ask_for_gradients, gradients_asked_for
 from topkast_func.facade.progress import Progress, held_by
 from topkast_func.facade.room import whole
+from topkast_func.facade.sparse_weight import SparseWeight
 from topkast_func.facade.within import check_alike, summed
 from topkast_func.ranking import NaNParameterError
 from topkast_func.reading import check_numbers
@@ -120,7 +122,7 @@ class Sparsifier(Fixed):
             chosen, masks = chosen_anew(
                 raw,
                 raw,
-                self.masks,
+                lambda: _masks(first(owners)),
                 self.config,
                 step=self.steps,
                 seed=self.seed,
@@ -165,21 +167,22 @@ class Sparsifier(Fixed):
         held, scale = held_by(optimizer), check_number("scale", scale, 0.0)
         trained = [p for p in parameters_of(self._owners()).values() if p.requires_grad]
         raw = [p for p in trained if id(p) in held]
-        penalty = scale * self.penalty()
-        if raw and penalty.requires_grad:
-            torch.autograd.backward(penalty, inputs=raw)
+        with torch.inference_mode(False), torch.enable_grad():  # as where gradients are clipped
+            penalty = scale * self.penalty()
+            if raw and penalty.requires_grad:
+                torch.autograd.backward(penalty, inputs=raw)
         return not held.isdisjoint(map(id, trained or self.model.parameters()))
 
     def dense_params(self) -> Tensors:
         """Return copies of θ of all parameters by name, that of powerpropagation too."""
-        sparse = {n: w.theta(layer) for n, (layer, w) in first(self._owners()).items()}
+        owners = placed(self.model, self._owners())
+        sparse = {name: weight.theta(layer) for name, (layer, weight) in owners.items()}
         found = dict(self.model.named_parameters()) | sparse
         return {name: theta.detach().clone() for name, theta in found.items()}
 
     def masks(self) -> dict[str, Masks]:
-        """Return A and B of the sparse weights by name."""
-        owners = first(self._owners())
-        return {name: weight.masks(layer) for name, (layer, weight) in owners.items()}
+        """Return A and B of the sparse weights, by the names that they have in the module now."""
+        return _masks(placed(self.model, self._owners()))
 
     def summary(self) -> Summary:
         """Describe what the module consists of, one row for each parameter."""
@@ -238,3 +241,7 @@ class Sparsifier(Fixed):
             return None
         owners = self._owners()
         return summed(owners, gradients_asked_for(owners, self.config.method))
+
+
+def _masks(owners: Mapping[str, tuple[nn.Module, SparseWeight]]) -> dict[str, Masks]:
+    return {name: weight.masks(layer) for name, (layer, weight) in owners.items()}

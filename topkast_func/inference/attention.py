@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from topkast_func.kernels.linear import check_inputs
 from topkast_func.model.attention import mask_problem, mixed
 
 
@@ -66,7 +67,7 @@ class SparseAttention(nn.Module):
             The output, as ``query``, and the weights, or None.
 
         Raises:
-            TypeError: A mask is of integers.
+            TypeError: A mask is of integers, or an input no strided tensor, a nested one say.
             ValueError: ``is_causal`` without an ``attn_mask``, or inputs and masks whose shapes do
                 not go together.
         """
@@ -76,6 +77,8 @@ class SparseAttention(nn.Module):
                 raise TypeError(f"{name} must be of bool or floating point, got {mask.dtype}")
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says what attn_mask is: give that too")
+        for x in (query, key, value):
+            check_inputs(x, self.embed_dim)
         alone, lengths = query.dim() == 2, self.batch_first
         shapes = [(*x.shape[:-1],) for x in (query, key, value)]
         sizes = [(1, *shape) if alone else shape if lengths else shape[::-1] for shape in shapes]

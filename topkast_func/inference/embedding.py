@@ -19,10 +19,12 @@ class SparseEmbedding(nn.Module):
         values: See `SparseLinear`.
         crow_indices: The same.
         col_indices: The same.
+        padding_idx: The row that has no gradient, or None.
     """
 
     crow_indices: Tensor
     col_indices: Tensor
+    padding_idx: int | None = None
 
     def __init__(self, layer: SparseLinear) -> None:
         super().__init__()
@@ -38,6 +40,7 @@ class SparseEmbedding(nn.Module):
             isinstance(layer, nn.Embedding)
             and replaceable(layer, (nn.Embedding,))
             and layer.max_norm is None
+            and not layer.scale_grad_by_freq
         )
 
     @property
@@ -63,4 +66,7 @@ class SparseEmbedding(nn.Module):
             raise TypeError(f"indices must be int64 or int32, got {input.dtype}")
         index = self.crow_indices, self.col_indices
         found: Tensor = lookup(input.flatten(), self.values, *index, self.embedding_dim)
+        if self.padding_idx is not None and torch.is_grad_enabled():
+            padding = input.flatten()[:, None] == self.padding_idx
+            found = torch.where(padding, found.detach(), found)
         return found.view(*input.shape, self.embedding_dim)

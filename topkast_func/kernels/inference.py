@@ -76,11 +76,10 @@ def _compute(
     x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, features: int
 ) -> Tensor:
     x, values, bias = x.detach(), values.detach(), None if bias is None else bias.detach()
-    if values.shape[0] != columns.shape[0]:
-        raise ValueError(f"{len(values)} values do not go with {len(columns)} col_indices")
     if bias is not None:
         check_bias(bias, values, features)
-    check_indices(rows, columns, features // block_of(values)[0], x.shape[1] // block_of(values)[1])
+    height, width = block_of(values)
+    check_indices(values, rows, columns, (features // height, x.shape[1] // width))
     if values.ndim == 3 or (x.shape[0] >= NUMBA_FROM and installed("numba")):
         y = _by_tiles(x, values, BlockRows(rows, columns), features)
         return y if bias is None else y.add_(bias)

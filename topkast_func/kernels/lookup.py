@@ -15,7 +15,7 @@ from topkast_func.places import gathered, repeated
 def _compute(numbers: Tensor, values: Tensor, rows: Tensor, columns: Tensor, width: int) -> Tensor:
     height, depth = block_of(values)
     count = (rows.shape[0] - 1) * height
-    check_indices(rows, columns, rows.shape[0] - 1, width // depth)
+    check_indices(values, rows, columns, (rows.shape[0] - 1, width // depth))
     if ((numbers < 0) | (numbers >= count)).any():
         raise IndexError(f"indices must be in [0, {count}), got {numbers.unique().tolist()}")
     block, within = numbers.long() // height, numbers.long() % height

@@ -39,22 +39,25 @@ class Sound:
 _ROWS = Sound()
 
 
-def check_indices(rows: Tensor, columns: Tensor, height: int, width: int) -> None:
+def check_indices(values: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, int]) -> None:
     """Check, once for each version of the indices, that none points beyond the matrix.
 
     Args:
-        rows: Where each row (of blocks) starts, int32, [height + 1].
+        values: Stored entries, or blocks.
+        rows: Where each row (of blocks) starts, int32, [rows + 1].
         columns: Column (of blocks) of each, int32.
-        height: Rows (of blocks).
-        width: Columns (of blocks).
+        shape: Rows and columns (of blocks).
 
     Raises:
         TypeError: They are not int32.
-        RuntimeError: One does.
+        ValueError: There are not as many values.
+        RuntimeError: An index does.
     """
-    if not _ROWS.knows((columns, rows), (height, width)):
+    if values.shape[0] != columns.shape[0]:
+        raise ValueError(f"{len(values)} values do not go with {len(columns)} col_indices")
+    if not _ROWS.knows((columns, rows), shape):
         if wrong := {rows.dtype, columns.dtype} - {torch.int32}:
             raise TypeError(f"crow_indices and col_indices must be int32, got {wrong.pop()}")
-        values = columns.new_zeros(columns.shape, dtype=torch.float32)
-        torch._validate_sparse_csr_tensor_args(rows, columns, values, (height, width))
-        _ROWS.add((columns, rows), (height, width))
+        zeros = columns.new_zeros(columns.shape, dtype=torch.float32)
+        torch._validate_sparse_csr_tensor_args(rows, columns, zeros, shape)
+        _ROWS.add((columns, rows), shape)

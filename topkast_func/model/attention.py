@@ -176,7 +176,7 @@ def _added(
     floats = [
         torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)
         if mask.dtype == torch.bool
-        else mask
+        else mask.to(dtype)
         for mask in masks
     ]
     return sum(floats[1:], floats[0]) if floats else None
