@@ -39,7 +39,7 @@ def first(owners: Owners) -> dict[str, tuple[nn.Module, SparseWeight]]:
     return {name: several[0] for name, several in owners.items()}
 
 
-def placed(model: nn.Module, owners: Owners) -> dict[str, tuple[nn.Module, SparseWeight]]:
+def named_now(model: nn.Module, owners: Owners) -> dict[str, tuple[nn.Module, SparseWeight]]:
     """Return what `first` does, by the names that the parameters have in the model as it is now."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(weight.raw(m))]: (m, weight) for m, weight in first(owners).values()}

@@ -21,9 +21,9 @@ from topkast_func.facade.owners import (
     claimed,
     first,
     follow,
+    named_now,
     owners_of,
     parameters_of,
-    placed,
     summary_of,
 )
 from topkast_func.facade.patience import patience
@@ -175,14 +175,14 @@ class Sparsifier(Fixed):
 
     def dense_params(self) -> Tensors:
         """Return copies of θ of all parameters by name, that of powerpropagation too."""
-        owners = placed(self.model, self._owners())
+        owners = named_now(self.model, self._owners())
         sparse = {name: weight.theta(layer) for name, (layer, weight) in owners.items()}
         found = dict(self.model.named_parameters()) | sparse
         return {name: theta.detach().clone() for name, theta in found.items()}
 
     def masks(self) -> dict[str, Masks]:
         """Return A and B of the sparse weights, by the names that they have in the module now."""
-        return _masks(placed(self.model, self._owners()))
+        return _masks(named_now(self.model, self._owners()))
 
     def summary(self) -> Summary:
         """Describe what the module consists of, one row for each parameter."""

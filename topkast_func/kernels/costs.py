@@ -58,21 +58,21 @@ def cost(name: str, layer: Layer) -> float:
         return _projected(name, layer)
     entries = layer.out_features * layer.in_features
     activations = layer.batch * (layer.out_features + layer.in_features)
-    half = layer.dtype == torch.bfloat16
     if name == "dense":
         moved = 2 * layer.forward + layer.backward
-        rate = 95 if not half else 285 if multiplies_bfloat16() else 50
-        return 250e3 + 3 * entries * layer.batch / rate + 8 * moved
-    lanes, faster = (32, 1.6) if half else (16, 1)
+        return 250e3 + 3 * entries * layer.batch / _dense_speed(layer.dtype) + 8 * moved
+    lanes, faster = (32, 1.6) if layer.dtype == torch.bfloat16 else (16, 1)
     products = (2 * layer.forward + layer.backward) * (-(-layer.batch // lanes) * lanes) / faster
     if layer.rows:
         return 45e3 + products / 40 + 2.5 * layer.batch * (layer.out_features + layer.rows)
     return 45e3 + products / _speed(layer.block_shape) + 0.3 * activations / faster
 
 
-def multiplies_bfloat16() -> bool:
-    """Return whether this processor multiplies bfloat16: one that has AVX512_BF16."""
-    return torch.cpu._is_avx512_bf16_supported()
+def _dense_speed(dtype: torch.dtype) -> float:
+    """Return multiplications per nanosecond of dense products, with AVX512_BF16 and without."""
+    if dtype != torch.bfloat16:
+        return 95
+    return 285 if torch.cpu._is_avx512_bf16_supported() else 50
 
 
 def _projected(name: str, layer: Layer) -> float:

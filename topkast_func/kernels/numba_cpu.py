@@ -16,7 +16,7 @@ from torch import Tensor
 from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.llvm import Kernel
 from topkast_func.kernels.pattern import BlockRows, Pattern, block_of
-from topkast_func.kernels.rows import panels_of, scratch, segments, share, summed, summed_in
+from topkast_func.kernels.rows import panels_of, scratch_for, segments, share, summed, summed_in
 from topkast_func.kernels.simd import add_dots, add_rows
 from topkast_func.kernels.vectors import Tile
 
@@ -55,7 +55,7 @@ def _sums(
     block = block_of(values) if places is None else block_of(values)[::-1]
     tiles, depth, width = x.shape
     y, height = x.new_empty(tiles, features, width), features // block[0]
-    sums = scratch(y)
+    sums = scratch_for(y)
     index = (*part, part.columns if places is None else places)
     sizes = (tiles, height, depth, width, panels_of(part, height))
     work = part.columns.numel() * block[0] * block[1] * tiles * width

@@ -17,7 +17,7 @@ def summed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
-def scratch(y: Tensor) -> Tensor:
+def scratch_for(y: Tensor) -> Tensor:
     """Return where `summed` keeps the sums of a tile of results, [tiles, rows, length]."""
     return y if summed_in(y.dtype) == y.dtype else y.new_empty(y.shape[1:], dtype=torch.float32)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from topkast_func.kernels.integers import Integer
 from topkast_func.kernels.llvm import Kernel
 from topkast_func.kernels.numba_cpu import making
-from topkast_func.kernels.rows import panels_of, scratch, segments, share, summed, summed_in
+from topkast_func.kernels.rows import panels_of, scratch_for, segments, share, summed, summed_in
 from topkast_func.kernels.shifted import Shifted
 from topkast_func.kernels.simd import add_dots, add_rows
 from topkast_func.kernels.vectors import Tile
@@ -34,7 +34,7 @@ def forward(values: Tensor, x: Tensor, sets: Shifted, features: int) -> Tensor:
     y = x.new_empty(x.shape[0], features, x.shape[2])
     sizes = (x.shape[0], features, x.shape[1], x.shape[2], lead)
     part = pattern.forward
-    tensors = (*part, starts, values, x, y, scratch(y))
+    tensors = (*part, starts, values, x, y, scratch_for(y))
     _forward_kernel(x.dtype)(*tensors, *sizes, panels_of(part, features))
     return y
 
@@ -45,7 +45,7 @@ def input_gradient(values: Tensor, g: Tensor, sets: Shifted, features: int) -> T
     x = g.new_empty(g.shape[0], features, g.shape[2])
     sizes = (g.shape[0], g.shape[1], features, g.shape[2], lead, *starts.shape)
     part = pattern.transposed
-    tensors = (*part, pattern.places, starts, values, g, x, scratch(x))
+    tensors = (*part, pattern.places, starts, values, g, x, scratch_for(x))
     _input_kernel(g.dtype)(*tensors, *sizes, panels_of(part, starts.numel()))
     return x
 
