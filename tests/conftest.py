@@ -20,6 +20,7 @@ SLOW = (
     "tests/facade/test_sparsify.py::test_gradients_that_a_loop",
     "tests/facade/test_trainer.py::test_the_seeds_example",
     "tests/integrations/",
+    "tests/kernels/test_between.py::test_a_compiled",
     "tests/kernels/test_convolution.py::test_training",
     "tests/kernels/test_library.py::test_an_operator_has",
     "tests/kernels/test_numba_cpu.py",

@@ -22,7 +22,7 @@ Turn: TypeAlias = Callable[[Tensor], Tensor]
 
 def at_once(matrices: Tensor) -> Tensor:
     """Return matrices transposed by a kernel, which torch.compile leaves as it is."""
-    turned: Tensor = _TRANSPOSED(matrices)
+    turned: Tensor = TRANSPOSED(matrices)
     return turned
 
 
@@ -80,11 +80,11 @@ class _Transposed(Gradient):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return None, _TRANSPOSED(g)
+        return None, TRANSPOSED(g)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        moved: Tensor = _TRANSPOSED(tangents[1])
+        moved: Tensor = TRANSPOSED(tangents[1])
         return moved
 
 
@@ -104,6 +104,6 @@ def _folded(operator: Any, info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, 
     return y.unflatten(0, (info.batch_size, -1)), 0
 
 
-_TRANSPOSED = define(
+TRANSPOSED = define(
     "transposed(Tensor x) -> Tensor", _transposed, _like_transposed, _Transposed, _folded
 )

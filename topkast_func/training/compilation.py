@@ -19,8 +19,6 @@ from topkast_func.warn import warn_caller
 ONE_GRAPH: Mapping[str, Any] = {"fullgraph": True, "dynamic": False}
 """Shapes are static: dropout under `torch.func.grad` cannot be traced with dynamic ones."""
 
-AS_EAGER: Mapping[str, Any] = {"options": {"fallback_random": True}}
-"""Random numbers drawn as the eager step draws them; not with a backend or mode of one's own."""
 
 COMPILES_FROM = "2.10"
 """First version of torch that compiles the step, of those that it was tried with."""
@@ -85,9 +83,19 @@ def compiler_of(compile: bool | Mapping[str, Any], *, required: bool = False) ->
         raise TypeError(f"compile must be a bool or options of torch.compile, got {compile!r}")
     options = {**ONE_GRAPH, **({} if compile is True else compile)}
     if not {"backend", "mode", "options"} & options.keys():
-        options.update(AS_EAGER)
+        options["options"] = _inductor_options()
     torch.compile(_as_it_is, **options)  # raises where the options are none
     return partial(_compiled, options, required)
+
+
+def _inductor_options() -> dict[str, Any]:
+    """Return options with which a step draws random numbers as in eager mode, and stays in tiles.
+
+    They are not those of a backend or mode of one's own.
+    """
+    from topkast_func.kernels.between import StayInTiles  # loads Inductor, which takes a while
+
+    return {"fallback_random": True, "post_grad_custom_post_pass": StayInTiles()}
 
 
 def _as_it_is(step: Callable[..., Any]) -> Callable[..., Any]:
