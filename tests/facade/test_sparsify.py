@@ -173,7 +173,7 @@ def test_refreshes_by_hand_with_gradients_that_any_step_has() -> None:
     config = tk.TopKastConfig(0.75, refresh_every=None, method=tk.rigl())
     model = perceptron()
     handle = tk.sparsify(model, config)
-    with pytest.raises(RuntimeError, match="chooses by the gradient at α, and there is none"):
+    with pytest.raises(RuntimeError, match=r"chooses by the gradient at α of every entry, and"):
         handle.refresh()
     mse_loss(model(torch.randn(4, 16)), torch.randn(4, 5)).backward()  # type: ignore[no-untyped-call]
     before = handle.masks()
@@ -920,3 +920,34 @@ def test_a_model_goes_on_at_another_sparsity_as_the_message_says() -> None:
     tk.densify(model).load_state_dict(theta, strict=False)
     other = tk.sparsify(model, tk.TopKastConfig(0.9, 0.8))
     assert all(torch.equal(theta[name], p) for name, p in other.dense_params().items())
+
+
+class Forwarding(nn.Module):
+    """Hands what is written to it on to the module in it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self._modules["inner"] = inner
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "inner" in self._modules:
+            setattr(self._modules["inner"], name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.get_submodule("inner")(x)
+        return y
+
+
+def test_a_module_that_hands_attributes_on_becomes_sparse_and_plain_itself() -> None:
+    model = Forwarding(perceptron())
+    kinds = [type(part) for part in model.modules()]
+    handle = tk.sparsify(model, CONFIG)
+    assert isinstance(model, Forwarding)
+    assert handle.masks()
+    with torch.no_grad():
+        y = model(x := torch.randn(4, 16))
+    tk.densify(model)
+    assert [type(part) for part in model.modules()] == kinds
+    assert torch.allclose(model(x), y)

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from topkast_func.facade.derived import check_whole
 from topkast_func.facade.sparse_attention import SparseAttention
 from topkast_func.facade.sparse_convolution import SparseConvolution
-from topkast_func.facade.sparse_layer import SparseLayer, sparse_attribute
+from topkast_func.facade.sparse_layer import SparseLayer, become, sparse_attribute
 from topkast_func.facade.sparse_linear import SparseLinear
 from topkast_func.facade.sparse_weight import weights_of
 from topkast_func.model.attention import AttentionStandIn
@@ -48,7 +48,7 @@ def sparse_class(plain: Any, keys: tuple[str, ...]) -> type[SparseLayer]:
     @wraps(plain.__init__)
     def init(self: Any, *inputs: Any, **options: Any) -> None:
         if type(self) is made:
-            self.__class__ = plain  # of a new module no weight is sparse
+            become(self, plain)  # of a new module no weight is sparse
         plain.__init__(self, *inputs, **options)
 
     @wraps(plain.forward)

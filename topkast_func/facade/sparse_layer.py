@@ -80,6 +80,16 @@ def sparse_attribute(key: str) -> property:
     return property(read, write)
 
 
+def become(module: Any, kind: type) -> None:
+    """Give a module another class; one that writes its attributes to a module within has its own.
+
+    Args:
+        module: The module.
+        kind: The class.
+    """
+    object.__setattr__(module, "__class__", kind)
+
+
 class SparseLayer(nn.Module):
     """Mixed into the class of a module, whose weights it lets be sparse."""
 
@@ -144,7 +154,7 @@ class SparseLayer(nn.Module):
             for hook in filter(None, (weight.hook, weight.asked)):
                 hook.remove()
             self._buffers.pop(weight.buffer, None)
-        self.__class__ = self._plain
+        become(self, self._plain)
 
     def extra_repr(self) -> str:
         """Describe the module, and how sparse its weights are."""

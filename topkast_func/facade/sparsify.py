@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,11 +10,11 @@ from torch import nn
 from topkast_func.checks import check_count, check_type
 from topkast_func.config import TopKastConfig, allocate
 from topkast_func.config.selection import warn_of_other_names
-from topkast_func.facade.classes import check_replaceable, sparse_class
-from topkast_func.facade.owners import check_apart, first, owners_in
+from topkast_func.facade.classes import sparse_class
+from topkast_func.facade.owners import first, owners_in
 from topkast_func.facade.replaced import check_nested
 from topkast_func.facade.rule import Rule
-from topkast_func.facade.sparse_layer import SparseLayer, make_sparse
+from topkast_func.facade.sparse_layer import SparseLayer, become, make_sparse
 from topkast_func.facade.sparsifier import Sparsifier
 from topkast_func.facade.watched import watched
 from topkast_func.kernels.engines import EngineName, check_engine
@@ -26,8 +26,6 @@ from topkast_func.reading import check_numbers, readable
 from topkast_func.training.fits_config import check_masks
 from topkast_func.training.start import check_ties
 from topkast_func.types import Masks, Params
-
-Module = TypeVar("Module", bound=nn.Module)
 
 WRAPPERS = (
     nn.DataParallel,
@@ -53,11 +51,12 @@ def sparsify(
     (``isinstance``). A sparse weight is still the parameter that holds θ, dense; beside it stands
     a buffer ``<name>_sets`` of the bits of A and B, [2, ⌈n/8⌉]. The forward pass computes with
     α = θ·1_A, the gradient is that at α, kept on B, and a step of any optimiser of `torch.optim`,
-    made before or after, leaves what is outside B as it was, bit for bit, with slots as they begin.
-    θ, gradient and slots take the memory of a dense module, and a step that of a copy of θ, which
-    stays there on a CPU; `train_step` needs less. Linear layers, and the projections of attention
-    where a batch attends to itself, are computed by the sparse kernels where these are faster, all
-    others with α at the price of the dense layer.
+    made before or after, leaves what is outside B as it was, bit for bit, with slots as they begin
+    (but for ``SparseAdam``, which takes no dense gradients: that of an embedding with
+    ``sparse=True`` is dense here too). θ, gradient and slots take the memory of a dense module, and
+    a step that of a copy of θ, which stays there on a CPU; `train_step` needs less. Linear layers,
+    and the projections of attention where a batch attends to itself, are computed by the sparse
+    kernels where these are faster, all others with α at the price of the dense layer.
 
     The attribute of a sparse weight reads as α while the module's ``forward`` runs, and in a
     backward pass; at any other time as θ. That goes for methods called from outside
@@ -106,8 +105,6 @@ def sparsify(
         >>> optimizer.step()
         >>> sparsifier.step(), list(sparsifier.masks())
         (False, ['0.weight'])
-        >>> type(densify(model)[0])
-        <class 'torch.nn.modules.linear.Linear'>
     """
     check_numbers("tk.sparsify")
     check_engine(engine)
@@ -127,7 +124,7 @@ def sparsify(
     try:
         for module, own in plan:
             plain: Any = type(module)
-            module.__class__ = sparse_class(plain, tuple(own))
+            become(module, sparse_class(plain, tuple(own)))
             changed.append(module)
             for key, rule in own.items():
                 make_sparse(module, key, rule, masks[rule.name] if masks else None)
@@ -140,37 +137,6 @@ def sparsify(
         for module in changed:
             module._leave()
         raise
-
-
-def densify(model: Module) -> Module:
-    """Turn sparse layers back into plain ones that hold α, in place.
-
-    Args:
-        model: A module that `sparsify` made sparse, or that has layers such as `TopKastLinear`.
-
-    Returns:
-        The same module.
-
-    Raises:
-        TypeError: It is no module.
-        ValueError: It has no sparse weights any more, a layer got a parametrization after it was
-            made sparse, or a weight under powerpropagation is tied to one of a sparse layer
-            outside; nothing has changed.
-    """
-    check_type("model", model, nn.Module)
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, SparseLayer)}
-    if not layers:
-        raise ValueError(
-            "model has no sparse weights: sparsify was never called on it, or it is plain again, "
-            "as a TopKastCallback leaves it after training (densify_at_end=False keeps it sparse)"
-        )
-    for path, layer in layers.items():
-        check_replaceable(path, layer)
-    check_apart(model)
-    done: set[int] = set()
-    for layer in layers.values():
-        layer._make_plain(done)
-    return model
 
 
 def _checked(model: nn.Module, config: TopKastConfig) -> Params:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from topkast_func.checks import check_count
+from topkast_func.facade.densify import densify
 from topkast_func.facade.derived import same
 from topkast_func.facade.sparse_weight import weights_of
-from topkast_func.facade.sparsify import densify
 from topkast_func.inference.attention import SparseAttention
 from topkast_func.inference.embedding import SparseEmbedding
 from topkast_func.inference.linear import SparseLinear
