@@ -18,7 +18,7 @@ from topkast_func.leaves import check_present
 from topkast_func.methods.base import Situation
 from topkast_func.methods.contract import chosen, size_problem
 from topkast_func.places import counted
-from topkast_func.ranking import NO_RANKING, NaNParameterError, kept, magnitudes
+from topkast_func.ranking import NO_GRADIENT, NO_RANKING, NaNParameterError, kept, magnitudes
 from topkast_func.sparsity import Allocation
 from topkast_func.types import Masks, Params
 
@@ -175,10 +175,16 @@ def masks_at(
         Masks by name.
 
     Raises:
-        NaNParameterError: A parameter, or a gradient that is read, holds NaN; a ValueError too.
+        NaNParameterError: A parameter holds NaN, or a gradient that is read is not finite; a
+            ValueError too.
         ValueError: A parameter is not divisible into blocks, or the method has not chosen as many
-            entries as it was asked for, or has written to what it chooses by.
+            entries as it was asked for.
     """
+    if gradients:
+        wrong = counted([~gradients[name].isfinite() for name in allocations])
+        for name in (name for name, some in zip(allocations, wrong, strict=True) if some):
+            reason = NO_RANKING if params[name].isnan().any() else NO_GRADIENT
+            raise NaNParameterError(reason.format(name))
     sets, situations = {}, {}
     block, norm = config.block_shape, config.block_norm
     active = {name: blocks(sets.forward, block) for name, sets in (old or {}).items()}
@@ -205,7 +211,7 @@ def masks_at(
     found = iter(counted([mask for masks in told.values() for mask in masks]))
     for name, situation in situations.items():
         problem = size_problem(config.method, situation, *(next(found) for _ in told[name]))
-        if problem and any(tree[name].isnan().any() for tree in (params, gradients) if tree):
+        if problem and params[name].isnan().any():
             raise NaNParameterError(NO_RANKING.format(name))
         if problem:
             raise ValueError(problem)

@@ -36,6 +36,11 @@ NO_RANKING = (
     "normalise rows or columns divide by zero where A leaves one empty, and summary counts those"
 )
 
+NO_GRADIENT = (
+    "the gradient of {!r} is not finite, as in a step that a torch.amp.GradScaler leaves out; "
+    "entries cannot be ranked by it"
+)
+
 Top: TypeAlias = Callable[[str, Tensor, Tensor | None, int, int], Sets]
 
 _ELSEWHERE: Elsewhere[Top] = Elsewhere()
@@ -56,7 +61,7 @@ def ranked_by(top: Top) -> AbstractContextManager[None]:
 
 
 class NaNParameterError(ValueError):
-    """A parameter holds NaN, so that its entries cannot be ranked."""
+    """A parameter holds NaN, or its gradient an infinite number too, by which it is ranked."""
 
 
 def kept(sparsity: float, n: int, group: int | None = None) -> int:

@@ -1,5 +1,6 @@
 """The gradient of every entry is that of the step, or none."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -74,3 +75,56 @@ def test_a_refresh_of_weights_that_are_all_frozen_leaves_their_sets() -> None:
         assert sparsifier.step()
     for name, sets in sparsifier.masks().items():
         assert all(map(torch.equal, sets, before[name]))
+
+
+def test_gradients_that_are_put_together_by_hand_are_told_of() -> None:
+    model, sparsifier = _chain()
+    optimizer, parameters = SGD(model.parameters(), lr=0.1), list(model.parameters())
+    losses = [(model(torch.randn(5, 6)) - n).square().mean() for n in range(2)]
+    kept = []
+    for loss in losses:
+        optimizer.zero_grad()
+        loss.backward(retain_graph=True)
+        kept.append([p.grad.clone() for p in parameters if p.grad is not None])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsifier.refresh()
+    for parameter, *gradients in zip(parameters, *kept, strict=True):
+        parameter.grad = sum(gradients)
+    with pytest.warns(UserWarning, match=r"what the last backward pass has left of \['0.weight', "):
+        sparsifier.refresh()
+
+
+def test_gradients_of_a_step_that_a_scaler_leaves_out_choose_no_sets() -> None:
+    model, sparsifier = _chain()
+    optimizer, scaler = SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", 2.0**127)
+    x, before = 100 * torch.randn(5, 6), sparsifier.masks()
+    scaler.scale(model(x).square().sum()).backward()
+    scaler.step(optimizer)
+    with pytest.raises(ValueError, match=r"the gradient of .* is not finite, as in a step"):
+        sparsifier.refresh()
+    for name, masks in sparsifier.masks().items():
+        assert all(map(torch.equal, masks, before[name]))
+
+
+def test_a_step_without_the_gradient_that_a_refresh_reads_is_not_counted() -> None:
+    model = nn.Linear(8, 8)
+    config = tk.TopKastConfig(0.75, method=tk.rigl(), refresh_every=2)
+    sparsifier, parameters = tk.sparsify(model, config), list(model.parameters())
+    optimizer, refreshed = SGD(parameters, lr=0.1), []
+    for by_hand in (True, True, True, False):
+        loss = model(torch.randn(4, 8)).square().mean()
+        optimizer.zero_grad()
+        if by_hand:
+            for parameter, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = g
+        else:
+            loss.backward()
+        optimizer.step()
+        if by_hand and sparsifier.steps == 1:
+            with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad of the par"):
+                sparsifier.step()
+            assert sparsifier.steps == 1
+        else:
+            refreshed.append(sparsifier.step())
+    assert refreshed == [False, True]

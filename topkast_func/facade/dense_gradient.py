@@ -6,6 +6,7 @@ and what a backward pass computes while the parameter is frozen never does.
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ class InStep:
 
     def __init__(self, probe: Tensor, raw: Any) -> None:
         self._probe, self._raw, self._last, self._tells = probe, raw, -1, True
+        self._left: ref[Tensor] | None = None
+        self._dropped = False
         _hook(probe, self._before_probe)
         self._hooks = (
             (_hook(raw, self._before_raw), raw.register_post_accumulate_grad_hook(self._after_raw))
@@ -66,7 +69,13 @@ class InStep:
         """Look at the parameter: what was computed before its gradient was cleared is none."""
         gradient = self._raw.grad
         if gradient is None or (self._tells and not gradient.any()):
+            self._dropped |= self._probe.grad is not None
             self._probe.grad = None
+
+    def is_replaced(self) -> bool:
+        """Return whether gradients were cleared, and another stands where the last one was left."""
+        left = self._left and self._left()
+        return self._dropped and self._raw.grad is not None and self._raw.grad is not left
 
     def _begin(self) -> None:
         """Look at the parameter before either has the gradient of this backward pass."""
@@ -83,6 +92,7 @@ class InStep:
 
     def _after_raw(self, raw: Tensor) -> None:
         self._tells = raw.grad is None or bool(raw.grad.any())
+        self._left = None if raw.grad is None else ref(raw.grad)
 
 
 def kept_in_step(probe: Tensor | None, raw: Tensor, before: InStep | None = None) -> InStep | None:

@@ -6,6 +6,13 @@ from topkast_func.facade.dense_gradient import kept_in_step, zeros_for
 from topkast_func.facade.owners import Owners, first
 from topkast_func.methods import Method
 from topkast_func.types import Tensors
+from topkast_func.warn import warn_caller
+
+REPLACED = (
+    "{} chooses by what the last backward pass has left of {}: what passes before it left was "
+    "cleared, and other gradients, which know of B alone, were put into parameter.grad. Let the "
+    "gradients of several losses add up there, or add up the losses"
+)
 
 
 def ask_for_gradients(owners: Owners, asked: bool) -> None:
@@ -44,9 +51,13 @@ def gradients_asked_for(owners: Owners, method: Method) -> Tensors:
     trained = any(weight.raw(layer).requires_grad for layer, weight in found.values())
     if trained and all(gradient is None for gradient in left.values()):
         raise RuntimeError(
-            f"{method} chooses by the gradient at α, and there is none: a backward "
-            "pass comes before; with refresh_every=None that of any step is kept"
+            f"{method} chooses by the gradient at α of every entry, and there is none: "
+            "loss.backward() leaves it in the step before, torch.autograd.grad of the parameters "
+            "does not; with refresh_every=None that of any step is kept"
         )
+    asked = {name: weight.asked for name, (_, weight) in found.items()}
+    if replaced := [name for name, seen in asked.items() if seen and seen.is_replaced()]:
+        warn_caller(REPLACED.format(method, replaced))
     return {
         name: torch.zeros_like(theta) if (gradient := left.get(name)) is None else gradient
         for name, theta in raw.items()

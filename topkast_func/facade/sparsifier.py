@@ -66,8 +66,8 @@ class Sparsifier(Fixed):
     def step(self) -> bool:
         """Count a step of the optimiser, and choose the sets anew where that is due.
 
-        To be called once after each ``optimizer.step()``. Where θ holds NaN the sets stay, and a
-        warning says so.
+        To be called once after each ``optimizer.step()``. Where θ holds NaN, or a gradient that is
+        read is not finite, the sets stay, and a warning says so.
 
         Returns:
             Whether the sets were chosen anew.
@@ -91,7 +91,7 @@ class Sparsifier(Fixed):
             except NaNParameterError as reason:
                 warnings.warn(f"no refresh before step {self.steps}: {reason}", stacklevel=2)
                 due = False
-            except torch.OutOfMemoryError:
+            except RuntimeError:  # no gradient, say, or too little memory
                 self._steps, self._loaded = self._steps - 1, behind
                 self._progress.undo()
                 raise
@@ -109,7 +109,8 @@ class Sparsifier(Fixed):
                 the sparse weights are not those that were made sparse; their sets were loaded
                 from another stage of the schedule without `load_state_dict`; nothing has changed.
                 Or ranks of DistributedDataParallel have other sets, or one is lost.
-            NaNParameterError: A sparse weight holds NaN; nothing has changed.
+            NaNParameterError: A sparse weight holds NaN, or a gradient that is read is not finite;
+                nothing has changed.
             torch.OutOfMemoryError: The device has too little memory; nothing has changed, and what
                 was called can be called again.
         """

@@ -100,9 +100,8 @@ class RigL(Exchanging):
                 f"{self} chooses by the gradient: pass refresh(..., gradients=dense_gradients("
                 "model, loss_fn, state, batch))"
             )
-        name = f"{situation.name} (its gradient)"
-        size = situation.forward
-        return largest_beside(name, stay, situation.gradient, size, size, situation.group)[0]
+        size, gradient = situation.forward, situation.gradient
+        return largest_beside(situation.name, stay, gradient, size, size, situation.group)[0]
 
 
 def _surviving(situation: Situation, drop_fraction: float) -> int:

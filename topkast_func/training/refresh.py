@@ -49,7 +49,8 @@ def refresh(
         ValueError: The method reads gradients and there are none, they are of other parameters or
             shapes or without values, or the configuration has other sparse parameters, other
             blocks or another exponent, or a method that is to train densely.
-        NaNParameterError: A sparse parameter holds NaN; a ValueError too.
+        NaNParameterError: A sparse parameter holds NaN, or a gradient that is read is not finite; a
+            ValueError too.
         RuntimeError: It is differentiated.
         torch.OutOfMemoryError: The device has too little memory; the text says the way on.
     """
