@@ -106,18 +106,47 @@ def test_what_is_wrong_with_a_method_is_told(spoil: Any, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Writing(Checkered):
-    """Works in place on what it chooses by."""
+class Writing(tk.Method):
+    """Drops and grows in the mask that it is given, by what it is given."""
+
+    writes: bool
+    reads_sets = True
+    reads_gradient = True
+    enters_at = "zero"
 
     def sets(self, situation: tk.Situation) -> tuple[Tensor, Tensor]:
-        situation.scores.abs_()
-        return super().sets(situation)
+        if situation.active is None or situation.gradient is None:
+            active = torch.zeros_like(situation.scores, dtype=torch.bool)
+            active.view(-1)[: situation.forward] = True
+            return active, active
+        given = [situation.scores, situation.active, situation.gradient]
+        scores, active, gradient = given if self.writes else map(torch.clone, given)
+        scores.abs_().masked_fill_(~active, torch.inf)
+        gradient.abs_().masked_fill_(active, -1.0)
+        active.view(-1)[scores.flatten().argsort()[:2]] = False
+        active.view(-1)[gradient.flatten().argsort(descending=True)[:2]] = True
+        return active, active
 
 
-def test_a_method_that_writes_to_the_weights_is_named() -> None:
-    params = dict(network().named_parameters())
-    with pytest.raises(ValueError, match=r"sets, for '0.weight', writes to the scores: copy them"):
-        tk.compute_masks(params, replace(CONFIG, method=Writing()))
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_method_may_write_to_what_it_is_given(storage: Any) -> None:
+    model, x = network(), batch(0)
+    ended = []
+    for writes in (True, False):
+        config = replace(CONFIG, method=Writing(writes))
+        state = tk.init_state(model, config, tk.sgd(0.1), storage=storage)
+        gradients = tk.dense_gradients(model, mse, state, x)
+        before = tk.masks_of(state), {name: g.clone() for name, g in gradients.items()}
+        ended.append(tk.refresh(state, config, gradients=gradients))
+        assert tk.masks_of(state).keys() == before[0].keys()
+        for name, masks in tk.masks_of(state).items():
+            assert all(map(torch.equal, masks, before[0][name]))
+        assert all(map(torch.equal, gradients.values(), before[1].values()))
+    written, copied = map(tk.dense_params, ended)
+    for name, masks in tk.masks_of(ended[0]).items():
+        assert (masks.forward & ~before[0][name].forward).any()
+        assert torch.equal(masks.forward, tk.masks_of(ended[1])[name].forward)
+        assert torch.equal(written[name], copied[name])
 
 
 @dataclass(frozen=True)

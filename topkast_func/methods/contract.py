@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from topkast_func.checks import check_count, check_number, check_type
 from topkast_func.methods.base import Entry, Method, Situation
 from topkast_func.ranking import Sets
-from topkast_func.reading import version
 from topkast_func.sparsity import Allocation
+from topkast_func.types import changed
 
 
 def check_method(method: Method) -> None:
@@ -59,7 +60,7 @@ def allocated(method: Method, asked: Allocation, step: int) -> Allocation:
 def chosen(method: Method, situation: Situation) -> Sets:
     """Return the sets that a method chooses.
 
-    Those of a method of your own are copied: it may go on to write to what it has returned.
+    A method of your own is given copies, and what it returns is copied: it may write to both.
 
     Args:
         method: The method.
@@ -69,25 +70,26 @@ def chosen(method: Method, situation: Situation) -> Sets:
         1_A and 1_B, of whatever sizes.
 
     Raises:
-        ValueError: These are no two masks of the shape of the scores, or it writes to the scores.
+        ValueError: These are no two masks of the shape of the scores.
     """
     told = f"{method}.sets, for {situation.name!r},"
-    scores, given = situation.scores, version(situation.scores)
+    own, scores = not type(method).__module__.startswith(f"{__package__}."), situation.scores
     kind = (torch.bool, scores.shape, scores.device, torch.strided)
-    returned = method.sets(situation)
+    returned = method.sets(_copied(situation) if own else situation)
     try:
         forward, backward = returned
         found = [(mask.dtype, mask.shape, mask.device, mask.layout) for mask in (forward, backward)]
     except (TypeError, ValueError, AttributeError) as reason:
         raise ValueError(f"{told} must return two masks: {reason}") from reason
-    if version(scores) != given:
-        raise ValueError(f"{told} writes to the scores: copy them")
     for one in found:
         if one != kind:
             raise ValueError(f"{told} must return masks of {kind}, got {one}")
-    if type(method).__module__.startswith(f"{__package__}."):
-        return forward, backward
-    return forward.clone(), backward.clone()
+    return (forward.clone(), backward.clone()) if own else (forward, backward)
+
+
+def _copied(situation: Situation) -> Situation:
+    fields = situation._asdict().items()
+    return changed(situation, **{key: f.clone() for key, f in fields if isinstance(f, Tensor)})
 
 
 def size_problem(
