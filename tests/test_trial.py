@@ -402,3 +402,66 @@ def test_cached_parametrizations_are_refused_around_a_step_and_right_within_the_
     state = tk.init_state(plain, CONFIG, OPTIMIZER)
     with nn.utils.parametrize.cached():
         tk.make_train_step(plain, mse, CONFIG, OPTIMIZER, compile=False)(state, BATCH)
+
+
+class Views(nn.Module):
+    """Has buffers that are views of one memory, of which it may write to one."""
+
+    def __init__(self, second: slice, write: bool = True) -> None:
+        super().__init__()
+        self.layer, self.writes = nn.Linear(8, 8), write
+        together = torch.zeros(6, 2).t()
+        self.register_buffer("first", together[:, ::2])
+        self.register_buffer("second", together[:, second])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        first: Any = self.first
+        if self.writes:
+            first += y.detach().mean()
+        return y + first.mean()
+
+
+def _step(model: nn.Module) -> None:
+    config, optimizer = tk.TopKastConfig(0.5), tk.sgd(0.1)
+    state = tk.init_state(model, config, optimizer)
+    train_step = tk.make_train_step(
+        model, lambda apply, x: apply(x).square().mean(), config, optimizer, compile=False
+    )
+    train_step(state, torch.randn(4, 8))
+
+
+def test_buffers_that_share_memory_with_one_that_is_written_to_are_named() -> None:
+    _step(Views(slice(1, None, 2)))
+    _step(Views(slice(0, 2), write=False))
+    told = "'first' and 'second' of the model are views of one memory, and 'first' changes"
+    with pytest.raises(ValueError, match=told):
+        _step(Views(slice(0, 2)))
+
+
+def test_a_buffer_that_is_a_view_of_a_trained_weight_is_named() -> None:
+    model = nn.Linear(8, 8)
+    model.register_buffer("row", model.weight.detach()[3])
+    with pytest.raises(ValueError, match="'weight' and 'row' of the model are views of one memory"):
+        _step(model)
+
+
+class Assigning(nn.Module):
+    """Assigns a buffer that goes by two names."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layer, self.name = nn.Linear(8, 8), name
+        self.register_buffer("first", torch.zeros(8))
+        self.register_buffer("second", self.get_buffer("first"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        setattr(self, self.name, getattr(self, self.name) + 1)
+        y: Tensor = self.layer(x)
+        return y + getattr(self, self.name)
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_tied_buffer_that_is_assigned_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=r"puts other tensors in the place of \['second'\]"):
+        _step(Assigning(name))

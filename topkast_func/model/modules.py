@@ -16,6 +16,11 @@ CHANGED = (
     "was given may hold the change: go on from one that was saved"
 )
 
+UNTIED = (
+    "the forward pass puts other tensors in the place of {}, which go by another name too and "
+    "would be two from then on: write to them, or register each as a buffer of its own"
+)
+
 REPLACED = (
     "{!r} of the model is an nn.Parameter no more: torch.func.functional_call leaves its tensors "
     "in a module that is reached under two names. Put a Parameter back, and let a copy of the "
@@ -36,7 +41,8 @@ def bind(
         buffers: Buffers by name; the mapping then holds what the module wrote or assigned.
 
     Returns:
-        The bound model. It raises ValueError where a module writes to a tensor that is no buffer.
+        The bound model. It raises ValueError where a module writes to a tensor that is no buffer,
+        or puts another tensor in the place of a tied one.
     """
     if not isinstance(model, nn.Module):
         return lambda *inputs, **options: model({**alpha}, *inputs, **options)
@@ -50,6 +56,8 @@ def bind(
         if before != (after := versions(fixed)):
             changed = [name for name, version in after.items() if version != before[name]]
             raise ValueError(CHANGED.format(changed))
+        if untied := [other for other, name in tied.items() if tensors[other] is not tensors[name]]:
+            raise ValueError(UNTIED.format(untied))
         buffers.update({name: tensors[name] for name in buffers})
         return result
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from topkast_func.compiling import graphs_begun
 from topkast_func.model.alone import parts_of
 from topkast_func.model.modules import CHANGED, bind, tensors_of, ties, unset_buffers
+from topkast_func.model.overlaps import check_overlaps
 from topkast_func.reading import versions
 from topkast_func.training.derivative import HOOKS, without_hooks
 from topkast_func.training.loss import loss_and_aux
@@ -160,6 +161,8 @@ def check_pure(model: Model, loss_fn: LossFn, state: TrainState, batch: Any) -> 
         raise ValueError(CHANGED.format(changed))
     if any(now._version or not _same(now, leaf) for now, leaf in zip(inputs, given, strict=True)):
         raise ValueError(INPUTS)
+    moved = [n for n, now in written.items() if now is not weights[n] or now._version]
+    check_overlaps(model, (*trained, *moved))
     if reshaped := [n for n, b in written.items() if b.shape != before[n].shape]:
         raise ValueError(f"the forward pass gives buffers {reshaped} another shape")
     found = unset_buffers(model)
