@@ -296,6 +296,21 @@ def test_a_step_refuses_what_explores_when_that_is_over(storage: Any) -> None:
         train_step(start._replace(step=state.step, optimizer=state.optimizer), x)
 
 
+@pytest.mark.parametrize("wanted", [{"forward_sparsity": 0.75}, {"pattern": "2:4"}], ids=str)
+def test_other_sets_than_those_that_stay_have_a_way_on(wanted: Any) -> None:
+    model, optimizer, x = nn.Linear(8, 8), tk.sgd(0.1), torch.randn(3, 8)
+    config = tk.TopKastConfig(0.5, 0.5)
+    state = tk.init_state(model, config, optimizer)._replace(step=torch.tensor(4))
+    for until, way_on in ((2, r"from explore_until=2 on sets stay"), (9, None)):
+        other = tk.TopKastConfig(**wanted, explore_until=until)
+        refreshed = tk.refresh(state, other)
+        train_step = tk.make_train_step(
+            model, lambda apply, x: (apply(x) ** 2).mean(), other, optimizer, compile=False
+        )
+        with pytest.raises(ValueError, match=way_on) if way_on else nullcontext():
+            train_step(refreshed, x)
+
+
 def test_states_that_take_turns_are_looked_at_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     look = Mock(side_effect=agreement.disagreements)
     monkeypatch.setattr(agreement, "disagreements", look)

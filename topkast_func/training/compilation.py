@@ -44,7 +44,8 @@ SHAPES = (
     "train_step has met more shapes of batches than torch.compile keeps graphs for "
     "(torch._dynamo.config.recompile_limit), or numbers that change: give batches few shapes, by "
     "padding or drop_last, raise that limit, or pass make_train_step(..., compile=False); numbers "
-    "that change, in the batch or in what loss_fn closes over, are to be passed as tensors"
+    "that change, in the batch or in what loss_fn closes over, are to be passed as tensors, and "
+    "those of the model (the p of a dropout, say) to be held in buffers, or to change seldom"
 )
 
 

@@ -135,7 +135,7 @@ def config_problem(state: TrainState, config: TopKastConfig, params: Params | No
         or (_selection_problem(weights, config, params, step) if params else None)
         or _exponent_problem(state, config, params)
         or _size_problem(weights, config, step)
-        or _group_problem(weights, config)
+        or _group_problem(weights, config, step)
     )
 
 
@@ -211,11 +211,19 @@ def _size_problem(weights: Weights, config: TopKastConfig, step: int) -> str | N
     name = next(name for name in found if found[name] != asked[name])
     return (
         f"{name!r} has {found[name]} entries in A and B, the configuration asks for {asked[name]} "
-        f"at step {step}: to go on with other sparsities, call refresh(state, config) first"
+        f"at step {step}: {_way_on(config, step)}"
     )
 
 
-def _group_problem(weights: Weights, config: TopKastConfig) -> str | None:
+def _way_on(config: TopKastConfig, step: int) -> str:
+    """Say how a state gets the sets that a configuration asks for."""
+    refresh, until = "call refresh(state, config) first", config.explore_until
+    if config.schedule.settled(step):
+        return f"from explore_until={until} on sets stay; give a later one, and {refresh}"
+    return f"to go on with other sets, {refresh}"
+
+
+def _group_problem(weights: Weights, config: TopKastConfig, step: int) -> str | None:
     names = uneven_sets(weights.masks(), config) if config.group else ()
-    told = f"{UNEVEN.format(config.pattern)}: call refresh(state, config) first"
+    told = f"{UNEVEN.format(config.pattern)}: {_way_on(config, step)}"
     return f"the sets of {names} are {told}" if names else None
