@@ -72,9 +72,10 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def residual(channels: int) -> nn.Sequential:
-    """Build a residual block and a classifier on the mean of its pixels."""
+    """Build a first convolution, a residual block and a classifier on the mean of its pixels."""
+    begin = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
     end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
-    return nn.Sequential(Residual(channels), *end)
+    return nn.Sequential(*begin, Residual(channels), *end)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
@@ -83,7 +84,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp-2048": (lambda: mlp(*[2048] * 4), (2048,), 512),
     "encoder": (lambda: nn.Sequential(Block(256, 4), Mean(), *mlp(256, 10)), (64, 256), 16),
     "gpt2": (lambda: nn.Sequential(Block(768, 12, True), Mean(), *mlp(768, 10)), (256, 768), 4),
-    "residual": (lambda: residual(128), (128, 16, 16), 32),
+    "residual": (lambda: residual(128), (3, 16, 16), 32),
     "mlp-64": (lambda: mlp(*[64] * 4), (64,), 512),
 }
 """What builds a network, the shape of one input, and how many a step takes."""

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from topkast_func.kernels.tiles import VECTOR_BYTES
+
 
 class Layer(NamedTuple):
     """What the choice of an engine depends on.
@@ -60,7 +62,7 @@ def cost(name: str, layer: Layer) -> float:
     activations = layer.batch * (layer.out_features + layer.in_features)
     if name == "dense":
         moved = 2 * layer.forward + layer.backward
-        return 250e3 + 3 * entries * layer.batch / _dense_speed(layer.dtype) + 8 * moved
+        return 250e3 + 3 * entries * layer.batch / _dense_speed(layer) + 8 * moved
     lanes, faster = (32, 1.6) if layer.dtype == torch.bfloat16 else (16, 1)
     products = (2 * layer.forward + layer.backward) * (-(-layer.batch // lanes) * lanes) / faster
     if layer.rows:
@@ -68,11 +70,14 @@ def cost(name: str, layer: Layer) -> float:
     return 45e3 + products / _speed(layer.block_shape) + 0.3 * activations / faster
 
 
-def _dense_speed(dtype: torch.dtype) -> float:
-    """Return multiplications per nanosecond of dense products, with AVX512_BF16 and without."""
-    if dtype != torch.bfloat16:
-        return 95
-    return 285 if torch.cpu._is_avx512_bf16_supported() else 50
+def _dense_speed(layer: Layer) -> float:
+    """Return multiplications per nanosecond of dense products.
+
+    Those in bfloat16 take AVX512_BF16 where that is, and convolutions the widest vectors there are.
+    """
+    if layer.dtype == torch.bfloat16:
+        return 285 if torch.cpu._is_avx512_bf16_supported() else 50
+    return 135 if layer.rows and VECTOR_BYTES == 64 else 95
 
 
 def _projected(name: str, layer: Layer) -> float:
