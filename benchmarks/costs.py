@@ -26,11 +26,6 @@ LARGE, REHEARSAL, STEPS = "mlp-2048", "mlp-64", 3
 CHURN_STEPS, CHURN_LR = 5, 0.5  # before a refresh is timed, so that there are entries to exchange
 
 
-def _tensor() -> Tensor:
-    torch.manual_seed(0)
-    return torch.randn(SIDE, SIDE)
-
-
 def _training(block: steps.Block, lr: float) -> steps.Training:
     arm, *_ = steps.arms([steps.OURS], [steps.USUAL], [block], lr=lr).values()
     return steps.training(problem(LARGE), arm)
@@ -45,11 +40,13 @@ def _refresh(block: steps.Block) -> Callable[[], Any]:
 
 STARTS: dict[str, dict[str, Callable[[], Callable[[], Any]]]] = {  # by case and way
     f"{SIDE**2 / 1e6:.1f} M entries": {
-        "copy": lambda: _tensor().clone,
-        "copy into place": lambda: partial(torch.empty(SIDE, SIDE).copy_, _tensor()),
-        "numpy.partition": lambda: partial(np.partition, _tensor().abs().ravel().numpy(), KTH),
-        "masks 1×1": lambda: partial(sets, _tensor(), *steps.USUAL),
-        "masks 4×4": lambda: partial(sets, _tensor(), *steps.USUAL, steps.SQUARE),
+        "copy": lambda: torch.randn(SIDE, SIDE).clone,
+        "copy into place": lambda: partial(torch.empty(SIDE, SIDE).copy_, torch.randn(SIDE, SIDE)),
+        "numpy.partition": lambda: partial(
+            np.partition, torch.randn(SIDE, SIDE).abs().ravel().numpy(), KTH
+        ),
+        "masks 1×1": lambda: partial(sets, torch.randn(SIDE, SIDE), *steps.USUAL),
+        "masks 4×4": lambda: partial(sets, torch.randn(SIDE, SIDE), *steps.USUAL, steps.SQUARE),
     },
     LARGE: {
         "step": lambda: _training(steps.ENTRIES, 1e-3).step,
