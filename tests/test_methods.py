@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +29,7 @@ METHODS = {
     "dense": tk.dense(),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+QUARTER: Any = Fraction(1, 4)
 FIXED = ("static", "set", "rigl")
 COMPILED = ("topkast", "ste", "rigl", "gmp", "dense")
 """Those whose steps differ, and not their sets alone."""
@@ -131,6 +133,27 @@ def test_methods_are_values(method: tk.Method) -> None:
     config = replace(BASE, method=method)
     assert config == replace(BASE, method=replace(method))
     assert hash(config) == hash(replace(BASE, method=replace(method)))
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        (tk.topkast(exchange=np.float32(0.25)), tk.topkast(exchange=0.25)),
+        (tk.random_backward(exchange=QUARTER), tk.random_backward(exchange=0.25)),
+        (tk.set(np.float16(0.5)), tk.set(0.5)),
+        (tk.rigl(1), tk.rigl(1.0)),
+        (tk.gmp(np.int64(2), np.int32(6), np.uint8(2)), tk.gmp(2, 6, stages=2)),
+    ],
+)
+def test_the_numbers_of_a_method_become_those_of_python(
+    given: tk.Method, plain: tk.Method, tmp_path: Any
+) -> None:
+    assert (given, hash(given), repr(given)) == (plain, hash(plain), repr(plain))
+    config = replace(BASE, method=given)
+    assert config.to_json() == replace(BASE, method=plain).to_json()
+    state = tk.init_state(network(), config, tk.sgd(0.1))
+    tk.save(state, tmp_path / "state", config)
+    tk.save_sharded(state, tmp_path / "folder", config)
 
 
 @pytest.mark.parametrize(

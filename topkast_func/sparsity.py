@@ -165,28 +165,40 @@ def cubic(initial: float, final: float, begin: int, end: int, stages: int = 8) -
     """
     initial = check_number("initial", initial, 0.0, 1.0)
     final = check_number("final", final, 0.0, 1.0)
-    starts = cubic_fractions(begin, end, stages)
+    starts = cubic_fractions(*check_cubic(begin, end, stages))
     return staged({step: initial + (final - initial) * share for step, share in starts.items()})
 
 
-def cubic_fractions(begin: int, end: int, stages: int) -> dict[int, float]:
-    """Return, by the step it starts at, how much of the way each stage of `cubic` has gone.
+def check_cubic(begin: object, end: object, stages: object) -> tuple[int, int, int]:
+    """Return when a cubic rises, and in how many stages, as Python integers.
 
     Args:
-        begin: Step before which it is 0, at least 0.
-        end: Step from which on it is 1, after ``begin``.
-        stages: How many times it changes, at least 1.
+        begin: Step at which it begins, at least 0.
+        end: Step at which it ends, after ``begin``.
+        stages: How many times it changes, from 1 to 10,000.
 
     Returns:
-        Fractions in [0, 1] by step; the first is at step 0.
+        The three.
 
     Raises:
         TypeError: An argument is no integer.
         ValueError: ``end`` is not after ``begin``, or an argument is out of range.
     """
     begin = check_count("begin", begin, 0)
-    end = check_count("end", end, begin + 1)
-    stages = check_count("stages", stages, 1, STAGES)
+    return begin, check_count("end", end, begin + 1), check_count("stages", stages, 1, STAGES)
+
+
+def cubic_fractions(begin: int, end: int, stages: int) -> dict[int, float]:
+    """Return, by the step it starts at, how much of the way each stage of `cubic` has gone.
+
+    Args:
+        begin: Step before which it is 0.
+        end: Step from which on it is 1.
+        stages: How many times it changes; see `check_cubic`.
+
+    Returns:
+        Fractions in [0, 1] by step; the first is at step 0.
+    """
     changes = range(1, stages + 1)
     starts = {begin - (begin - end) * i // stages: i / stages for i in changes}
     return {0: 0.0} | {step: 1.0 - (1.0 - way) ** 3 for step, way in starts.items()}

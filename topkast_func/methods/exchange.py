@@ -43,8 +43,9 @@ class Exchanging(Method):
     drop_fraction: float = 0.3
 
     def __post_init__(self) -> None:
-        """Check the fraction."""
-        check_fraction("drop_fraction", self.drop_fraction)
+        """Check the fraction and store it as Python's."""
+        checked = check_fraction("drop_fraction", self.drop_fraction)
+        object.__setattr__(self, "drop_fraction", checked)
 
     @property
     def enters_at(self) -> Entry:

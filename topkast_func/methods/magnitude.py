@@ -7,7 +7,7 @@ from topkast_func.checks import check_choice, check_share
 from topkast_func.filling import drawn_beside, exchanged_sets
 from topkast_func.methods.base import Entry, Method, Situation
 from topkast_func.ranking import Sets, top_sets
-from topkast_func.sparsity import Allocation, Staged, cubic_fractions
+from topkast_func.sparsity import Allocation, Staged, check_cubic, cubic_fractions
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class TopKast(Magnitude):
     explores: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Check the options and store numbers as Python's."""
         check_choice("entry", self.entry, get_args(Entry))
         if self.exchange is not None:
-            check_share("exchange", self.exchange)
+            object.__setattr__(self, "exchange", check_share("exchange", self.exchange))
 
     @property
     def enters_at(self) -> Entry:
@@ -105,8 +105,10 @@ class GradualPruning(Magnitude):
     stages: int
 
     def __post_init__(self) -> None:
-        """Check the steps."""
-        self._shares()
+        """Check the steps and store them as Python's."""
+        checked = check_cubic(self.begin, self.end, self.stages)
+        for name, number in zip(("begin", "end", "stages"), checked, strict=True):
+            object.__setattr__(self, name, number)
 
     def sparsities(self, asked: Allocation, step: int) -> Allocation:
         """Return the share of the forward sparsity that is reached at the step, twice."""
