@@ -2,9 +2,11 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +65,12 @@ def test_compiled_with_them_equals_eager(name: str, storage: Any) -> None:
             old, new = tk.dense_params(before)[weight], tk.dense_params(after)[weight]
             assert torch.equal(old[~masks.backward], new[~masks.backward])
             assert (old != new)[masks.backward & ~masks.forward].any()
+
+
+def test_calls_for_an_update_are_counted_by_any_integer() -> None:
+    plain = tk.multi_steps(tk.sgd(0.1), 2)
+    counted = replace(plain, every=np.int64(2))
+    assert same(*(run(CONFIG, each, drawn(4))[-1] for each in (plain, counted)))
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])

@@ -98,7 +98,7 @@ class Optimizer(Transformation):
         """Check what can be checked before the first step."""
         super().__post_init__()
         check_callable("learning_rate", self.learning_rate)
-        check_count("every", self.every, 1)
+        object.__setattr__(self, "every", check_count("every", self.every, 1))
 
 
 @dataclass(frozen=True)
