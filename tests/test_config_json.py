@@ -114,6 +114,11 @@ def test_what_is_left_out_has_its_default() -> None:
         ('{"forward_sparsity": [[0, 0.5], [1]]}', r"must be pairs \[step, number\]"),
         ('{"forward_sparsity": [[0.5, 0.5]]}', "step of staged must be an integer"),
         ('{"forward_sparsity": [[[], 0.5]]}', "unhashable"),
+        (
+            '{"forward_sparsity": [[0, 0.5], [0, 0.9]]}',
+            r"forward_sparsity must give each step one number, got \[\[0, 0.5\], \[0, 0.9\]\]",
+        ),
+        ('{"refresh_every": [[0, 5], [9, 7], [9, 5]]}', "refresh_every must give each step one"),
         ('{"forward_sparsity": "0.9"}', "forward_sparsity must be a number"),
         ('{"forward_sparsity": NaN}', "forward_sparsity must be in .* got nan"),
         ('{"penalty_weight": 1%s}' % ("0" * 400), "too large"),

@@ -1,7 +1,9 @@
 """Sparsities in stages, and the cubic of gradual pruning."""
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +48,41 @@ def test_the_cubic_starts_and_ends_where_it_is_told(
 def test_bad_stages_are_named(stages: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tk.staged(stages)
+
+
+@pytest.mark.parametrize(
+    ("steps", "sparsities", "error", "message"),
+    [
+        ((10, 20), (0.5, 0.9), ValueError, r"must start at step 0, got stages at \[10, 20\]"),
+        ((), (), ValueError, r"must start at step 0, got stages at \[\]"),
+        (
+            (0, 4, 4),
+            (0.5, 0.6, 0.7),
+            ValueError,
+            r"start at different steps, got stages at \[0, 4, 4\]",
+        ),
+        ((0, 4), (0.5,), ValueError, r"got steps \(0, 4\) and sparsities \(0.5,\)"),
+        ((0,), (0.5, 0.9), ValueError, r"got steps \(0,\) and sparsities \(0.5, 0.9\)"),
+        ((0, 4), (0.5, math.nan), ValueError, r"staged\[4\] must be in \[0.0, 1.0\), got nan"),
+        ((0, -1), (0.5, 0.9), ValueError, "a step of staged must be at least 0, got -1"),
+        ((0, 1.5), (0.5, 0.9), TypeError, "a step of staged must be an integer"),
+        ((0,), ("x",), TypeError, r"staged\[0\] must be a number"),
+        (0, (0.5,), TypeError, "steps must be a Sequence, got int"),
+        ((0,), 0.5, TypeError, "sparsities must be a Sequence, got float"),
+    ],
+)
+def test_stages_of_steps_and_sparsities_are_checked_alike(
+    steps: Any, sparsities: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        tk.Staged(steps, sparsities)
+
+
+def test_stages_in_any_order_and_numbers_are_those_of_staged() -> None:
+    stages = tk.staged({0: 0.5, 4: 0.75})
+    steps: Any = (np.int64(4), np.int8(0))
+    for found in (tk.Staged((4, 0), (0.75, 0.5)), tk.Staged(steps, (np.float32(0.75), 0.5))):
+        assert (found, hash(found), repr(found)) == (stages, hash(stages), repr(stages))
 
 
 def test_bad_cubics_are_named() -> None:

@@ -1,7 +1,7 @@
 """Sparsities: one for all, by pattern, or in stages over time."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 from typing import NamedTuple, TypeAlias
@@ -81,18 +81,43 @@ class Staged:
     """A sparsity that changes at given steps and stays in between; see `staged`.
 
     Attributes:
-        steps: Where the stages begin, ascending, the first at 0.
+        steps: Where the stages begin, ascending, the first at 0; they may be given in any order.
         sparsities: The sparsity of each stage, fractions in [0, 1).
+
+    Raises:
+        TypeError: A step is no integer, a sparsity no number, or they are no sequences.
+        ValueError: A sparsity is out of range, no stage starts at step 0, two start at the same
+            step, or there are not as many steps as sparsities.
     """
 
     steps: tuple[int, ...]
     sparsities: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        """Check the stages and store them in their order, their numbers as Python's."""
+        check_type("steps", self.steps, Sequence)
+        check_type("sparsities", self.sparsities, Sequence)
+        if len(self.steps) != len(self.sparsities):
+            raise ValueError(
+                f"each stage must have a step and a sparsity, got steps {self.steps} and "
+                f"sparsities {self.sparsities}"
+            )
+        starts = [check_count("a step of staged", step, 0) for step in self.steps]
+        stages = {
+            start: check_number(f"staged[{start}]", sparsity, 0.0, 1.0)
+            for start, sparsity in zip(starts, self.sparsities, strict=True)
+        }
+        if 0 not in stages:
+            raise ValueError(f"one stage must start at step 0, got stages at {starts}")
+        if len(stages) < len(starts):
+            raise ValueError(f"stages must start at different steps, got stages at {starts}")
+        object.__setattr__(self, "steps", tuple(sorted(stages)))
+        object.__setattr__(self, "sparsities", tuple(stages[start] for start in self.steps))
+
     def at(self, step: int) -> float:
         """Return the sparsity in force at a step, an integer of at least 0."""
-        step = check_count("step", step, 0)
-        begun = [i for i, start in enumerate(self.steps) if start <= step]
-        return self.sparsities[begun[-1]]
+        start = begun(self.steps, check_count("step", step, 0))
+        return self.sparsities[self.steps.index(start)]
 
 
 Fixed: TypeAlias = float | ByPattern
@@ -108,6 +133,11 @@ def numbers(sparsity: Sparsity | None) -> tuple[float, ...]:
     if isinstance(sparsity, Staged):
         return sparsity.sparsities
     return tuple(sparsity.values()) if isinstance(sparsity, Mapping) else (sparsity,)
+
+
+def begun(starts: Iterable[int], step: int) -> int:
+    """Return the last of the starts of stages, the first at 0, that is not after a step."""
+    return max(start for start in starts if start <= step)
 
 
 def staged(stages: Mapping[int, float]) -> Staged:
@@ -130,13 +160,7 @@ def staged(stages: Mapping[int, float]) -> Staged:
         0.8
     """
     check_type("stages", stages, Mapping)
-    steps = sorted(check_count("a step of staged", step, 0) for step in stages)
-    if not steps or steps[0] != 0:
-        raise ValueError(f"one stage must start at step 0, got stages at {steps}")
-    named = {step: f"staged[{step}]" for step in steps}
-    return Staged(
-        tuple(steps), tuple(check_number(named[step], stages[step], 0.0, 1.0) for step in steps)
-    )
+    return Staged(tuple(stages), tuple(stages.values()))
 
 
 def cubic(initial: float, final: float, begin: int, end: int, stages: int = 8) -> Staged:

@@ -129,7 +129,10 @@ def _recalled(field: str, value: Any) -> Any:
     if field in BY_STEP and isinstance(value, list):
         if not all(isinstance(stage, list) and len(stage) == 2 for stage in value):
             raise TypeError(f"{field} must be pairs [step, number], got {value!r}")
-        return dict(value) if field == "refresh_every" else staged(dict(value))
+        numbers = dict(value)
+        if len(numbers) < len(value):
+            raise ValueError(f"{field} must give each step one number, got {value!r}")
+        return numbers if field == "refresh_every" else staged(numbers)
     if field == "method":
         name = value.get("name") if isinstance(value, dict) else None
         if not isinstance(name, str) or name not in METHODS:

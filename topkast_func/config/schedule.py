@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from topkast_func.checks import check_count
+from topkast_func.sparsity import begun
 
 
 class ByStep(Mapping[int, int | None]):
@@ -80,13 +81,13 @@ class Schedule:
 
     def stage(self, step: int) -> int:
         """Return the step at which the sparsities in force at ``step`` began."""
-        return max(start for start in (0, *self.starts) if start <= step)
+        return begun((0, *self.starts), step)
 
     def interval(self, step: int) -> int | None:
         """Return N as it holds at a step."""
         if not isinstance(self.every, ByStep):
             return self.every
-        return self.every[max(start for start in self.every if start <= step)]
+        return self.every[begun(self.every, step)]
 
     def refreshes_at(self, step: int) -> bool:
         """Return whether the sets are chosen anew between a step and the one before.

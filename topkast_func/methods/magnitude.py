@@ -7,7 +7,7 @@ from topkast_func.checks import check_choice, check_share
 from topkast_func.filling import drawn_beside, exchanged_sets
 from topkast_func.methods.base import Entry, Method, Situation
 from topkast_func.ranking import Sets, top_sets
-from topkast_func.sparsity import Allocation, Staged, check_cubic, cubic_fractions
+from topkast_func.sparsity import Allocation, begun, check_cubic, cubic_fractions
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,16 @@ class GradualPruning(Magnitude):
 
     def sparsities(self, asked: Allocation, step: int) -> Allocation:
         """Return the share of the forward sparsity that is reached at the step, twice."""
-        reached = asked.forward * self._shares().at(step)
+        shares = self._shares()
+        reached = asked.forward * shares[begun(shares, step)]
         return Allocation(reached, reached)
 
     def starts(self) -> tuple[int, ...]:
         """Return the steps at which a stage begins."""
-        return self._shares().steps[1:]
+        return tuple(self._shares())[1:]
 
-    def _shares(self) -> Staged:
-        fractions = cubic_fractions(self.begin, self.end, self.stages)
-        return Staged(tuple(fractions), tuple(fractions.values()))
+    def _shares(self) -> dict[int, float]:
+        return cubic_fractions(self.begin, self.end, self.stages)
 
 
 @dataclass(frozen=True)
