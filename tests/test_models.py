@@ -4,6 +4,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -350,6 +351,54 @@ def test_a_forward_pass_that_makes_a_buffer_is_refused_and_nothing_is_written(
         with pytest.raises(ValueError, match=message):
             step(state, torch.randn(3, 6))
     assert model.last is start
+
+
+class Buffered(nn.Module):
+    """A layer whose weight is a buffer too, of the module around it or of one behind it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layer, self.behind, self.name = nn.Linear(6, 6), nn.Module(), name
+        path, _, key = name.rpartition(".")
+        self.get_submodule(path).register_buffer(key, self.layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.get_buffer(self.name)
+
+
+def by_hand(params: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Compute what that does from its parameters alone."""
+    weight = params["layer.weight"]
+    return nn.functional.linear(x, weight, params["layer.bias"]) + x @ weight
+
+
+@pytest.mark.parametrize("compile", [False, AOT])
+@pytest.mark.parametrize("name", ["kept", "behind.kept"])
+def test_a_parameter_that_is_a_buffer_too_is_a_parameter(
+    name: str, compile: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, optimizer, x = Buffered(name), tk.sgd(0.1), torch.randn(5, 6)
+    params = {own: p.detach().clone() for own, p in model.named_parameters()}
+    states = []
+    for form, given in ((model, model), (by_hand, params)):
+        state = tk.init_state(given, CONFIG, optimizer)
+        step = tk.make_train_step(form, squared, CONFIG, optimizer, compile=compile)
+        for _ in range(4):
+            state, _ = step(state, x)
+        states.append(state)
+    state = states[0]
+    theta, alpha, masks = tk.dense_params(state), tk.forward_params(state), tk.masks_of(state)
+    torch.testing.assert_close(theta, tk.dense_params(states[1]))
+    assert alpha.keys() == params.keys()
+    tk.save(state, tmp_path / "state")
+    loaded = tk.load(tmp_path / "state", CONFIG, model, optimizer)
+    torch.testing.assert_close(tk.dense_params(loaded), theta, rtol=0, atol=0)
+    runs = [tk.sparse_forward(model, theta, masks, x), functional_call(model, alpha, (x,))]
+    runs.append(tk.sparse_module(state, model)(x))
+    model.load_state_dict(alpha, strict=False)
+    for found in (*runs, model(x)):
+        torch.testing.assert_close(found, by_hand(alpha, x))
 
 
 @pytest.mark.parametrize("field", ["sparse", "keep_dense"])

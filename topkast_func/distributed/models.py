@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from topkast_func.model.modules import tensors_of
+from topkast_func.model.modules import buffers_of, tensors_of
 
 PLACES = r"0x[0-9a-f]+|\b(GPU |cuda:)\d+"
 """What a module may print that differs by process: addresses and devices."""
@@ -17,7 +17,7 @@ def averaged_buffers(model: object) -> dict[str, Tensor]:
     if not isinstance(model, nn.Module):
         return {}
     kept = model.state_dict(keep_vars=True)
-    return {n: buffer for n, buffer in model.named_buffers() if n in kept and is_mean(buffer)}
+    return {n: buffer for n, buffer in buffers_of(model).items() if n in kept and is_mean(buffer)}
 
 
 def is_mean(tensor: Tensor) -> bool:

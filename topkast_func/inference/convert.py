@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterable
 from functools import partial
-from itertools import chain
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from topkast_func.leaves import check_present
 from topkast_func.model.alone import alone_with, as_plain, check_uncompiled, uncompiled
 from topkast_func.model.attention import AttentionStandIn
 from topkast_func.model.layers import stand_ins
-from topkast_func.model.modules import check_parameters
+from topkast_func.model.modules import check_parameters, tensors_of
 from topkast_func.model.stand_in import StandIn, TransposedStandIn
 from topkast_func.training.ensembles import is_mapped, mapped
 from topkast_func.training.fits_model import check_tensors
@@ -104,7 +103,7 @@ def _of_state(state: TrainState, model: nn.Module, batch: int) -> tuple[nn.Modul
     check_tensors(state, model)
     alpha = alpha_in(state)
     plain = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
-    for name, tensor in chain(plain.named_parameters(), plain.named_buffers()):
+    for name, tensor in tensors_of(plain).items():
         if not same(tensor, alpha[name]):  # what is equal may be expanded, and so not written to
             tensor.copy_(alpha[name])
     masks = {name: sets.forward for name, sets in masks_of(state).items()}

@@ -68,7 +68,8 @@ def ties(model: object) -> dict[str, str]:
     """Return the further names of tied parameters and buffers, with their first ones.
 
     `torch.func.functional_call` ties by itself, but leaves its tensors in a module that is
-    reached under two names; here such a module counts once.
+    reached under two names; here such a module counts once. A parameter that is registered as a
+    buffer too goes by its name as a parameter.
 
     Args:
         model: A module; anything else has none.
@@ -80,8 +81,11 @@ def ties(model: object) -> dict[str, str]:
         return {}
     first: dict[int, str] = {}
     tied = {}
-    for path, module in model.named_modules():
-        for key, tensor in {**module._parameters, **module._buffers}.items():
+    modules = [*model.named_modules()]
+    held = [(path, module._parameters) for path, module in modules]
+    held += [(path, module._buffers) for path, module in modules]
+    for path, tensors in held:
+        for key, tensor in tensors.items():
             name = f"{path}.{key}".lstrip(".")
             if tensor is not None and first.setdefault(id(tensor), name) != name:
                 tied[name] = first[id(tensor)]
@@ -102,6 +106,14 @@ def frozen(model: object) -> Tensors:
     return {name: p for name, p in model.named_parameters() if not p.requires_grad}
 
 
+def buffers_of(model: object) -> Tensors:
+    """Return the buffers of a module that are no parameters too, by name; others have none."""
+    if not isinstance(model, nn.Module):
+        return {}
+    parameters = {id(parameter) for parameter in model.parameters()}
+    return {name: b for name, b in model.named_buffers() if id(b) not in parameters}
+
+
 def buffers(model: object, given: Params | None = None) -> Tensors:
     """Copy the buffers of a module, by name; any other model has none.
 
@@ -112,11 +124,9 @@ def buffers(model: object, given: Params | None = None) -> Tensors:
     Returns:
         The copies.
     """
-    if not isinstance(model, nn.Module):
-        return {}
-    held = {**dict(model.named_buffers()), **(given or {})}
-    own = {name: held[name].detach() for name, _ in model.named_buffers()}
-    return {name: plain(buffer).clone() for name, buffer in own.items()}
+    own = buffers_of(model)
+    held = {**own, **(given or {})}
+    return {name: plain(held[name].detach()).clone() for name in own}
 
 
 def parameters_of(model: object) -> dict[str, tuple[nn.Module, str]]:
@@ -188,7 +198,7 @@ def tensors_of(model: object) -> Tensors:
     """Return the parameters and buffers of a module, by name; others have none."""
     if not isinstance(model, nn.Module):
         return {}
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {**dict(model.named_parameters()), **buffers_of(model)}
 
 
 def check_names(model: Model, names: Collection[str]) -> None:

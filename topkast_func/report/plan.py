@@ -11,7 +11,7 @@ from topkast_func.checks import check_count
 from topkast_func.config import TopKastConfig
 from topkast_func.distributed.models import averaged_buffers
 from topkast_func.model.alone import alone_with, as_plain
-from topkast_func.model.modules import frozen
+from topkast_func.model.modules import buffers_of, frozen
 from topkast_func.report.shares import Share, bytes_of, most, shares_of, total
 from topkast_func.report.table import in_bytes, paragraph, table
 from topkast_func.training.first_weights import outlined_weights
@@ -149,8 +149,7 @@ def _layouts(
     optimizer: Optimizer,
     master: torch.dtype | None,
 ) -> tuple[list[Layout], list[str]]:
-    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-    rest = bytes_of(buffers) + bytes_of(frozen(model))
+    rest = bytes_of(buffers_of(model)) + bytes_of(frozen(model))
     averaged = bytes_of(averaged_buffers(model))
 
     def trained(weights: Weights) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from topkast_func.model.modules import frozen, tensors_of, trainable
+from topkast_func.model.modules import buffers_of, frozen, tensors_of, trainable
 from topkast_func.training.state import TrainState
 from topkast_func.trees import difference
 from topkast_func.types import Params
@@ -50,7 +50,7 @@ def model_problem(state: TrainState, model: nn.Module) -> str | None:
     sides = {
         "parameters": (parameters, _facts(trainable(model))),
         "frozen parameters": (_facts(state.frozen), _facts(frozen(model))),
-        "buffers": (_facts(state.buffers), _facts(dict(model.named_buffers()))),
+        "buffers": (_facts(state.buffers), _facts(buffers_of(model))),
     }
     problems = (_tensor_problem(what, *both) for what, both in sides.items())
     return next(filter(None, problems), None)

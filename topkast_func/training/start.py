@@ -11,7 +11,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import matches, warn_of_other_names
 from topkast_func.devices import check_device
 from topkast_func.model.alone import alone_with, as_plain
-from topkast_func.model.modules import frozen, tensors_of, ties
+from topkast_func.model.modules import buffers_of, frozen, tensors_of, ties
 from topkast_func.reading import check_numbers
 from topkast_func.sparsity import ByPattern
 from topkast_func.training.agreement import COMPACT
@@ -118,7 +118,6 @@ def _first_state(
     materialize: Materialize | None,
 ) -> TrainState:
     params, layers = trained(model)
-    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
     check_ties(model, manner.config)
     source = Source({**params, **tensors_of(model)}, materialize, seed)
     weights, powers = first_weights(params, layers, source, manner)
@@ -130,7 +129,7 @@ def _first_state(
         seed=torch.tensor(seed, device="cpu"),
         mask_seed=torch.tensor(manner.mask_seed, device="cpu"),
         weights=weights,
-        buffers=source.copied(buffers),
+        buffers=source.copied(buffers_of(model)),
         frozen=source.copied(frozen(model)),
         optimizer=started(optimizer, values),
         exponents={name: exponent.clone() for name in powers},
