@@ -1,6 +1,7 @@
 """What is sparse in training is sparse in inference: attention, Conv1D, tied embeddings."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,25 @@ def test_convolutions_of_one_pixel(kind: Any, stride: int, storage: Any) -> None
     with torch.no_grad():
         assert_close(sparse(x), plain(x))
         assert_close(sparse(x[0]), plain(x[0]))
+
+
+@small
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_what_is_no_image_is_refused_as_it_was_given(kind: Any) -> None:
+    sparse, plain, _ = made(nn.Sequential(kind(8, 16, 1)))
+    names = ("depth", "height", "width")[-AXES[kind] :]
+    axes = [5] * len(names)
+    taken = f"[batch, 8, {', '.join(names)}], or that without batch"
+    shapes: list[list[int]] = [[2, 3, 8, *axes], [8, *axes[1:]], [8], [], [2, *axes, 8], [*axes, 8]]
+    for shape in (*shapes, [2, 7, *axes], [7, *axes]):
+        x, given = torch.randn(shape), tuple(shape)
+        told = re.escape(f"inputs of shape {given} do not fit a convolution that takes {taken}")
+        with pytest.raises(RuntimeError):
+            plain(x)
+        with pytest.raises(ValueError, match=told):
+            sparse(x)
+    with pytest.raises(TypeError, match=r"inputs of layout torch\.sparse_coo are not supported"):
+        sparse(torch.randn(2, 8, *axes).to_sparse())
 
 
 @small

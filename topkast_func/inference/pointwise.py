@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from topkast_func.inference.linear import SparseLinear
 from topkast_func.inference.replaceable import replaceable
+from topkast_func.kernels.linear import check_strided_inputs
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 """How torch calls channels that are the last axis in memory, by the axes of an image."""
+AXES = ("depth", "height", "width")
+"""Of an image; one of fewer has the last ones."""
 
 
 class SparsePointwise(nn.Module):
@@ -60,8 +63,19 @@ class SparsePointwise(nn.Module):
 
         Returns:
             The same with out_channels, their axis the last in memory if it was before.
+
+        Raises:
+            TypeError: The dtype is another one, or the input no strided tensor.
+            ValueError: There are more or fewer axes, or another number of channels.
         """
-        axes = len(self.stride)
+        check_strided_inputs(input)
+        axes, in_channels = len(self.stride), self.linear.in_features
+        if input.ndim not in (axes + 1, axes + 2) or input.shape[-1 - axes] != in_channels:
+            taken = ", ".join(("batch", str(in_channels), *AXES[-axes:]))
+            raise ValueError(
+                f"inputs of shape {tuple(input.shape)} do not fit a convolution that takes "
+                f"[{taken}], or that without batch"
+            )
         channels, last = -1 - axes, _is_last(input, axes)
         for axis, step in enumerate(self.stride, channels + 1):
             input = input.movedim(axis, 0)[::step].movedim(0, axis)

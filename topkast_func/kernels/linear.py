@@ -93,17 +93,29 @@ def check_inputs(x: Tensor, in_features: int) -> None:
         in_features: Of the layer.
 
     Raises:
-        TypeError: They are no tensor, or one that is nested or otherwise not strided.
+        TypeError: See `check_strided_inputs`.
         ValueError: They have another number of features.
+    """
+    check_strided_inputs(x)
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(
+            f"inputs of shape {tuple(x.shape)} do not fit a layer of in_features={in_features}"
+        )
+
+
+def check_strided_inputs(x: Tensor) -> None:
+    """Check that the inputs of a layer are a strided tensor.
+
+    Args:
+        x: The inputs.
+
+    Raises:
+        TypeError: They are no tensor, or one that is nested or otherwise not strided.
     """
     check_type("inputs", x, Tensor)
     if x.is_nested or x.layout != torch.strided:
         layout = "nested tensors" if x.is_nested else f"layout {x.layout}"
         raise TypeError(f"inputs of {layout} are not supported, torch.strided ones are")
-    if x.shape[-1:] != (in_features,):
-        raise ValueError(
-            f"inputs of shape {tuple(x.shape)} do not fit a layer of in_features={in_features}"
-        )
 
 
 def _takes(name: str, values: Tensor, bias: Tensor | None) -> bool:
