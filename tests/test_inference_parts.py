@@ -327,6 +327,27 @@ def test_gradients_of_tied_embeddings_are_those_of_their_options(options: dict[s
 
 
 @small
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_of_padded_embeddings_has_their_gradients(recorded: bool) -> None:
+    model = Language()
+    model.words = nn.Embedding(40, WIDTH, padding_idx=3)
+    model.head.weight = model.words.weight
+    sparse, *_ = made(model)
+    words = sparse.get_submodule("words").requires_grad_(True)
+    assert isinstance(words, SparseEmbedding)
+    inputs, gradients = torch.tensor([[3, 3, 1], [1, 7, 1]]), []
+    with torch.set_grad_enabled(recorded):
+        traced: Any = torch.jit.trace(words, inputs)  # type: ignore[no-untyped-call]
+    for run in (traced, words):
+        found = run(inputs)
+        gradients.append(torch.autograd.grad(found.square().sum(), words.values)[0])
+    assert torch.equal(*gradients)
+    sparse_traced: Any = torch.jit.trace(sparse, inputs)  # type: ignore[no-untyped-call]
+    assert_close(sparse_traced(inputs[:, :2]), sparse(inputs[:, :2]))
+
+
+@small
 @pytest.mark.parametrize("count", [5, 200])
 def test_values_that_do_not_go_with_the_indices_are_not_looked_up(count: int) -> None:
     sparse, *_ = made(Language())

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from topkast_func.inference.linear import SparseLinear
 from topkast_func.inference.replaceable import replaceable
@@ -66,7 +67,10 @@ class SparseEmbedding(nn.Module):
             raise TypeError(f"indices must be int64 or int32, got {input.dtype}")
         index = self.crow_indices, self.col_indices
         found: Tensor = lookup(input.flatten(), self.values, *index, self.embedding_dim)
-        if self.padding_idx is not None and torch.is_grad_enabled():
+        # torch.jit.trace traces twice, the second time without gradients, and wants one graph
+        if self.padding_idx is not None and (
+            torch.is_grad_enabled() or is_tracing()  # type: ignore[no-untyped-call]
+        ):
             padding = input.flatten()[:, None] == self.padding_idx
             found = torch.where(padding, found.detach(), found)
         return found.view(*input.shape, self.embedding_dim)
