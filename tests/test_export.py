@@ -106,7 +106,9 @@ def test_csr_is_the_default_layout() -> None:
 
 @pytest.mark.parametrize("layout", DENSE)
 def test_weights_that_are_no_matrices_are_left_out(layout: str) -> None:
-    state = _state({"conv.weight": torch.randn(4, 3, 3, 3), "linear.weight": torch.randn(4, 4)})
+    shapes = {"conv": (4, 3, 3, 3), "linear": (4, 4), "norm": (4,), "scale": ()}
+    state = _state({f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()})
+    assert len(tk.masks_of(state)) == len(shapes)
     assert tk.to_sparse(state, layout).keys() == {"linear.weight"}
 
 

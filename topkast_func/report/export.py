@@ -29,8 +29,8 @@ def to_sparse(
             with an entry in A are stored whole.
 
     Returns:
-        Matrices [out, in] by name, zeros in A stored too. Sparse parameters of more than two
-        dimensions are left out.
+        Matrices [out, in] by name, zeros in A stored too. Sparse parameters of fewer or more than
+        two dimensions are left out.
 
     Raises:
         TypeError: ``state`` is no state, or ``block_shape`` no pair of integers.
