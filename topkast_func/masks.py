@@ -175,8 +175,7 @@ def masks_at(
         Masks by name.
 
     Raises:
-        NaNParameterError: A parameter holds NaN, or a gradient that is read is not finite; a
-            ValueError too.
+        NaNParameterError: A parameter holds NaN, or a gradient is not finite; a ValueError too.
         ValueError: A parameter is not divisible into blocks, or the method has not chosen as many
             entries as it was asked for.
     """
