@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from zlib import crc32
 
 import numpy as np
@@ -179,25 +180,24 @@ def masks_at(
         ValueError: A parameter is not divisible into blocks, or the method has not chosen as many
             entries as it was asked for.
     """
-    if gradients:
-        wrong = counted([~gradients[name].isfinite() for name in allocations])
-        for name in (name for name, some in zip(allocations, wrong, strict=True) if some):
-            reason = NO_RANKING if params[name].isnan().any() else NO_GRADIENT
-            raise NaNParameterError(reason.format(name))
     sets, situations = {}, {}
     block, norm = config.block_shape, config.block_norm
     active = {name: blocks(sets.forward, block) for name, sets in (old or {}).items()}
-    held = dict(zip(active, counted([*active.values()]), strict=True))
+    endless = [~gradients[name].isfinite() for name in allocations] if gradients else []
+    numbers = counted([*active.values(), *endless])
+    held = dict(zip(active, numbers, strict=False))
+    for name in compress(allocations, numbers[len(active) :]):
+        reason = NO_RANKING if params[name].isnan().any() else NO_GRADIENT
+        raise NaNParameterError(reason.format(name))
     for name, sparsity in allocations.items():
         theta = params[name].detach().as_subclass(Tensor)
         scores = magnitudes(name, theta, block, norm)
-        device = theta.device
         situation = Situation(
             name,
             scores,
             *_kept(sparsity, scores.numel(), config, step),
-            active=active[name].to(device) if old else None,
-            gradient=magnitudes(name, gradients[name].to(device), block, norm)
+            active=active[name].to(theta.device) if old else None,
+            gradient=magnitudes(name, gradients[name].to(theta.device), block, norm)
             if gradients
             else None,
             progress=min(1.0, step / config.explore_until) if config.explore_until else 0.0,

@@ -29,11 +29,11 @@ def check_overlaps(model: object, changed: Collection[str]) -> None:
     Raises:
         ValueError: One does.
     """
-    in_memory: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    in_storage: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors_of(model).items():
         if readable(tensor):
-            in_memory[tensor.untyped_storage().data_ptr()][name] = tensor
-    for together in in_memory.values():
+            in_storage[tensor.untyped_storage()._cdata][name] = tensor
+    for together in in_storage.values():
         for (name, tensor), (other, found) in permutations(together.items(), 2):
             apart = tensor is found or name not in changed
             if not apart and np.shares_memory(_outline(tensor), _outline(found)):

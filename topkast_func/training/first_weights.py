@@ -146,13 +146,12 @@ def trained(model: nn.Module | Params) -> tuple[Params, list[str]]:
         TypeError: It is neither.
         ValueError: There are no parameters, or one goes by two names.
     """
-    layers = [*kernel_weights(model)]
     params = trainable(model) if isinstance(model, nn.Module) else model
     check_params(params)
     if not params:
         raise ValueError("there is no parameter that requires a gradient")
     if isinstance(model, nn.Module):
-        return params, layers
+        return params, [*kernel_weights(model)]
     first: dict[int, str] = {}
     for name, theta in params.items():
         if (other := first.setdefault(id(theta), name)) != name:
