@@ -72,10 +72,9 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def residual(channels: int) -> nn.Sequential:
-    """Build a first convolution, a residual block and a classifier on the mean of its pixels."""
-    begin = nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+    """Build a residual block and a classifier on the mean of its pixels."""
     end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
-    return nn.Sequential(*begin, Residual(channels), *end)
+    return nn.Sequential(Residual(channels), *end)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
@@ -84,7 +83,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "mlp-2048": (lambda: mlp(*[2048] * 4), (2048,), 512),
     "encoder": (lambda: nn.Sequential(Block(256, 4), Mean(), *mlp(256, 10)), (64, 256), 16),
     "gpt2": (lambda: nn.Sequential(Block(768, 12, True), Mean(), *mlp(768, 10)), (256, 768), 4),
-    "residual": (lambda: residual(128), (3, 16, 16), 32),
+    "residual": (lambda: residual(128), (128, 16, 16), 32),
     "mlp-64": (lambda: mlp(*[64] * 4), (64,), 512),
 }
 """What builds a network, the shape of one input, and how many a step takes."""
@@ -95,4 +94,6 @@ def problem(name: str, batch: int | None = None, dtype: str = "float32") -> Prob
     (build, inputs, usual), kind = NETWORKS[name], getattr(torch, dtype)
     torch.manual_seed(0)
     model, size = build().to(kind), batch or usual
-    return Problem(model, (torch.randn(size, *inputs).to(kind), torch.randint(0, 10, (size,))))
+    x = torch.randn(size, *inputs).to(kind)
+    x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+    return Problem(model, (x, torch.randint(0, 10, (size,))))
