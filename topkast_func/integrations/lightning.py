@@ -47,11 +47,13 @@ class TopKastCallback(Hosted, Callback):
 
     The gradient of the penalty is added to that of the batches before Lightning clips it, so that
     no ``training_step`` has to be changed; the loss that it returns is without the penalty. Where
-    the module steps its optimisers itself, it is added within their steps, so after what the module
-    clips. `Tuner.lr_find` runs none of the trainer's callbacks, so without penalty or refreshes,
-    of which a warning may say that nobody counts steps. Within a
-    step of the module ``layer.weight`` reads as α, to the end of it: what clips or clamps weights
-    there, after a step of the optimiser by hand, is to take them from ``parameters()``.
+    the module steps its optimisers itself, it is added within their steps, after what the module
+    clips. Within a step of the module ``layer.weight`` reads as α, to the end of it: what clips or
+    clamps weights there, after a step of the optimiser by hand, is to take them from
+    ``parameters()``.
+
+    `lightning.pytorch.tuner.Tuner.lr_find` runs none of the trainer's callbacks: without penalty
+    and refreshes, of which a warning may say that nobody counts the steps.
 
     Args:
         sparsifier: What `sparsify` returned.
