@@ -19,7 +19,7 @@ from topkast_func.warn import warn_caller
 ONE_GRAPH: Mapping[str, Any] = {"fullgraph": True, "dynamic": False}
 """Shapes are static: dropout under `torch.func.grad` cannot be traced with dynamic ones."""
 
-COMPILES_FROM = "2.10"
+COMPILES_FROM = "2.11"
 """First version of torch that compiles the step, of those that it was tried with."""
 
 KEPT = (
