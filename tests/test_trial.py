@@ -463,5 +463,5 @@ class Assigning(nn.Module):
 
 @pytest.mark.parametrize("name", ["first", "second"])
 def test_a_tied_buffer_that_is_assigned_is_named(name: str) -> None:
-    with pytest.raises(ValueError, match=r"puts other tensors in the place of \['second'\]"):
+    with pytest.raises(ValueError, match=r"in the place of one of \[\('second', 'first'\)\]"):
         _step(Assigning(name))

@@ -112,6 +112,38 @@ def test_tiles_of_other_widths_do_not_meet() -> None:
     assert before == after == LEFT + 8
 
 
+def by_sums(h: Tensor) -> Tensor:
+    return h - h.sum((0, 1))
+
+
+def by_constants(h: Tensor) -> Tensor:
+    counts = (8 * h).round().clamp(-100, 100).to(torch.int8) + torch.full((HIDDEN,), 128)
+    return h * torch.full((HIDDEN,), 0.5, dtype=torch.float32) + counts
+
+
+def narrow_by_constants(h: Tensor) -> Tensor:
+    return (h.bfloat16() * torch.full((HIDDEN,), 1.01, dtype=torch.float32)).to(h.dtype)
+
+
+@pytest.mark.parametrize("between", [by_sums, by_constants, narrow_by_constants])
+@pytest.mark.parametrize("hidden", [HIDDEN, 64])
+def test_numbers_of_features_keep_their_axis_and_constants_their_dtype(
+    between: Callable[[Tensor], Tensor], hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "HIDDEN", hidden)  # 64 is the width of a tile, too
+    first, second = (problem(dtype=torch.float64, grid=g) for g in ((hidden, 64), (64, hidden)))
+    sets, values = (first.pattern, second.pattern), (first.values / 20, second.values / 20)
+
+    def forward(x: Tensor, v: Tensor, w: Tensor) -> list[Tensor]:
+        h = between(sparse_linear(x, v, sets[0], first.shape, None, "numba"))
+        return [sparse_linear(h, w, sets[1], second.shape, None, "numba")]
+
+    given = [torch.randn(*ROWS, 64, dtype=torch.float64), *values]
+    decompositions = select_decomp_table()
+    module = make_fx(functionalize(forward), decomposition_table=decompositions)(*given)
+    assert checked(module, given) == (4, 2)
+
+
 def test_what_is_padded_has_features_last() -> None:
     assert checked(*traced(IN_TILES["relu"], rows=(31, 33))) == (LEFT + 4, LEFT + 4)
 

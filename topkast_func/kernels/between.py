@@ -36,12 +36,15 @@ class StayInTiles(CustomGraphPass):
             spans = {end: span for end, span in spans.items() if not leaking & span}
         inside = {node for span in spans.values() for node in span}
         tiles: dict[Node, Node] = {}
+        ends: dict[Node, Node] = {}
         for node in list(graph.nodes):
             with graph.inserting_before(node):
                 if node in inside:
                     tiles[node] = _in_tiles(graph, node, tiles)
                 if node in spans:
-                    node.replace_all_uses_with(_end(graph, node, tiles[_given(node)]))
+                    ends[node] = _end(graph, node, tiles[_given(node)])
+        for end, made in ends.items():  # only now: what is in tiles may read other ends
+            end.replace_all_uses_with(made)
         graph.eliminate_dead_code()
 
     def uuid(self) -> bytes:
@@ -121,9 +124,10 @@ def _in_tiles(graph: Graph, node: Node, tiles: Mapping[Node, Node]) -> Node:
         return tiles[_given(node)]
 
     def operand(source: Node) -> Node:
-        if source.target is _FULL:
-            return graph.call_function(_FULL, ([], source.args[1]), source.kwargs)
-        if len(_shape(source) or ()) == 1:
+        shape = _shape(source)
+        if source.target is _FULL and shape:  # a number without axes widens no dtype
+            return graph.call_function(_FULL, ([1, 1, 1], source.args[1]), source.kwargs)
+        if shape and len(shape) == 1:
             return graph.call_function(_RESHAPE, (source, [-1, 1]))
         return tiles.get(source, source)
 

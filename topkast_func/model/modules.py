@@ -17,8 +17,8 @@ CHANGED = (
 )
 
 UNTIED = (
-    "the forward pass puts other tensors in the place of {}, which go by another name too and "
-    "would be two from then on: write to them, or register each as a buffer of its own"
+    "the forward pass puts another tensor in the place of one of {}, which are one tensor by two "
+    "names and would be two from then on: write to it, or register each as a buffer of its own"
 )
 
 REPLACED = (
@@ -56,7 +56,7 @@ def bind(
         if before != (after := versions(fixed)):
             changed = [name for name, version in after.items() if version != before[name]]
             raise ValueError(CHANGED.format(changed))
-        if untied := [other for other, name in tied.items() if tensors[other] is not tensors[name]]:
+        if untied := [pair for pair in tied.items() if len({id(tensors[n]) for n in pair}) > 1]:
             raise ValueError(UNTIED.format(untied))
         buffers.update({name: tensors[name] for name in buffers})
         return result
