@@ -560,3 +560,39 @@ def test_buffers_of_half_complex_numbers_are_those_of_the_state() -> None:
     assert torch.equal(
         sparse.get_buffer("phase").to(torch.complex64), torch.ones(3, dtype=torch.complex64)
     )
+
+
+class Keeping(nn.Sequential):
+    """Keeps an activation, in a list too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = [self[0](x)]
+        self.last = self.kept[0].relu()
+        y: Tensor = self[2](self.last)
+        return y
+
+
+def _pruned(model: nn.Module) -> nn.Module:
+    prune: Any = torch.nn.utils.prune
+    prune.l1_unstructured(model.get_submodule("0"), "weight", 0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kept", [lambda model: model, _pruned, lambda model: nn.utils.weight_norm(model[0]) and model]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_modules_that_keep_what_a_pass_has_computed(kept: Any) -> None:
+    model, x = kept(Keeping(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))), torch.randn(8, 16)
+    config, optimizer = tk.TopKastConfig(0.8, sparse="2.weight"), tk.sgd(0.1)
+    state = tk.init_state(model, config, optimizer)
+    train_step = tk.make_train_step(
+        model, lambda apply, x: apply(x).square().mean(), config, optimizer, compile=False
+    )
+    state, _ = train_step(state, x)
+    right = functional_call(model, tk.forward_params(state), x)
+    assert_close(tk.sparse_module(state, model)(x), right)
+    tk.sparsify(model, config)
+    y = model(x)
+    y.mean().backward()
+    assert_close(tk.sparse_module(model)(x), y)

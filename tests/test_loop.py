@@ -146,3 +146,17 @@ def test_bad_options_of_the_best_are_refused(option: str) -> None:
 def test_callbacks_of_another_kind_are_named(callback: Any) -> None:
     with pytest.raises(TypeError, match=r"callbacks must be instances of tk.Callback, got"):
         tk.train(lambda *_: None, None, [], CONFIG, [callback])  # type: ignore[arg-type]
+
+
+def test_a_callback_without_all_hooks_is_refused_at_once() -> None:
+    class Logging:
+        def on_step(self, state: Any, metrics: Any) -> None:
+            raise AssertionError
+
+    model, config, optimizer = nn.Linear(8, 4), tk.TopKastConfig(0.5), tk.sgd(0.1)
+    state = tk.init_state(model, config, optimizer)
+    train_step = tk.make_train_step(
+        model, lambda apply, x: apply(x).square().mean(), config, optimizer, compile=False
+    )
+    with pytest.raises(TypeError, match=r"callbacks must be instances of tk\.Callback"):
+        tk.train(train_step, state, torch.randn(5, 3, 8), config, [Logging()])  # type: ignore[list-item]

@@ -255,3 +255,8 @@ def test_bad_input_is_named(change: Any, error: type[Exception], message: str) -
     usual = {"model": nn.Linear(20, 20), "config": CONFIG, "world_size": 2}
     with pytest.raises(error, match=message):
         tk.plan(**(usual | change))
+
+
+def test_fsdp_takes_less_than_any_other_from_two_ranks_on_at_the_earliest() -> None:
+    told = str(tk.plan(nn.Linear(256, 256), tk.TopKastConfig(0.5), 1))
+    assert "FSDP2: takes less of a device than any other from 2 ranks on" in told

@@ -199,3 +199,10 @@ def test_accuracy_draws_means_with_the_worst_and_the_best() -> None:
     np.testing.assert_allclose(bars.get_segments()[1], [[90, 1], [90, 4]])
     dense = next(line for line in axes.lines if line.get_label() == "dense")
     np.testing.assert_array_equal(dense.get_ydata(), [8.0, 8.0])
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (4, 0)])
+def test_masks_of_nothing_are_named(shape: tuple[int, ...]) -> None:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"masks of shape .* have nothing to draw"):
+        plots.sets(Masks(mask, mask))

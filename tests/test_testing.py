@@ -1,6 +1,7 @@
 """The strategies reach the cases they are meant to reach, and the checks find what is wrong."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -134,7 +135,7 @@ def test_a_smaller_entry_in_place_of_a_larger_is_found(place: tuple[int, int]) -
 
 def test_sets_of_another_shape_or_of_nan_are_no_largest() -> None:
     wide = {"w": tk.Masks(*(torch.tensor([[True, False]]) for _ in range(2)))}
-    with pytest.raises(AssertionError, match=r"w: \(1, 2\)"):
+    with pytest.raises(AssertionError, match=r"w: .*\[1, 2\]"):
         check_largest(wide, PARAMS, CONFIG)
     with pytest.raises(AssertionError, match="w holds NaN"):
         check_largest(chosen(), {"w": PARAMS["w"].clone().fill_(math.nan)}, CONFIG)
@@ -194,3 +195,13 @@ def test_patterns_reach_several_groups_ties_and_kernels() -> None:
     reach(patterned(), several)
     reach(patterned(), lambda d: d[0].ndim == 4 and d[0].unique().numel() < 4)
     reach(patterned(), lambda d: d[1].sparsities(0)[0] != d[1].sparsities(0)[1])
+
+
+@pytest.mark.parametrize("check", [check_counts, check_largest])
+def test_masks_of_numbers_are_named(check: Callable[..., None]) -> None:
+    params, config = {"w.weight": torch.randn(8, 8)}, TopKastConfig(0.5)
+    masks = tk.compute_masks(params, config)
+    check(masks, params, config)
+    numbers = {name: tk.Masks(*(mask.float() for mask in sets)) for name, sets in masks.items()}
+    with pytest.raises(AssertionError, match=r"w\.weight: .*float32"):
+        check(numbers, params, config)

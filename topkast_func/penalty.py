@@ -40,6 +40,11 @@ def group_l2(active: Tensor, exploring: Tensor, density: float) -> Tensor:
     return norm(active) + norm(exploring) / density
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor of half precision in float32, in which it is summed; others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 FORMS: dict[str, Form] = {"l2": l2, "l1": l1, "group_l2": group_l2}
 
 
@@ -91,7 +96,7 @@ def summed_penalty(
     """
     total = torch.zeros((), dtype=torch.float32, device=device)
     for name, share in terms.densities.items():
-        active, exploring = (t if t.dtype == torch.float64 else t.float() for t in parts(name))
+        active, exploring = map(widened, parts(name))
         total = total + terms.form(active, exploring, share)
     return total
 

@@ -142,10 +142,7 @@ def check_nested(masks: Mapping[str, Masks], params: Params) -> None:
     """
     for name, sets in masks.items():
         _require(name in params, f"{name} is no parameter")
-        theta = params[name]
-        for mask in sets:
-            found = (mask.dtype, mask.shape, mask.device)
-            _require(found == (torch.bool, theta.shape, theta.device), f"{name}: {found}")
+        _check_kind(name, sets, params[name])
         outside = int((sets.forward & ~sets.backward).sum())
         _require(outside == 0, f"{name}: {outside} entries of A are not in B")
 
@@ -167,6 +164,7 @@ def check_counts(
     asked = counts(params, config, step=step)
     _require(masks.keys() == asked.keys(), f"{[*masks]} are sparse, not {[*asked]}")
     for name, expected in asked.items():
+        _check_kind(name, masks[name], params[name])
         found = tuple(int(mask.sum()) for mask in masks[name])
         _require(found == expected, f"{name}: {found} entries in A and B, not {expected}")
     for name in uneven_sets(masks, config):
@@ -190,12 +188,12 @@ def check_largest(masks: Mapping[str, Masks], params: Params, config: TopKastCon
     for name, sets in masks.items():
         scores = magnitudes(name, params[name], config.block_shape, config.block_norm)
         _require(not scores.isnan().any(), f"{name} holds NaN")
+        _check_kind(name, sets, params[name])
         keys = tie_key(torch.arange(scores.numel(), device=scores.device)).view(scores.shape)
         by_key = grouped(keys, config.group).argsort(1)
         ranked = grouped(scores.abs(), config.group).gather(1, by_key)
         ranking = by_key.gather(1, ranked.sort(dim=1, descending=True, stable=True).indices)
         for mask in sets:
-            _require(mask.shape == params[name].shape, f"{name}: {tuple(mask.shape)}")
             whole = is_of_blocks(mask, config.block_shape)
             _require(whole, f"{name}: a block is in by a part of it")
             chosen = grouped(blocks(mask, config.block_shape), config.group).gather(1, ranking)
@@ -219,6 +217,13 @@ def check_outside_untouched(before: TrainState, after: TrainState) -> None:
         bits = [tensor[outside].view(torch.uint8) for tensor in (old[name], new[name])]
         moved = int((bits[0] != bits[1]).view(-1, old[name].itemsize).any(1).sum())
         _require(moved == 0, f"{name}: {moved} entries outside B have moved")
+
+
+def _check_kind(name: str, sets: Masks, theta: Tensor) -> None:
+    """Check that masks are bool, of the shape and device of their parameter."""
+    for mask in sets:
+        found = (mask.dtype, mask.shape, mask.device)
+        _require(found == (torch.bool, theta.shape, theta.device), f"{name}: {found}")
 
 
 def _require(holds: bool, text: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from tests import reference
-from topkast_func import TopKastLinear, TopKastLoss, testing
+from topkast_func import TopKastConfig, TopKastLinear, TopKastLoss, sparsify, testing
 
 
 def _masks(layer: TopKastLinear) -> tuple[reference.Mask, reference.Mask]:
@@ -179,3 +179,29 @@ def test_a_loss_that_cannot_be_called_and_a_net_that_is_no_module_are_named() ->
     for net in (None, _net().parameters()):
         with pytest.raises(TypeError, match=r"net must be a Module, got (NoneType|generator)"):
             TopKastLoss(nn.MSELoss, net)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    layer = TopKastLinear(256, 256, 0.99, 0.2, dtype=dtype)
+    layer.weight = (3 * torch.randn(256, 256)).to(dtype)
+    layer.update_active_param_set()
+    theta, (forward, backward) = layer.weight.detach().double(), layer.masks
+    right = (theta * forward).norm() + (theta * (backward & ~forward)).norm() / 0.01
+    dense = nn.Linear(256, 256, dtype=dtype)
+    found = TopKastLoss(nn.MSELoss, nn.Sequential(layer, dense)).compute_norm_active_set()
+    torch.testing.assert_close(
+        found.double(), right + dense.weight.double().norm(), rtol=1e-5, atol=0
+    )
+
+
+def test_a_weight_that_layers_share_counts_once() -> None:
+    embedding, head = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
+    head.weight = embedding.weight
+    net = nn.Sequential(embedding, head)
+    norm = TopKastLoss(nn.MSELoss, net).compute_norm_active_set()
+    assert norm == embedding.weight.norm()
+    sparsifier = sparsify(net, TopKastConfig(0.8, 0.6, penalty="group_l2", penalty_weight=1.0))
+    torch.testing.assert_close(
+        TopKastLoss(nn.MSELoss, net).compute_norm_active_set(), sparsifier.penalty()
+    )

@@ -888,3 +888,27 @@ def test_an_exception_leaves_the_best_epoch_and_its_losses(failure: BaseExceptio
     assert len(trainer.losses_train) == 3
     assert losses[2] > losses[1] == min(losses)
     assert _mse(net, trainer.validation_dataset) == pytest.approx(losses[1], rel=1e-5)
+
+
+class Keeping(nn.Sequential):
+    """Keeps an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self[0](x).relu()
+        y: Tensor = self[1](self.kept)
+        return y
+
+
+def test_a_net_that_keeps_an_activation_trains_without_a_validation_part() -> None:
+    net, x = Keeping(TopKastLinear(8, 32, 0.8, 0.6), nn.Linear(32, 1)), torch.randn(16, 8)
+    trainer = TopKastTrainer(
+        net,
+        nn.MSELoss,
+        2,
+        optimizer=torch.optim.Adam(net.parameters()),
+        data=(x, x[:, :1]),
+        train_val_test_split=(1.0, 0.0),
+        batch_size=8,
+    )
+    trainer.train()
+    assert trainer.best_net is not None

@@ -1,21 +1,22 @@
 """A loss that carries the seed's penalty on all weights that take part."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from topkast_func.checks import check_callable, check_fraction, check_type
-from topkast_func.facade.sparse_weight import SparseWeight, weights_of
-from topkast_func.penalty import group_l2
+from topkast_func.facade.sparse_weight import weights_of
+from topkast_func.penalty import group_l2, widened
 
 
 class TopKastLoss(nn.Module):
     """loss(ŷ, y) + alpha · Σ over layers of the norm of their weights.
 
     A sparse weight counts with ‖θ_A‖₂ + ‖θ_{B∖A}‖₂ / D (`group_l2`), every other parameter
-    ``weight`` of a module with its plain norm.
+    ``weight`` of a module with its plain norm; one that layers share counts once. Those of half
+    precision are summed in float32.
 
     Args:
         loss: A loss class such as `torch.nn.MSELoss`, which is called without arguments, or a
@@ -64,7 +65,7 @@ class TopKastLoss(nn.Module):
         Returns:
             The penalty before its weight, 0-d.
         """
-        norms = [norm for module in self.net.modules() for norm in _norms(module)]
+        norms = [*_norms(self.net)]
         none = torch.zeros((), dtype=torch.float32, device=self.device or "cpu")
         return torch.stack(norms).sum() if norms else none
 
@@ -104,12 +105,18 @@ def loss_of(loss: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     return made
 
 
-def _norms(module: nn.Module) -> list[Tensor]:
-    weights = weights_of(module)
-    norms = [_norm_of(module, weight) for weight in weights.values()]
-    dense = None if "weight" in weights else module._parameters.get("weight")
-    return norms if dense is None else [*norms, torch.linalg.vector_norm(dense)]
-
-
-def _norm_of(layer: nn.Module, weight: SparseWeight) -> Tensor:
-    return group_l2(*weight.parts(layer), weight.rule.allocation.forward_density)
+def _norms(net: nn.Module) -> Iterator[Tensor]:
+    """Yield the norm of each weight of a network."""
+    seen: set[int] = set()
+    for module in net.modules():
+        weights = weights_of(module)
+        for key in dict.fromkeys((*weights, "weight")):
+            raw = module._parameters.get(key)
+            if raw is None or id(raw) in seen:
+                continue
+            seen.add(id(raw))
+            if key in weights:
+                active, exploring = map(widened, weights[key].parts(module))
+                yield group_l2(active, exploring, weights[key].rule.allocation.forward_density)
+            else:
+                yield torch.linalg.vector_norm(widened(raw))

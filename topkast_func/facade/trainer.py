@@ -1,6 +1,5 @@
 """The seed's training loop: refreshes by epoch, early stopping, the best network kept."""
 
-import copy
 from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from topkast_func.checks import check_count, check_type
 from topkast_func.facade import fit, observations
 from topkast_func.facade.loss import TopKastLoss, loss_of
+from topkast_func.model.copies import copy_of
 from topkast_func.ranking import NaNParameterError
 from topkast_func.warn import warn_caller
 
@@ -243,7 +243,7 @@ class TopKastTrainer:
     def _keep_if_best(self, epoch: int, loss: float) -> None:
         if loss < self.best_loss:
             self.best_epoch, self.best_loss = epoch, loss
-            self.best_net = copy.deepcopy(self.net)
+            self.best_net = copy_of(self.net)
 
     def _restore_best(self) -> None:
         if self.best_net is not None:

@@ -1,6 +1,5 @@
 """A trained model for inference: its sparse linear layers stored and computed sparsely."""
 
-import copy
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, cast
@@ -21,6 +20,7 @@ from topkast_func.inference.stored import Stored
 from topkast_func.leaves import check_present
 from topkast_func.model.alone import alone_with, as_plain, check_uncompiled, uncompiled
 from topkast_func.model.attention import AttentionStandIn
+from topkast_func.model.copies import copy_of
 from topkast_func.model.layers import stand_ins
 from topkast_func.model.modules import check_parameters, tensors_of
 from topkast_func.model.stand_in import StandIn, TransposedStandIn
@@ -102,7 +102,7 @@ def sparse_module(
 def _of_state(state: TrainState, model: nn.Module, batch: int) -> tuple[nn.Module, Stored]:
     check_tensors(state, model)
     alpha = alpha_in(state)
-    plain = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+    plain = copy_of(model).eval().requires_grad_(requires_grad=False)
     for name, tensor in tensors_of(plain).items():
         if not same(tensor, alpha[name]):  # what is equal may be expanded, and so not written to
             tensor.copy_(alpha[name])
@@ -113,7 +113,7 @@ def _of_state(state: TrainState, model: nn.Module, batch: int) -> tuple[nn.Modul
 def _of_module(model: nn.Module, batch: int) -> tuple[nn.Module, Stored]:
     for name, parameter in model.named_parameters():
         check_present(name, parameter)
-    plain = copy.deepcopy(model).eval()
+    plain = copy_of(model).eval()
     if any(map(weights_of, plain.modules())):
         densify(plain)
     alpha = dict(plain.requires_grad_(requires_grad=False).named_parameters())

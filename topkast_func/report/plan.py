@@ -221,7 +221,8 @@ def _from(
 
     every = total(shares.values())
     first = sharded // (min(least(1), alone[0].device - every.theta - every.slots) - rest) + 1
-    while first > 1 and -(-sharded // (first - 1)) + rest < least(first - 1):
+    first = max(first, 2)  # one rank has all of it, as under DDP
+    while first > 2 and -(-sharded // (first - 1)) + rest < least(first - 1):
         first -= 1
     return f"{FSDP}: takes less of a device than any other from {first:,} ranks on"
 

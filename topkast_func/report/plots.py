@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from topkast_func.checks import check_count
 from topkast_func.report.history import Refresh
+from topkast_func.trees import check_mask_pair
 from topkast_func.types import Masks
 
 LEGEND_ROWS, LEGEND_WIDTH = 24, 2.0
@@ -29,7 +30,14 @@ def sets(masks: Masks, title: str = "") -> Figure:
 
     Returns:
         The figure.
+
+    Raises:
+        TypeError: They are not `Masks` of bool.
+        ValueError: They are of different shapes, or of no entry or axis.
     """
+    check_mask_pair("masks", masks)
+    if not masks.forward.ndim or not masks.forward.numel():
+        raise ValueError(f"masks of shape {tuple(masks.forward.shape)} have nothing to draw")
     rows = masks.forward.shape[0]
     level = (masks.forward.int() + masks.backward.int()).reshape(rows, -1).cpu().numpy()
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")

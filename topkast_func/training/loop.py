@@ -91,7 +91,8 @@ def train(
     if own != config:
         raise ValueError(f"train_step was made with another configuration, {own}, than {config}")
     for callback in callbacks:
-        if isinstance(callback, type) or not hasattr(callback, "on_step"):
+        whole = all(hasattr(callback, hook) for hook in ("on_step", "on_refresh"))
+        if isinstance(callback, type) or not whole:
             raise TypeError(f"callbacks must be instances of tk.Callback, got {callback!r}")
     check_state(state)
     times = stopwatch()
