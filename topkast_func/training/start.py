@@ -11,7 +11,7 @@ from topkast_func.config import TopKastConfig
 from topkast_func.config.selection import matches, warn_of_other_names
 from topkast_func.devices import check_device
 from topkast_func.model.alone import alone_with, as_plain
-from topkast_func.model.modules import buffers_of, frozen, tensors_of, ties
+from topkast_func.model.modules import buffers_of, check_parameters, frozen, tensors_of, ties
 from topkast_func.reading import check_numbers
 from topkast_func.sparsity import ByPattern
 from topkast_func.training.agreement import COMPACT
@@ -117,6 +117,7 @@ def _first_state(
     seed: int,
     materialize: Materialize | None,
 ) -> TrainState:
+    check_parameters(model)
     params, layers = trained(model)
     check_ties(model, manner.config)
     source = Source({**params, **tensors_of(model)}, materialize, seed)
